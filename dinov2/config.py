@@ -1,0 +1,518 @@
+"""Configuration: a typed schema, and the one way from YAML files and overrides to a ``Config``.
+
+The dataclasses below name every key and its type; attribute names are the YAML keys. Default values, meanings and
+units live in ``configs/ssl_default_config.yaml`` and nowhere else. A loaded ``Config`` cannot be written to.
+
+    cfg = load("train/vitl16_short", ["train.dataset_path=ImageNet:split=TRAIN:root=/data", "optim.epochs=10"])
+"""
+
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from difflib import SequenceMatcher
+from functools import cache
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
+
+logger = logging.getLogger(__name__)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the key, the value, the choices and where it was set."""
+
+
+# --- Types of values -------------------------------------------------------------------------------------------------
+
+
+class Limit(NamedTuple):
+    """A condition on a value, and the words for it in an error message."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Limit("at least 0", lambda n: n >= 0)]
+Size = Annotated[int, Limit("at least 1", lambda n: n >= 1)]
+Real = Annotated[float, Limit("finite", math.isfinite)]
+NotNegative = Annotated[float, Limit("at least 0", lambda x: 0 <= x < math.inf)]
+Positive = Annotated[float, Limit("above 0", lambda x: 0 < x < math.inf)]
+Probability = Annotated[float, Limit("from 0 to 1", lambda x: 0 <= x <= 1)]
+DropRate = Annotated[float, Limit("at least 0 and below 1", lambda x: 0 <= x < 1)]
+PositiveShare = Annotated[float, Limit("above 0 and at most 1", lambda x: 0 < x <= 1)]
+
+_ASCENDING = Limit("the smaller one first", lambda pair: pair[0] <= pair[1])
+AreaRange = Annotated[tuple[PositiveShare, PositiveShare], _ASCENDING]
+PositiveRange = Annotated[tuple[Positive, Positive], _ASCENDING]
+ProbabilityRange = Annotated[tuple[Probability, Probability], _ASCENDING]
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+# --- Schema ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    WEIGHTS: str
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    param_dtype: Precision
+    reduce_dtype: Precision
+    buffer_dtype: Precision
+
+
+@dataclass(frozen=True)
+class ModulePrecision:
+    sharding_strategy: Literal["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"]
+    mixed_precision: MixedPrecision
+
+
+@dataclass(frozen=True)
+class NetworkPrecision:
+    backbone: ModulePrecision
+    dino_head: ModulePrecision
+    ibot_head: ModulePrecision
+
+
+@dataclass(frozen=True)
+class ComputePrecision:
+    grad_scaler: bool
+    teacher: NetworkPrecision
+    student: NetworkPrecision
+
+
+@dataclass(frozen=True)
+class Dino:
+    loss_weight: Real
+    head_n_prototypes: Size
+    head_bottleneck_dim: Size
+    head_nlayers: Size
+    head_hidden_dim: Size
+    koleo_loss_weight: Real
+
+
+@dataclass(frozen=True)
+class Ibot:
+    loss_weight: Real
+    mask_sample_probability: Probability
+    mask_ratio_min_max: ProbabilityRange
+    separate_head: bool
+    head_n_prototypes: Size
+    head_bottleneck_dim: Size
+    head_nlayers: Size
+    head_hidden_dim: Size
+
+
+@dataclass(frozen=True)
+class Train:
+    batch_size_per_gpu: Size
+    dataset_path: str
+    output_dir: str
+    saveckp_freq: int
+    seed: Count
+    num_workers: Count
+    OFFICIAL_EPOCH_LENGTH: Size
+    cache_dataset: bool
+    centering: Literal["centering", "sinkhorn_knopp"]
+    sampler: Literal["GLOBAL_ORDER", "SHARDED_INFINITE", "SHARDED_INFINITE_NEW", "INFINITE", "EPOCH", "DISTRIBUTED"]
+    checkpoint_period: Size | None
+    checkpoint_keep: Size
+    checkpoint_keep_every: Count
+    log_period: Size
+    log_published_losses: bool
+    max_nonfinite_steps: Size
+    max_bad_image_share: Probability
+
+
+@dataclass(frozen=True)
+class Student:
+    arch: str
+    patch_size: Size
+    embed_dim: Size | None
+    depth: Size | None
+    num_heads: Size | None
+    mlp_ratio: Positive | None
+    drop_path_rate: DropRate
+    layerscale: NotNegative | None
+    drop_path_uniform: bool
+    pretrained_weights: str
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"]
+    block_chunks: Count
+    qkv_bias: bool
+    proj_bias: bool
+    ffn_bias: bool
+    num_register_tokens: Count
+    interpolate_antialias: bool
+    interpolate_offset: Real
+    attention_backend: Literal["auto", "xformers", "varlen", "sdpa"]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    momentum_teacher: Probability
+    final_momentum_teacher: Probability
+    warmup_teacher_temp: Positive
+    teacher_temp: Positive
+    warmup_teacher_temp_epochs: Count
+
+
+@dataclass(frozen=True)
+class Optim:
+    epochs: Size
+    weight_decay: NotNegative
+    weight_decay_end: NotNegative
+    base_lr: NotNegative
+    lr: NotNegative
+    warmup_epochs: Count
+    min_lr: NotNegative
+    clip_grad: NotNegative | None
+    freeze_last_layer_epochs: Count
+    scaling_rule: Literal["sqrt_wrt_1024", "linear_wrt_256", "linear_wrt_1024", "none"]
+    patch_embed_lr_mult: NotNegative
+    layerwise_decay: PositiveShare
+    adamw_beta1: DropRate
+    adamw_beta2: DropRate
+
+
+@dataclass(frozen=True)
+class Crops:
+    global_crops_scale: AreaRange
+    local_crops_number: Count
+    local_crops_scale: AreaRange
+    global_crops_size: Size
+    local_crops_size: Size
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    aspect_ratio: PositiveRange
+    flip_probability: Probability
+    color_jitter: tuple[NotNegative, NotNegative, NotNegative, NotNegative]
+    color_jitter_probability: Probability
+    grayscale_probability: Probability
+    blur_probabilities: tuple[Probability, Probability, Probability]
+    blur_sigma: PositiveRange
+    solarize_probability: Probability
+    mean: tuple[Real, Real, Real]
+    std: tuple[Positive, Positive, Positive]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    eval_period_iterations: int
+
+
+@dataclass(frozen=True)
+class Config:
+    MODEL: Weights
+    compute_precision: ComputePrecision
+    dino: Dino
+    ibot: Ibot
+    train: Train
+    student: Student
+    teacher: Teacher
+    optim: Optim
+    crops: Crops
+    augmentation: Augmentation
+    evaluation: Evaluation
+
+
+# --- Loading and saving ----------------------------------------------------------------------------------------------
+
+
+class _Source(NamedTuple):
+    name: str  # as it appears in messages: "train/vitl14.yaml", "override 'optim.epochs=1'"
+    values: dict[str, Any]  # checked, by dotted key
+
+
+def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then a file, then overrides; later values win, lists are replaced whole.
+
+    Args:
+        file: a YAML file, or the name of a packaged one such as ``train/vitl16_short``; None for the defaults alone.
+        overrides: ``dotted.key=value`` words. The first ``=`` splits; the right side is YAML (nothing at all is the
+            empty text).
+
+    Raises:
+        FileNotFoundError: no such file and no such packaged name.
+        ConfigError: malformed YAML or override, unknown key, unusable value, settings that contradict each other.
+    """
+    sources = []
+    if file is not None:
+        found = _find(file)
+        sources.append(_check(_read(found), str(found)))
+    sources += [_check(_parse_override(word), f"override {word!r}") for word in overrides]
+    return _merge(sources)
+
+
+def from_dict(mapping: Mapping[str, Any], source: str = "mapping") -> Config:
+    """Nested mapping over the defaults; ``source`` says in messages where it came from.
+
+    Raises:
+        ConfigError: as for `load`.
+    """
+    return _merge([_check(mapping, source)])
+
+
+def to_dict(cfg: Config) -> dict[str, Any]:
+    """Nested plain dicts and lists, every key in the order of the schema."""
+    return asdict(cfg, dict_factory=lambda items: {k: list(v) if type(v) is tuple else v for k, v in items})
+
+
+def to_yaml(cfg: Config) -> str:
+    """Every key as YAML text; ``load`` of it gives ``cfg``."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+
+
+def save(cfg: Config, path: str | Path) -> None:
+    """Write every key as YAML; a reader sees the old file or the new one, never half of one. ``load(path) == cfg``."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(to_yaml(cfg), encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def packaged_names() -> list[str]:
+    """Names that `load` accepts besides paths: ``eval/vitb14_pretrain``, ..., ``train/vitl16_short``."""
+    folders = [folder for folder in _packaged().iterdir() if folder.is_dir()]
+    recipes = [(folder, item) for folder in folders for item in folder.iterdir() if item.name.endswith(".yaml")]
+    return sorted(f"{folder.name}/{item.name.removesuffix('.yaml')}" for folder, item in recipes)
+
+
+def validate(cfg: Config, source: str = "configuration") -> None:
+    """Check what one key alone cannot show.
+
+    Raises:
+        ConfigError: naming all settings that contradict each other.
+    """
+    problems = list(_contradictions(cfg))
+    if problems:
+        raise ConfigError("\n".join(f"{problem} (in {source})" for problem in problems))
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def _packaged() -> Traversable:
+    return files("dinov2") / "configs"
+
+
+def _find(file: str | Path) -> Path | Traversable:
+    if Path(file).is_file():
+        return Path(file)
+    name = str(file).removeprefix("dinov2/").removeprefix("configs/").removesuffix(".yaml")
+    if name in packaged_names():
+        return _packaged() / f"{name}.yaml"
+    raise FileNotFoundError(f"no configuration file {str(file)!r}; packaged names: {', '.join(packaged_names())}")
+
+
+def _read(file: Path | Traversable) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(file.read_text(encoding="utf-8"))))
+    except MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{file}: {line}{error.problem}") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected sections of 'key: value' lines, got {content!r}")
+    return cast(dict[str, Any], content)
+
+
+def _parse_override(word: str) -> dict[str, Any]:
+    key, equals, text = word.partition("=")
+    if not equals:
+        raise ConfigError(f"override {word!r} has no '='; write {word}=VALUE")
+    if not text:
+        return {key: ""}
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {word!r}: {text!r} is not a YAML value; put it in quotes if it is text") from error
+    return {key: cast(dict[str, Any], parsed)["value"]}
+
+
+# --- Checking --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _keys() -> dict[str, Any]:
+    """Type of every key, by dotted key."""
+
+    def walk(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, kind in get_type_hints(section, include_extras=True).items():
+            if is_dataclass(kind):
+                yield from walk(kind, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", kind
+
+    return dict(walk(Config, ""))
+
+
+def _is_section(key: str) -> bool:
+    return any(known.startswith(f"{key}.") for known in _keys())
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in mapping.items():
+        key = f"{prefix}{name}"
+        if value is None and _is_section(key):
+            continue  # a section whose lines are all commented out
+        if isinstance(value, Mapping) and key not in _keys() and (value or _is_section(key)):
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _check(mapping: Mapping[str, Any], name: str) -> _Source:
+    values, problems = {}, []
+    for key, value in _flatten(mapping):
+        try:
+            values[key] = _convert(value, _keys()[key])
+        except KeyError:
+            problems.append(_unknown(key, value))
+        except (ValueError, OverflowError):
+            problems.append(f"{key}: expected {_describe(_keys()[key])}, got {_show(value)}")
+    if problems:
+        raise ConfigError("\n".join(f"{problem} (in {name})" for problem in problems))
+    return _Source(name, values)
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """``value`` as a ``kind``; ValueError if it is none. Strict but for integers, which may stand for floats."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        value = _convert(value, args[0])
+        if all(limit.holds(value) for limit in args[1:]):
+            return value
+    elif origin in (Union, UnionType):  # X | None
+        return None if value is None else _convert(value, args[0])
+    elif origin is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_convert(item, item_kind) for item, item_kind in zip(value, args, strict=True))
+    elif origin is Literal:
+        if value in args:
+            return value
+    elif kind is str:
+        if type(value) is str and "${" not in value:
+            return value
+    elif kind is float:
+        if type(value) in (int, float):
+            return float(value)
+    elif type(value) is kind:  # not isinstance: True is no integer here
+        return value
+    raise ValueError
+
+
+def _describe(kind: Any) -> str:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return ", ".join([_describe(args[0]), *(limit.text for limit in args[1:])])
+    if origin in (Union, UnionType):
+        return f"{_describe(args[0])}, or null"
+    if origin is tuple:
+        return f"a list of {len(args)} values (each {_describe(args[0])})"
+    if origin is Literal:
+        return f"one of {', '.join(args)}"
+    text = "text (in quotes if it looks like something else; ${...} is not expanded)"
+    return {bool: "true or false", int: "an integer", float: "a number", str: text}[kind]
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=repr, ensure_ascii=False)
+
+
+def _unknown(key: str, value: Any) -> str:
+    if _is_section(key):
+        return f"{key}: a section, expected 'key: value' lines under it, got {_show(value)}"
+
+    def likeness(known: str) -> float:  # of the whole, or of the last word when the section is wrong or missing
+        pairs = [(key, known), (key.rpartition(".")[2], known.rpartition(".")[2])]
+        return max(SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs)
+
+    return f"unknown key {key!r}; nearest known keys: {', '.join(sorted(_keys(), key=likeness, reverse=True)[:3])}"
+
+
+def _contradictions(cfg: Config) -> Iterator[str]:
+    if cfg.optim.warmup_epochs > cfg.optim.epochs:
+        yield f"optim.warmup_epochs = {cfg.optim.warmup_epochs} is longer than optim.epochs = {cfg.optim.epochs}"
+    sizes = {"crops.global_crops_size": cfg.crops.global_crops_size}
+    if cfg.crops.local_crops_number > 0:
+        sizes["crops.local_crops_size"] = cfg.crops.local_crops_size
+    for key, size in sizes.items():
+        if size % cfg.student.patch_size:
+            yield f"{key} = {size} is not a multiple of student.patch_size = {cfg.student.patch_size}"
+    if cfg.ibot.loss_weight > 0 and cfg.ibot.mask_sample_probability == 0:
+        yield "ibot.mask_sample_probability = 0 leaves nothing for ibot.loss_weight > 0"
+    if cfg.ibot.loss_weight > 0 and max(cfg.ibot.mask_ratio_min_max) == 0:
+        yield "ibot.mask_ratio_min_max = [0, 0] leaves nothing for ibot.loss_weight > 0"
+    width, heads = cfg.student.embed_dim, cfg.student.num_heads
+    if width and heads and width % heads:
+        yield f"student.embed_dim = {width} is not a multiple of student.num_heads = {heads}"
+    if cfg.student.depth and cfg.student.block_chunks > cfg.student.depth:
+        yield f"student.block_chunks = {cfg.student.block_chunks} is more than student.depth = {cfg.student.depth}"
+
+
+# --- Merging ---------------------------------------------------------------------------------------------------------
+
+_DEAD_KEYS = {
+    "train.saveckp_freq": "checkpoints follow train.checkpoint_period",
+    "train.cache_dataset": "data sets decide by themselves what they cache",
+    "optim.lr": "it is computed from optim.base_lr by optim.scaling_rule (rule none takes it as it is)",
+}
+# A source that sets all of these is a run's own config.yaml: a record of every key, not somebody's wish.
+_RECORDED_KEYS = {*_DEAD_KEYS, "train.output_dir"}
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return _check(_read(_packaged() / "ssl_default_config.yaml"), "ssl_default_config.yaml").values
+
+
+def _merge(sources: Sequence[_Source]) -> Config:
+    values = dict(_defaults())
+    for source in sources:
+        values |= source.values
+    cfg = _build(Config, values)
+    validate(cfg, ", ".join(source.name for source in sources) or "the defaults")
+    for source in sources:
+        if not source.values.keys() >= _RECORDED_KEYS:
+            _warn_of_keys_without_effect(source, values)
+    return cfg
+
+
+def _build(section: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    kinds = get_type_hints(section).items()
+    fields = {
+        n: _build(kind, values, f"{prefix}{n}.") if is_dataclass(kind) else values[prefix + n] for n, kind in kinds
+    }
+    return section(**fields)
+
+
+def _warn_of_keys_without_effect(source: _Source, final: Mapping[str, Any]) -> None:
+    for key, value in source.values.items():
+        if value == _defaults()[key]:
+            continue
+        reason = _DEAD_KEYS.get(key)
+        if key.startswith("ibot.head_") and not final["ibot.separate_head"]:
+            reason = "with ibot.separate_head = false iBOT uses the DINO head"
+        if key == "train.output_dir" and value != final[key]:
+            reason = f"the output folder given later wins ({final[key]})"
+        if reason:
+            logger.warning("%s = %s (in %s) has no effect: %s", key, _show(value), source.name, reason)

@@ -1,0 +1,1 @@
+"""Recipes and evaluation configurations: YAML data only; ``dinov2.config`` reads them."""
