@@ -1,0 +1,330 @@
+"""Processes that train or evaluate together: where am I, one process group, sums and gathers.
+
+A process finds its place from torchrun, a submitit job on this machine, a SLURM step, or it is alone. Alone there is
+no process group, on no device, and every helper below is the identity: the laptop path is the cluster path.
+
+    with distributed.session():
+        total = distributed.all_reduce_sum(torch.ones(1, device=distributed.device()))
+"""
+
+import logging
+import os
+import random
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+logger = logging.getLogger(__name__)
+
+# Longer than a teacher dump of ViT-g or listing a data set takes on one process while the others wait.
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+
+_TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_SUBMITIT_LOCAL = tuple(f"SUBMITIT_LOCAL_{name}" for name in ("JOB_ID", "GLOBALID", "NTASKS", "LOCALID"))
+_SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One process among `world_size`: who it is and where rank 0 listens."""
+
+    source: Literal["torchrun", "submitit", "slurm", "alone"]
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
+            raise ValueError(f"the environment ({self.source}) describes an impossible place: {self}")
+
+
+_place: Place | None = None
+
+
+# --- Where am I ------------------------------------------------------------------------------------------------------
+
+
+def where_am_i(env: Mapping[str, str] = os.environ) -> Place:
+    """Find the place of this process from environment variables.
+
+    In this order: a complete torchrun set; a task of a submitit job on this machine; a task of a SLURM step (variables
+    of an allocation alone, as in an sbatch script or an salloc shell, do not make several processes); alone.
+
+    Raises:
+        ValueError: if the variables mean several processes but are incomplete or contradict each other.
+    """
+    if all(name in env for name in _TORCHRUN):
+        address, port, rank, world_size, local_rank, local_world_size = (env[name] for name in _TORCHRUN)
+        return Place("torchrun", int(rank), int(world_size), int(local_rank), int(local_world_size), address, int(port))
+    if env.get("SUBMITIT_EXECUTOR") == "local" and all(name in env for name in _SUBMITIT_LOCAL):
+        job_id, rank, world_size, local_rank = (env[name] for name in _SUBMITIT_LOCAL)
+        return Place(
+            "submitit",
+            *(int(rank), int(world_size), int(local_rank), int(world_size)),
+            master_port=_master_port(env, job_id),
+        )
+    if all(name in env for name in _SLURM_STEP):
+        return _slurm_place(env)
+    _refuse_half_a_torchrun(env)
+    return Place("alone")
+
+
+def expand_nodelist(text: str) -> list[str]:
+    """Expand a SLURM node list: `a1,b[2-3,07-09]` -> a1 b2 b3 b07 b08 b09; ranges keep their zero padding.
+
+    Raises:
+        ValueError: if the text is no node list.
+    """
+    names: list[str] = []
+    for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
+        pieces = re.split(r"\[([^\[\]]*)\]", item)  # literal, range list, literal, range list, ...
+        choices = [[p] if i % 2 == 0 else _expand_ranges(p, text) for i, p in enumerate(pieces)]
+        names.extend("".join(parts) for parts in product(*choices))
+    if not names or text.count("[") != text.count("]"):
+        raise ValueError(f"not a SLURM node list: {text!r}")
+    return names
+
+
+def _expand_ranges(text: str, nodelist: str) -> list[str]:
+    numbers: list[str] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None:
+            raise ValueError(f"not a SLURM node list: {nodelist!r} (cannot read {part!r})")
+        first, last = match[1], match[2] or match[1]
+        numbers.extend(f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1))
+    return numbers
+
+
+def _slurm_place(env: Mapping[str, str]) -> Place:
+    nodelist = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
+    nodes = expand_nodelist(nodelist)
+    num_nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_JOB_NUM_NODES") or len(nodes))
+    if len(nodes) != num_nodes:
+        raise ValueError(f"SLURM counts {num_nodes} nodes but lists {len(nodes)}: {nodelist!r}")
+    world_size = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or f"{int(world_size) // num_nodes}(x{num_nodes})"
+    return Place(
+        "slurm",
+        rank=int(env["SLURM_PROCID"]),
+        world_size=int(world_size),
+        local_rank=int(env["SLURM_LOCALID"]),
+        local_world_size=_tasks_on_node(tasks, int(env["SLURM_NODEID"])),
+        master_addr=nodes[0],
+        master_port=_master_port(env, env["SLURM_JOB_ID"]),
+    )
+
+
+def _tasks_on_node(text: str, node: int) -> int:
+    """Read SLURM's task counts, such as `2(x3),1`: two tasks on each of three nodes, one on the fourth."""
+    counts: list[int] = []
+    for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts.extend([int(count)] * int(repeats or 1))
+    if node >= len(counts):
+        raise ValueError(f"SLURM gives task counts {text!r} but this is node number {node}")
+    return counts[node]
+
+
+def _master_port(env: Mapping[str, str], job_id: str) -> int:
+    """MASTER_PORT if set, else one drawn from the job id, so that all tasks agree without talking."""
+    return int(env["MASTER_PORT"]) if "MASTER_PORT" in env else random.Random(int(job_id)).randint(20000, 60000)
+
+
+def _refuse_half_a_torchrun(env: Mapping[str, str]) -> None:
+    found = [name for name in _TORCHRUN if name in env]
+    missing = ", ".join(name for name in _TORCHRUN if name not in env)
+    several = [f"{n}={env[n]}" for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE") if env.get(n, "1") != "1"]
+    several += [f"{n}={env[n]}" for n in ("RANK", "LOCAL_RANK") if env.get(n, "0") != "0"]
+    if several:
+        raise ValueError(
+            f"{', '.join(several)} means several processes, but {missing} not set: start them with torchrun or srun, "
+            "or unset these variables to run one process"
+        )
+    if found:
+        logger.warning("ignoring %s (%s not set): running as a single process", ", ".join(found), missing)
+
+
+# --- The process group -----------------------------------------------------------------------------------------------
+
+
+def init(timeout: timedelta = DEFAULT_TIMEOUT) -> Place:
+    """Find the place of this process, choose its GPU and, if there are several processes, connect them.
+
+    Collectives on CUDA tensors go through NCCL, those on CPU tensors through gloo.
+
+    Raises:
+        RuntimeError: if a process group exists already.
+        ValueError: if the environment makes no sense, or there are fewer GPUs than processes on this machine.
+    """
+    global _place
+    if dist.is_initialized():
+        raise RuntimeError("the process group exists already: init() was called twice without close()")
+    place = where_am_i()
+    target = _choose_device(place)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    if place.world_size > 1:
+        address = "env://" if place.source == "torchrun" else f"tcp://{place.master_addr}:{place.master_port}"
+        logger.debug("process %d of %d connects to %s", place.rank, place.world_size, address)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
+            init_method=address,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=target if target.type == "cuda" else None,
+        )
+    _place = place
+    return place
+
+
+def close() -> None:
+    """Leave the process group, if there is one."""
+    global _place
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    _place = None
+
+
+@contextmanager
+def session(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[Place]:
+    """`init()` before and `close()` after the body; an error in the body is not left to the others' time-out.
+
+    The traceback is logged with the rank and handed to torchrun, if that started us. The group is then not closed in
+    good order, which would wait for the others: the process ends, its connections break, and the others fail too.
+    """
+    place = init(timeout)
+    try:
+        yield place
+    except Exception as error:
+        if place.world_size > 1:
+            host = socket.gethostname()
+            logger.critical("process %d of %d on %s failed", place.rank, place.world_size, host, exc_info=True)
+            get_error_handler().record_exception(error)
+        raise
+    close()
+
+
+def _choose_device(place: Place) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1:  # the only one there is, or the one that the scheduler made visible to this task
+        return torch.device("cuda", 0)
+    if place.local_rank >= count:
+        raise ValueError(f"{place.local_world_size} processes on this machine but {count} GPUs: start at most {count}")
+    return torch.device("cuda", place.local_rank)
+
+
+# --- Questions -------------------------------------------------------------------------------------------------------
+
+
+def is_enabled() -> bool:
+    """Whether there is a process group, that is, more than one process."""
+    return dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_enabled() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_enabled() else 1
+
+
+def local_rank() -> int:
+    """The position of this process among those on this machine."""
+    return _place.local_rank if _place else 0
+
+
+def local_world_size() -> int:
+    """How many of the processes are on this machine."""
+    return _place.local_world_size if _place else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this process: its GPU, or the CPU when there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+# --- Collectives: new tensors, without gradient; with one process, copies ---------------------------------------------
+
+
+def barrier() -> None:
+    if is_enabled():
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over processes: any shape -> the same shape."""
+    return _all_reduce(tensor, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The elementwise maximum over processes: any shape -> the same shape."""
+    return _all_reduce(tensor, dist.ReduceOp.MAX)
+
+
+def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
+    result = tensor.detach().clone()
+    if is_enabled():
+        dist.all_reduce(result, op=operation)
+    return result
+
+
+def all_gather_cat(tensor: Tensor) -> Tensor:
+    """Concatenate the tensors of all processes by rank; equal shapes: (n, ...) -> (world_size * n, ...)."""
+    mine = tensor.detach().contiguous()
+    if not is_enabled():
+        return mine.clone()
+    parts = [torch.empty_like(mine) for _ in range(world_size())]
+    dist.all_gather(parts, mine)
+    return torch.cat(parts)
+
+
+def all_gather_varied(tensor: Tensor) -> Tensor:
+    """Concatenate by rank where the first dimension may differ: (n_r, ...) -> (sum of n_r, ...)."""
+    mine = tensor.detach()
+    if not is_enabled():
+        return mine.clone()
+    sizes = all_gather_cat(torch.tensor([len(mine)], device=mine.device)).tolist()
+    padded = mine.new_zeros((max(sizes), *mine.shape[1:]))
+    padded[: len(mine)] = mine
+    parts = all_gather_cat(padded).split(max(sizes)) if max(sizes) else (padded,) * len(sizes)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
+    """The tensor of rank `source` on every process; all must pass one of the same shape and dtype."""
+    result = tensor.detach().clone()
+    if is_enabled():
+        dist.broadcast(result, source)
+    return result
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """The values of all processes by rank; for small picklable things such as names and counts."""
+    if not is_enabled():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,385 @@
+"""What a run says: log lines on the console and in files, smoothed meters, metrics as JSON lines.
+
+Meters take floats or 0-d tensors. Tensors are kept as they are until a number is needed, so that logging every step
+does not make the CPU wait for the GPU every step; then they are all fetched together.
+"""
+
+import json
+import logging
+import math
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+# --- Log lines -------------------------------------------------------------------------------------------------------
+
+# I20230417 17:55:51 1234 dinov2.train.train train.py:233] message
+_FORMAT = "%(levelname).1s%(asctime)s %(process)d %(name)s %(filename)s:%(lineno)s] %(message)s"
+_DATE_FORMAT = "%Y%m%d %H:%M:%S"
+
+
+class _Console(logging.Handler):
+    """Lines on standard output, above the progress bar when there is one; what ends a command on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            if hasattr(record, "ends_command"):
+                tqdm.write(f"error: {record.getMessage()}", file=sys.stderr)
+            else:
+                tqdm.write(self.format(record), file=sys.stdout)
+        except Exception:
+            self.handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that never stops a run: when it cannot be written (a full disk), that is said once."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        if not self.failed:
+            self.failed = True
+            logger.warning("cannot write the log file %s: %s; lines are lost", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError as error:  # what was buffered does not fit on the disk
+            sys.stderr.write(f"cannot write the end of the log file {self.baseFilename}: {error}\n")
+
+
+def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: int = logging.INFO) -> None:
+    """Send all log lines and warnings to the console and, if an output folder is given, to a file in it.
+
+    The console shows rank 0, and errors of the other ranks. Lines are appended to `output_dir/logs/log.txt`
+    (`log.txt.rank3` for rank 3), or to `output_dir` itself if that ends in `.txt` or `.log`.
+    May be called again: the same arguments change nothing, others replace the former ones.
+    """
+    handlers: list[logging.Handler] = [_Console(level if rank == 0 else max(level, logging.ERROR))]
+    if output_dir is not None:
+        path = Path(output_dir)
+        if path.suffix not in (".txt", ".log"):
+            path = path / "logs" / "log.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(_LogFile(path if rank == 0 else f"{path}.rank{rank}"))
+    root = logging.getLogger()
+    for old in [handler for handler in root.handlers if isinstance(handler, (_Console, _LogFile))]:
+        root.removeHandler(old)
+        old.close()
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+        root.addHandler(handler)
+    root.setLevel(level)
+    logging.captureWarnings(True)
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """Run a command of a person and return its exit status, 0 if it has none to give.
+
+    An error about what the person gave (a config, a file, a value, a full disk) is told in one line, its traceback
+    goes to the log file only, and the status is 1. Any other error is ours and raised as it is.
+    """
+    setup_logging()
+    try:
+        return command() or 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        logger.error("%s", error, exc_info=True, extra={"ends_command": True})
+        return 1
+
+
+# --- Meters ----------------------------------------------------------------------------------------------------------
+
+
+class SmoothedValue:
+    """A series of numbers: its last `window_size` values, and the count and total of all of them.
+
+    Args:
+        window_size: how many values the median, the average and the maximum look at.
+        fmt: text form; may use median, avg, global_avg, max and value.
+    """
+
+    def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})") -> None:
+        self.fmt = fmt
+        self._window: deque[float] = deque(maxlen=window_size)
+        self._count = 0
+        self._total = 0.0
+        self._pending: list[tuple[float | Tensor, int]] = []
+
+    def update(self, value: float | Tensor, num: int = 1) -> None:
+        """Add a number or a tensor of one element, which counts `num` times in the total."""
+        self._pending.append((value.detach().reshape(()) if isinstance(value, Tensor) else float(value), num))
+
+    @property
+    def window(self) -> Sequence[float]:
+        """The last values, oldest first."""
+        _settle([self])
+        return list(self._window)
+
+    @property
+    def count(self) -> int:
+        _settle([self])
+        return self._count
+
+    @property
+    def total(self) -> float:
+        _settle([self])
+        return self._total
+
+    @property
+    def median(self) -> float:
+        """The median of the window, the lower one of two; NaN if there is a NaN in it."""
+        window = self.window or [0.0]
+        return math.nan if any(map(math.isnan, window)) else statistics.median_low(window)
+
+    @property
+    def avg(self) -> float:
+        return sum(self.window) / max(len(self._window), 1)
+
+    @property
+    def global_avg(self) -> float:
+        return self.total / max(self._count, 1)
+
+    @property
+    def max(self) -> float:
+        return max(self.window, default=0.0)
+
+    @property
+    def value(self) -> float:
+        """The last value."""
+        return self.window[-1] if self.window else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"window": self.window, "count": self.count, "total": self.total}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._pending.clear()
+        self._window = deque(state["window"], maxlen=self._window.maxlen)
+        self._count, self._total = state["count"], state["total"]
+
+    def __str__(self) -> str:
+        return self.fmt.format(
+            median=self.median, avg=self.avg, global_avg=self.global_avg, max=self.max, value=self.value
+        )
+
+
+def _settle(meters: Iterable[SmoothedValue]) -> None:
+    """Turn the tensors waiting in some meters into numbers, with one wait for the device."""
+    meters = list(meters)
+    values = [value for meter in meters for value, _ in meter._pending]
+    remote = [value.double() for value in values if isinstance(value, Tensor) and not value.is_cpu]
+    fetched = iter(torch.stack(remote).tolist() if remote else [])
+    for meter in meters:
+        for value, num in meter._pending:
+            number = float(value) if not isinstance(value, Tensor) or value.is_cpu else next(fetched)
+            meter._window.append(number)
+            meter._count += num
+            meter._total += number * num
+        meter._pending.clear()
+
+
+@dataclass
+class _Loop:
+    """The facts about one run of `MetricLogger.log_every`."""
+
+    header: str
+    iterations: range
+    print_freq: int
+    batch_size: int | None
+    iter_time: SmoothedValue = field(default_factory=SmoothedValue)
+    data_time: SmoothedValue = field(default_factory=SmoothedValue)
+    started: float = field(default_factory=time.perf_counter)
+
+    def elapsed(self) -> tuple[float, float]:
+        """Seconds since the start, in all and per iteration that was done."""
+        seconds = time.perf_counter() - self.started
+        return seconds, seconds / max(self.iter_time.count, 1)
+
+
+class MetricLogger:
+    """Named meters, and a loop over batches that prints them.
+
+    Args:
+        delimiter: between the parts of a printed line.
+        output_file: every printed line is also appended here as a JSON object.
+        is_main: whether this is the process that writes the file and shows the progress bar.
+    """
+
+    def __init__(self, delimiter: str = "\t", output_file: str | Path | None = None, *, is_main: bool = True) -> None:
+        self.meters: dict[str, SmoothedValue] = {}
+        self.delimiter = delimiter
+        self.output_file = Path(output_file) if output_file is not None and is_main else None
+        self.is_main = is_main
+        self._end: Callable[[], None] | None = None
+
+    def update(self, **values: float | Tensor) -> None:
+        """Add a number or a tensor of one element to each named meter; meters appear on first use."""
+        for name, value in values.items():
+            self.meters.setdefault(name, SmoothedValue()).update(value)
+
+    def __getattr__(self, name: str) -> SmoothedValue:
+        if name != "meters" and name in self.meters:
+            return self.meters[name]
+        raise AttributeError(f"{type(self).__name__} has neither an attribute nor a meter {name!r}")
+
+    def __str__(self) -> str:
+        _settle(self.meters.values())
+        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The meters: a run that resumes with them prints the lines that an uninterrupted one would."""
+        _settle(self.meters.values())
+        return {name: meter.state_dict() for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.meters = {name: SmoothedValue() for name in state}
+        for name, meter in self.meters.items():
+            meter.load_state_dict(state[name])
+
+    def synchronize_between_processes(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Make counts and totals, hence `global_avg`, those of all processes; windows stay each process's own."""
+        sums = torch.tensor([[meter.count, meter.total] for meter in self.meters.values()], dtype=torch.float64)
+        for meter, (count, total) in zip(self.meters.values(), all_reduce_sum(sums).tolist(), strict=True):
+            meter._count, meter._total = int(count), total
+
+    def log_every(
+        self,
+        iterable: Iterable[T],
+        print_freq: int,
+        header: str = "",
+        n_iterations: int | None = None,
+        start_iteration: int = 0,
+        *,
+        batch_size: int | None = None,
+    ) -> Iterator[T]:
+        """Yield items; after the caller's work on every `print_freq`-th and on the last one, print the meters.
+
+        Nothing is fetched and nothing yielded when `start_iteration` has reached `n_iterations` already.
+
+        Args:
+            iterable: batches, the first of which belongs to `start_iteration`.
+            print_freq: iterations between two lines.
+            header: the first words of each line.
+            n_iterations: where to stop, not counted from `start_iteration`; default: the length of the iterable.
+            batch_size: images per iteration over all processes; if given, images per second are printed.
+        """
+        stop = len(iterable) if n_iterations is None else n_iterations  # type: ignore[arg-type]
+        loop = _Loop(header, range(start_iteration, stop), print_freq, batch_size)
+        if not loop.iterations:
+            return
+        source = iter(iterable)
+        show_bar = self.is_main and sys.stderr.isatty()
+        with tqdm(total=stop, initial=start_iteration, desc=header, disable=not show_bar, dynamic_ncols=True) as bar:
+            for index in loop.iterations:
+                asked = time.perf_counter()
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                self._end = partial(self._end_iteration, loop, index, asked, time.perf_counter())
+                yield item
+                self.end_iteration()
+                bar.update()
+        seconds, per_iteration = loop.elapsed()
+        logger.info("%s Total time: %s (%.6f s / it)", header, _clock(seconds), per_iteration)
+
+    def end_iteration(self) -> None:
+        """Print what is due for the current iteration now, and not only when the caller's work on it is over.
+
+        To be called before a checkpoint is written: then the printed lines and the saved meters belong together,
+        and the time for the checkpoint does not count as that of the step.
+        """
+        if self._end is not None:
+            end, self._end = self._end, None
+            end()
+
+    def _end_iteration(self, loop: _Loop, index: int, asked: float, received: float) -> None:
+        loop.data_time.update(received - asked)
+        loop.iter_time.update(time.perf_counter() - asked)
+        if index % loop.print_freq != 0 and index != loop.iterations[-1]:
+            return
+        logger.info("%s", self._line(loop, index))
+        if self.output_file is not None:
+            medians = {name: meter.median for name, meter in self.meters.items()}
+            times = {"iter_time": loop.iter_time.avg, "data_time": loop.data_time.avg}
+            append_json(self.output_file, {"iteration": index, **times, **medians})
+
+    def _line(self, loop: _Loop, index: int) -> str:
+        stop, remaining = loop.iterations.stop, loop.iterations[-1] - index
+        iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
+        parts = [f"{loop.header} [{index:{len(str(stop))}d}/{stop}]", f"eta: {_clock(loop.elapsed()[1] * remaining)}"]
+        if self.meters:
+            parts.append(str(self))
+        parts += [f"time: {iter_time:.6f}", f"data: {data_time:.6f}"]
+        if loop.batch_size is not None:
+            parts.append(f"images/s: {loop.batch_size / iter_time:.1f}")
+        parts.append(f"data wait: {data_time / iter_time:.0%}")
+        if torch.cuda.is_available():
+            parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
+        return self.delimiter.join(parts).strip()
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))
+
+
+# --- Metrics files: one JSON object per line -------------------------------------------------------------------------
+
+
+def append_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Append one line to a file of JSON lines.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+    """
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the metrics: {error.strerror}", str(path)) from error
+
+
+def truncate_metrics(path: str | Path, before_iteration: int) -> None:
+    """Drop from a metrics file, if there is one, the iterations that a resumed run is going to do again.
+
+    Kept are the lines with `iteration` < `before_iteration`; lines torn by a crash are dropped as well. The file is
+    replaced as a whole, so that a crash in here loses nothing.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if _iteration_of(line) < before_iteration]
+    if kept == lines:
+        return
+    logger.info("%s: %d of %d lines are dropped, they will be computed again", path, len(lines) - len(kept), len(lines))
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _iteration_of(line: str) -> float:
+    """The iteration that a line is about; infinite if the line is torn."""
+    try:
+        return float(json.loads(line)["iteration"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
