@@ -1,0 +1,86 @@
+"""What every data set of pictures has in common."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from dinov2.data.images import BadImageError, decode_image
+
+
+class ImageDataset(Dataset):
+    """A data set of (picture, target) pairs that are read from bytes.
+
+    A data set of one's own derives from it, implements `__len__`, `get_image_data` and `get_target`, better also
+    `get_targets` and `describe`, and is made known to dataset strings by a line in `dinov2.data.datasets.DATASETS`.
+
+    Args:
+        transforms: applied to (picture, target), returns both; excludes the other two.
+        transform: applied to the picture (PIL, RGB).
+        target_transform: applied to the target.
+    """
+
+    def __init__(
+        self,
+        *,
+        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        if transforms is not None and (transform is not None or target_transform is not None):
+            raise ValueError("give either transforms, for picture and target together, or transform/target_transform")
+        self.transforms = transforms
+        self.transform = transform
+        self.target_transform = target_transform
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def get_image_data(self, index: int) -> bytes:
+        """The image file of sample `index`."""
+        raise NotImplementedError
+
+    def get_target(self, index: int) -> int | None:
+        """The class index of sample `index`, None when the data set has no labels."""
+        raise NotImplementedError
+
+    def get_targets(self) -> np.ndarray | None:
+        """The class indices of all samples, (len(self),) int64, None when the data set has no labels."""
+        targets = [self.get_target(index) for index in range(len(self))]
+        return None if None in targets else np.array(targets, dtype=np.int64)
+
+    def describe(self, index: int) -> str:
+        """Where the picture of sample `index` comes from, for messages."""
+        return f"{type(self).__name__} sample {index}"
+
+    def get_image(self, index: int) -> Image.Image:
+        """The picture of sample `index`, RGB, not transformed.
+
+        Raises:
+            BadImageError: it cannot be read or decoded; names the index and the file, the cause is chained.
+        """
+        path = self.describe(index)
+        try:
+            return decode_image(self.get_image_data(index))
+        except Exception as error:
+            raise BadImageError(f"cannot read the image of sample {index} ({path}): {error}", path=path) from error
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        """Picture and target of sample `index`, both transformed.
+
+        Raises:
+            IndexError: no such sample.
+            BadImageError: see `get_image`.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of a data set of {len(self)}")
+        image, target = self.get_image(index), self.get_target(index)
+        if self.transforms is not None:
+            return self.transforms(image, target)
+        if self.transform is not None:
+            image = self.transform(image)
+        if self.target_transform is not None:
+            target = self.target_transform(target)
+        return image, target

@@ -1,0 +1,96 @@
+"""Samples -> Batch: crops are stacked and masks are drawn.
+
+Legend: B images of the batch; G, S side of a global and a local crop; L local crops per image; N patches of a global
+crop; M masked patches of the batch.
+"""
+
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dinov2.data.augment import MultiCrop
+from dinov2.data.masking import MaskingGenerator
+
+
+class Batch(NamedTuple):
+    """What one step trains on. Rows are crop-major: crop 0 of all images, then crop 1 of all images, ..."""
+
+    global_crops: Tensor  # (2B, 3, G, G)
+    local_crops: Tensor  # (L*B, 3, S, S); without local crops (0, 3, G, G)
+    masks: Tensor  # (2B, N) bool, True = masked, patches row by row
+    mask_index: Tensor  # (M,) int64, where masks.flatten() is True, ascending
+    mask_weight: Tensor  # (M,) float32, 1 / masked patches of the same crop
+    upperbound: int  # >= M, the same for every batch of these settings
+    bad_images: tuple[str, ...] = ()  # images that could not be read and were replaced by others
+
+
+def collate_data_and_cast(
+    samples: Sequence[MultiCrop],
+    *,
+    mask_ratio_tuple: tuple[float, float],
+    mask_probability: float,
+    dtype: torch.dtype,
+    n_tokens: int,
+    mask_generator: MaskingGenerator,
+    rng: random.Random,
+) -> Batch:
+    """Stacks the crops of B images and draws the masks of their global crops.
+
+    Args:
+        samples: one MultiCrop per image.
+        mask_ratio_tuple: smallest and largest share of a masked crop's patches.
+        mask_probability: share of the 2B global crops that get a mask; 0 when iBOT is off.
+        dtype: of the crops.
+        n_tokens: N.
+        mask_generator: draws one mask.
+        rng: source of all randomness here.
+    """
+    global_crops = torch.stack([sample.global_crops[i] for i in range(2) for sample in samples]).to(dtype)
+    num_local = len(samples[0].local_crops)
+    local_crops = [sample.local_crops[i] for i in range(num_local) for sample in samples]
+    masks, upperbound = draw_masks(
+        len(global_crops), mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
+    )
+    weight = 1 / masks.sum(-1, keepdim=True).clamp(min=1)
+    return Batch(
+        global_crops=global_crops,
+        local_crops=torch.stack(local_crops).to(dtype) if local_crops else global_crops[:0],
+        masks=masks,
+        mask_index=masks.flatten().nonzero().flatten(),
+        mask_weight=weight.expand_as(masks)[masks],
+        upperbound=upperbound,
+    )
+
+
+def draw_masks(
+    num_crops: int,
+    mask_ratio_tuple: tuple[float, float],
+    mask_probability: float,
+    *,
+    n_tokens: int,
+    mask_generator: MaskingGenerator,
+    rng: random.Random,
+) -> tuple[Tensor, int]:
+    """Draws masks for exactly floor(num_crops * mask_probability) of the crops.
+
+    The range of ratios is cut into as many equal parts as there are masked crops, one part for each, so that every
+    batch covers the whole range evenly. Which crops are masked is random: both, one or none of an image.
+
+    Returns:
+        Masks (num_crops, N) bool, and the upper bound of masked patches, which depends on the settings only.
+    """
+    num_masked = int(num_crops * mask_probability)
+    edges = torch.linspace(*mask_ratio_tuple, num_masked + 1)  # float32, and so is what follows: it decides the floors
+    masks = torch.zeros(num_crops, n_tokens, dtype=torch.bool)
+    upperbound = 0
+    for i in range(num_masked):
+        low, high = edges[i], edges[i + 1]
+        ratio = low + (high - low) * rng.random()
+        masks[i] = torch.from_numpy(mask_generator(int(n_tokens * ratio), rng=rng).reshape(-1))
+        upperbound += int(n_tokens * high)
+    order = list(range(num_crops))
+    rng.shuffle(order)
+    return masks[order], upperbound

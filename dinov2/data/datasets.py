@@ -1,0 +1,157 @@
+"""Dataset strings -> data sets: the table of the known ones, and the place to add another."""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from enum import Enum
+from typing import Any, NamedTuple
+
+from dinov2.data.base import ImageDataset
+from dinov2.data.fashion_mnist import FashionMNIST
+from dinov2.data.folder import ImageFolder
+from dinov2.data.image_net import ImageNet
+from dinov2.data.image_net_22k import ImageNet22k
+
+__all__ = [
+    "DATASETS",
+    "Entry",
+    "FashionMNIST",
+    "ImageDataset",
+    "ImageFolder",
+    "ImageNet",
+    "ImageNet22k",
+    "make_dataset",
+    "parse_dataset_str",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """What a dataset string needs to know of a data set."""
+
+    factory: Callable[..., Any]  # called with the keys of the string, transform and target_transform
+    required: tuple[str, ...] = ("root",)
+    optional: tuple[str, ...] = ()
+    splits: type[Enum] | None = None  # `split` becomes a member of it; without it stays text
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+
+# Name in the dataset string -> data set. One of your own is a class like ImageFolder (see ImageDataset) and a line like
+#     DATASETS["Flowers"] = Entry(Flowers, required=("root",), optional=("split",))
+# here or in your code; then "Flowers:root=/data/flowers:split=val" is Flowers(root="/data/flowers", split="val").
+DATASETS: dict[str, Entry] = {
+    "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), splits=ImageNet.Split),
+    "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
+    "ImageFolder": Entry(ImageFolder, optional=("split",)),
+    "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
+}
+
+
+def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
+    """Takes a dataset string, `Name(:key=value)*`, apart.
+
+    A `:` begins a new key only before one of the data set's own keys and `=`, so a value may hold both `:` and `=`.
+
+    Args:
+        dataset_str: for instance `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-extra`.
+
+    Returns:
+        The name and the keyword arguments; `split` as a member of the data set's enum if it has one.
+
+    Raises:
+        ValueError: unknown name, key or split; missing, empty or repeated key.
+    """
+    name, _, rest = dataset_str.partition(":")
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {_quote(name, DATASETS)} in {dataset_str!r}; known: {', '.join(DATASETS)}")
+    entry = DATASETS[name]
+
+    # "root=/a:b:extra=/c" -> "", "root", "/a:b", "extra", "/c"
+    leading, *parts = re.split(rf"(?:^|:)({'|'.join(entry.keys)})=", rest)
+    if leading:
+        raise _unknown_key(leading.partition("=")[0], dataset_str)
+    keys, values = parts[::2], parts[1::2]
+    arguments: dict[str, Any] = dict(zip(keys, values, strict=True))
+    if len(arguments) < len(keys):
+        raise ValueError(f"a key is given twice in {dataset_str!r}; write {_usage(name)}")
+    missing = [key for key in entry.required if not arguments.get(key)]
+    if missing:
+        raise ValueError(f"missing {' and '.join(missing)} in {dataset_str!r}; write {_usage(name)}")
+    if entry.splits is not None and "split" in arguments:
+        arguments["split"] = _split_member(entry.splits, arguments["split"], dataset_str)
+    return name, arguments
+
+
+def _split_member(splits: type[Enum], split: str, dataset_str: str) -> Enum:
+    if split in splits.__members__:
+        return splits[split]
+    if key := _key_inside(split):
+        raise _unknown_key(key, dataset_str)
+    known = splits.__members__
+    raise ValueError(f"unknown split {_quote(split, known)} in {dataset_str!r}; known: {', '.join(known)}")
+
+
+def make_dataset(
+    *,
+    dataset_str: str,
+    transform: Callable[[Any], Any] | None = None,
+    target_transform: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Makes the data set that a dataset string describes.
+
+    Args:
+        dataset_str: see `parse_dataset_str`; `~` at the beginning of a path is the home folder.
+        transform: applied to the pictures.
+        target_transform: applied to the targets.
+
+    Returns:
+        The data set; what it has, see `ImageDataset`.
+
+    Raises:
+        ValueError: the string is wrong.
+        FileNotFoundError: the files are not there.
+    """
+    logger.info("using dataset %r", dataset_str)
+    name, arguments = parse_dataset_str(dataset_str)
+    for key, value in arguments.items():
+        if key != "split":
+            arguments[key] = os.path.expanduser(value)
+            # A misspelt key, as in "root=/data:splt=val", or a path that really has such a name?
+            unknown = _key_inside(value)
+            if unknown and not os.path.exists(arguments[key]):
+                raise _unknown_key(unknown, dataset_str)
+    dataset = DATASETS[name].factory(**arguments, transform=transform, target_transform=target_transform)
+    logger.info("%d samples in dataset %r", len(dataset), dataset_str)
+    return dataset
+
+
+def _key_inside(value: str) -> str | None:
+    """The `key` of a value like `/data:key=text`, which may be a misspelt one."""
+    match = re.search(r":(\w+)=", value)
+    return None if match is None else match[1]
+
+
+def _unknown_key(key: str, dataset_str: str) -> ValueError:
+    name = dataset_str.partition(":")[0]
+    return ValueError(f"unknown key {_quote(key, DATASETS[name].keys)} in {dataset_str!r}; write {_usage(name)}")
+
+
+def _quote(text: str, known: Iterable[str]) -> str:
+    """The text in quotes and, if it resembles a known one, the question whether that was meant."""
+    lowered = {choice.lower(): choice for choice in known}
+    near = difflib.get_close_matches(text.lower(), lowered, n=1)
+    return f"{text!r} (did you mean {lowered[near[0]]}?)" if near else repr(text)
+
+
+def _usage(name: str) -> str:
+    entry = DATASETS[name]
+    values = {"split": "|".join(entry.splits.__members__)} if entry.splits is not None else {}
+    required = "".join(f":{key}={values.get(key, '...')}" for key in entry.required)
+    optional = "".join(f"[:{key}={values.get(key, '...')}]" for key in entry.optional)
+    return name + required + optional

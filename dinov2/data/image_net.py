@@ -1,0 +1,216 @@
+"""ImageNet-1k in its usual folders, indexed by small tables (the "extra" files)."""
+
+import csv
+import logging
+import re
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2.data.base import ImageDataset
+from dinov2.data.extra_file import ExtraFile
+
+logger = logging.getLogger(__name__)
+
+JPEG_SUFFIXES = (".jpeg", ".jpg")
+NO_CLASS = 2**32 - 1  # class_index of the test images, whose labels are not public
+
+
+class ImageNetSplit(Enum):
+    """A split; the value is its folder."""
+
+    TRAIN = "train"
+    VAL = "val"
+    TEST = "test"
+
+    @property
+    def official_length(self) -> int:
+        return {"TRAIN": 1_281_167, "VAL": 50_000, "TEST": 100_000}[self.name]
+
+    def image_path(self, actual_index: int, class_id: str) -> str:
+        """Path of an image relative to the root, from the number in its name and its class ("n01440764")."""
+        if self is ImageNetSplit.TRAIN:
+            return f"train/{class_id}/{class_id}_{actual_index}.JPEG"
+        if self is ImageNetSplit.VAL:
+            return f"val/{class_id}/ILSVRC2012_val_{actual_index:08d}.JPEG"
+        return f"test/ILSVRC2012_test_{actual_index:08d}.JPEG"
+
+    def actual_index(self, path: Path) -> int:
+        """The number in the name of an image.
+
+        Raises:
+            ValueError: it is not named like the images of this split.
+        """
+        number = re.search(r"_(\d+)$", path.stem)
+        if number is None or not path.as_posix().endswith(self.image_path(int(number[1]), path.parent.name)):
+            example = self.image_path(293, "n01440764")
+            raise ValueError(f"{path} is not named like an ImageNet image of split {self.name} ({example})")
+        return int(number[1])
+
+
+class ImageNet(ImageDataset):
+    """ImageNet-1k (ILSVRC 2012).
+
+    Expects `<root>/train/<wnid>/<wnid>_<n>.JPEG`, `<root>/val/<wnid>/ILSVRC2012_val_<n>.JPEG`,
+    `<root>/test/ILSVRC2012_test_<n>.JPEG`, and in `extra` the tables that `dump_extra` makes once per split, which
+    needs `<root>/labels.txt` (lines `n01440764,tench`). `root` and `extra` may be one folder. A part of ImageNet is
+    fine: a number of images other than the official one is only logged.
+
+    Args:
+        split: an `ImageNet.Split`.
+        root: folder of the images.
+        extra: folder of the tables.
+        transforms, transform, target_transform: see `ImageDataset`.
+    """
+
+    Split = ImageNetSplit
+
+    def __init__(
+        self,
+        *,
+        split: ImageNetSplit,
+        root: str | Path,
+        extra: str | Path,
+        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+        self.root = Path(root)
+        self.split = split
+        creation = (
+            "from dinov2.data.datasets import ImageNet; "
+            f"ImageNet(split=ImageNet.Split.{split.name}, root={str(root)!r}, extra={str(extra)!r}).dump_extra()"
+        )
+        self._entries = ExtraFile(Path(extra, f"entries-{split.name}.npy"), creation)
+        self._class_ids = ExtraFile(Path(extra, f"class-ids-{split.name}.npy"), creation)
+        self._class_names = ExtraFile(Path(extra, f"class-names-{split.name}.npy"), creation)
+        self._length_is_checked = False
+
+    def __len__(self) -> int:
+        length = len(self._entries.array)
+        if length != self.split.official_length and not self._length_is_checked:
+            official = self.split.official_length
+            logger.warning("%s has %d images, ImageNet %s has %d", self.root, length, self.split.name, official)
+        self._length_is_checked = True
+        return length
+
+    def describe(self, index: int) -> str:
+        """The path of the image."""
+        entry = self._entries.array[index]
+        return str(self.root / self.split.image_path(int(entry["actual_index"]), str(entry["class_id"])))
+
+    def get_image_data(self, index: int) -> bytes:
+        return Path(self.describe(index)).read_bytes()
+
+    def get_target(self, index: int) -> int | None:
+        if self.split is ImageNetSplit.TEST:
+            return None
+        return int(self._entries.array[index]["class_index"])
+
+    def get_targets(self) -> np.ndarray | None:
+        return None if self.split is ImageNetSplit.TEST else self._entries.array["class_index"].astype(np.int64)
+
+    def get_class_id(self, index: int) -> str | None:
+        """WordNet id of the class of sample `index`, None for TEST."""
+        return None if self.split is ImageNetSplit.TEST else str(self._entries.array[index]["class_id"])
+
+    def get_class_name(self, index: int) -> str | None:
+        """Name of the class of sample `index`, None for TEST."""
+        return None if self.split is ImageNetSplit.TEST else str(self._entries.array[index]["class_name"])
+
+    def find_class_id(self, class_index: int) -> str:
+        """WordNet id of a class."""
+        self._require_classes()
+        return str(self._class_ids.array[class_index])
+
+    def find_class_name(self, class_index: int) -> str:
+        """Name of a class."""
+        self._require_classes()
+        return str(self._class_names.array[class_index])
+
+    def _require_classes(self) -> None:
+        if self.split is ImageNetSplit.TEST:
+            raise ValueError("the TEST split of ImageNet has no classes; TRAIN and VAL have")
+
+    def dump_extra(self) -> None:
+        """Makes the extra files of this split from the images and `<root>/labels.txt` (TEST needs neither).
+
+        Raises:
+            RuntimeError: `labels.txt` cannot be read.
+            ValueError: a line of it, a class folder or the name of an image is not as it should be.
+            FileNotFoundError: the folder of the split is missing or has no class folders with images.
+        """
+        if self.split is ImageNetSplit.TEST:
+            self._dump_test()
+        else:
+            self._dump_with_classes()
+        logger.info("wrote the extra files of split %s to %s", self.split.name, self._entries.path.parent)
+
+    def _dump_test(self) -> None:
+        length = self.split.official_length
+        entries = np.zeros(length, _entry_dtype("", ""))
+        entries["actual_index"] = np.arange(1, length + 1)
+        entries["class_index"] = NO_CLASS
+        self._entries.save(entries)
+
+    def _dump_with_classes(self) -> None:
+        name_of_class = _read_labels(self.root / "labels.txt")
+        folder = self.root / self.split.value
+        class_ids = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        unlabelled = [class_id for class_id in class_ids if class_id not in name_of_class]
+        if unlabelled:
+            raise ValueError(f"{self.root / 'labels.txt'} does not name these class folders of {folder}: {unlabelled}")
+        class_names = [name_of_class[class_id] for class_id in class_ids]
+        actual_indices, class_indices = self._list_images(folder, class_ids)
+
+        entries = np.empty(len(actual_indices), _entry_dtype(max(class_ids, key=len), max(class_names, key=len)))
+        entries["actual_index"] = actual_indices
+        entries["class_index"] = class_indices
+        entries["class_id"] = np.array(class_ids)[class_indices]
+        entries["class_name"] = np.array(class_names)[class_indices]
+        self._class_ids.save(np.array(class_ids))
+        self._class_names.save(np.array(class_names))
+        self._entries.save(entries)
+
+    def _list_images(self, folder: Path, class_ids: list[str]) -> tuple[list[int], list[int]]:
+        """Number in its name and class index of every image in the class folders."""
+        actual_indices: list[int] = []
+        class_indices: list[int] = []
+        for class_index, class_id in enumerate(class_ids):
+            paths = sorted(path for path in (folder / class_id).glob("[!.]*") if path.suffix.lower() in JPEG_SUFFIXES)
+            actual_indices += [self.split.actual_index(path) for path in paths]
+            class_indices += [class_index] * len(paths)
+            percent, percent_before = (100 * done // len(class_ids) for done in (class_index + 1, class_index))
+            if percent != percent_before:
+                logger.info("listing %s: %d %%", folder, percent)
+        if not actual_indices:
+            raise FileNotFoundError(f"no images in folders like {folder}/n01440764; they should be sorted by class")
+        return actual_indices, class_indices
+
+
+def _entry_dtype(longest_class_id: str, longest_class_name: str) -> np.dtype:
+    return np.dtype(
+        [
+            ("actual_index", "<u4"),
+            ("class_index", "<u4"),
+            ("class_id", f"<U{len(longest_class_id)}"),
+            ("class_name", f"<U{len(longest_class_name)}"),
+        ]
+    )
+
+
+def _read_labels(path: Path) -> dict[str, str]:
+    """`labels.txt`, lines `wnid,name` -> name of each wnid."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+    except OSError as error:
+        raise RuntimeError(f"cannot read the class names from {path}: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if len(row) not in (0, 2):  # 0: an empty line
+            raise ValueError(f"{path}, row {number}: {row} should be a class and its name, like n01440764,tench")
+    return dict(row for row in rows if row)

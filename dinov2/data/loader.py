@@ -1,0 +1,276 @@
+"""Data loaders: a plain one, the one of training, and the way of batches to the device."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+from dinov2.data.augment import MultiCrop
+from dinov2.data.collate import Batch
+from dinov2.data.masking import MaskingGenerator
+from dinov2.data.samplers import (
+    EndlessEpochs,
+    EpochSampler,
+    GlobalOrderSampler,
+    InfiniteSampler,
+    ShardedInfiniteSampler,
+)
+from dinov2.data.stream import AugmentedDataset, PlaceBatches, StreamCollate
+
+logger = logging.getLogger(__name__)
+
+
+class SamplerType(Enum):
+    """Order of the samples, see `dinov2.data.samplers`."""
+
+    DISTRIBUTED = 0
+    EPOCH = 1
+    INFINITE = 2
+    SHARDED_INFINITE = 3
+    SHARDED_INFINITE_NEW = 4
+    GLOBAL_ORDER = 5
+
+
+_FINITE = (SamplerType.DISTRIBUTED, SamplerType.EPOCH)
+
+
+def make_data_loader(
+    *,
+    dataset: Dataset,
+    batch_size: int,
+    num_workers: int,
+    shuffle: bool = True,
+    seed: int = 0,
+    sampler_type: SamplerType | None = SamplerType.INFINITE,
+    sampler_size: int = -1,
+    sampler_advance: int = 0,
+    drop_last: bool = True,
+    persistent_workers: bool = False,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> DataLoader:
+    """A torch DataLoader over this rank's part of a data set. EPOCH and the sharded samplers are the mended ones.
+
+    Args:
+        dataset: map-style.
+        batch_size: samples per batch of this rank.
+        num_workers: processes that load; 0 loads in this one.
+        shuffle: random order.
+        seed: of the order.
+        sampler_type: None reads everything on every rank.
+        sampler_size: samples per epoch over all ranks, for EPOCH only; -1 is the size of the data set.
+        sampler_advance: samples of this rank to skip at the start, for the endless types only; for GLOBAL_ORDER, which
+            always shuffles, a multiple of ``batch_size``.
+        drop_last: leave out an incomplete last batch.
+        persistent_workers: keep the processes between epochs; without effect when there are none.
+        collate_fn: list of samples -> batch; None is torch's.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: an option that the sampler type does not have.
+    """
+    if sampler_size > 0 and sampler_type is not SamplerType.EPOCH:
+        raise ValueError(f"sampler_size={sampler_size} is for the sampler EPOCH only, not for {sampler_type}")
+    if sampler_advance > 0 and (sampler_type is None or sampler_type in _FINITE):
+        raise ValueError(f"sampler_advance={sampler_advance} is for endless samplers only, not for {sampler_type}")
+    if sampler_type is SamplerType.GLOBAL_ORDER and (not shuffle or sampler_advance % batch_size):
+        raise ValueError(
+            f"the sampler GLOBAL_ORDER shuffles and advances by whole batches of {batch_size}: not with "
+            f"shuffle={shuffle}, sampler_advance={sampler_advance}"
+        )
+    sampler = None
+    if sampler_type is not None:
+        sampler = _make_sampler(
+            sampler_type,
+            sample_count=_num_samples(dataset),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            size=sampler_size if sampler_size > 0 else _num_samples(dataset),
+            advance=sampler_advance,
+            rank=rank,
+            world_size=world_size,
+        )
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=shuffle if sampler is None else None,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate_fn,
+        pin_memory=torch.cuda.is_available(),
+        drop_last=drop_last,
+        persistent_workers=persistent_workers and num_workers > 0,
+        generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
+    )
+    endless = sampler_type is not None and sampler_type not in _FINITE
+    logger.info("%s batches of %d samples", "endless" if endless else len(loader), batch_size)
+    return loader
+
+
+def make_train_loader(
+    dataset: Dataset,
+    *,
+    augmentation: Callable[[Image.Image], MultiCrop],
+    batch_size: int,
+    num_workers: int,
+    seed: int,
+    mask_generator: MaskingGenerator,
+    mask_ratio_tuple: tuple[float, float],
+    mask_probability: float,
+    dtype: torch.dtype = torch.float32,
+    sampler: SamplerType = SamplerType.GLOBAL_ORDER,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterable[Batch]:
+    """Endless batches of one rank, beginning with that of ``start_step``.
+
+    A batch depends neither on ``num_workers`` nor on where the loader started. With GLOBAL_ORDER the images of a step
+    and their crops depend on the seed and the global batch ``batch_size * world_size`` only.
+
+    Args:
+        dataset: item i is (PIL image, anything); raises `BadImageError` for an image that cannot be read.
+        augmentation: image -> crops, random only through torch's CPU generator. Picklable, as is the data set.
+        batch_size: B, images per rank and step.
+        num_workers: processes that load; 0 loads in this one.
+        seed: of order, augmentation and masks.
+        mask_generator: of one mask; its grid is that of a global crop.
+        mask_ratio_tuple: smallest and largest share of a masked crop's patches.
+        mask_probability: share of the global crops that get a mask; 0 when iBOT is off.
+        dtype: of the crops.
+        sampler: order of the images; the finite types go on with their next epoch.
+        start_step: first step, when a run is resumed.
+        rank: of this process.
+        world_size: number of processes.
+    """
+    advance = start_step * batch_size
+    indices = _make_sampler(
+        sampler,
+        sample_count=_num_samples(dataset),
+        batch_size=batch_size,
+        shuffle=True,
+        seed=seed,
+        size=_num_samples(dataset),
+        advance=advance,
+        rank=rank,
+        world_size=world_size,
+    )
+    if isinstance(indices, EpochSampler | DistributedSampler):
+        indices = EndlessEpochs(indices, advance=advance)
+    collate = StreamCollate(
+        seed=seed,
+        mask_generator=mask_generator,
+        mask_ratio_tuple=mask_ratio_tuple,
+        mask_probability=mask_probability,
+        dtype=dtype,
+    )
+    return DataLoader(
+        AugmentedDataset(dataset, augmentation, seed),
+        batch_sampler=PlaceBatches(
+            indices, batch_size=batch_size, start_step=start_step, rank=rank, world_size=world_size
+        ),
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
+    )
+
+
+def to_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches of a loader on a device; on CUDA each is copied while the one before it is at work."""
+    if device.type == "cuda":
+        return _to_cuda(loader, device)
+    return (_move(batch, device) for batch in loader)
+
+
+def _to_cuda(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    copies = torch.cuda.Stream(device)
+    ahead = None
+    for batch in loader:
+        with torch.cuda.stream(copies):
+            copied = _move(batch, device)
+        if ahead is not None:
+            yield ahead
+        ahead = _hand_over(copied, copies, torch.cuda.current_stream(device))
+    if ahead is not None:
+        yield ahead
+
+
+def _move(batch: Batch, device: torch.device) -> Batch:
+    moved = Batch._make(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
+    return moved._replace(bad_images=tuple(moved.bad_images))  # which pinning the memory turned into a list
+
+
+def _hand_over(batch: Batch, copies: torch.cuda.Stream, compute: torch.cuda.Stream) -> Batch:
+    """Makes the computing stream wait for the copies, and the allocator wait for the computing stream."""
+    compute.wait_stream(copies)
+    for x in batch:
+        if isinstance(x, Tensor):
+            x.record_stream(compute)
+    return batch
+
+
+def _num_samples(dataset: Dataset) -> int:
+    return len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not declare it
+
+
+def _make_sampler(
+    sampler_type: SamplerType,
+    *,
+    sample_count: int,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    size: int,
+    advance: int,
+    rank: int,
+    world_size: int,
+) -> Sampler[int]:
+    """Arguments as in `make_data_loader`; the finite types take no notice of ``advance``."""
+    match sampler_type:
+        case SamplerType.GLOBAL_ORDER:
+            return GlobalOrderSampler(
+                sample_count=sample_count,
+                batch_size=batch_size,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+                start_step=advance // batch_size,
+            )
+        case SamplerType.EPOCH:
+            return EpochSampler(
+                size=size,
+                sample_count=sample_count,
+                shuffle=shuffle,
+                seed=seed,
+                start=rank,
+                step=world_size,
+                published=False,
+            )
+        case SamplerType.DISTRIBUTED:
+            counted: Any = range(sample_count)  # it only asks how many there are
+            return DistributedSampler(counted, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+        case SamplerType.INFINITE:
+            return InfiniteSampler(
+                sample_count=sample_count, shuffle=shuffle, seed=seed, start=rank, step=world_size, advance=advance
+            )
+        case SamplerType.SHARDED_INFINITE | SamplerType.SHARDED_INFINITE_NEW:
+            return ShardedInfiniteSampler(
+                sample_count=sample_count,
+                shuffle=shuffle,
+                seed=seed,
+                start=rank,
+                step=world_size,
+                advance=advance,
+                use_new_shuffle_tensor_slice=sampler_type is SamplerType.SHARDED_INFINITE_NEW,
+                published=False,
+            )

@@ -1,0 +1,129 @@
+"""The training stream: every sample has a position in the run, from which alone its randomness comes.
+
+Step s of rank r covers the positions (s * world_size + r) * batch_size and the following ones. A sampler says which
+image stands at a position; (seed, position) says how it is cropped, and how the batch that begins there is masked.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, Sampler
+
+from dinov2.data.augment import MultiCrop
+from dinov2.data.collate import Batch, collate_data_and_cast
+from dinov2.data.images import BadImageError
+from dinov2.data.masking import MaskingGenerator
+from dinov2.data.randomness import seed_for
+
+_MAX_REPLACEMENTS = 10  # tried for one image that cannot be read
+
+
+class Place(NamedTuple):
+    """What is read where."""
+
+    position: int  # in the run
+    sample: int  # in the data set
+
+
+class Sample(NamedTuple):
+    """One augmented image."""
+
+    position: int
+    crops: MultiCrop
+    bad_images: tuple[str, ...]  # images that could not be read and that this one replaces
+
+
+class PlaceBatches(Sampler[list[Place]]):
+    """Endless batches of places for one rank, from ``start_step`` on.
+
+    Args:
+        indices: this rank's endless indices, those before ``start_step`` left out.
+        batch_size: places per batch.
+        start_step: step of the first batch.
+        rank: whose positions.
+        world_size: number of ranks.
+    """
+
+    def __init__(self, indices: Iterable[int], *, batch_size: int, start_step: int, rank: int, world_size: int) -> None:
+        self.indices = indices
+        self.batch_size = batch_size
+        self.start_step = start_step
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        indices = iter(self.indices)
+        for step in itertools.count(self.start_step):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            yield [Place(first + i, next(indices)) for i in range(self.batch_size)]
+
+
+class AugmentedDataset(Dataset[Sample]):
+    """Place -> Sample. An image that cannot be read is replaced by a random other one.
+
+    Args:
+        dataset: item i is (PIL image, anything); raises BadImageError for an image that cannot be read.
+        augmentation: draws from torch's CPU generator, which is seeded here for each position and left as it was.
+        seed: of the run.
+    """
+
+    def __init__(self, dataset: Dataset, augmentation: Callable[[Image.Image], MultiCrop], seed: int) -> None:
+        self.dataset = dataset
+        self.augmentation = augmentation
+        self.seed = seed
+
+    def __getitem__(self, place: Place) -> Sample:
+        image, bad_images = self._read(place)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_for(self.seed, "augment", place.position))
+            return Sample(place.position, self.augmentation(image), bad_images)
+
+    def _read(self, place: Place) -> tuple[Image.Image, tuple[str, ...]]:
+        bad_images: list[str] = []
+        index = place.sample
+        for attempt in range(_MAX_REPLACEMENTS + 1):
+            try:
+                image, _ = self.dataset[index]
+            except BadImageError as error:
+                bad_images.append(error.path or str(error))
+                rng = random.Random(seed_for(self.seed, "replacement", place.position, attempt))
+                index = rng.randrange(len(self.dataset))  # type: ignore[arg-type]
+            else:
+                return image, tuple(bad_images)
+        raise RuntimeError(f"{len(bad_images)} images drawn in a row cannot be read: {', '.join(bad_images)}")
+
+
+class StreamCollate:
+    """Samples of one batch -> Batch, masked by (seed, position of the first sample). Arguments as in `collate`."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        mask_generator: MaskingGenerator,
+        mask_ratio_tuple: tuple[float, float],
+        mask_probability: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.seed = seed
+        self.mask_generator = mask_generator
+        self.mask_ratio_tuple = mask_ratio_tuple
+        self.mask_probability = mask_probability
+        self.dtype = dtype
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        height, width = self.mask_generator.get_shape()
+        batch = collate_data_and_cast(
+            [sample.crops for sample in samples],
+            mask_ratio_tuple=self.mask_ratio_tuple,
+            mask_probability=self.mask_probability,
+            dtype=self.dtype,
+            n_tokens=height * width,
+            mask_generator=self.mask_generator,
+            rng=random.Random(seed_for(self.seed, "mask", samples[0].position)),
+        )
+        return batch._replace(bad_images=tuple(path for sample in samples for path in sample.bad_images))

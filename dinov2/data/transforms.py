@@ -1,0 +1,127 @@
+"""Image transforms: blur, conversion to tensors, and the two pipelines of image classification.
+
+Shapes: PIL images are RGB; tensors are float32 (3, H, W).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
+
+_BLUR_RADIUS = 4  # kernel of 9 pixels
+
+
+class GaussianBlur:
+    """Blurs a PIL image with probability ``p``: kernel of 9 pixels, sigma uniform in [radius_min, radius_max].
+
+    ``p`` is the probability of blurring. (The released code blurs with probability 1 - p.) The pixels are those of
+    torchvision's Gaussian blur; two passes with a one-dimensional kernel make it several times faster.
+    """
+
+    def __init__(self, *, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0) -> None:
+        self.p = p
+        self.radius_min = radius_min
+        self.radius_max = radius_max
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if torch.rand(1).item() >= self.p:
+            return image
+        sigma = torch.empty(1).uniform_(self.radius_min, self.radius_max).item()
+        return gaussian_blur(image, sigma)
+
+    def __repr__(self) -> str:
+        return f"GaussianBlur(p={self.p}, radius_min={self.radius_min}, radius_max={self.radius_max})"
+
+
+def gaussian_blur(image: Image.Image, sigma: float) -> Image.Image:
+    """Blurs an 8-bit image with a 9 x 9 Gaussian kernel and mirrored borders.
+
+    Args:
+        image: at least 5 x 5 pixels, as mirroring needs them.
+        sigma: standard deviation in pixels.
+
+    Raises:
+        ValueError: the image is too small.
+    """
+    if min(image.size) <= _BLUR_RADIUS:
+        width, height = image.size
+        raise ValueError(f"cannot blur an image of {width} x {height} pixels; it needs at least {_BLUR_RADIUS + 1}")
+    offsets = np.arange(-_BLUR_RADIUS, _BLUR_RADIUS + 1, dtype=np.float32)
+    kernel = np.exp(-0.5 * (offsets / np.float32(sigma)) ** 2)
+    kernel /= kernel.sum()
+    pixels = np.asarray(image)
+    border = [(_BLUR_RADIUS, _BLUR_RADIUS)] * 2 + [(0, 0)] * (pixels.ndim - 2)
+    padded = np.pad(pixels, border, mode="reflect").astype(np.float32)
+    height, width = pixels.shape[:2]
+    rows = sum(weight * padded[i : i + height] for i, weight in enumerate(kernel))
+    blurred = sum(weight * rows[:, i : i + width] for i, weight in enumerate(kernel))
+    return Image.fromarray(np.rint(blurred).astype(np.uint8))
+
+
+class ToNormalizedTensor:
+    """RGB image -> float32 (3, H, W), scaled to [0, 1] and normalised: ToTensor and Normalize in one, same numbers."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        tensor = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return tensor.div_(255).sub_(self.mean).div_(self.std)
+
+
+class MaybeToTensor(transforms.ToTensor):
+    """ToTensor that leaves tensors as they are."""
+
+    def __call__(self, image: Image.Image | np.ndarray | Tensor) -> Tensor:
+        return image if isinstance(image, Tensor) else super().__call__(image)
+
+
+def make_normalize_transform(
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
+) -> transforms.Normalize:
+    """Normalisation of float tensors (3, H, W) in [0, 1]."""
+    return transforms.Normalize(mean=mean, std=std)
+
+
+def make_classification_train_transform(
+    *,
+    crop_size: int = 224,
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    hflip_prob: float = 0.5,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> transforms.Compose:
+    """Random crop and flip, as linear evaluation trains with: image -> (3, crop_size, crop_size)."""
+    steps: list[Callable[[Any], Any]] = [transforms.RandomResizedCrop(crop_size, interpolation=interpolation)]
+    if hflip_prob > 0:
+        steps.append(transforms.RandomHorizontalFlip(hflip_prob))
+    return transforms.Compose([*steps, MaybeToTensor(), make_normalize_transform(mean, std)])
+
+
+def make_classification_eval_transform(
+    *,
+    resize_size: int = 256,
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    crop_size: int = 224,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> transforms.Compose:
+    """Shorter side to ``resize_size``, centre crop: image -> (3, crop_size, crop_size)."""
+    return transforms.Compose(
+        [
+            transforms.Resize(resize_size, interpolation=interpolation),
+            transforms.CenterCrop(crop_size),
+            MaybeToTensor(),
+            make_normalize_transform(mean, std),
+        ]
+    )
