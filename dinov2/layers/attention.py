@@ -1,0 +1,153 @@
+"""Self-attention over packed sequences, with one of three kernels that compute the same numbers.
+
+| backend | where it runs | what it does |
+| --- | --- | --- |
+| `xformers` | CUDA, fp16/bf16/fp32 | one memory-efficient kernel over all sequences, block-diagonal mask |
+| `varlen` | CUDA, fp16/bf16 | `torch.nn.attention.varlen`, the same idea in PyTorch itself |
+| `sdpa` | everywhere | one `scaled_dot_product_attention` per group of equally long sequences |
+
+`auto` takes the first of the table that runs on the device, dtype and head width at hand. Whether one runs is found
+out by running it once: xFormers imports happily on machines where none of its kernels work.
+The environment variable `XFORMERS_DISABLED` (any value) removes xFormers from the choice.
+
+Legend: T packed tokens, D width, H heads, d = D / H, B sequences of N tokens.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinov2.layers.packing import Segments, pack
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "xformers", "varlen", "sdpa")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the published parameter names `qkv` and `proj`.
+
+    Args:
+        dim: width D.
+        num_heads: heads H; must divide `dim`.
+        qkv_bias, proj_bias: whether the two projections have a bias.
+        attn_drop, proj_drop: must be 0. The published fast path ignores attention dropout; we refuse it instead.
+        attention_backend: one of `BACKENDS`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
+        if attn_drop or proj_drop:
+            raise ValueError(f"attention has no dropout here; got attn_drop={attn_drop}, proj_drop={proj_drop}")
+        if attention_backend not in BACKENDS:
+            raise ValueError(f"unknown attention backend {attention_backend!r}; known: {', '.join(BACKENDS)}")
+        self.num_heads = num_heads
+        self.attention_backend = attention_backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+        """Let every sequence attend to itself.
+
+        Args:
+            x: (T, D) packed tokens with `segments`, or (B, N, D) without.
+        """
+        if segments is None:
+            tokens, segments = pack([x])
+            return self(tokens, segments).view_as(x)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (T, 3, H, d): rows of Q, then K, then V
+        backend = self.attention_backend
+        if backend == "auto":
+            backend = best_backend(qkv.device.type, qkv.dtype, qkv.shape[-1])
+        elif backend != "sdpa" and qkv.device.type != "cuda":
+            raise ValueError(f"attention backend {backend!r} runs on CUDA only, not on {qkv.device}; use auto or sdpa")
+        return self.proj(_KERNELS[backend](qkv, segments).flatten(-2))
+
+
+MemEffAttention = Attention
+"""The published name; there the memory-efficient variant was a subclass, here it is a choice of backend."""
+
+
+def _sdpa(qkv: Tensor, segments: Segments) -> Tensor:
+    """(T, 3, H, d) -> (T, H, d), a batched call per group."""
+    groups = []
+    for (count, length), part in zip(segments, qkv.split([count * n for count, n in segments]), strict=True):
+        q, k, v = part.view(count, length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)  # each (b, H, n, d)
+        groups.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
+    return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+
+def _xformers(qkv: Tensor, segments: Segments) -> Tensor:
+    """(T, 3, H, d) -> (T, H, d), one call for all sequences."""
+    fmha = importlib.import_module("xformers.ops.fmha")
+    q, k, v = (part.unsqueeze(0) for part in qkv.unbind(1))
+    return fmha.memory_efficient_attention(q, k, v, attn_bias=_block_diagonal_mask(segments, q.device)).squeeze(0)
+
+
+def _varlen(qkv: Tensor, segments: Segments) -> Tensor:
+    """(T, 3, H, d) -> (T, H, d), one call for all sequences."""
+    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    q, k, v = qkv.unbind(1)
+    ends = _sequence_ends(segments, qkv.device)
+    longest = max(length for _, length in segments)
+    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest)
+
+
+_KERNELS = {"xformers": _xformers, "varlen": _varlen, "sdpa": _sdpa}
+
+
+# Both caches are bounded; the published one was not, and stochastic depth gives one shape per rate. What they hold must
+# serve training even if it was made in inference mode, whose tensors cannot be saved for a backward pass.
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _block_diagonal_mask(segments: Segments, device: torch.device) -> Any:
+    lengths = [length for count, length in segments for _ in range(count)]
+    return importlib.import_module("xformers.ops.fmha.attn_bias").BlockDiagonalMask.from_seqlens(lengths, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _sequence_ends(segments: Segments, device: torch.device) -> Tensor:
+    lengths = [0] + [length for count, length in segments for _ in range(count)]
+    return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+@functools.cache
+def best_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """The first backend of the table above that computes attention and its gradient for such inputs."""
+    here = f"{device_type}, {dtype}, {head_dim} channels per head"
+    if device_type == "cuda":
+        for name in ["varlen"] if "XFORMERS_DISABLED" in os.environ else ["xformers", "varlen"]:
+            try:
+                _try_backend(name, device_type, dtype, head_dim)
+            except Exception as error:  # any failure at all means: not usable here
+                logger.debug("attention backend %s does not run on %s: %s", name, here, error)
+            else:
+                logger.info("attention backend for %s: %s", here, name)
+                return name
+    logger.info("attention backend for %s: sdpa", here)
+    return "sdpa"
+
+
+def _try_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Run attention and its gradient once, in whatever mode the caller is, without drawing random numbers."""
+    with torch.inference_mode(False), torch.enable_grad():
+        qkv = torch.zeros(5, 3, 2, head_dim, device=device_type, dtype=dtype, requires_grad=True)
+        _KERNELS[name](qkv, ((1, 2), (1, 3))).sum().backward()

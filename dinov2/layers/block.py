@@ -1,0 +1,99 @@
+"""Pre-norm transformer block on packed tokens, with the two published forms of stochastic depth.
+
+Legend: T packed tokens, D width, (b, n) the sequences of a group and their length.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.layers.attention import Attention
+from dinov2.layers.drop_path import DropPath
+from dinov2.layers.ffn import Mlp
+from dinov2.layers.layer_scale import LayerScale
+from dinov2.layers.packing import Segments, pack, unpack
+
+SUBSET_THRESHOLD = 0.1
+"""Up to this rate a single batch masks its residuals; above, and always for several groups, it skips the work."""
+
+
+class Block(nn.Module):
+    """x <- x + ls1(attn(norm1 x)); x <- x + ls2(ffn(norm2 x)).
+
+    Args:
+        dim: width D.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the feed-forward network over `dim`.
+        drop_path: rate rho of stochastic depth.
+        init_values: start of LayerScale's gains; None or 0 leaves LayerScale out.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        ffn_bias: bool = True,
+        drop_path: float = 0.0,
+        init_values: float | None = None,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        ffn_layer: Callable[..., nn.Module] = Mlp,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, attention_backend=attention_backend)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path1 = DropPath(drop_path)
+        self.norm2 = norm_layer(dim)
+        self.mlp = ffn_layer(in_features=dim, hidden_features=int(dim * mlp_ratio), bias=ffn_bias)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.drop_path2 = DropPath(drop_path)
+        self.sample_drop_ratio = drop_path
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """(B, N, D) -> (B, N, D), or a list of such groups -> the list, each sequence attending to itself."""
+        if isinstance(x, Tensor):
+            tokens, segments = pack([x])
+            return self.forward_packed(tokens, segments, several_groups=False).view_as(x)
+        tokens, segments = pack(x)
+        return unpack(self.forward_packed(tokens, segments, several_groups=True), segments)
+
+    def forward_packed(self, x: Tensor, segments: Segments, *, several_groups: bool) -> Tensor:
+        """(T, D) -> (T, D). `several_groups` decides between the two forms of stochastic depth."""
+
+        def attention_residual(tokens: Tensor, segments: Segments) -> Tensor:
+            return self.ls1(self.attn(self.norm1(tokens), segments))
+
+        def ffn_residual(tokens: Tensor, segments: Segments) -> Tensor:
+            return self.ls2(self.mlp(self.norm2(tokens)))
+
+        if not self.training or self.sample_drop_ratio == 0.0:
+            x = x + attention_residual(x, segments)
+            return x + ffn_residual(x, segments)
+        if several_groups or self.sample_drop_ratio > SUBSET_THRESHOLD:
+            x = self._add_to_subset(x, segments, attention_residual)
+            return self._add_to_subset(x, segments, ffn_residual)
+        x = x + self.drop_path1(attention_residual(x, segments).unflatten(0, segments[0])).flatten(0, 1)
+        return x + self.drop_path2(ffn_residual(x, segments).unflatten(0, segments[0])).flatten(0, 1)
+
+    def _add_to_subset(self, x: Tensor, segments: Segments, residual: Callable[[Tensor, Segments], Tensor]) -> Tensor:
+        """Compute the residual of a random subset of the sequences only, scaled to keep its mean (paper, section 5)."""
+        rows, scales, kept, start = [], [], [], 0
+        for count, length in segments:
+            keep = max(int(count * (1 - self.sample_drop_ratio)), 1)
+            chosen = torch.randperm(count, device=x.device)[:keep]
+            rows.append((start + chosen[:, None] * length + torch.arange(length, device=x.device)).flatten())
+            scales.append(x.new_full((keep * length, 1), count / keep))
+            kept.append((keep, length))
+            start += count * length
+        index = torch.cat(rows)
+        added = residual(x.index_select(0, index), tuple(kept)).to(x.dtype) * torch.cat(scales)
+        return x.index_add(0, index, added)
+
+
+NestedTensorBlock = Block
+"""The published name of the block that takes lists; here every block does."""

@@ -1,0 +1,28 @@
+"""Packed tokens: sequences of different lengths laid end to end in one matrix.
+
+A training step sends crops of two sizes through the same weights. Everything but attention works on single
+tokens, so all crops travel as one `(T, D)` matrix and only attention needs to know where a sequence ends.
+
+Legend: b_k sequences of n_k tokens in group k, T = sum of b_k * n_k tokens in all, D channels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Segments = tuple[tuple[int, int], ...]
+"""For each group of equally long sequences: (how many sequences, their length)."""
+
+
+def pack(groups: Sequence[Tensor]) -> tuple[Tensor, Segments]:
+    """Lay the sequences of every group end to end: k tensors (b_k, n_k, D) -> (T, D) and their segments."""
+    segments = tuple((group.shape[0], group.shape[1]) for group in groups)
+    flat = [group.flatten(0, 1) for group in groups]
+    return (flat[0] if len(flat) == 1 else torch.cat(flat)), segments
+
+
+def unpack(tokens: Tensor, segments: Segments) -> list[Tensor]:
+    """Undo `pack`: (T, D) -> k tensors (b_k, n_k, D), views of the input."""
+    sizes = [count * length for count, length in segments]
+    return [part.unflatten(0, segment) for part, segment in zip(tokens.split(sizes), segments, strict=True)]

@@ -1,0 +1,51 @@
+"""Images to patch tokens."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+class PatchEmbed(nn.Module):
+    """One linear map per patch, as a convolution whose stride is its kernel.
+
+    Args:
+        img_size: height and width in pixels that the model is built for (it fixes `num_patches`).
+        patch_size: height and width of a patch in pixels.
+        flatten_embedding: False keeps the grid, (B, H/p, W/p, D).
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        flatten_embedding: bool = True,
+    ) -> None:
+        super().__init__()
+        self.img_size = _pair(img_size)
+        self.patch_size = _pair(patch_size)
+        self.patches_resolution = (self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1])
+        self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
+        self.in_chans = in_chans
+        self.embed_dim = embed_dim
+        self.flatten_embedding = flatten_embedding
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, H/p * W/p, D), row by row.
+
+        Raises:
+            ValueError: if a side is not a multiple of the patch.
+        """
+        for side, size, patch in zip(("height", "width"), x.shape[-2:], self.patch_size, strict=True):
+            if size % patch:
+                raise ValueError(f"input image {side} {size} is not a multiple of patch {side} {patch}")
+        x = self.norm(self.proj(x).permute(0, 2, 3, 1))  # (B, H/p, W/p, D)
+        return x.flatten(1, 2) if self.flatten_embedding else x

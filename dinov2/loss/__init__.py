@@ -1,0 +1,7 @@
+"""The three losses of DINOv2 and the targets they are computed against."""
+
+from dinov2.loss.dino import DINOLoss
+from dinov2.loss.ibot import iBOTPatchLoss
+from dinov2.loss.koleo import KoLeoLoss
+
+__all__ = ["DINOLoss", "KoLeoLoss", "iBOTPatchLoss"]

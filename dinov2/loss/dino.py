@@ -1,0 +1,48 @@
+"""Image-level loss: the student's class token predicts the teacher's (DINO, arXiv 2104.14294)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.distributed import all_reduce_sum
+from dinov2.loss.targets import sinkhorn_knopp, soft_cross_entropy, softmax_centering, updated_center
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between teacher targets and student scores over `out_dim` prototypes.
+
+    The buffer `center` (1, K) is the running mean of teacher scores, used and moved only with centering.
+    """
+
+    center: Tensor
+
+    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+        self.center_momentum = center_momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+
+    def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
+        """Teacher scores (R, K) -> targets (R, K), with the centre of the batches seen so far."""
+        return softmax_centering(teacher_output, self.center, teacher_temp)
+
+    def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
+        """Teacher scores (R, K) -> targets (R, K), balanced over all processes."""
+        return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
+
+    @torch.no_grad()
+    def update_center(self, teacher_output: Tensor) -> None:
+        """Move the centre by the mean of these (R, K) scores over all processes; call it after the targets are made."""
+        total = all_reduce_sum(teacher_output.float().sum(dim=0, keepdim=True))
+        rows = all_reduce_sum(total.new_tensor(float(len(teacher_output))))
+        self.center.copy_(updated_center(self.center, total / rows, self.center_momentum))
+
+    def forward(self, student_output_list: Sequence[Tensor], teacher_probs_list: Sequence[Tensor]) -> Tensor:
+        """Sum over all pairs of a student view and a teacher view of their mean cross-entropy, each view (R, K).
+
+        The sum over teacher views moves inside the cross-entropy, which is linear in its targets.
+        """
+        targets = torch.stack(tuple(teacher_probs_list)).sum(dim=0)
+        losses = [soft_cross_entropy(scores, targets, self.student_temp).mean() for scores in student_output_list]
+        return torch.stack(losses).sum()

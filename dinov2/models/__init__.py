@@ -1,0 +1,27 @@
+"""Backbones by name."""
+
+from collections.abc import Callable
+from typing import Any
+
+from dinov2.models.vision_transformer import DinoVisionTransformer, vit_base, vit_giant2, vit_large, vit_small
+
+ARCHS: dict[str, Callable[..., DinoVisionTransformer]] = {
+    "vit_small": vit_small,
+    "vit_base": vit_base,
+    "vit_large": vit_large,
+    "vit_giant2": vit_giant2,
+}
+
+
+def build_model(arch: str, **kwargs: Any) -> DinoVisionTransformer:
+    """Build the backbone `arch` (a key of `ARCHS`; a trailing `_memeff` is ignored, as published).
+
+    Keywords go to `DinoVisionTransformer` and win over what the name stands for; None means: as the name says.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    name = arch.removesuffix("_memeff")
+    if name not in ARCHS:
+        raise ValueError(f"unknown backbone {arch!r}; known: {', '.join(ARCHS)}")
+    return ARCHS[name](**{key: value for key, value in kwargs.items() if value is not None})

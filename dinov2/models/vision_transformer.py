@@ -1,0 +1,271 @@
+"""The vision transformer of DINOv2, with the published parameter names.
+
+Legend: B images, (H, W) pixels, p patch side, n = H/p * W/p patches, R register tokens, D width.
+A sequence is [class token, R registers, n patches row by row].
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dinov2.layers import Block, Mlp, PatchEmbed, SwiGLUFFN, pack, unpack
+
+FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "mlp": Mlp,
+    "swiglu": SwiGLUFFN,
+    "swiglufused": SwiGLUFFN,
+    "identity": lambda **_: nn.Identity(),
+}
+
+
+class DinoVisionTransformer(nn.Module):
+    """Vision transformer with optional registers, LayerScale, SwiGLU and stochastic depth.
+
+    Args:
+        img_size: pixels (int or (height, width)) that size the position table.
+        patch_size: patch side p in pixels.
+        in_chans: channels of the images.
+        embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
+        drop_path_rate: stochastic depth, a ramp from 0 to this rate, or the same everywhere (`drop_path_uniform`).
+        init_values: start of LayerScale; None or 0 leaves it out.
+        ffn_layer: a key of `FFN_LAYERS` (`swiglu` and `swiglufused` are the same).
+        block_chunks: how many blocks share a sharding unit is decided outside; kept here as an attribute.
+            Names are flat (`blocks.7.`) whatever it is; `models.weights` renames chunked checkpoints.
+        num_register_tokens: R extra tokens without position (arXiv 2309.16588).
+        interpolate_antialias, interpolate_offset: how positions are resampled, see `interpolate_pos_encoding`.
+        attention_backend: see `layers.attention`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        ffn_bias: bool = True,
+        proj_bias: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_path_uniform: bool = False,
+        init_values: float | None = None,
+        embed_layer: Callable[..., PatchEmbed] = PatchEmbed,
+        block_fn: Callable[..., Block] = Block,
+        ffn_layer: str = "mlp",
+        block_chunks: int = 0,
+        num_register_tokens: int = 0,
+        interpolate_antialias: bool = False,
+        interpolate_offset: float = 0.1,
+        attention_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if ffn_layer not in FFN_LAYERS:
+            raise ValueError(f"unknown ffn_layer {ffn_layer!r}; known: {', '.join(FFN_LAYERS)}")
+        if num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens must be at least 0, not {num_register_tokens}")
+        self.num_features = self.embed_dim = embed_dim
+        self.num_tokens = 1
+        self.n_blocks = depth
+        self.num_heads = num_heads
+        self.patch_size = patch_size
+        self.block_chunks = block_chunks
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias = interpolate_antialias
+        self.interpolate_offset = interpolate_offset
+
+        self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, embed_dim))
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
+
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        ramp = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
+        self.blocks = nn.ModuleList(
+            block_fn(
+                dim=embed_dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_bias=proj_bias,
+                ffn_bias=ffn_bias,
+                drop_path=drop_path_rate if drop_path_uniform else ramp[index],
+                init_values=init_values,
+                norm_layer=norm_layer,
+                ffn_layer=FFN_LAYERS[ffn_layer],
+                attention_backend=attention_backend,
+            )
+            for index in range(depth)
+        )
+        self.norm = norm_layer(embed_dim)
+        self.head = nn.Identity()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw the initial tokens, positions and linear weights; the patch projection keeps PyTorch's default."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.zeros_(self.mask_token)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
+        """The position table for images of `height` x `width` pixels: (1, 1 + n, D), in the table's dtype.
+
+        At the size the model was built for it is the table itself. Otherwise the grid is resampled in float32 with
+        bicubic interpolation: with `interpolate_offset` o > 0 by the scale (size + o) / grid, which samples at slightly
+        other points than asking for the size does (the released models without registers were trained so);
+        with o = 0 by size.
+        """
+        rows, columns = height // self.patch_size, width // self.patch_size
+        grid_rows, grid_columns = self.patch_embed.patches_resolution
+        if (rows, columns) == (grid_rows, grid_columns):
+            return self.pos_embed
+        class_position, grid = self.pos_embed.float().split([1, grid_rows * grid_columns], dim=1)
+        grid = grid.unflatten(1, (grid_rows, grid_columns)).permute(0, 3, 1, 2)
+        if offset := self.interpolate_offset:
+            target: dict[str, Any] = {"scale_factor": ((rows + offset) / grid_rows, (columns + offset) / grid_columns)}
+        else:
+            target = {"size": (rows, columns)}
+        grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)
+        assert grid.shape[-2:] == (rows, columns), "position grid has the size of the patch grid"
+        positions = torch.cat([class_position, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+        return positions.to(self.pos_embed.dtype)
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), masks (B, n) bool or None -> tokens (B, 1 + R + n, D).
+
+        Masked patches are replaced by the mask token before positions are added; registers get no position.
+        """
+        height, width = x.shape[-2:]
+        x = self.patch_embed(x)
+        if masks is not None:
+            x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
+        x = x + self.interpolate_pos_encoding(height, width).to(x.dtype)
+        if self.register_tokens is not None:
+            registers = self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1)
+            x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)
+        return x
+
+    def forward_features(
+        self, x: Tensor | Sequence[Tensor], masks: Tensor | None | Sequence[Tensor | None] = None
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """Features of a batch of images, or of several batches of different sizes in one packed pass.
+
+        Args:
+            x: (B, C, H, W), or a list of such.
+            masks: (B, n) bool or None; for a list of batches a list.
+
+        Returns:
+            For each batch a dict: `x_norm_clstoken` (B, D), `x_norm_regtokens` (B, R, D), `x_norm_patchtokens`
+            (B, n, D), `x_prenorm` (B, 1 + R + n, D, before the last norm), `masks`.
+        """
+        if isinstance(x, Tensor):
+            return self._forward_groups([x], [masks], several_groups=False)[0]
+        return self._forward_groups(x, masks or [None] * len(x), several_groups=True)
+
+    def _forward_groups(self, images: Sequence[Tensor], masks: Any, *, several_groups: bool) -> list[dict[str, Any]]:
+        tokens, segments = pack(
+            [self.prepare_tokens_with_masks(x, mask) for x, mask in zip(images, masks, strict=True)]
+        )
+        for block in cast(Iterable[Block], self.blocks):
+            tokens = block.forward_packed(tokens, segments, several_groups=several_groups)
+        normed = unpack(self.norm(tokens), segments)
+        first_patch = 1 + self.num_register_tokens
+        return [
+            {
+                "x_norm_clstoken": x_norm[:, 0],
+                "x_norm_regtokens": x_norm[:, 1:first_patch],
+                "x_norm_patchtokens": x_norm[:, first_patch:],
+                "x_prenorm": x,
+                "masks": mask,
+            }
+            for x_norm, x, mask in zip(normed, unpack(tokens, segments), masks, strict=True)
+        ]
+
+    def get_intermediate_layers(
+        self,
+        x: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch tokens after some of the blocks, in increasing depth.
+
+        Args:
+            x: images (B, C, H, W).
+            n: how many last blocks, or the indices of the blocks (negative ones count from the end).
+            reshape: give (B, D, H/p, W/p) instead of (B, n, D).
+            return_class_token: give pairs (patch tokens, class token (B, D)). Registers are never returned.
+            norm: apply the last norm to every output.
+
+        Raises:
+            ValueError: if a block does not exist.
+        """
+        wanted = self._block_indices(n)
+        tokens, segments = pack([self.prepare_tokens_with_masks(x)])
+        outputs = []
+        for index, block in enumerate(cast(Iterable[Block], self.blocks)):
+            tokens = block.forward_packed(tokens, segments, several_groups=False)
+            if index in wanted:
+                outputs.append(unpack(self.norm(tokens) if norm else tokens, segments)[0])
+        patches = [output[:, 1 + self.num_register_tokens :] for output in outputs]
+        if reshape:
+            grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
+            patches = [patch.unflatten(1, grid).permute(0, 3, 1, 2).contiguous() for patch in patches]
+        if return_class_token:
+            return tuple((patch, output[:, 0]) for patch, output in zip(patches, outputs, strict=True))
+        return tuple(patches)
+
+    def _block_indices(self, n: int | Sequence[int]) -> set[int]:
+        asked = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        wanted = {index + self.n_blocks if index < 0 and not isinstance(n, int) else index for index in asked}
+        if not wanted or not all(0 <= index < self.n_blocks for index in wanted):
+            raise ValueError(f"blocks {n} asked of a model with {self.n_blocks} blocks")
+        return wanted
+
+    def forward(
+        self, x: Any, masks: Any = None, is_training: bool = False
+    ) -> Tensor | dict[str, Any] | list[dict[str, Any]]:
+        """The normalised class token (B, D) through `head` (the identity), or with `is_training` all features."""
+        features: Any = self.forward_features(x, masks)
+        return features if is_training else self.head(features["x_norm_clstoken"])
+
+
+def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-S: width 384, 12 blocks, 6 heads."""
+    sizes = {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0} | kwargs
+    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **sizes)
+
+
+def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-B: width 768, 12 blocks, 12 heads."""
+    sizes = {"embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0} | kwargs
+    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **sizes)
+
+
+def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-L: width 1024, 24 blocks, 16 heads."""
+    sizes = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0} | kwargs
+    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **sizes)
+
+
+def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
+    """ViT-g: width 1536, 40 blocks, 24 heads of 64 channels (the original ViT-g has 16 heads of 88, slower)."""
+    sizes = {"embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 4.0} | kwargs
+    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **sizes)

@@ -1,0 +1,217 @@
+"""Attention: what it computes, and that every backend computes the same or says that it cannot run."""
+
+import importlib.util
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dinov2.layers import Attention, MemEffAttention, pack, unpack
+from dinov2.layers.attention import _KERNELS, BACKENDS, _sequence_ends, _try_backend, best_backend
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPES = [(2, 5), (3, 4), (1, 1)]  # sequences and their length, in three groups
+
+
+def naive(attention: Attention, x: Tensor) -> Tensor:
+    """One sequence (N, D), head by head and query by query."""
+    n, dim = x.shape
+    d = dim // attention.num_heads
+    qkv = x @ attention.qkv.weight.T + attention.qkv.bias
+    heads = []
+    for h in range(attention.num_heads):
+        q, k, v = (qkv[:, part * dim + h * d : part * dim + (h + 1) * d] for part in range(3))
+        rows = []
+        for i in range(n):
+            weights = torch.exp((k @ q[i]) / math.sqrt(d))
+            rows.append((weights[:, None] * v).sum(dim=0) / weights.sum())
+        heads.append(torch.stack(rows))
+    return torch.cat(heads, dim=1) @ attention.proj.weight.T + attention.proj.bias
+
+
+def attention_of(dim: int = 24, num_heads: int = 3, backend: str = "auto") -> Attention:
+    torch.manual_seed(0)
+    return Attention(dim, num_heads, qkv_bias=True, attention_backend=backend)
+
+
+def groups_of(dim: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(*shape, dim, dtype=dtype, generator=generator) for shape in SHAPES]
+
+
+# --- Values ----------------------------------------------------------------------------------------------------------
+
+
+def test_packed_attention_is_that_of_each_sequence() -> None:
+    attention = attention_of().double()
+    groups = groups_of(24, torch.float64)
+    tokens, segments = pack(groups)
+    for group, output in zip(groups, unpack(attention(tokens, segments), segments), strict=True):
+        for sequence, result in zip(group, output, strict=True):
+            torch.testing.assert_close(result, naive(attention, sequence))
+
+
+def test_packed_gradients_are_those_of_each_sequence() -> None:
+    attention = attention_of().double()
+    groups = groups_of(24, torch.float64)
+    tokens, segments = pack(groups)
+    weighting = torch.randn(tokens.shape, dtype=torch.float64)
+
+    def gradients(output: Tensor, leaf: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad((output * weighting).sum(), [leaf, *attention.parameters()]))
+
+    leaf = tokens.clone().requires_grad_()
+    ours = gradients(attention(leaf, segments), leaf)
+    leaf = tokens.clone().requires_grad_()
+    sequences = [sequence for group in unpack(leaf, segments) for sequence in group]
+    expected = gradients(torch.cat([naive(attention, sequence) for sequence in sequences]), leaf)
+    for ours_, expected_ in zip(ours, expected, strict=True):
+        torch.testing.assert_close(ours_, expected_)
+
+
+def test_a_batch_is_so_many_sequences() -> None:
+    attention = attention_of().double()
+    x = torch.randn(3, 5, 24, dtype=torch.float64)
+    torch.testing.assert_close(attention(x), torch.stack([naive(attention, sequence) for sequence in x]))
+
+
+def test_sequences_do_not_see_each_other() -> None:
+    attention = attention_of()
+    tokens, segments = pack(groups_of(24, torch.float32))
+    changed = tokens.clone()
+    changed[5:10] += 1.0  # the second of the two long sequences
+    same = (attention(tokens, segments) == attention(changed, segments)).all(dim=1)
+    assert same.tolist() == [not 5 <= row < 10 for row in range(len(tokens))]
+
+
+def test_the_published_class_is_this_one() -> None:
+    assert MemEffAttention is Attention
+    assert list(attention_of().state_dict()) == ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
+    assert list(Attention(8, 2, proj_bias=False).state_dict()) == ["qkv.weight", "proj.weight"]
+
+
+# --- Choice of backend -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_on_a_cpu_a_backend_runs_or_is_refused(backend: str) -> None:
+    attention, x = attention_of(backend=backend), torch.randn(2, 5, 24)
+    if backend in ("auto", "sdpa"):
+        assert torch.equal(attention(x), attention_of()(x))
+    else:
+        with pytest.raises(ValueError, match=f"backend '{backend}' runs on CUDA only, not on cpu; use auto or sdpa"):
+            attention(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_auto_on_a_cpu_is_sdpa(dtype: torch.dtype) -> None:
+    assert best_backend("cpu", dtype, 64) == "sdpa"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("xformers") is None, reason="says something only where xFormers is installed"
+)
+def test_on_a_cpu_xformers_is_not_even_imported() -> None:
+    program = """
+import sys, torch
+from dinov2.models.vision_transformer import DinoVisionTransformer
+model = DinoVisionTransformer(img_size=28, patch_size=14, embed_dim=16, depth=2, num_heads=2, drop_path_rate=0.3)
+features = model([torch.zeros(2, 3, 28, 28), torch.zeros(2, 3, 14, 14)], is_training=True)
+features[0]["x_norm_clstoken"].sum().backward()
+print([name for name in sys.modules if name.partition(".")[0] in ("xformers", "triton")])
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
+
+
+def test_what_cannot_be_is_refused_when_building() -> None:
+    with pytest.raises(ValueError, match="unknown attention backend 'flash'; known: auto, xformers, varlen, sdpa"):
+        Attention(8, 2, attention_backend="flash")
+    with pytest.raises(ValueError, match="width 8 is not divisible by 3 heads"):
+        Attention(8, 3)
+    with pytest.raises(ValueError, match=r"no dropout here; got attn_drop=0\.1, proj_drop=0\.0"):
+        Attention(8, 2, attn_drop=0.1)
+    with pytest.raises(ValueError, match=r"no dropout here; got attn_drop=0\.0, proj_drop=0\.2"):
+        Attention(8, 2, proj_drop=0.2)
+
+
+def test_trying_a_backend_works_in_inference_mode_and_draws_nothing() -> None:
+    """A first forward pass under inference mode must not make the fast backends look broken."""
+    state = torch.random.get_rng_state()
+    with torch.inference_mode():
+        _try_backend("sdpa", "cpu", torch.float32, 8)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_cached_lengths_made_in_inference_mode_serve_training() -> None:
+    with torch.inference_mode():
+        ends = _sequence_ends(((2, 5), (3, 4)), torch.device("cpu"))
+    assert ends.tolist() == [0, 5, 10, 14, 18, 22]
+    assert ends.dtype == torch.int32 and not ends.is_inference()
+
+
+# --- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+def relative_error(ours: Tensor, expected: Tensor) -> float:
+    return float((ours.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)], ids=str
+)
+@pytest.mark.parametrize("backend", ["xformers", "varlen"])
+def test_on_a_gpu_each_backend_agrees_with_sdpa(backend: str, dtype: torch.dtype, tolerance: float) -> None:
+    try:
+        _try_backend(backend, "cuda", dtype, 64)
+    except Exception as error:  # no kernel of this backend for this GPU, dtype or installation
+        pytest.skip(f"{backend} does not run here with {dtype}: {error}")
+    segments = ((4, 50), (8, 17), (1, 1))
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(4 * 50 + 8 * 17 + 1, 3, 2, 64, dtype=torch.float64, generator=generator).to("cuda", dtype)
+    weighting = torch.randn(len(exact), 2, 64, dtype=torch.float64, generator=generator).to("cuda", dtype)
+
+    def run(name: str, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = qkv.detach().clone().requires_grad_()
+        output = _KERNELS[name](leaf, segments)
+        (gradient,) = torch.autograd.grad(output, leaf, weighting.to(output.dtype))
+        return output, gradient
+
+    assert run(backend, exact)[0].dtype == dtype
+    for ours, expected in zip(run(backend, exact), run("sdpa", exact.double()), strict=True):
+        assert ours.shape == expected.shape
+        assert relative_error(ours, expected) < tolerance
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_auto_is_one_that_runs() -> None:
+    """For any precision, and for heads of a width that most kernels do not take."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for num_heads in (1, 2, 5):  # heads of 60, 30 and 12 channels
+            attention = attention_of(dim=60, num_heads=num_heads).to("cuda", dtype)
+            assert attention(torch.randn(2, 5, 60, device="cuda", dtype=dtype)).isfinite().all()
+    assert best_backend("cuda", torch.float32, 64) != "varlen", "it has no kernel for float32"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["xformers", "varlen", "auto"])
+def test_on_a_gpu_inference_does_not_spoil_training(backend: str) -> None:
+    """Lengths are cached; those of an evaluation serve the training that follows."""
+    attention = attention_of(dim=128, num_heads=2, backend=backend).to("cuda", torch.bfloat16)
+    tokens = torch.randn(23, 128, device="cuda", dtype=torch.bfloat16)
+    segments = ((2, 7), (3, 3))
+    try:
+        _try_backend("sdpa" if backend == "auto" else backend, "cuda", torch.bfloat16, 64)
+    except Exception as error:
+        pytest.skip(f"{backend} does not run here: {error}")
+    with torch.inference_mode():
+        attention(tokens, segments)
+    attention(tokens, segments).sum().backward()
+    assert attention.qkv.weight.grad is not None and attention.qkv.weight.grad.isfinite().all()
