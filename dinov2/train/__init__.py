@@ -1,0 +1,1 @@
+"""Self-supervised training: student, teacher, losses, loop."""

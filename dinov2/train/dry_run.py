@@ -1,0 +1,164 @@
+"""A run without the training: checks everything that could go wrong later and prints what the run would be."""
+
+import dataclasses
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov2 import config
+from dinov2.config import Config
+from dinov2.data import make_dataset
+from dinov2.data.base import ImageDataset
+from dinov2.data.images import BadImageError
+from dinov2.train.checkpoint import load_training_weights
+from dinov2.train.schedules import build_schedules
+from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch, build_backbone
+
+BYTES_PER_STUDENT_PARAMETER = 16
+"""float32 weight, gradient and two AdamW moments. The teacher has only a weight: 4."""
+
+SAVED_PER_TOKEN_AND_BLOCK = 17
+"""Activations kept for the backward pass, in units of the width: 2 norms (3), qkv and attention (5), MLP (9)."""
+
+IMAGES_TRIED = 20
+"""How many images are read to see whether the data set can be."""
+
+
+def dry_run(cfg: Config, world_size: int) -> None:
+    """Check config, data set, output folder and weights, and print the plan of the run.
+
+    Raises:
+        OSError, ValueError: whatever would have stopped the run.
+    """
+    dataset = make_dataset(dataset_str=cfg.train.dataset_path)
+    _check_readable(dataset)
+    _check_writable(Path(cfg.train.output_dir))
+    build_schedules(cfg, cfg.optim.lr)
+    with torch.device("cpu" if cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS else "meta"):
+        model = SSLMetaArch(cfg)  # loads the pretrained weights
+    if cfg.MODEL.WEIGHTS:
+        load_training_weights(model, cfg.MODEL.WEIGHTS)
+    lines = [f"{name:32} {value}" for name, value in _plan(cfg, model, len(dataset), world_size).items()]
+    text = "\n".join([config.to_yaml(cfg), *lines, "", "dry run: everything is in order, nothing was trained"])
+    sys.stdout.write(text + "\n")
+
+
+def _check_readable(dataset: ImageDataset) -> None:
+    """Read some images, evenly spread; one of them may be broken, as images now and then are."""
+    sample = range(0, len(dataset), max(len(dataset) // IMAGES_TRIED, 1))[:IMAGES_TRIED]
+    broken = []
+    for index in sample:
+        try:
+            dataset[index]
+        except BadImageError as error:
+            broken.append(error)
+    if len(broken) > min(1, len(sample) - 1):
+        raise OSError(f"{len(broken)} of {len(sample)} images tried cannot be read; the first: {broken[0]}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Try to write into the folder, or into the nearest existing parent of one that is still to be made."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to the output folder {folder}: {error}") from error
+
+
+def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> dict[str, str]:
+    """What a person wants to know before starting: name -> value with its unit."""
+    batch = cfg.train.batch_size_per_gpu * world_size
+    steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    parameters = {name: _num_parameters(module) for name, module in model.student.items()}
+    flops = training_flops_per_image(cfg, model)
+    memory = memory_per_process(cfg, model)
+    return {
+        "data set": f"{cfg.train.dataset_path}, {num_images:,} images",
+        "global batch": f"{batch:,} images ({cfg.train.batch_size_per_gpu} x {world_size} processes)",
+        "peak learning rate": f"{cfg.optim.lr:.6g} ({cfg.optim.base_lr:g}, {cfg.optim.scaling_rule})",
+        "optimizer steps": f"{steps:,} ({cfg.optim.epochs} nominal epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,})",
+        "learning-rate warm-up": f"{cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:,} steps",
+        "images seen": f"{steps * batch:,}, the data set {steps * batch / num_images:.1f} times",
+        **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
+        "FLOPs per image": f"{flops / 1e9:.1f} GFLOP (student and teacher, forward and backward)",
+        "FLOPs of the run": f"{flops * steps * batch:.3g} FLOP",
+        "memory per process, estimated": f"{memory / 2**30:.2f} GiB (weights, gradients, AdamW, activations)",
+    }
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+def training_flops_per_image(cfg: Config, model: SSLMetaArch) -> float:
+    """Floating-point operations of one image in one step; a multiply-add counts two, a backward pass two forwards.
+
+    fvcore counts one block and the rest of the backbone on the CPU; depth, crops and heads multiply that.
+    """
+    with warnings.catch_warnings():  # importing it uses what PyTorch has deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        from fvcore.nn import FlopCountAnalysis
+
+    one_block = dataclasses.replace(cfg.student, depth=1, attention_backend="sdpa")
+    depth = model.student_backbone.n_blocks
+
+    def backbone(size: int, share_of_blocks: float) -> float:
+        small = build_backbone(one_block, size, drop_path_rate=0.0).eval()
+        analysis = FlopCountAnalysis(small, torch.zeros(1, 3, size, size))
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_multiply_adds)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        block = analysis.by_module()["blocks.0"]
+        return analysis.total() + (depth * share_of_blocks - 1) * block
+
+    kept = 1 - cfg.student.drop_path_rate
+    num_local = cfg.crops.local_crops_number
+    teacher = NUM_GLOBAL_CROPS * backbone(cfg.crops.global_crops_size, 1.0)
+    student = NUM_GLOBAL_CROPS * backbone(cfg.crops.global_crops_size, kept)
+    if num_local:
+        student += num_local * backbone(cfg.crops.local_crops_size, kept)
+    patches = _masked_patches_per_image(cfg)
+    patch_head = "ibot_head" if "ibot_head" in model.student else "dino_head"
+    for name, student_tokens, teacher_tokens in (
+        ("dino_head", NUM_GLOBAL_CROPS + num_local, NUM_GLOBAL_CROPS),
+        (patch_head, patches, patches),
+    ):
+        if name in model.student:
+            student += student_tokens * _num_parameters(model.student[name])
+            teacher += teacher_tokens * _num_parameters(model.student[name])
+    return 2 * (3 * student + teacher)
+
+
+def memory_per_process(cfg: Config, model: SSLMetaArch) -> float:
+    """Rough bytes of one process with unsharded parameters."""
+    parameters = _num_parameters(model.student)
+    arch, crops = cfg.student, cfg.crops
+    backbone = model.student_backbone
+    value_bytes = 4 if cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp32" else 2
+    extra = 1 + arch.num_register_tokens
+    tokens = NUM_GLOBAL_CROPS * ((crops.global_crops_size // arch.patch_size) ** 2 + extra)
+    tokens += crops.local_crops_number * ((crops.local_crops_size // arch.patch_size) ** 2 + extra)
+    kept = backbone.n_blocks * (1 - arch.drop_path_rate)
+    activations = tokens * kept * SAVED_PER_TOKEN_AND_BLOCK * backbone.embed_dim * value_bytes
+    class_rows = 2 * NUM_GLOBAL_CROPS + crops.local_crops_number
+    scores = (class_rows + 2 * _masked_patches_per_image(cfg)) * cfg.dino.head_n_prototypes * (4 + value_bytes)
+    per_image = activations + scores
+    return parameters * (BYTES_PER_STUDENT_PARAMETER + 4) + cfg.train.batch_size_per_gpu * per_image
+
+
+def _masked_patches_per_image(cfg: Config) -> float:
+    if cfg.ibot.loss_weight <= 0:
+        return 0.0
+    patches = (cfg.crops.global_crops_size // cfg.student.patch_size) ** 2
+    return NUM_GLOBAL_CROPS * patches * cfg.ibot.mask_sample_probability * sum(cfg.ibot.mask_ratio_min_max) / 2
+
+
+def _attention_multiply_adds(inputs: list[Any], outputs: list[Any]) -> float:
+    """Of scores and of the weighted sum, for queries (b, H, n, d) and as many keys."""
+    batch, heads, length, width = inputs[0].type().sizes()
+    return 2.0 * batch * heads * length * length * width

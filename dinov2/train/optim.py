@@ -1,0 +1,105 @@
+"""What happens to parameters: their groups, AdamW, clipping and the moving average that is the teacher."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.train.schedules import StepValues
+
+ParamGroup = dict[str, Any]
+
+TOKENS = ("cls_token", "pos_embed", "mask_token", "patch_embed", "register_tokens")
+
+
+def get_vit_lr_decay_rate(name: str, lr_decay_rate: float = 1.0, num_layers: int = 12) -> float:
+    """Learning-rate multiplier of a parameter: `lr_decay_rate` once for every layer between it and the output.
+
+    Tokens, positions and the patch projection are layer 0, block i is layer i + 1, all else (the last norm, every
+    parameter of a head, whose `num_layers` is 0) is the output.
+    """
+    layer = num_layers + 1
+    if any(token in name for token in TOKENS):
+        layer = 0
+    elif block := re.search(r"\bblocks\.(?:\d+\.)?(\d+)\.", name):  # chunked names carry the block second
+        layer = int(block[1]) + 1
+    return lr_decay_rate ** (num_layers + 1 - layer)
+
+
+def get_params_groups_with_decay(
+    model: nn.Module, lr_decay_rate: float = 1.0, patch_embed_lr_mult: float = 1.0
+) -> list[ParamGroup]:
+    """One group per trainable parameter, with its multipliers of learning rate and weight decay.
+
+    Biases, norms and LayerScale gains are not decayed; tokens and the head's weight-norm factors are, as published.
+    """
+    num_layers = getattr(model, "n_blocks", 0)
+    groups = []
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        lr_multiplier = get_vit_lr_decay_rate(name, lr_decay_rate, num_layers)
+        undecayed = name.endswith(".bias") or "norm" in name or "gamma" in name
+        groups.append(
+            {
+                "params": param,
+                "name": name,
+                "lr_multiplier": lr_multiplier * (patch_embed_lr_mult if "patch_embed" in name else 1.0),
+                "wd_multiplier": 0.0 if undecayed else 1.0,
+                "is_last_layer": "last_layer" in name,
+            }
+        )
+    return groups
+
+
+def fuse_params_groups(
+    all_params_groups: Iterable[ParamGroup],
+    keys: Sequence[str] = ("lr_multiplier", "wd_multiplier", "is_last_layer"),
+) -> list[ParamGroup]:
+    """Join the groups that agree in `keys`, in order of first appearance."""
+    fused: dict[tuple[Any, ...], ParamGroup] = {}
+    for group in all_params_groups:
+        identity = tuple(group[key] for key in keys)
+        joined = fused.setdefault(identity, {**{key: group[key] for key in keys}, "params": [], "foreach": True})
+        joined["params"].append(group["params"])
+    return list(fused.values())
+
+
+def build_optimizer(
+    student: nn.ModuleDict, *, betas: tuple[float, float], lr_decay_rate: float, patch_embed_lr_mult: float
+) -> torch.optim.AdamW:
+    """AdamW over the groups of every sub-module; `set_hyperparameters` gives it its rates before each step."""
+    groups = []
+    for module in student.values():
+        groups += fuse_params_groups(get_params_groups_with_decay(module, lr_decay_rate, patch_embed_lr_mult))
+    return torch.optim.AdamW(groups, betas=betas)
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, now: StepValues) -> None:
+    """Put the scheduled learning rate and weight decay into every group, times its multipliers."""
+    for group in optimizer.param_groups:
+        group["lr"] = (now.last_layer_lr if group["is_last_layer"] else now.lr) * group["lr_multiplier"]
+        group["weight_decay"] = now.wd * group["wd_multiplier"]
+
+
+def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, Tensor]:
+    """Clip the gradient of each sub-module **separately** to L2 norm `max_norm`; None or 0 only measures.
+
+    Returns:
+        The norm before clipping by sub-module, scalars on the device; without those that got no gradient.
+    """
+    return {
+        name: nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf"))
+        for name, module in student.items()
+        if any(param.grad is not None for param in module.parameters())
+    }
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters."""
+    averages, latest = tuple(teacher.parameters()), tuple(student.parameters())
+    torch._foreach_mul_(averages, momentum)
+    torch._foreach_add_(averages, latest, alpha=1 - momentum)

@@ -1,0 +1,111 @@
+"""Every hyperparameter that changes during a run, as a function of the step."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov2.config import Config
+
+
+class CosineScheduler:
+    """`freeze_iters` zeros, a linear warm-up to `base_value`, then half a cosine towards `final_value`.
+
+    A float64 array of `total_iters` values; every index beyond it gives `final_value`, which the cosine itself
+    approaches but does not reach. The warm-up includes both its ends, so `base_value` stands there twice.
+
+    Raises:
+        ValueError: if freezing and warm-up are longer than the whole.
+    """
+
+    def __init__(
+        self,
+        base_value: float,
+        final_value: float,
+        total_iters: int,
+        warmup_iters: int = 0,
+        start_warmup_value: float = 0,
+        freeze_iters: int = 0,
+    ) -> None:
+        cosine_iters = total_iters - warmup_iters - freeze_iters
+        if cosine_iters < 0:
+            raise ValueError(
+                f"a schedule of {total_iters} iterations is shorter than its warm-up ({warmup_iters}) "
+                f"and frozen start ({freeze_iters}) together"
+            )
+        phase = np.pi * np.arange(cosine_iters) / max(cosine_iters, 1)
+        self.final_value = final_value
+        self.schedule = np.concatenate(
+            [
+                np.zeros(freeze_iters),
+                np.linspace(start_warmup_value, base_value, warmup_iters),
+                final_value + 0.5 * (base_value - final_value) * (1 + np.cos(phase)),
+            ]
+        )
+
+    def __getitem__(self, iteration: int) -> float:
+        return float(self.schedule[iteration]) if iteration < len(self.schedule) else float(self.final_value)
+
+
+class StepValues(NamedTuple):
+    """The scheduled values of one step. `wd` is the weight decay, `momentum` the teacher's."""
+
+    lr: float
+    wd: float
+    momentum: float
+    teacher_temp: float
+    last_layer_lr: float
+
+
+class Schedules(NamedTuple):
+    """The five schedules of a run."""
+
+    lr: CosineScheduler
+    wd: CosineScheduler
+    momentum: CosineScheduler
+    teacher_temp: CosineScheduler
+    last_layer_lr: CosineScheduler
+
+    def at(self, step: int) -> StepValues:
+        """All values at optimizer step `step`, counted from 0."""
+        return StepValues(*(schedule[step] for schedule in self))
+
+
+def build_schedules(cfg: Config, lr: float) -> Schedules:
+    """The schedules of a config, for the peak learning rate `lr` (see `scale_lr`)."""
+    epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
+    total = cfg.optim.epochs * epoch
+    warmup = cfg.optim.warmup_epochs * epoch
+    temp_warmup = cfg.teacher.warmup_teacher_temp_epochs * epoch
+    last_layer_lr = CosineScheduler(lr, cfg.optim.min_lr, total, warmup)
+    last_layer_lr.schedule[: cfg.optim.freeze_last_layer_epochs * epoch] = 0
+    return Schedules(
+        lr=CosineScheduler(lr, cfg.optim.min_lr, total, warmup),
+        wd=CosineScheduler(cfg.optim.weight_decay, cfg.optim.weight_decay_end, total),
+        momentum=CosineScheduler(cfg.teacher.momentum_teacher, cfg.teacher.final_momentum_teacher, total),
+        teacher_temp=CosineScheduler(
+            cfg.teacher.teacher_temp,
+            cfg.teacher.teacher_temp,
+            temp_warmup,
+            warmup_iters=temp_warmup,
+            start_warmup_value=cfg.teacher.warmup_teacher_temp,
+        ),
+        last_layer_lr=last_layer_lr,
+    )
+
+
+def scale_lr(base_lr: float, rule: str, global_batch: int) -> float:
+    """Peak learning rate for `global_batch` images per step.
+
+    Raises:
+        ValueError: if the rule is unknown.
+    """
+    factors = {
+        "sqrt_wrt_1024": math.sqrt(global_batch / 1024),
+        "linear_wrt_256": global_batch / 256,
+        "linear_wrt_1024": global_batch / 1024,
+        "none": 1.0,
+    }
+    if rule not in factors:
+        raise ValueError(f"unknown optim.scaling_rule {rule!r}; known: {', '.join(factors)}")
+    return base_lr * factors[rule]

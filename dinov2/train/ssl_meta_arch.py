@@ -1,0 +1,246 @@
+"""The method: student and teacher, and how a batch becomes losses.
+
+Read it from `SSLMetaArch.forward`: the teacher sees the unmasked global crops and gives targets, the student sees
+the masked global and the local crops and gives predictions, and three losses compare them.
+
+Legend: B images, L local crops each, N patches of a global crop, M masked patches in the batch, D width,
+K prototypes. Rows of crops are crop-major: crop 0 of all images, then crop 1, ...
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.config import Config, Student
+from dinov2.data.collate import Batch
+from dinov2.layers import DINOHead
+from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2.models import build_model
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.models.weights import load_backbone
+
+NUM_GLOBAL_CROPS = 2
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Targets(NamedTuple):
+    """What the teacher says; None where the loss is off."""
+
+    cls: Tensor | None  # (2, B, K) probabilities for student crop 0 and 1: each the *other* crop's
+    patch: Tensor | None  # (M, K) probabilities
+
+
+class Predictions(NamedTuple):
+    """What the student says; None where the loss is off."""
+
+    global_cls: Tensor | None  # (2B, K) scores
+    local_cls: Tensor | None  # (L*B, K) scores
+    patch: Tensor | None  # (M, K) scores
+    features: Tensor  # (2B, D) class tokens before the head
+
+
+class Losses(NamedTuple):
+    """The optimised terms, weights applied, and their sum; the published display of the same."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    published: dict[str, Tensor]
+
+
+class SSLMetaArch(nn.Module):
+    """Student and teacher networks and the objective of DINOv2 (paper section 4).
+
+    `student` and `teacher` hold `backbone`, `dino_head` and, with separate heads, `ibot_head`. The teacher starts
+    as a copy of the student, never gets gradients, and stays in eval mode.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.use_dino = cfg.dino.loss_weight > 0
+        self.use_ibot = cfg.ibot.loss_weight > 0
+        self.use_koleo = cfg.dino.koleo_loss_weight > 0
+        if not (self.use_dino or self.use_ibot):
+            raise ValueError("dino.loss_weight and ibot.loss_weight are both 0: nothing to train")
+        self.separate_head = self.use_ibot and cfg.ibot.separate_head
+
+        self.student = self._networks(cfg.student.drop_path_rate)
+        self.teacher = self._networks(0.0)
+        if cfg.student.pretrained_weights:
+            load_backbone(self.student_backbone, cfg.student.pretrained_weights)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+
+        patch_prototypes = (cfg.ibot if self.separate_head else cfg.dino).head_n_prototypes
+        self.dino_loss = DINOLoss(cfg.dino.head_n_prototypes)
+        self.ibot_patch_loss = iBOTPatchLoss(patch_prototypes)
+        self.koleo_loss = KoLeoLoss()
+
+    def _networks(self, drop_path_rate: float) -> nn.ModuleDict:
+        backbone = build_backbone(self.cfg.student, self.cfg.crops.global_crops_size, drop_path_rate)
+        networks: dict[str, nn.Module] = {"backbone": backbone}
+        heads = {"dino_head": self.cfg.dino} | ({"ibot_head": self.cfg.ibot} if self.separate_head else {})
+        for name, head in heads.items():
+            networks[name] = DINOHead(
+                backbone.embed_dim,
+                head.head_n_prototypes,
+                nlayers=head.head_nlayers,
+                hidden_dim=head.head_hidden_dim,
+                bottleneck_dim=head.head_bottleneck_dim,
+            )
+        return nn.ModuleDict(networks)
+
+    @property
+    def student_backbone(self) -> DinoVisionTransformer:
+        return cast(DinoVisionTransformer, self.student["backbone"])
+
+    def train(self, mode: bool = True) -> "SSLMetaArch":
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch: Batch, teacher_temp: float) -> Losses:
+        """A batch through the whole objective. Moves the centres (with centering); gradients reach the student."""
+        targets = self.targets(batch, teacher_temp)
+        predictions = self.predictions(batch)
+        return self.losses(batch, targets, predictions)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, teacher_temp: float) -> Targets:
+        """The teacher on the unmasked global crops."""
+        cls_scores, patch_scores = self._teacher_scores(batch)
+        sinkhorn = self.cfg.train.centering == "sinkhorn_knopp"
+        cls = patch = None
+        if self.use_dino and cls_scores is not None:
+            if sinkhorn:
+                cls = self.dino_loss.sinkhorn_knopp_teacher(cls_scores, teacher_temp)
+            else:
+                cls = self.dino_loss.softmax_center_teacher(cls_scores, teacher_temp)
+                self.dino_loss.update_center(cls_scores)
+            cls = cls.unflatten(0, (NUM_GLOBAL_CROPS, -1))
+        if self.use_ibot and patch_scores is not None:
+            if sinkhorn:
+                patch = self.ibot_patch_loss.sinkhorn_knopp_teacher(patch_scores, teacher_temp)
+            else:
+                patch = self.ibot_patch_loss.softmax_center_teacher(patch_scores, teacher_temp)
+                self.ibot_patch_loss.update_center(patch_scores)
+        return Targets(cls, patch)
+
+    def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        with self._precision("teacher", "backbone") as dtype:
+            features = self.teacher["backbone"](batch.global_crops.to(dtype), is_training=True)
+        # Swap the crops: row b of crop 0 now faces the class token of crop 1, which is what its student must predict.
+        cls_tokens = torch.cat(features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)[::-1])
+        patch_tokens = features["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch.mask_index)
+        cls, _, patch = self._heads("teacher", cls_tokens, None, patch_tokens)
+        return cls, patch
+
+    def predictions(self, batch: Batch) -> Predictions:
+        """The student on the masked global crops and the local crops, packed in one pass."""
+        has_locals = len(batch.local_crops) > 0
+        crops = [batch.global_crops, batch.local_crops] if has_locals else [batch.global_crops]
+        masks = [batch.masks if self.use_ibot else None, None][: len(crops)]
+        with self._precision("student", "backbone") as dtype:
+            features = self.student["backbone"]([crop.to(dtype) for crop in crops], masks, is_training=True)
+        global_cls = features[0]["x_norm_clstoken"]
+        local_cls = features[1]["x_norm_clstoken"] if has_locals else None
+        patch_tokens = features[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch.mask_index)
+        return Predictions(*self._heads("student", global_cls, local_cls, patch_tokens), global_cls)
+
+    def _heads(
+        self, side: str, global_cls: Tensor, local_cls: Tensor | None, patch_tokens: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Scores of class tokens and masked patch tokens; those of one head in one pass."""
+        groups: dict[str, Tensor] = {}
+        if self.use_dino:
+            groups["global"] = global_cls
+            if local_cls is not None:
+                groups["local"] = local_cls
+        if self.use_ibot and not self.separate_head:
+            groups["patch"] = patch_tokens
+        scores = self._head(side, "dino_head", groups)
+        if self.separate_head:
+            scores |= self._head(side, "ibot_head", {"patch": patch_tokens})
+        return scores.get("global"), scores.get("local"), scores.get("patch")
+
+    def _head(self, side: str, name: str, groups: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Scores of groups of tokens in one pass: {group: (rows, D)} -> {group: (rows, K)}."""
+        if not groups:
+            return {}
+        networks = self.student if side == "student" else self.teacher
+        with self._precision(side, name) as dtype:
+            joint = networks[name](torch.cat([tokens.to(dtype) for tokens in groups.values()]))
+        return dict(zip(groups, joint.split([len(tokens) for tokens in groups.values()]), strict=True))
+
+    def losses(self, batch: Batch, targets: Targets, predictions: Predictions) -> Losses:
+        """Weigh and add the terms.
+
+        The 2 L pairs of a local crop with a teacher crop and the 2 pairs of a global crop with the other teacher crop
+        share the DINO weight evenly. KoLeo acts on each global crop by itself. `published` holds what the release
+        logs: DINO terms without their weight, KoLeo and iBOT at half and without it.
+        """
+        cfg = self.cfg
+        terms: dict[str, Tensor] = {}
+        published: dict[str, Tensor] = {}
+        num_local = len(batch.local_crops) * NUM_GLOBAL_CROPS // len(batch.global_crops)
+        pairs = max(num_local * NUM_GLOBAL_CROPS, 1) + NUM_GLOBAL_CROPS
+        if targets.cls is not None and predictions.global_cls is not None:
+            if predictions.local_cls is not None:
+                local = self.dino_loss(predictions.local_cls.chunk(num_local), targets.cls.unbind()) / pairs
+                terms["dino_local_crops_loss"] = cfg.dino.loss_weight * local
+                published["dino_local_crops_loss"] = local
+            facing = self.dino_loss([predictions.global_cls], [targets.cls.flatten(0, 1)])
+            published["dino_global_crops_loss"] = facing * NUM_GLOBAL_CROPS / pairs
+            terms["dino_global_crops_loss"] = cfg.dino.loss_weight * published["dino_global_crops_loss"]
+        if self.use_koleo:
+            crops = predictions.features.chunk(NUM_GLOBAL_CROPS)
+            koleo = torch.stack([self.koleo_loss(features) for features in crops]).sum()
+            terms["koleo_loss"] = cfg.dino.koleo_loss_weight * koleo
+            published["koleo_loss"] = terms["koleo_loss"] / NUM_GLOBAL_CROPS
+        if targets.patch is not None and predictions.patch is not None:
+            ibot = self.ibot_patch_loss.forward_masked(
+                predictions.patch, targets.patch, batch.masks, masks_weight=batch.mask_weight
+            )
+            terms["ibot_loss"] = cfg.ibot.loss_weight * ibot
+            published["ibot_loss"] = ibot / NUM_GLOBAL_CROPS
+        return Losses(torch.stack(list(terms.values())).sum(), terms, published)
+
+    @contextmanager
+    def _precision(self, side: str, module: str) -> Iterator[torch.dtype]:
+        """Autocast to the `param_dtype` that the config gives this network, which its inputs must have, too.
+
+        Parameters stay float32.
+        """
+        networks = self.cfg.compute_precision.student if side == "student" else self.cfg.compute_precision.teacher
+        dtype = DTYPES[getattr(networks, module).mixed_precision.param_dtype]
+        with torch.autocast(self.dino_loss.center.device.type, dtype, enabled=dtype != torch.float32):
+            yield dtype
+
+
+def build_backbone(arch: Student, img_size: int, drop_path_rate: float) -> DinoVisionTransformer:
+    """The backbone that a config describes, with positions for images of `img_size` pixels."""
+    return build_model(
+        arch.arch,
+        img_size=img_size,
+        patch_size=arch.patch_size,
+        embed_dim=arch.embed_dim,
+        depth=arch.depth,
+        num_heads=arch.num_heads,
+        mlp_ratio=arch.mlp_ratio,
+        drop_path_rate=drop_path_rate,
+        drop_path_uniform=arch.drop_path_uniform,
+        init_values=arch.layerscale,
+        ffn_layer=arch.ffn_layer,
+        block_chunks=arch.block_chunks,
+        qkv_bias=arch.qkv_bias,
+        proj_bias=arch.proj_bias,
+        ffn_bias=arch.ffn_bias,
+        num_register_tokens=arch.num_register_tokens,
+        interpolate_antialias=arch.interpolate_antialias,
+        interpolate_offset=arch.interpolate_offset,
+        attention_backend=arch.attention_backend,
+    )

@@ -1,0 +1,274 @@
+"""Train DINOv2: from the command line to the last checkpoint. The loop is `do_train`.
+
+    python dinov2/train/train.py --config-file dinov2/configs/train/vitl16_short.yaml --output-dir OUT \\
+        train.dataset_path=ImageFolder:root=/my/images
+
+The same command again resumes the run, exactly. `--dry-run` checks everything and trains nothing.
+"""
+
+import argparse
+import dataclasses
+import logging
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+if __package__ in (None, ""):  # run by path from a clone: make the package importable
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+import torch
+from torch import nn
+
+from dinov2 import config, distributed
+from dinov2.config import Config
+from dinov2.data import DataAugmentationDINO, MaskingGenerator, make_dataset
+from dinov2.data.collate import Batch
+from dinov2.data.loader import SamplerType, make_train_loader, to_device
+from dinov2.data.masking import published_max_num_patches
+from dinov2.data.randomness import seed_for
+from dinov2.log import MetricLogger, run_command, setup_logging, truncate_metrics
+from dinov2.train.checkpoint import (
+    Checkpointer,
+    latest_checkpoint,
+    load_training_weights,
+    read_state,
+    save_teacher,
+)
+from dinov2.train.dry_run import dry_run
+from dinov2.train.guards import BadImageGuard, NonFiniteGuard
+from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters
+from dinov2.train.parallel import average_gradients, replicate
+from dinov2.train.schedules import build_schedules, scale_lr
+from dinov2.train.ssl_meta_arch import DTYPES, Losses, SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """The published flags, and --dry-run."""
+    parser = argparse.ArgumentParser("DINOv2 training", add_help=add_help)
+    parser.add_argument(
+        "--config-file", required=True, help="YAML file, or the name of a packaged one such as train/vitl16_short"
+    )
+    parser.add_argument("--no-resume", action="store_true", help="start anew even if the output folder has checkpoints")
+    parser.add_argument("--eval-only", action="store_true", help="write the teacher of the latest checkpoint and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check config, data and weights, print the plan, and exit"
+    )
+    parser.add_argument(
+        "--output-dir", "--output_dir", default="", help="where everything is written (default: the current folder)"
+    )
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides, such as optim.epochs=10")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what the parsed arguments ask for, in this process or as one of several."""
+    cfg = config.load(args.config_file, args.opts)
+    output_dir = Path(args.output_dir or cfg.train.output_dir).resolve()
+    if args.dry_run:
+        world_size = distributed.where_am_i().world_size
+        dry_run(with_run_values(cfg, output_dir, world_size), world_size)
+        return
+    with distributed.session():
+        cfg = with_run_values(cfg, output_dir, distributed.world_size())
+        output_dir.mkdir(parents=True, exist_ok=True)
+        setup_logging(output_dir, distributed.rank())
+        seed_everything(cfg.train.seed)
+        torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it, as published
+        logger.info("%d process(es), device %s, output %s", distributed.world_size(), distributed.device(), output_dir)
+        model = SSLMetaArch(cfg).to(distributed.device())
+        replicate(model)
+        if args.eval_only:
+            dump_teacher_only(cfg, model, resume=not args.no_resume)
+        else:
+            do_train(cfg, model, resume=not args.no_resume)
+
+
+def with_run_values(cfg: Config, output_dir: Path, world_size: int) -> Config:
+    """The config with what only the run knows: its output folder and the learning rate for its global batch."""
+    lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, cfg.train.batch_size_per_gpu * world_size)
+    return dataclasses.replace(
+        cfg,
+        optim=dataclasses.replace(cfg.optim, lr=lr),
+        train=dataclasses.replace(cfg.train, output_dir=str(output_dir)),
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed all generators alike on all processes; what must differ between them is seeded where it is drawn."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def do_train(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
+    """Train until the last step of the schedule, from the latest checkpoint if there is one and `resume`."""
+    device = distributed.device()
+    output_dir = Path(cfg.train.output_dir)
+    epoch_length, total_steps = cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    model.train()
+    optimizer = build_optimizer(
+        model.student,
+        betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2),
+        lr_decay_rate=cfg.optim.layerwise_decay,
+        patch_embed_lr_mult=cfg.optim.patch_embed_lr_mult,
+    )
+    schedules = build_schedules(cfg, cfg.optim.lr)
+    scaler = torch.amp.GradScaler(device.type, enabled=uses_fp16(cfg))
+    checkpointer = Checkpointer(
+        output_dir / "checkpoints",
+        model,
+        optimizer,
+        scaler,
+        period=cfg.train.checkpoint_period or 3 * epoch_length,
+        last_step=total_steps - 1,
+        keep=cfg.train.checkpoint_keep,
+        keep_every=cfg.train.checkpoint_keep_every,
+    )
+    metrics = MetricLogger("  ", output_dir / "training_metrics.json", is_main=distributed.is_main())
+    start = start_step(cfg, model, checkpointer, metrics, resume=resume)
+    nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
+
+    batches = enumerate(to_device(build_loader(cfg, start), device), start)
+    global_batch = cfg.train.batch_size_per_gpu * distributed.world_size()
+    logger.info("steps %d to %d, %d images each", start, total_steps - 1, global_batch)
+    for step, batch in metrics.log_every(
+        batches, cfg.train.log_period, "Training", total_steps, start, batch_size=global_batch
+    ):
+        now = schedules.at(step)
+        set_hyperparameters(optimizer, now)
+        torch.manual_seed(seed_for(cfg.train.seed, f"drop path of rank {distributed.rank()}", step))
+        losses = model(batch, now.teacher_temp)
+        if backward_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite):
+            ema_update(model.teacher, model.student, now.momentum)
+        bad_images.check(batch)
+        metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
+        metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu), **displayed(losses, cfg))
+        metrics.end_iteration()
+        if is_due(step, cfg.evaluation.eval_period_iterations):
+            save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")
+        checkpointer.after_step(step, lambda: {"metrics": metrics.state_dict()})
+
+
+def backward_and_step(
+    losses: Losses,
+    student: nn.ModuleDict,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    max_norm: float | None,
+    guard: NonFiniteGuard,
+) -> bool:
+    """Gradients, clipping per sub-module, optimizer step. False if the step was skipped for a value not finite."""
+    optimizer.zero_grad(set_to_none=True)
+    if not guard.accepts_losses(losses.terms):
+        return False
+    scaler.scale(losses.total).backward()
+    average_gradients(student)
+    scaler.unscale_(optimizer)
+    norms = clip_gradients(student, max_norm)
+    accepted = guard.accepts_gradients(norms, scaler.get_scale())
+    if accepted or scaler.is_enabled():  # the scaler itself leaves out a step with overflown gradients
+        scaler.step(optimizer)
+        scaler.update()
+    return accepted
+
+
+def start_step(
+    cfg: Config, model: SSLMetaArch, checkpointer: Checkpointer, metrics: MetricLogger, *, resume: bool
+) -> int:
+    """Restore the latest checkpoint, else the weights that MODEL.WEIGHTS names; returns the first step to do.
+
+    Config and metrics on disk are replaced only once that has worked.
+    """
+    if not resume:
+        checkpointer.set_aside()
+    state = checkpointer.load_latest()
+    start = 0
+    if state is not None:
+        metrics.load_state_dict(state["metrics"])
+        start = state["iteration"] + 1
+    elif cfg.MODEL.WEIGHTS:
+        load_training_weights(model, cfg.MODEL.WEIGHTS)
+    if distributed.is_main():
+        output_dir = Path(cfg.train.output_dir)
+        config.save(cfg, output_dir / "config.yaml")
+        truncate_metrics(output_dir / "training_metrics.json", start)
+    return start
+
+
+def build_loader(cfg: Config, start: int) -> Iterable[Batch]:
+    """Endless batches of this process, from step `start` on."""
+    crops, patch_size = cfg.crops, cfg.student.patch_size
+    augmentation = DataAugmentationDINO(
+        crops.global_crops_scale,
+        crops.local_crops_scale,
+        crops.local_crops_number,
+        crops.global_crops_size,
+        crops.local_crops_size,
+        **dataclasses.asdict(cfg.augmentation),
+    )
+    side = crops.global_crops_size // patch_size
+    return make_train_loader(
+        make_dataset(dataset_str=cfg.train.dataset_path),
+        augmentation=augmentation,
+        batch_size=cfg.train.batch_size_per_gpu,
+        num_workers=cfg.train.num_workers,
+        sampler=SamplerType[cfg.train.sampler],
+        seed=cfg.train.seed,
+        start_step=start,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        mask_generator=MaskingGenerator(
+            (side, side), max_num_patches=published_max_num_patches(crops.global_crops_size, patch_size)
+        ),
+        mask_ratio_tuple=cfg.ibot.mask_ratio_min_max,
+        mask_probability=cfg.ibot.mask_sample_probability if cfg.ibot.loss_weight > 0 else 0.0,
+        dtype=DTYPES[cfg.compute_precision.student.backbone.mixed_precision.param_dtype],
+    )
+
+
+def displayed(losses: Losses, cfg: Config) -> dict[str, torch.Tensor]:
+    """The losses as logged: the optimised terms and their sum, or what the release shows, averaged over processes."""
+    terms = losses.published if cfg.train.log_published_losses else losses.terms
+    values = torch.stack([value.detach().float() for value in terms.values()])
+    values = distributed.all_reduce_sum(values) / distributed.world_size()
+    return {"total_loss": values.sum(), **dict(zip(terms, values.unbind(), strict=True))}
+
+
+def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
+    """Write the teacher of the latest checkpoint if `resume`, or of MODEL.WEIGHTS, as `eval/manual_<iteration>`.
+
+    Raises:
+        FileNotFoundError: if there is neither, rather than writing random weights.
+    """
+    output_dir = Path(cfg.train.output_dir)
+    folder = latest_checkpoint(output_dir / "checkpoints") if resume else None
+    source = folder or cfg.MODEL.WEIGHTS
+    if not source:
+        raise FileNotFoundError(
+            f"--eval-only found no checkpoint in {output_dir / 'checkpoints'} and MODEL.WEIGHTS is empty"
+        )
+    load_training_weights(model, source)
+    if distributed.is_main() and not (output_dir / "config.yaml").exists():
+        config.save(cfg, output_dir / "config.yaml")  # which an evaluation of the teacher needs
+    iteration = read_state(folder)["iteration"] + 1 if folder else 0
+    save_teacher(model.teacher, output_dir / "eval" / f"manual_{iteration}" / "teacher_checkpoint.pth")
+
+
+def uses_fp16(cfg: Config) -> bool:
+    """Whether gradients need scaling: only fp16 has so small a range."""
+    student = cfg.compute_precision.student
+    dtypes = {module.mixed_precision.param_dtype for module in (student.backbone, student.dino_head, student.ibot_head)}
+    return cfg.compute_precision.grad_scaler and "fp16" in dtypes
+
+
+def is_due(step: int, period: int) -> bool:
+    """Whether something done every `period` steps follows `step`; never if the period is 0 or less."""
+    return period > 0 and (step + 1) % period == 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(lambda: main(get_args_parser().parse_intermixed_args())))
