@@ -158,6 +158,8 @@ class Student:
     interpolate_antialias: bool
     interpolate_offset: Real
     attention_backend: Literal["auto", "xformers", "varlen", "sdpa"]
+    init_std: Positive
+    pos_embed_std: Positive
 
 
 @dataclass(frozen=True)
@@ -286,6 +288,18 @@ def save(cfg: Config, path: str | Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def backbone_arguments(cfg: Config) -> dict[str, Any]:
+    """The arguments of `dinov2.models.build_model` that describe the teacher's backbone; None means: as the arch says.
+
+    The student's is the same with `drop_path_rate`, which is for training only.
+    """
+    arguments = asdict(cfg.student)
+    for key in ("pretrained_weights", "drop_path_rate"):
+        del arguments[key]
+    arguments["init_values"] = arguments.pop("layerscale")
+    return {**arguments, "img_size": cfg.crops.global_crops_size}
 
 
 def packaged_names() -> list[str]:

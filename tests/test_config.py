@@ -123,6 +123,8 @@ OUR_DEFAULTS = {
     "student.num_heads": None,
     "student.mlp_ratio": None,
     "student.attention_backend": "auto",
+    "student.init_std": 0.02,
+    "student.pos_embed_std": 0.02,
     "augmentation.aspect_ratio": [0.75, 4 / 3],
     "augmentation.flip_probability": 0.5,
     "augmentation.color_jitter": [0.4, 0.4, 0.2, 0.1],

@@ -24,13 +24,13 @@ def sinkhorn_knopp(scores: Tensor, temperature: float, n_iterations: int = 3) ->
     """Balanced assignment of the rows of all processes to the prototypes: (R, K) -> (R, K), rows sum to 1.
 
     Alternates, in float32, between giving every prototype the same total and every row the same total; the
-    published constants (1 / K, 1 / rows) cancel and are left out. The greatest score is subtracted first: the
-    result does not change and `exp` cannot overflow; scores more than 87 below it are raised to that, so that no
-    sum is zero. Processes may hold different numbers of rows, even none.
+    published constants (1 / K, 1 / rows) cancel and are left out. Each prototype's greatest score is subtracted first:
+    the first division cancels it, and `exp` cannot overflow. Scores more than 87 below it are raised to that, so that
+    no row sums to zero. Processes may hold different numbers of rows, even none.
     """
     scores = scores.float() / temperature
-    greatest = all_reduce_max(scores.max() if len(scores) else scores.new_tensor(-torch.inf))
-    assignment = (scores - greatest).clamp_(min=-87.0).exp_()
+    mine = scores.amax(dim=0, keepdim=True) if len(scores) else scores.new_full((1, scores.shape[1]), -torch.inf)
+    assignment = (scores - all_reduce_max(mine)).clamp_(min=-87.0).exp_()
     for _ in range(n_iterations):
         assignment /= all_reduce_sum(assignment.sum(dim=0, keepdim=True))
         assignment /= assignment.sum(dim=1, keepdim=True)

@@ -38,6 +38,8 @@ class DinoVisionTransformer(nn.Module):
         num_register_tokens: R extra tokens without position (arXiv 2309.16588).
         interpolate_antialias, interpolate_offset: how positions are resampled, see `interpolate_pos_encoding`.
         attention_backend: see `layers.attention`.
+        init_std, pos_embed_std: spread of the initial linear weights and positions. The published 0.02 suits widths
+            from 384 up; a narrow model starts better from about 1 / sqrt(embed_dim).
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class DinoVisionTransformer(nn.Module):
         interpolate_antialias: bool = False,
         interpolate_offset: float = 0.1,
         attention_backend: str = "auto",
+        init_std: float = 0.02,
+        pos_embed_std: float = 0.02,
     ) -> None:
         super().__init__()
         if ffn_layer not in FFN_LAYERS:
@@ -107,18 +111,18 @@ class DinoVisionTransformer(nn.Module):
         )
         self.norm = norm_layer(embed_dim)
         self.head = nn.Identity()
-        self.init_weights()
+        self.init_weights(init_std, pos_embed_std)
 
-    def init_weights(self) -> None:
+    def init_weights(self, init_std: float, pos_embed_std: float) -> None:
         """Draw the initial tokens, positions and linear weights; the patch projection keeps PyTorch's default."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=pos_embed_std)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.zeros_(self.mask_token)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 

@@ -106,7 +106,7 @@ class Checkpointer:
         return folder
 
     def set_aside(self) -> None:
-        """Rename the folder if it holds checkpoints: an earlier run's, which this one must neither continue nor lose."""
+        """Rename the folder if it holds checkpoints of an earlier run, which this one must neither continue nor lose."""
         if distributed.is_main() and _complete_checkpoints(self.directory):
             names = (self.directory.with_name(f"{self.directory.name}.{number}") for number in itertools.count(1))
             aside = next(name for name in names if not name.exists())

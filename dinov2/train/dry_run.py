@@ -1,6 +1,5 @@
 """A run without the training: checks everything that could go wrong later and prints what the run would be."""
 
-import dataclasses
 import sys
 import tempfile
 import warnings
@@ -15,9 +14,10 @@ from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.images import BadImageError
+from dinov2.models import build_model
 from dinov2.train.checkpoint import load_training_weights
 from dinov2.train.schedules import build_schedules
-from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch, build_backbone
+from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
 BYTES_PER_STUDENT_PARAMETER = 16
 """float32 weight, gradient and two AdamW moments. The teacher has only a weight: 4."""
@@ -105,11 +105,11 @@ def training_flops_per_image(cfg: Config, model: SSLMetaArch) -> float:
         warnings.simplefilter("ignore", FutureWarning)
         from fvcore.nn import FlopCountAnalysis
 
-    one_block = dataclasses.replace(cfg.student, depth=1, attention_backend="sdpa")
+    one_block = {**config.backbone_arguments(cfg), "depth": 1, "attention_backend": "sdpa"}
     depth = model.student_backbone.n_blocks
 
     def backbone(size: int, share_of_blocks: float) -> float:
-        small = build_backbone(one_block, size, drop_path_rate=0.0).eval()
+        small = build_model(**{**one_block, "img_size": size}).eval()
         analysis = FlopCountAnalysis(small, torch.zeros(1, 3, size, size))
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_multiply_adds)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dinov2.config import Config, Student
+from dinov2.config import Config, backbone_arguments
 from dinov2.data.collate import Batch
 from dinov2.layers import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
@@ -81,7 +81,7 @@ class SSLMetaArch(nn.Module):
         self.koleo_loss = KoLeoLoss()
 
     def _networks(self, drop_path_rate: float) -> nn.ModuleDict:
-        backbone = build_backbone(self.cfg.student, self.cfg.crops.global_crops_size, drop_path_rate)
+        backbone = build_model(**backbone_arguments(self.cfg), drop_path_rate=drop_path_rate)
         networks: dict[str, nn.Module] = {"backbone": backbone}
         heads = {"dino_head": self.cfg.dino} | ({"ibot_head": self.cfg.ibot} if self.separate_head else {})
         for name, head in heads.items():
@@ -219,28 +219,3 @@ class SSLMetaArch(nn.Module):
         dtype = DTYPES[getattr(networks, module).mixed_precision.param_dtype]
         with torch.autocast(self.dino_loss.center.device.type, dtype, enabled=dtype != torch.float32):
             yield dtype
-
-
-def build_backbone(arch: Student, img_size: int, drop_path_rate: float) -> DinoVisionTransformer:
-    """The backbone that a config describes, with positions for images of `img_size` pixels."""
-    return build_model(
-        arch.arch,
-        img_size=img_size,
-        patch_size=arch.patch_size,
-        embed_dim=arch.embed_dim,
-        depth=arch.depth,
-        num_heads=arch.num_heads,
-        mlp_ratio=arch.mlp_ratio,
-        drop_path_rate=drop_path_rate,
-        drop_path_uniform=arch.drop_path_uniform,
-        init_values=arch.layerscale,
-        ffn_layer=arch.ffn_layer,
-        block_chunks=arch.block_chunks,
-        qkv_bias=arch.qkv_bias,
-        proj_bias=arch.proj_bias,
-        ffn_bias=arch.ffn_bias,
-        num_register_tokens=arch.num_register_tokens,
-        interpolate_antialias=arch.interpolate_antialias,
-        interpolate_offset=arch.interpolate_offset,
-        attention_backend=arch.attention_backend,
-    )

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = Path(__file__).with_name("tiny.yaml")
 
 CENTERING = "train.centering=centering"
-SEPARATE_HEADS = ["ibot.separate_head=true", "ibot.head_n_prototypes=12", "ibot.head_bottleneck_dim=8"]
+SEPARATE_HEADS = [
+    *("ibot.separate_head=true", "ibot.head_n_prototypes=12"),
+    *("ibot.head_bottleneck_dim=8", "ibot.head_hidden_dim=32", "ibot.head_nlayers=2"),
+]
 
 
 def tiny_config(*overrides: str) -> Config:
@@ -95,7 +97,7 @@ def command_train(output_dir: Path, *words: str, **settings: Any) -> subprocess.
 
 def checkpoints(output_dir: Path) -> list[int]:
     """Iterations of the checkpoints in an output folder."""
-    return sorted(int(path.name.removeprefix("model_")) for path in (output_dir / "checkpoints").iterdir())
+    return sorted(int(path.name.removeprefix("model_")) for path in (output_dir / "checkpoints").glob("*"))
 
 
 def metrics(output_dir: Path) -> list[dict[str, float]]:

@@ -1,0 +1,134 @@
+"""Frozen features of a whole data set.
+
+Shapes: n images, B images of a batch, D feature width.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dinov2 import distributed
+from dinov2.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader
+from dinov2.data.base import ImageDataset
+from dinov2.eval.readable import ReadableOnly, collate_readable
+from dinov2.log import MetricLogger
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_SHARE = 0.01  # of the images that cannot be read; above it the numbers would be those of another data set
+
+AutocastContext = Callable[[], AbstractContextManager[object]]
+
+
+class ModelWithNormalize(nn.Module):
+    """The output of a model with every row scaled to length 1: (B, D) float32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return functional.normalize(self.model(images).float(), dim=1)
+
+
+class ModelWithIntermediateLayers(nn.Module):
+    """The tokens of the last blocks of a frozen backbone, after the final norm.
+
+    The output has one pair per block, from shallow to deep: patch tokens (B, N, D) and class token (B, D).
+    """
+
+    def __init__(
+        self, feature_model: DinoVisionTransformer, n_last_blocks: int, autocast_ctx: AutocastContext = nullcontext
+    ) -> None:
+        super().__init__()
+        self.feature_model = feature_model
+        feature_model.eval()
+        self.n_last_blocks = n_last_blocks
+        self.autocast_ctx = autocast_ctx
+
+    @torch.no_grad()  # not inference mode: heads are trained on these tensors
+    def forward(self, images: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        with self.autocast_ctx():
+            tokens = self.feature_model.get_intermediate_layers(images, self.n_last_blocks, return_class_token=True)
+        return cast(Sequence[tuple[Tensor, Tensor]], tokens)
+
+
+def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Autocast on this process's device; nothing for float32."""
+    return torch.autocast(distributed.device().type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+@torch.inference_mode()
+def extract_features(
+    model: nn.Module,
+    dataset: ImageDataset,
+    batch_size: int,
+    num_workers: int,
+    gather_on_cpu: bool = False,
+    *,
+    autocast_dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Run a model over a data set; the ranks share the work and each gets the whole result.
+
+    Args:
+        model: images (B, 3, H, W) -> features (B, D).
+        dataset: yields (image tensor, label); a label that is None becomes the position of the image.
+        batch_size: per process.
+        num_workers: data loader workers per process.
+        gather_on_cpu: keep the result in host memory.
+        autocast_dtype: precision of the model.
+
+    Returns:
+        Features (n, D) float32 and labels (n, ...) int64 in the order of the data set, without the images that cannot
+        be read.
+
+    Raises:
+        ValueError: if more than `MAX_BAD_SHARE` of the images cannot be read.
+    """
+    device = distributed.device()
+    target_device = torch.device("cpu") if gather_on_cpu else device
+    loader = make_data_loader(
+        dataset=ReadableOnly(DatasetWithEnumeratedTargets(dataset)),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        shuffle=False,
+        sampler_type=SamplerType.DISTRIBUTED,
+        drop_last=False,
+        collate_fn=collate_readable,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    model.eval()
+    features, labels = torch.empty(0), torch.empty(0)
+    progress = MetricLogger("  ", is_main=distributed.is_main())
+    for images, (index, targets) in progress.log_every(
+        loader, 10, "Features:", batch_size=batch_size * distributed.world_size()
+    ):
+        with autocast(autocast_dtype):
+            output = model(images.to(device, non_blocking=True)).float()
+        if not len(features):
+            features = torch.zeros(len(dataset), *output.shape[1:], device=target_device)
+            labels = torch.full((len(dataset), *targets.shape[1:]), -1, device=target_device)
+        gathered = [distributed.all_gather_varied(t.to(device)).to(target_device) for t in (index, output, targets)]
+        # By position: images that were dealt twice to fill up the last batches land in the same place.
+        features[gathered[0]] = gathered[1]
+        labels[gathered[0]] = gathered[2]
+    return _readable_rows(features, labels)
+
+
+def _readable_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that were filled in."""
+    readable = labels.flatten(1).amax(dim=1) >= 0 if labels.ndim > 1 else labels >= 0
+    num_bad = int((~readable).sum())
+    if num_bad == 0:
+        return features, labels
+    if num_bad > MAX_BAD_SHARE * len(labels):
+        raise ValueError(f"{num_bad} of {len(labels)} images cannot be read; the log names them")
+    logger.warning("%d of %d images cannot be read and are left out", num_bad, len(labels))
+    return features[readable], labels[readable]

@@ -1,0 +1,291 @@
+"""k-NN classification with frozen features: no training, no hyper-parameter but k and a temperature.
+
+Shapes: n bank (training) images, Q queries, D feature width, C classes, K the largest k.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run by path from a clone: make the package importable
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dinov2 import distributed
+from dinov2.data.base import ImageDataset
+from dinov2.eval import setup
+from dinov2.eval.features import ModelWithNormalize, extract_features
+from dinov2.eval.metrics import MetricType, build_metric
+from dinov2.eval.results import write_results
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "results_eval_knn.json"
+
+# Similarities exist for this many queries times this many bank images at once (64 MiB).
+QUERY_BATCH = 256
+BANK_CHUNK = 65536
+
+Scores = dict[tuple[str, int], dict[str, float]]  # (bank name, k) -> {"top-1": fraction, ...}
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """The command line of the k-NN evaluation."""
+    parser = argparse.ArgumentParser(
+        description="DINOv2 k-NN evaluation", parents=[setup.get_args_parser(add_help=False)], add_help=add_help
+    )
+    add = parser.add_argument
+    add("--nb_knn", "--nb-knn", type=int, nargs="+", default=[10, 20, 100, 200], help="how many neighbours vote")
+    add("--temperature", type=float, default=0.07, help="softmax temperature of the votes")
+    add("--gather-on-cpu", action="store_true", help="keep the gathered features in host memory")
+    add("--batch-size", type=int, default=256, help="images per process in feature extraction")
+    add("--num-workers", type=int, default=5, help="data loader workers per process")
+    add("--n-per-class-list", type=int, nargs="+", default=[-1], help="few-shot sizes of the bank; -1 = all images")
+    add("--n-tries", type=int, default=1, help="random banks per few-shot size, whose scores are averaged")
+    return parser
+
+
+class KnnModule(nn.Module):
+    """Weighted vote of the nearest neighbours (Wu et al. 2018, arXiv 1805.01978).
+
+    The bank may live in host memory while the arithmetic runs on `device`: it is streamed in chunks.
+    """
+
+    def __init__(
+        self,
+        train_features: Tensor,
+        train_labels: Tensor,
+        nb_knn: Sequence[int],
+        T: float,
+        device: torch.device,
+        num_classes: int = 1000,
+    ) -> None:
+        """Keep the bank.
+
+        Args:
+            train_features: (n, D) float, L2-normalised rows.
+            train_labels: (n,) int64 in 0..C-1.
+            nb_knn: the values of k; those above n become n, with a warning.
+            T: temperature of the softmax over the similarities.
+            device: where to compute.
+            num_classes: C.
+        """
+        super().__init__()
+        self.features, self.labels = train_features, train_labels
+        self.nb_knn = _possible_ks(nb_knn, len(train_labels))
+        self.temperature, self.device, self.num_classes = T, device, num_classes
+
+    @torch.inference_mode()
+    def forward(self, queries: Tensor) -> dict[int, Tensor]:
+        """Votes of the k nearest for each k: queries (Q, D) -> {k: (Q, C)}."""
+        return self.votes(*self.neighbours(queries))
+
+    @torch.inference_mode()
+    def neighbours(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarities (Q, K) float32, largest first, and labels (Q, K) of the K nearest bank images.
+
+        The similarities are cosines up to a constant of each query, to which neither their order nor the votes are
+        sensitive: for vectors of length 1, cos(q, b) = 1 - |q - b|^2 / 2, and with m the mean of the bank the part of
+        -|q - b|^2 / 2 that depends on b is (q - m)(b - m) - |b - m|^2 / 2. Unlike the cosine this does not drown in
+        rounding errors when all features are close to each other, as those of an untrained network are.
+        """
+        largest_k = max(self.nb_knn)
+        queries = queries.to(self.device, torch.float32)
+        sims = queries.new_full((len(queries), largest_k), -torch.inf)
+        labels = torch.zeros_like(sims, dtype=torch.int64)
+        mean = self.features.mean(dim=0).to(self.device, torch.float32)
+        queries = queries - mean
+        for start in range(0, len(self.labels), BANK_CHUNK):
+            bank = self.features[start : start + BANK_CHUNK].to(self.device, torch.float32) - mean
+            offset = bank.square().sum(dim=1) / -2
+            bank_labels = self.labels[start : start + BANK_CHUNK].to(self.device)
+            for first in range(0, len(queries), QUERY_BATCH):
+                rows = slice(first, first + QUERY_BATCH)
+                with torch.autocast(self.device.type, enabled=False):  # half precision makes ties
+                    near = torch.addmm(offset, queries[rows], bank.T).topk(min(largest_k, len(bank)), dim=1)
+                candidates = torch.cat([labels[rows], bank_labels[near.indices]], dim=1)
+                best = torch.cat([sims[rows], near.values], dim=1).topk(largest_k, dim=1)
+                sims[rows] = best.values
+                labels[rows] = candidates.gather(1, best.indices)
+        return sims, labels
+
+    def votes(self, sims: Tensor, labels: Tensor) -> dict[int, Tensor]:
+        """Class scores from neighbours, sims and labels (Q, K) -> {k: (Q, C)}.
+
+        The softmax is over all K neighbours whatever the k, so the votes of the smaller k sum to less than 1.
+        """
+        weights = functional.softmax(sims / self.temperature, dim=1)
+        empty = weights.new_zeros(len(weights), self.num_classes)
+        return {k: empty.scatter_add(1, labels[:, :k], weights[:, :k]) for k in self.nb_knn}
+
+
+def _possible_ks(nb_knn: Sequence[int], bank_size: int) -> list[int]:
+    """The distinct ks in ascending order, none larger than the bank."""
+    if not nb_knn or min(nb_knn) < 1:
+        raise ValueError(f"the numbers of neighbours must be at least 1, got {list(nb_knn)}")
+    too_large = [k for k in nb_knn if k > bank_size]
+    if too_large:
+        logger.warning("k = %s: the bank holds %d images only, k = %d is used", too_large, bank_size, bank_size)
+    return sorted({min(k, bank_size) for k in nb_knn})
+
+
+def few_shot_index(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
+    """Positions of `n_per_class` random images of each class (all of them where a class has fewer), class by class."""
+    generator = torch.Generator().manual_seed(seed)
+    by_class = labels.cpu().argsort(stable=True).split(labels.cpu().bincount().tolist())
+    return torch.cat([index[torch.randperm(len(index), generator=generator)[:n_per_class]] for index in by_class])
+
+
+def eval_knn_on_features(
+    train_features: Tensor,
+    train_labels: Tensor,
+    val_features: Tensor,
+    val_labels: Tensor,
+    *,
+    nb_knn: Sequence[int],
+    temperature: float = 0.07,
+    n_per_class_list: Sequence[int] = (-1,),
+    n_tries: int = 1,
+    metric_type: MetricType = MetricType.MEAN_ACCURACY,
+    device: torch.device | None = None,
+) -> Scores:
+    """Score k-NN on features that are there already; the same complete matrices on every rank.
+
+    Args:
+        train_features: the bank, (n, D) L2-normalised.
+        train_labels: (n,) int64.
+        val_features: the queries, (Q, D) L2-normalised; each rank classifies its share.
+        val_labels: (Q,) int64.
+        nb_knn: values of k.
+        temperature: of the vote.
+        n_per_class_list: negative = the whole bank; n > 0 = random banks of n images per class, for which the values of
+            k are those of `nb_knn` up to n, and n itself.
+        n_tries: banks per few-shot size, seeded 0, 1, ...; their scores are averaged.
+        metric_type: which accuracy.
+        device: where to compute; the process's device when None.
+    """
+    num_classes = 1 + int(max(train_labels.max(), val_labels.max()))
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    score = partial(
+        _score_bank,
+        queries=val_features[mine],
+        query_labels=val_labels[mine],
+        temperature=temperature,
+        metric_type=metric_type,
+        device=device or distributed.device(),
+        num_classes=num_classes,
+    )
+    scores: Scores = {}
+    for n in n_per_class_list:
+        if n == 0:
+            raise ValueError("a few-shot size must be at least 1 image per class, or -1 for all, got 0")
+        if n < 0:
+            name, tries = "full", [score(train_features, train_labels, nb_knn)]
+        else:
+            name, tries = f"{n} per class", []
+            ks = sorted(k for k in {*nb_knn, n} if k <= n)
+            for seed in range(n_tries):
+                index = few_shot_index(train_labels, n, seed).to(train_features.device)
+                tries.append(score(train_features[index], train_labels[index], ks))
+        for k in tries[0]:
+            scores[name, k] = {top: sum(t[k][top] for t in tries) / len(tries) for top in tries[0][k]}
+    return scores
+
+
+def _score_bank(
+    features: Tensor,
+    labels: Tensor,
+    ks: Sequence[int],
+    *,
+    queries: Tensor,
+    query_labels: Tensor,
+    temperature: float,
+    metric_type: MetricType,
+    device: torch.device,
+    num_classes: int,
+) -> dict[int, dict[str, float]]:
+    """Accuracies {k: {"top-1": ...}} of all ranks' queries with one bank."""
+    knn = KnnModule(features, labels, ks, temperature, device, num_classes)
+    metrics = {k: build_metric(metric_type, num_classes=num_classes).to(device) for k in knn.nb_knn}
+    sims, neighbour_labels = knn.neighbours(queries)
+    batches = zip(*(t.split(QUERY_BATCH) for t in (sims, neighbour_labels, query_labels.to(device))), strict=True)
+    for batch_sims, batch_labels, target in batches:
+        for k, votes in knn.votes(batch_sims, batch_labels).items():
+            metrics[k].update(votes, target)
+    return {k: {top: float(value) for top, value in metric.compute().items()} for k, metric in metrics.items()}
+
+
+def eval_knn(
+    model: nn.Module,
+    train_dataset: ImageDataset,
+    val_dataset: ImageDataset,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 5,
+    gather_on_cpu: bool = False,
+    autocast_dtype: torch.dtype = torch.float32,
+    **protocol: Any,
+) -> Scores:
+    """Extract the normalised class tokens of both sets and score them (`protocol`: see `eval_knn_on_features`)."""
+    extract = partial(
+        extract_features,
+        ModelWithNormalize(model),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        gather_on_cpu=gather_on_cpu,
+        autocast_dtype=autocast_dtype,
+    )
+    return eval_knn_on_features(*extract(train_dataset), *extract(val_dataset), **protocol)
+
+
+def eval_knn_with_model(
+    model: nn.Module,
+    *,
+    train_dataset_str: str,
+    val_dataset_str: str,
+    transform: Callable[..., Tensor],
+    **options: Any,
+) -> Scores:
+    """Score a model on data sets given as strings (`options`: see `eval_knn`), and log the scores in percent."""
+    train_dataset = setup.labelled_dataset(train_dataset_str, transform)
+    val_dataset = setup.labelled_dataset(val_dataset_str, transform)
+    scores = eval_knn(model, train_dataset, val_dataset, **options)
+    for key, accuracies in scores.items():
+        for top, accuracy in accuracies.items():
+            logger.info("%s %s: %.2f", key, top.replace("top-", "Top "), 100 * accuracy)
+    return scores
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the evaluation of the command line."""
+    with distributed.session():
+        cfg = setup.setup(args)
+        scores = eval_knn_with_model(
+            setup.build_model_for_eval(cfg, args.pretrained_weights),
+            train_dataset_str=args.train_dataset,
+            val_dataset_str=args.val_dataset,
+            transform=setup.eval_transform(args, cfg),
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            gather_on_cpu=args.gather_on_cpu,
+            autocast_dtype=setup.get_autocast_dtype(cfg),
+            nb_knn=args.nb_knn,
+            temperature=args.temperature,
+            n_per_class_list=args.n_per_class_list,
+            n_tries=args.n_tries,
+        )
+        percent: dict[str, dict[str, dict[str, float]]] = {}
+        for (name, k), accuracies in scores.items():
+            percent.setdefault(name, {})[str(k)] = {top: 100 * value for top, value in accuracies.items()}
+        write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="knn", metrics=percent, args=args)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

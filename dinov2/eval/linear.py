@@ -1,0 +1,346 @@
+"""Linear evaluation: a grid of linear classifiers on the frozen tokens of the last blocks, all trained at once.
+
+The classifiers are described in `linear_heads`. The best of them is chosen on the validation set itself, as published.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __package__ in (None, ""):  # run by path from a clone: make the package importable
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from dinov2 import distributed
+from dinov2.config import Config
+from dinov2.data.transforms import make_classification_train_transform
+from dinov2.eval import setup
+from dinov2.eval.features import ModelWithIntermediateLayers, autocast
+from dinov2.eval.linear_checkpoint import FINAL, RUNNING, LinearCheckpointer, read_checkpoint
+from dinov2.eval.linear_data import EvalSet, make_eval_set, make_train_loader
+from dinov2.eval.linear_heads import (
+    AllClassifiers,
+    LinearClassifier,
+    LinearPostprocessor,
+    classifiers_from_state_dict,
+    create_linear_input,
+    scale_lr,
+    setup_linear_classifiers,
+)
+from dinov2.eval.metrics import MetricType, build_metric
+from dinov2.eval.results import weights_fingerprint, write_results
+from dinov2.log import MetricLogger
+from dinov2.models.vision_transformer import DinoVisionTransformer
+
+__all__ = [
+    "AllClassifiers",
+    "LinearClassifier",
+    "LinearPostprocessor",
+    "create_linear_input",
+    "eval_linear",
+    "evaluate_linear_classifiers",
+    "get_args_parser",
+    "main",
+    "run_eval_linear",
+    "scale_lr",
+    "setup_linear_classifiers",
+    "test_on_datasets",
+]
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "results_eval_linear.json"
+LAST_BLOCKS = (1, 4)
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+
+Accuracies = dict[str, float | list[float]]  # {"top-1": fraction, or one fraction per class, ...}
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, 3, H, W), labels (B,)
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """The command line of the linear evaluation."""
+    parser = argparse.ArgumentParser(
+        description="DINOv2 linear evaluation", parents=[setup.get_args_parser(add_help=False)], add_help=add_help
+    )
+    add, metric_types = parser.add_argument, [metric_type.value for metric_type in MetricType]
+    add("--test-datasets", nargs="+", help="dataset strings of further sets to test the best classifier on")
+    add("--epochs", type=int, default=10, help="times --epoch-length iterations")
+    add("--batch-size", type=int, default=128, help="images per process")
+    add("--num-workers", type=int, default=8, help="data loader workers per process")
+    add("--epoch-length", type=int, default=1250, help="iterations; after as many a checkpoint is written")
+    add("--save-checkpoint-frequency", type=int, default=20, help="epochs between two checkpoints that are kept")
+    add("--eval-period-iterations", type=int, default=1250, help="iterations between two validations")
+    add("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), help="for a batch of 256 images")
+    add("--no-resume", action="store_true", help="start anew even if the output folder has a checkpoint")
+    add("--val-metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
+    add("--test-metric-types", choices=metric_types, nargs="+", help="one per test set (default: that of validation)")
+    add("--classifier-fpath", help="checkpoint of classifiers to evaluate; nothing is trained")
+    add("--val-class-mapping-fpath", help=".npy file: which of the trained classes the validation set has")
+    add("--test-class-mapping-fpaths", nargs="+", help="the same for each test set; the word None for no mapping")
+    return parser
+
+
+# --- Scores ----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate_linear_classifiers(
+    feature_model: nn.Module, classifiers: Mapping[str, LinearClassifier], eval_set: EvalSet, num_classes: int
+) -> dict[str, Accuracies]:
+    """Accuracies of each classifier by name; `num_classes` is that of the training set."""
+    device, mapping = distributed.device(), eval_set.class_mapping
+    width = num_classes if mapping is None else len(mapping)
+    postprocessors = {name: LinearPostprocessor(classifier, mapping) for name, classifier in classifiers.items()}
+    metrics = {name: build_metric(eval_set.metric_type, num_classes=width).to(device) for name in classifiers}
+    progress = MetricLogger("  ", is_main=distributed.is_main())
+    for images, targets in progress.log_every(eval_set.loader, 10, "Test:"):
+        features = feature_model(images.to(device, non_blocking=True))
+        targets = targets.to(device, non_blocking=True)
+        for name, postprocessor in postprocessors.items():
+            metrics[name].update(**postprocessor(features, targets))
+    return {name: {top: value.tolist() for top, value in metric.compute().items()} for name, metric in metrics.items()}
+
+
+def top_1(accuracies: Accuracies) -> float:
+    """One number in percent to compare classifiers by: top-1, or the mean of it where there is one per class."""
+    return 100 * float(np.mean(accuracies["top-1"]))
+
+
+def percent(accuracies: Accuracies) -> Accuracies:
+    return {top: (100 * np.asarray(value)).tolist() for top, value in accuracies.items()}
+
+
+def best_of(scores: Mapping[str, Accuracies]) -> str:
+    """The name of the classifier with the highest top-1, the first of several."""
+    return max(scores, key=lambda name: top_1(scores[name]))
+
+
+def test_on_datasets(
+    feature_model: nn.Module,
+    classifiers: Mapping[str, LinearClassifier],
+    test_sets: Sequence[EvalSet],
+    num_classes: int,
+) -> dict[str, dict[str, Accuracies]]:
+    """Accuracies {dataset string: {classifier: ...}}."""
+    return {
+        test_set.name: evaluate_linear_classifiers(feature_model, classifiers, test_set, num_classes)
+        for test_set in test_sets
+    }
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """When what happens, in iterations."""
+
+    max_iter: int
+    eval_period: int
+    checkpoint_period: int  # of the one that is overwritten by the next
+    kept_checkpoint_period: int
+
+
+def build_optimizer(param_groups: list[dict[str, Any]], max_iter: int) -> tuple[Optimizer, LRScheduler]:
+    """SGD with momentum, without weight decay; each group's rate falls to 0 along a cosine."""
+    optimizer = SGD(param_groups, momentum=0.9, weight_decay=0)
+    return optimizer, CosineAnnealingLR(optimizer, max_iter)
+
+
+def train_step(classifiers: nn.Module, features: Any, labels: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Update all classifiers on a batch; the mean cross-entropy of each before, {name: ()}."""
+    losses = {name: functional.cross_entropy(logits, labels) for name, logits in classifiers(features).items()}
+    optimizer.zero_grad()
+    torch.stack(list(losses.values())).sum().backward()
+    optimizer.step()
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def eval_linear(
+    feature_model: nn.Module,
+    classifiers: AllClassifiers,
+    param_groups: list[dict[str, Any]],
+    batches_from: Callable[[int], Batches],
+    validate: Callable[[], dict[str, Accuracies]],
+    plan: Plan,
+    *,
+    output_dir: Path,
+    resume: bool,
+    run: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Train the classifiers in place, from the latest checkpoint if there is one and `resume`.
+
+    Args:
+        feature_model: images -> tokens of the last blocks.
+        classifiers: the grid.
+        param_groups: of the optimizer.
+        batches_from: iteration -> this rank's batches from there on.
+        validate: scores the classifiers as they are.
+        plan: when what happens.
+        output_dir: of the checkpoints.
+        resume: whether to look for a checkpoint.
+        run: see `LinearCheckpointer`.
+
+    Returns:
+        The validations on the way (not the one after the last iteration, which is the caller's).
+    """
+    device = distributed.device()
+    optimizer, scheduler = build_optimizer(param_groups, plan.max_iter)
+    checkpointer = LinearCheckpointer(output_dir, classifiers, optimizer, scheduler, run=run)
+    start, history = checkpointer.load_latest() if resume else (0, [])
+    model = nn.parallel.DistributedDataParallel(classifiers) if distributed.is_enabled() else classifiers
+    progress = MetricLogger("  ", is_main=distributed.is_main())
+    batches = progress.log_every(batches_from(start), 10, "Training", plan.max_iter, start)
+    for iteration, (images, labels) in enumerate(batches, start):
+        features = feature_model(images.to(device, non_blocking=True))
+        losses = train_step(model, features, labels.to(device, non_blocking=True), optimizer)
+        progress.update(loss=torch.stack(list(losses.values())).sum(), lr=optimizer.param_groups[0]["lr"])
+        scheduler.step()
+
+        finished = iteration + 1
+        if finished % plan.eval_period == 0 and finished < plan.max_iter:
+            history.append(validation_record(finished, validate()))
+        if finished % plan.kept_checkpoint_period == 0:
+            checkpointer.save(f"model_{iteration:07d}", iteration, history)
+        if finished == plan.max_iter:
+            checkpointer.save(FINAL, iteration, history)
+        elif finished % plan.checkpoint_period == 0:
+            checkpointer.save(RUNNING, iteration, history)
+    return history
+
+
+def validation_record(iteration: int, scores: Mapping[str, Accuracies]) -> dict[str, Any]:
+    """What is logged and remembered of a validation after so many iterations."""
+    for name, accuracies in scores.items():
+        logger.info("%s top-1: %.2f", name, top_1(accuracies))
+    best = best_of(scores)
+    logger.info("best after %d iterations: %s, top-1 %.2f", iteration, best, top_1(scores[best]))
+    return {"iteration": iteration, "best_classifier": best, "top-1": top_1(scores[best])}
+
+
+# --- The whole evaluation --------------------------------------------------------------------------------------------
+
+
+def run_eval_linear(model: DinoVisionTransformer, args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
+    """Train and test as the command line says; the metrics of the results file, accuracies in percent."""
+    feature_model = ModelWithIntermediateLayers(
+        model, min(max(LAST_BLOCKS), model.n_blocks), partial(autocast, setup.get_autocast_dtype(cfg))
+    )
+    val_set, test_sets = build_eval_sets(args, setup.eval_transform(args, cfg))
+    if args.classifier_fpath:
+        state = read_checkpoint(Path(args.classifier_fpath))
+        classifiers = classifiers_from_state_dict(state["model"], args.classifier_fpath).to(distributed.device())
+        history: list[dict[str, Any]] = []
+        iteration = state.get("iteration", -1) + 1
+    else:
+        classifiers, history = train_classifiers(feature_model, val_set, args, cfg)
+        iteration = args.epochs * args.epoch_length
+    named, num_classes = classifiers.by_name(), classifiers.num_classes
+    scores = evaluate_linear_classifiers(feature_model, named, val_set, num_classes)
+    history.append(validation_record(iteration, scores))
+    best = best_of(scores)
+    tests = test_on_datasets(feature_model, {best: named[best]}, test_sets, num_classes)
+    accuracies = {name: top_1(test[best]) for name, test in {val_set.name: scores, **tests}.items()}
+    logger.info(
+        "Test Results Dict %s",
+        {"best_classifier": best, **{f"{name}_accuracy": accuracy for name, accuracy in accuracies.items()}},
+    )
+    return {
+        "best_classifier": {"name": best, **percent(scores[best])},
+        "val": {name: percent(accuracies) for name, accuracies in scores.items()},
+        "test": {name: percent(test[best]) for name, test in tests.items()},
+        "history": history,
+    }
+
+
+def build_eval_sets(args: argparse.Namespace, transform: Callable[..., Tensor]) -> tuple[EvalSet, list[EvalSet]]:
+    """The validation set and the test sets of the command line.
+
+    Raises:
+        ValueError: if there are not as many test metrics or class mappings as test sets.
+    """
+    make = partial(make_eval_set, transform=transform, batch_size=args.batch_size, num_workers=args.num_workers)
+    val_set = make(
+        args.val_dataset,
+        metric_type=MetricType(args.val_metric_type),
+        class_mapping_fpath=args.val_class_mapping_fpath,
+    )
+    datasets = args.test_datasets or []
+    metric_types = args.test_metric_types or [args.val_metric_type] * len(datasets)
+    mappings = args.test_class_mapping_fpaths or ["None"] * len(datasets)
+    for flag, values in (("--test-metric-types", metric_types), ("--test-class-mapping-fpaths", mappings)):
+        if len(values) != len(datasets):
+            raise ValueError(f"{flag} has {len(values)} values for {len(datasets)} --test-datasets")
+    tests = [
+        make(dataset, metric_type=MetricType(metric), class_mapping_fpath=None if mapping == "None" else mapping)
+        for dataset, metric, mapping in zip(datasets, metric_types, mappings, strict=True)
+    ]
+    return val_set, tests
+
+
+def train_classifiers(
+    feature_model: ModelWithIntermediateLayers, val_set: EvalSet, args: argparse.Namespace, cfg: Config
+) -> tuple[AllClassifiers, list[dict[str, Any]]]:
+    """The trained grid, and the validations on the way."""
+    _, crop = setup.image_sizes(args, cfg)
+    transform = make_classification_train_transform(
+        crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
+    )
+    dataset = setup.labelled_dataset(args.train_dataset, transform)
+    targets = dataset.get_targets()
+    assert targets is not None, "labelled"
+    num_classes = 1 + int(targets.max())
+    classifiers, param_groups = setup_linear_classifiers(
+        feature_model(dataset[0][0][None].to(distributed.device())),
+        [n for n in LAST_BLOCKS if n <= feature_model.n_last_blocks],
+        args.learning_rates,
+        args.batch_size,
+        num_classes,
+        world_size=distributed.world_size(),
+    )
+    weights = weights_fingerprint(args.pretrained_weights)
+    history = eval_linear(
+        feature_model,
+        classifiers,
+        param_groups,
+        partial(make_train_loader, dataset=dataset, batch_size=args.batch_size, num_workers=args.num_workers),
+        partial(evaluate_linear_classifiers, feature_model, classifiers.by_name(), val_set, num_classes),
+        Plan(
+            max_iter=args.epochs * args.epoch_length,
+            eval_period=args.eval_period_iterations,
+            checkpoint_period=args.epoch_length,
+            kept_checkpoint_period=args.save_checkpoint_frequency * args.epoch_length,
+        ),
+        output_dir=Path(args.output_dir),
+        resume=not args.no_resume,
+        run={
+            "weights": weights and weights["sha256"],
+            "training set": args.train_dataset,
+            "images per iteration": args.batch_size * distributed.world_size(),
+            "iterations": args.epochs * args.epoch_length,
+            "learning rates": args.learning_rates,
+        },
+    )
+    return classifiers, history
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the evaluation of the command line."""
+    with distributed.session():
+        cfg = setup.setup(args)
+        model = setup.build_model_for_eval(cfg, args.pretrained_weights)
+        metrics = run_eval_linear(model, args, cfg)
+        write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="linear", metrics=metrics, args=args)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -1,0 +1,169 @@
+"""The linear classifiers of the linear evaluation: a grid of inputs and learning rates, trained side by side.
+
+Shapes: B images, N patches, D width of the backbone, C classes. Backbone output: for each of the last blocks, from
+shallow to deep, patch tokens (B, N, D) and class token (B, D), after the final norm.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+TokensOfBlocks = Sequence[tuple[Tensor, Tensor]]
+
+PUBLISHED_DECIMALS = 5
+_NAME = re.compile(r"classifiers_dict\.(classifier_(\d+)_blocks_avgpool_(True|False)_lr_[\d_]+)\.linear\.weight")
+
+
+def create_linear_input(x_tokens_list: TokensOfBlocks, use_n_blocks: int, use_avgpool: bool) -> Tensor:
+    """Class tokens of the last n blocks, and the mean patch token of the last one: (B, n*D) or (B, (n+1)*D) float32."""
+    parts = [class_token for _, class_token in x_tokens_list[-use_n_blocks:]]
+    if use_avgpool:
+        parts.append(x_tokens_list[-1][0].mean(dim=1))
+    return torch.cat(parts, dim=-1).float()
+
+
+class LinearClassifier(nn.Module):
+    """One linear layer on a choice of tokens."""
+
+    def __init__(self, out_dim: int, use_n_blocks: int, use_avgpool: bool, num_classes: int = 1000) -> None:
+        """Initialise the weights from a normal distribution of std 0.01, the biases with 0.
+
+        Args:
+            out_dim: width of the input, (n or n + 1) * D.
+            use_n_blocks: n.
+            use_avgpool: whether the mean patch token is part of the input.
+            num_classes: C.
+        """
+        super().__init__()
+        self.out_dim, self.use_n_blocks, self.use_avgpool = out_dim, use_n_blocks, use_avgpool
+        self.linear = nn.Linear(out_dim, num_classes)
+        nn.init.normal_(self.linear.weight, std=0.01)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x_tokens_list: TokensOfBlocks) -> Tensor:
+        return self.linear(create_linear_input(x_tokens_list, self.use_n_blocks, self.use_avgpool))
+
+
+class AllClassifiers(nn.Module):
+    """Classifiers by name; keys of the state dict: `classifiers_dict.NAME.linear.weight` and `.bias`."""
+
+    def __init__(self, classifiers_dict: Mapping[str, LinearClassifier]) -> None:
+        super().__init__()
+        self.classifiers_dict = nn.ModuleDict(classifiers_dict)
+
+    def forward(self, x_tokens_list: TokensOfBlocks) -> dict[str, Tensor]:
+        """Logits {name: (B, C)}; classifiers with the same input share it."""
+        inputs: dict[tuple[int, bool], Tensor] = {}
+        logits = {}
+        for name, classifier in self.by_name().items():
+            key = (classifier.use_n_blocks, classifier.use_avgpool)
+            if key not in inputs:
+                inputs[key] = create_linear_input(x_tokens_list, *key)
+            logits[name] = classifier.linear(inputs[key])
+        return logits
+
+    def by_name(self) -> dict[str, LinearClassifier]:
+        return cast(dict[str, LinearClassifier], dict(self.classifiers_dict.items()))
+
+    @property
+    def num_classes(self) -> int:
+        """C, the same for all of them."""
+        return next(iter(self.by_name().values())).linear.out_features
+
+
+class LinearPostprocessor(nn.Module):
+    """Scores of one classifier, in the form that metrics take."""
+
+    def __init__(self, linear_classifier: LinearClassifier, class_mapping: Tensor | None = None) -> None:
+        """Keep the classifier; `class_mapping` (C',) int64 picks the classes of another data set out of the C."""
+        super().__init__()
+        self.linear_classifier = linear_classifier
+        self.class_mapping = class_mapping
+
+    def forward(self, samples: TokensOfBlocks, targets: Tensor) -> dict[str, Tensor]:
+        logits = self.linear_classifier(samples)
+        return {"preds": logits if self.class_mapping is None else logits[:, self.class_mapping], "target": targets}
+
+
+def scale_lr(learning_rate: float, batch_size: int, world_size: int = 1) -> float:
+    """The learning rate for a global batch of `batch_size * world_size`, given that for 256."""
+    return learning_rate * (batch_size * world_size) / 256.0
+
+
+def classifier_names(use_n_blocks: int, use_avgpool: bool, rates: Sequence[float]) -> list[str]:
+    """Published names, such as `classifier_4_blocks_avgpool_True_lr_0_00400`, with more decimals where rates need them.
+
+    Raises:
+        ValueError: if a rate is there twice, so that no number of decimals can tell them apart.
+    """
+    if len(set(rates)) < len(rates):
+        raise ValueError(f"learning rates must differ from each other, got {list(rates)}")
+    decimals = PUBLISHED_DECIMALS
+    while len({f"{rate:.{decimals}f}" for rate in rates}) < len(rates):
+        decimals += 1
+    prefix = f"classifier_{use_n_blocks}_blocks_avgpool_{use_avgpool}_lr_"
+    return [prefix + f"{rate:.{decimals}f}".replace(".", "_") for rate in rates]
+
+
+class LinearGrid(NamedTuple):
+    """Classifiers to train, and their groups for the optimizer in the same order."""
+
+    classifiers: AllClassifiers
+    param_groups: list[dict[str, Any]]
+
+
+def setup_linear_classifiers(
+    sample_output: TokensOfBlocks,
+    n_last_blocks_list: Sequence[int],
+    learning_rates: Sequence[float],
+    batch_size: int,
+    num_classes: int,
+    *,
+    world_size: int = 1,
+    seed: int = 0,
+) -> LinearGrid:
+    """One classifier for each number of blocks, without and with average pooling, and each learning rate.
+
+    All classifiers on the same input start from the same weights, whatever else is in the grid.
+
+    Args:
+        sample_output: backbone output for any images, for its widths.
+        n_last_blocks_list: the numbers of blocks.
+        learning_rates: for a global batch of 256.
+        batch_size: per process.
+        num_classes: C.
+        world_size: number of processes.
+        seed: of the initial weights.
+    """
+    rates = [scale_lr(rate, batch_size, world_size) for rate in learning_rates]
+    classifiers, groups = {}, []
+    for n in n_last_blocks_list:
+        for avgpool in (False, True):
+            width = create_linear_input(sample_output, n, avgpool).shape[1]
+            for name, rate in zip(classifier_names(n, avgpool, rates), rates, strict=True):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    classifier = LinearClassifier(width, n, avgpool, num_classes)
+                classifiers[name] = classifier.to(sample_output[0][0].device)
+                groups.append({"params": classifiers[name].parameters(), "lr": rate})
+    return LinearGrid(AllClassifiers(classifiers), groups)
+
+
+def classifiers_from_state_dict(state: Mapping[str, Tensor], source: str) -> AllClassifiers:
+    """The classifiers of a checkpoint, whatever grid it was trained with.
+
+    Raises:
+        ValueError: if `state`, which comes from `source`, holds none.
+    """
+    classifiers = {}
+    for match in filter(None, map(_NAME.fullmatch, state)):
+        num_classes, width = state[match[0]].shape
+        classifiers[match[1]] = LinearClassifier(width, int(match[2]), match[3] == "True", num_classes)
+    if not classifiers:
+        raise ValueError(f"no linear classifiers in {source}; it holds: {', '.join(list(state)[:4])}")
+    model = AllClassifiers(classifiers)
+    model.load_state_dict(dict(state))
+    return model

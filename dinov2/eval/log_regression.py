@@ -1,0 +1,252 @@
+"""Logistic regression on frozen features: L2 penalty, its strength chosen on held-out images.
+
+Shapes: n training images, B test images, D feature width, C classes.
+"""
+
+import argparse
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+if __package__ in (None, ""):  # run by path from a clone: make the package importable
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dinov2 import distributed
+from dinov2.data.base import ImageDataset
+from dinov2.eval import setup
+from dinov2.eval.features import extract_features
+from dinov2.eval.metrics import MetricType, build_metric
+from dinov2.eval.results import write_results
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "results_eval_log_regression.json"
+RESIZE_SIZE = 224
+C_VALUES = (10.0 ** (torch.arange(-24, 21) / 4)).tolist()  # 45 values, 1e-6 to 1e5, as float32 has them
+TOLERANCE = 1e-12
+HELD_OUT_SEED = 0
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+Accuracies = dict[str, Any]  # {"top-1": fraction, or a list of one per class, ...}
+
+
+class Labelled(NamedTuple):
+    """Features of some images and their labels."""
+
+    features: Tensor  # (n, D)
+    labels: Tensor  # (n,) int64
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """The command line of the logistic regression."""
+    parser = argparse.ArgumentParser(
+        description="DINOv2 logistic regression", parents=[setup.get_args_parser(add_help=False)], add_help=add_help
+    )
+    add = parser.add_argument
+    add("--finetune-dataset-str", help="dataset string of a set to choose C on (default: a tenth of the training set)")
+    add("--finetune-on-val", action="store_true", help="without such a set: choose C on the validation set")
+    metric_types = [t.value for t in MetricType if t is not MetricType.IMAGENET_REAL_ACCURACY]
+    add("--metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
+    add("--train-features-device", default="cpu", help="where the features are kept; cuML is used on CUDA if installed")
+    add("--train-dtype", choices=list(DTYPES), default="float64", help="precision of the fit")
+    add("--max-train-iters", type=int, default=1000, help="iterations of the solver")
+    add("--batch-size", type=int, default=256, help="images per process in feature extraction")
+    add("--num-workers", type=int, default=0, help="data loader workers per process")
+    return parser
+
+
+class LogRegModule(nn.Module):
+    """Multinomial logistic regression: minimises C * (sum of the losses) + |weights|^2 / 2, intercept free."""
+
+    def __init__(self, C: float, max_iter: int, dtype: torch.dtype, device: torch.device, num_classes: int) -> None:
+        """Prepare a solver: cuML's if `device` is a GPU and cuML is installed, else scikit-learn's on the CPU."""
+        super().__init__()
+        self.dtype, self.num_classes = dtype, num_classes
+        if device.type == "cuda" and find_spec("cuml"):
+            from cuml.linear_model import LogisticRegression as GpuLogisticRegression
+
+            self.device = device
+            self.estimator: Any = GpuLogisticRegression(
+                C=C, max_iter=max_iter, tol=TOLERANCE, linesearch_max_iter=50, output_type="numpy"
+            )
+        else:
+            from sklearn.linear_model import LogisticRegression
+
+            self.device = torch.device("cpu")
+            self.estimator = LogisticRegression(C=C, max_iter=max_iter, tol=TOLERANCE)
+
+    def fit(self, train_features: Tensor, train_labels: Tensor) -> None:
+        """Fit to (n, D) features and (n,) int64 labels, which need not have all classes."""
+        from sklearn.exceptions import ConvergenceWarning
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the tolerance is below what the solver can see
+            self.estimator.fit(self._array(train_features.to(self.dtype)), self._array(train_labels))
+
+    def forward(self, samples: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Class probabilities (B, C) of features (B, D), in the form that metrics take."""
+        seen = self.estimator.predict_proba(self._array(samples.to(self.dtype)))
+        classes = torch.as_tensor(np.asarray(self.estimator.classes_), dtype=torch.int64)
+        probabilities = torch.zeros(len(samples), self.num_classes, dtype=self.dtype)
+        probabilities[:, classes] = torch.as_tensor(seen)
+        return {"preds": probabilities, "target": targets.cpu()}
+
+    def _array(self, tensor: Tensor) -> Any:
+        """As the solver wants it: a tensor on the GPU for cuML, an array for scikit-learn."""
+        return tensor.to(self.device) if self.device.type == "cuda" else tensor.cpu().numpy()
+
+
+class Fitter(NamedTuple):
+    """Fits and scores models with everything but C decided."""
+
+    num_classes: int
+    metric_type: MetricType = MetricType.MEAN_ACCURACY
+    max_iter: int = 1000
+    dtype: torch.dtype = torch.float64
+
+    def fit(self, C: float, train: Labelled) -> LogRegModule:
+        module = LogRegModule(C, self.max_iter, self.dtype, train.features.device, self.num_classes)
+        module.fit(train.features, train.labels)
+        return module
+
+    def score(self, module: LogRegModule, test: Labelled) -> Accuracies:
+        """Accuracies {"top-1": ...} as fractions, on this process alone."""
+        metric = build_metric(self.metric_type, num_classes=self.num_classes, sync_on_compute=False)
+        metric.update(**module(test.features, test.labels))
+        return {top: value.tolist() for top, value in metric.compute().items()}
+
+
+def sweep_C_values(
+    fitter: Fitter, train: Labelled, choice: Labelled, C_values: Sequence[float] = C_VALUES
+) -> list[Accuracies]:
+    """Accuracies on `choice` of a model fitted to `train` for each C; the ranks share the work."""
+    mine = {}
+    for i in range(distributed.rank(), len(C_values), distributed.world_size()):
+        mine[i] = fitter.score(fitter.fit(C_values[i], train), choice)
+        logger.info("C = %.3g: top-1 %.2f", C_values[i], top_1(mine[i]))
+    everything = {i: scores for part in distributed.all_gather_object(mine) for i, scores in part.items()}
+    return [everything[i] for i in range(len(C_values))]
+
+
+def top_1(accuracies: Accuracies) -> float:
+    """One number in percent: top-1, or the mean of it where there is one per class."""
+    return 100 * float(np.mean(accuracies["top-1"]))
+
+
+def hold_out(train: Labelled) -> tuple[Labelled, Labelled]:
+    """A random tenth (rounded down) of a training set to choose C on, and the rest: (rest, tenth)."""
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    tenth, rest = order[: len(order) // 10], order[len(order) // 10 :]
+    if not len(tenth):
+        raise ValueError(f"{len(train.labels)} training images are too few to hold out a tenth; use --finetune-on-val")
+    return Labelled(*(t[rest] for t in train)), Labelled(*(t[tenth] for t in train))
+
+
+def eval_log_regression(
+    train: Labelled,
+    val: Labelled,
+    *,
+    fitter: Fitter,
+    finetune: Labelled | None = None,
+    finetune_on_val: bool = False,
+    C_values: Sequence[float] = C_VALUES,
+) -> dict[str, Any]:
+    """Choose C, fit, score; the same features on every rank.
+
+    C is chosen on `finetune` if given, else on `val` if `finetune_on_val`, else on a tenth of `train`. Unless it was
+    chosen on `val`, the final model is fitted to the images of the choice, too.
+
+    Returns:
+        On rank 0 {"top-1": fraction, ..., "best_C": C, "sweep": [{"C": C, "top-1": ...}, ...]}, elsewhere nothing.
+    """
+    fitted = everything = train
+    if finetune is not None:
+        choice = finetune
+        everything = Labelled(*(torch.cat(pair) for pair in zip(train, finetune, strict=True)))
+    elif finetune_on_val:
+        choice = val
+    else:
+        fitted, choice = hold_out(train)
+    sweep = sweep_C_values(fitter, fitted, choice, C_values)
+    if not distributed.is_main():
+        return {}
+    best = max(range(len(C_values)), key=lambda i: top_1(sweep[i]))  # the first of several
+    logger.info("best C = %.3g; fitting to all %d images", C_values[best], len(everything.labels))
+    scores = fitter.score(fitter.fit(C_values[best], everything), val)
+    by_C = [{"C": C, **accuracies} for C, accuracies in zip(C_values, sweep, strict=True)]
+    return {**scores, "best_C": C_values[best], "sweep": by_C}
+
+
+def eval_log_regression_with_model(
+    model: nn.Module,
+    *,
+    train_dataset: ImageDataset,
+    val_dataset: ImageDataset,
+    finetune_dataset: ImageDataset | None = None,
+    finetune_on_val: bool = False,
+    metric_type: MetricType = MetricType.MEAN_ACCURACY,
+    train_features_device: str = "cpu",
+    train_dtype: torch.dtype = torch.float64,
+    max_train_iters: int = 1000,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    autocast_dtype: torch.dtype = torch.float32,
+) -> dict[str, Any]:
+    """Extract the class tokens of the sets (not normalised) and run `eval_log_regression` on them."""
+    device = torch.device(train_features_device)
+
+    def extract(dataset: ImageDataset) -> Labelled:
+        features, labels = extract_features(
+            model, dataset, batch_size, num_workers, device.type == "cpu", autocast_dtype=autocast_dtype
+        )
+        return Labelled(features.to(device), labels.to(device))
+
+    train, val = extract(train_dataset), extract(val_dataset)
+    finetune = None if finetune_dataset is None else extract(finetune_dataset)
+    num_classes = 1 + max(int(part.labels.max()) for part in (train, val, finetune) if part is not None)
+    fitter = Fitter(num_classes, metric_type, max_train_iters, train_dtype)
+    return eval_log_regression(train, val, fitter=fitter, finetune=finetune, finetune_on_val=finetune_on_val)
+
+
+def percent(accuracies: Accuracies) -> Accuracies:
+    """The same with every accuracy in percent."""
+    return {key: (100 * np.asarray(v)).tolist() if key.startswith("top-") else v for key, v in accuracies.items()}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the evaluation of the command line."""
+    with distributed.session():
+        cfg = setup.setup(args)
+        dataset = partial(setup.labelled_dataset, transform=setup.eval_transform(args, cfg, RESIZE_SIZE))
+        results = eval_log_regression_with_model(
+            setup.build_model_for_eval(cfg, args.pretrained_weights),
+            train_dataset=dataset(args.train_dataset),
+            val_dataset=dataset(args.val_dataset),
+            finetune_dataset=dataset(args.finetune_dataset_str) if args.finetune_dataset_str else None,
+            finetune_on_val=args.finetune_on_val,
+            metric_type=MetricType(args.metric_type),
+            train_features_device=args.train_features_device,
+            train_dtype=DTYPES[args.train_dtype],
+            max_train_iters=args.max_train_iters,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            autocast_dtype=setup.get_autocast_dtype(cfg),
+        )
+        if distributed.is_main():
+            metrics = percent(results) | {"sweep": [percent(scores) for scores in results["sweep"]]}
+            for top in [key for key in metrics if key.startswith("top-")]:
+                logger.info("%s: %s", top, np.round(metrics[top], 1))
+            write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="log_regression", metrics=metrics, args=args)
+
+
+if __name__ == "__main__":
+    main(get_args_parser().parse_args())

@@ -1,0 +1,136 @@
+"""Classification metrics that add up over batches and over processes.
+
+Shapes: B samples, C classes. All results are fractions in 0..1. The counts are torchmetrics states, so `compute()` sums
+them over the ranks of a process group.
+"""
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+DEFAULT_KS = (1, 5)
+
+
+class AccuracyAveraging(Enum):
+    """How the accuracies of the classes become one number."""
+
+    MICRO = "micro"  # every sample counts the same
+    MACRO = "macro"  # every class counts the same, classes without samples as 0 (as torchmetrics 0.10 did)
+    NONE = "none"  # no averaging: one accuracy per class
+
+
+class MetricType(Enum):
+    """The metrics of the command line."""
+
+    MEAN_ACCURACY = "mean_accuracy"
+    MEAN_PER_CLASS_ACCURACY = "mean_per_class_accuracy"
+    PER_CLASS_ACCURACY = "per_class_accuracy"
+    IMAGENET_REAL_ACCURACY = "imagenet_real_accuracy"
+
+    @property
+    def averaging(self) -> AccuracyAveraging:
+        """The averaging of an accuracy with one label per image."""
+        return _AVERAGING[self]
+
+
+_AVERAGING = {
+    MetricType.MEAN_ACCURACY: AccuracyAveraging.MICRO,
+    MetricType.MEAN_PER_CLASS_ACCURACY: AccuracyAveraging.MACRO,
+    MetricType.PER_CLASS_ACCURACY: AccuracyAveraging.NONE,
+}
+
+
+class TopKAccuracy(Metric):
+    """Share of samples whose label is among their `top_k` highest scores."""
+
+    full_state_update = False
+    higher_is_better = True
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, num_classes: int, top_k: int, averaging: AccuracyAveraging, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_classes, self.top_k, self.averaging = num_classes, top_k, averaging
+        self.add_state("correct", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count a batch: scores (B, C), labels (B,) int64."""
+        if target.ndim != 1:
+            raise ValueError(f"accuracy needs one label per image, got targets of shape {tuple(target.shape)}")
+        if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < self.num_classes:
+            raise ValueError(f"labels from {int(target.min())} to {int(target.max())} for {self.num_classes} classes")
+        hit = (preds.topk(self.top_k, dim=1).indices == target[:, None]).any(dim=1)
+        self.correct += torch.bincount(target[hit], minlength=self.num_classes)
+        self.total += torch.bincount(target, minlength=self.num_classes)
+
+    def compute(self) -> Tensor:
+        """The accuracy, () or (C,) float64."""
+        correct, total = self.correct.double(), self.total.double()
+        if self.averaging is AccuracyAveraging.MICRO:
+            return correct.sum() / total.sum()
+        per_class = correct / total.clamp(min=1)
+        return per_class if self.averaging is AccuracyAveraging.NONE else per_class.mean()
+
+
+class ImageNetReaLAccuracy(Metric):
+    """Share of samples with a valid label among their `top_k` highest scores (Beyer et al. 2020, arXiv 2006.07159).
+
+    Samples without any valid label are left out.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, num_classes: int, top_k: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_classes, self.top_k = num_classes, top_k
+        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Count a batch: scores (B, C), label lists (B, L) int64 padded with -1."""
+        if target.ndim != 2:
+            raise ValueError(
+                "imagenet_real_accuracy needs a list of labels per image, padded with -1, "
+                f"got targets of shape {tuple(target.shape)}"
+            )
+        top = preds.topk(self.top_k, dim=1).indices
+        hit = (top[:, :, None] == target[:, None, :]).any(dim=2).any(dim=1)  # no prediction equals the padding -1
+        self.correct += hit.sum()
+        self.total += (target >= 0).any(dim=1).sum()
+
+    def compute(self) -> Tensor:
+        """The accuracy, () float64."""
+        return self.correct.double() / self.total
+
+
+def build_metric(
+    metric_type: MetricType, *, num_classes: int, ks: Sequence[int] | None = None, sync_on_compute: bool = True
+) -> MetricCollection:
+    """The accuracies `top-k` for each k.
+
+    Args:
+        metric_type: which accuracy.
+        num_classes: C, the width of the scores.
+        ks: the values of k; (1, 5) when None. Those above `num_classes` are left out.
+        sync_on_compute: sum over the processes; off when they evaluate different models.
+
+    Returns:
+        A collection whose `compute()` gives {"top-1": ..., "top-5": ...}.
+    """
+    ks = [k for k in ks or DEFAULT_KS if k <= num_classes]
+
+    def metric(k: int) -> Metric:
+        if metric_type is MetricType.IMAGENET_REAL_ACCURACY:
+            return ImageNetReaLAccuracy(num_classes, k, sync_on_compute=sync_on_compute)
+        return TopKAccuracy(num_classes, k, metric_type.averaging, sync_on_compute=sync_on_compute)
+
+    # Compute groups would let top-5 share the counts of top-1 whenever the two agree on the first batch.
+    return MetricCollection({f"top-{k}": metric(k) for k in ks}, compute_groups=False)

@@ -1,0 +1,149 @@
+"""What the three evaluations share: common flags, the configuration, the frozen backbone, its images."""
+
+import argparse
+import dataclasses
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dinov2 import config, distributed
+from dinov2.config import Config
+from dinov2.data import make_dataset
+from dinov2.data.base import ImageDataset
+from dinov2.data.transforms import make_classification_eval_transform
+from dinov2.log import setup_logging
+from dinov2.models import build_model
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.models.weights import load_backbone
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+PUBLISHED_CROP_SIZE = 224
+SMALLEST_PUBLISHED_SIZE = 96  # a model trained on smaller global crops is evaluated at the size of its crops
+
+
+def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+    """The flags common to all evaluations."""
+    parser = argparse.ArgumentParser(description="DINOv2 evaluation", add_help=add_help)
+    parser.add_argument(
+        "--config-file",
+        required=True,
+        help="config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
+        "eval/vits14_pretrain",
+    )
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--pretrained-weights", help="path or URL of the weights")
+    weights.add_argument(
+        "--random-init", action="store_true", help="evaluate the network as it is before training, as a baseline"
+    )
+    parser.add_argument(
+        "--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)"
+    )
+    parser.add_argument(
+        "--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value"
+    )
+    parser.add_argument("--train-dataset", default="ImageNet:split=TRAIN", help="dataset string")
+    parser.add_argument("--val-dataset", default="ImageNet:split=VAL", help="dataset string")
+    small = f"for models trained on global crops below {SMALLEST_PUBLISHED_SIZE} pixels the size of those crops"
+    parser.add_argument(
+        "--resize-size",
+        type=int,
+        help=f"images are scaled to this shorter side (default: 256, for logistic regression 224; {small})",
+    )
+    parser.add_argument("--crop-size", type=int, help=f"and their centre is cut out (default: 224; {small})")
+    return parser
+
+
+def setup(args: argparse.Namespace) -> Config:
+    """Load the configuration, make the output folder, start the logs; to be called in a `distributed.session()`.
+
+    The configuration is saved as `config.yaml` in the output folder, but never over the file it was read from.
+    """
+    output_dir = Path(args.output_dir).resolve()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    setup_logging(output_dir, distributed.rank())
+    cfg = config.load(args.config_file, args.opts)
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, output_dir=str(output_dir)))
+    path = output_dir / "config.yaml"
+    if distributed.is_main() and path != Path(args.config_file).resolve():
+        config.save(cfg, path)
+    logger.info("%s", "\n".join(["arguments:", *(f"  {name}: {value}" for name, value in sorted(vars(args).items()))]))
+    torch.backends.cudnn.benchmark = True  # all batches have one size
+    return cfg
+
+
+def build_model_for_eval(cfg: Config, pretrained_weights: str | None) -> DinoVisionTransformer:
+    """The teacher's backbone on this process's device, in evaluation mode.
+
+    Args:
+        cfg: says which backbone.
+        pretrained_weights: path or URL; None leaves the weights as initialised with `train.seed`.
+
+    Raises:
+        ValueError: if the weights do not fit the configuration.
+    """
+    torch.manual_seed(cfg.train.seed)
+    model = build_model(**config.backbone_arguments(cfg))
+    if pretrained_weights is None:
+        logger.warning("evaluating the network as it is before training (--random-init)")
+    else:
+        load_backbone(model, pretrained_weights)
+    return model.eval().requires_grad_(False).to(distributed.device())
+
+
+def get_autocast_dtype(cfg: Config) -> torch.dtype:
+    """The precision of the teacher's backbone in training; on a CPU float32, where half precision is no faster."""
+    if distributed.device().type == "cpu":
+        return torch.float32
+    return DTYPES[cfg.compute_precision.teacher.backbone.mixed_precision.param_dtype]
+
+
+def setup_and_build_model(args: argparse.Namespace) -> tuple[DinoVisionTransformer, torch.dtype]:
+    """From the command line to the frozen backbone and the dtype to autocast it to."""
+    cfg = setup(args)
+    return build_model_for_eval(cfg, args.pretrained_weights), get_autocast_dtype(cfg)
+
+
+def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> tuple[int, int]:
+    """Sizes in pixels (resize, crop): from the flags, else the published ones or those of a small-image model.
+
+    Raises:
+        ValueError: if the crop is no whole number of patches, or larger than the resized image.
+    """
+    trained = cfg.crops.global_crops_size
+    small = trained < SMALLEST_PUBLISHED_SIZE
+    resize = args.resize_size or (trained if small else published_resize_size)
+    crop = args.crop_size or (trained if small else PUBLISHED_CROP_SIZE)
+    if crop % cfg.student.patch_size:
+        raise ValueError(f"--crop-size {crop} is not a multiple of student.patch_size = {cfg.student.patch_size}")
+    if crop > resize:
+        raise ValueError(f"--crop-size {crop} is larger than --resize-size {resize}")
+    return resize, crop
+
+
+def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> Callable[..., Tensor]:
+    """The transform of evaluation images, image -> (3, crop, crop), with the normalisation of training."""
+    resize, crop = image_sizes(args, cfg, published_resize_size)
+    logger.info("images: shorter side to %d pixels, centre crop of %d x %d", resize, crop, crop)
+    return make_classification_eval_transform(
+        resize_size=resize, crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
+    )
+
+
+def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor]) -> ImageDataset:
+    """The data set of a string, with images transformed.
+
+    Raises:
+        ValueError: if it is empty or has no labels.
+    """
+    dataset = make_dataset(dataset_str=dataset_str, transform=transform)
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {dataset_str!r} is empty")
+    if dataset.get_targets() is None:
+        raise ValueError(f"dataset {dataset_str!r} has no labels, which this evaluation needs")
+    return dataset

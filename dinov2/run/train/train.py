@@ -1,0 +1,23 @@
+"""Launch a training: on SLURM where there is one, else on this machine.
+
+    python dinov2/run/train/train.py --nodes 4 --config-file dinov2/configs/train/vitl16_short.yaml \\
+        --output-dir OUT train.dataset_path=ImageNet:split=TRAIN:root=ROOT:extra=EXTRA
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # run by path from a clone: make the package importable
+    sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+from dinov2.run.launch import launch
+from dinov2.train.train import get_args_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return launch("dinov2.train.train:main", get_args_parser, "dinov2:train", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,43 @@
+"""Entry points of torch.hub: `torch.hub.load(REPOSITORY, "dinov2_vits14")`. Needs nothing but torch."""
+
+from dinov2.hub.backbones import (
+    dinov2_vitb14,
+    dinov2_vitb14_reg,
+    dinov2_vitg14,
+    dinov2_vitg14_reg,
+    dinov2_vitl14,
+    dinov2_vitl14_reg,
+    dinov2_vits14,
+    dinov2_vits14_reg,
+)
+from dinov2.hub.classifiers import (
+    dinov2_vitb14_lc,
+    dinov2_vitb14_reg_lc,
+    dinov2_vitg14_lc,
+    dinov2_vitg14_reg_lc,
+    dinov2_vitl14_lc,
+    dinov2_vitl14_reg_lc,
+    dinov2_vits14_lc,
+    dinov2_vits14_reg_lc,
+)
+
+dependencies = ["torch"]
+
+__all__ = [
+    "dinov2_vitb14",
+    "dinov2_vitb14_lc",
+    "dinov2_vitb14_reg",
+    "dinov2_vitb14_reg_lc",
+    "dinov2_vitg14",
+    "dinov2_vitg14_lc",
+    "dinov2_vitg14_reg",
+    "dinov2_vitg14_reg_lc",
+    "dinov2_vitl14",
+    "dinov2_vitl14_lc",
+    "dinov2_vitl14_reg",
+    "dinov2_vitl14_reg_lc",
+    "dinov2_vits14",
+    "dinov2_vits14_lc",
+    "dinov2_vits14_reg",
+    "dinov2_vits14_reg_lc",
+]

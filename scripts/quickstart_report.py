@@ -1,0 +1,127 @@
+"""What a quickstart run has learned: a plot of the losses, a picture of patch features, a table of k-NN accuracies.
+
+    python scripts/quickstart_report.py OUT
+
+reads what training left in OUT and adds losses.png, pca.png, knn.json and knn.md. The latest teacher is compared with
+the same network before training and with raw pixels, all three by the same evaluation.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: make dinov2 and scripts importable
+
+import numpy as np
+import torch
+from torch import nn
+
+from dinov2 import config
+from dinov2.config import Config
+from dinov2.data import make_dataset
+from dinov2.data.transforms import make_classification_eval_transform
+from dinov2.eval import setup, visualize
+from dinov2.eval.knn import eval_knn
+from dinov2.eval.results import write_results
+from dinov2.log import setup_logging
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from scripts.plot_metrics import plot_metrics
+
+NUM_NEIGHBOURS = (10, 20)
+IMAGES_PER_CLASS = 3
+
+Accuracies = dict[str, dict[int, float]]  # features -> {k: top-1 in percent}
+
+
+def latest_teacher(folder: Path) -> Path:
+    """The teacher of the last step that has one.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    dumps = list(folder.glob("eval/training_*/teacher_checkpoint.pth"))
+    if not dumps:
+        raise FileNotFoundError(f"no eval/training_*/teacher_checkpoint.pth in {folder}: did the training finish?")
+    return max(dumps, key=lambda path: int(path.parent.name.removeprefix("training_")))
+
+
+def compare(features: Mapping[str, nn.Module], cfg: Config, train_dataset: str, val_dataset: str) -> Accuracies:
+    """k-NN accuracies of the outputs of several models on the images as the network sees them."""
+    side = cfg.crops.global_crops_size
+    transform = make_classification_eval_transform(
+        resize_size=side, crop_size=side, mean=cfg.augmentation.mean, std=cfg.augmentation.std
+    )
+    accuracies = {}
+    for name, model in features.items():
+        scores = eval_knn(
+            model,
+            setup.labelled_dataset(train_dataset, transform),
+            setup.labelled_dataset(val_dataset, transform),
+            num_workers=0,  # the images are tiny and in memory
+            autocast_dtype=setup.get_autocast_dtype(cfg),
+            nb_knn=NUM_NEIGHBOURS,
+        )
+        accuracies[name] = {k: 100 * scores["full", k]["top-1"] for k in NUM_NEIGHBOURS}
+    return accuracies
+
+
+def as_table(accuracies: Accuracies) -> str:
+    """Markdown that is readable as it is."""
+    width = max(map(len, accuracies))
+    lines = [f"| {'top-1 in %':<{width}} |" + "".join(f" k = {k} |" for k in NUM_NEIGHBOURS)]
+    lines.append(f"| {'-' * width} |" + " -----: |" * len(NUM_NEIGHBOURS))
+    for name, row in accuracies.items():
+        lines.append(f"| {name:<{width}} |" + "".join(f" {row[k]:6.1f} |" for k in NUM_NEIGHBOURS))
+    return "\n".join(lines) + "\n"
+
+
+def draw_features(networks: Mapping[str, DinoVisionTransformer], cfg: Config, val_dataset: str, output: Path) -> None:
+    """Images of every class, and below each its patch features in the eyes of the networks."""
+    dataset = make_dataset(dataset_str=val_dataset)
+    targets = dataset.get_targets()
+    of_class = [np.flatnonzero(targets == target)[:IMAGES_PER_CLASS] for target in range(len(dataset.classes))]
+    images = [dataset.get_image(index) for index in np.stack(of_class, axis=1).flatten()]  # one row: all classes
+    to_tensor = visualize.ToNormalizedTensor(cfg.augmentation.mean, cfg.augmentation.std)
+    tensors = torch.stack([to_tensor(image) for image in images])
+    rows = {"image": images}
+    for name, network in networks.items():
+        tokens = visualize.patch_tokens(network, tensors, shifts=cfg.student.patch_size)
+        rows[name] = visualize.to_pictures(visualize.pca_colours(tokens))
+    title = "Patch features: their first three principal components as red, green and blue, one basis per network"
+    visualize.contact_sheet(rows, title=title, headings=dataset.classes, columns=len(dataset.classes)).save(output)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Draw, evaluate, write; print the table."""
+    folder: Path = args.folder.resolve()
+    setup_logging(folder)
+    cfg = config.load(folder / "config.yaml")
+    teacher = latest_teacher(folder)
+    train_dataset = cfg.train.dataset_path
+    val_dataset = train_dataset.replace("split=TRAIN", "split=VAL")
+    steps, batch = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.train.batch_size_per_gpu
+    plot_metrics(
+        folder / "training_metrics.json", folder / "losses.png", f"{train_dataset}: {steps} steps of {batch} images"
+    )
+    trained = setup.build_model_for_eval(cfg, str(teacher))
+    untrained = setup.build_model_for_eval(cfg, None)
+    draw_features({"trained": trained, "untrained": untrained}, cfg, val_dataset, folder / "pca.png")
+    features = {"raw pixels": nn.Flatten(), "untrained": untrained, "trained": trained}
+    accuracies = compare(features, cfg, train_dataset, val_dataset)
+    write_results(
+        folder / "knn.json",
+        evaluation="knn",
+        metrics=accuracies,
+        args=argparse.Namespace(pretrained_weights=str(teacher), train_dataset=train_dataset, val_dataset=val_dataset),
+    )
+    table = as_table(accuracies)
+    (folder / "knn.md").write_text(table)
+    print(f"\nk-NN classification of {val_dataset} by {train_dataset}:\n\n{table}")
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Picture and measure what a quickstart run has learned")
+    parser.add_argument("folder", type=Path, help="output folder of the training")
+    sys.exit(main(parser.parse_args()))

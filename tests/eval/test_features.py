@@ -1,0 +1,120 @@
+"""Features of a data set: in its order, whole on every rank, whatever the batches, ranks and broken files."""
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from eval_pictures import Pictures, tiny_backbone
+from eval_shared_work import shared_work
+from torch.nn.functional import normalize
+
+from dinov2.eval.features import ModelWithIntermediateLayers, ModelWithNormalize, extract_features
+from dinov2.eval.linear_data import collate_label_lists
+from dinov2.eval.readable import collate_readable
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(4, 0), (100, 0), (3, 2)])
+def test_features_are_those_of_the_model_in_the_order_of_the_data(batch_size: int, num_workers: int) -> None:
+    model, pictures = tiny_backbone(), Pictures(10)
+    images = torch.stack([pictures[i][0] for i in range(10)])
+    features, labels = extract_features(model, pictures, batch_size, num_workers, gather_on_cpu=True)
+    torch.testing.assert_close(features, model(images))
+    assert labels.tolist() == pictures.labels.tolist()
+    normalised, _ = extract_features(ModelWithNormalize(model), pictures, batch_size, num_workers)
+    torch.testing.assert_close(normalised, normalize(model(images), dim=1))
+
+
+def test_autocast_is_for_the_model_only() -> None:
+    model, pictures = tiny_backbone(), Pictures(4)
+    exact, _ = extract_features(model, pictures, 4, 0)
+    half, _ = extract_features(model, pictures, 4, 0, autocast_dtype=torch.bfloat16)
+    assert half.dtype == torch.float32
+    assert 0 < (half - exact).abs().max() < 0.2
+
+
+def test_broken_pictures_are_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    pictures = Pictures(200, broken=[7, 8])
+    with caplog.at_level(logging.WARNING):
+        features, labels = extract_features(tiny_backbone(), pictures, 64, 0)
+    whole, _ = extract_features(tiny_backbone(), Pictures(200), 64, 0)
+    kept = [i for i in range(200) if i not in (7, 8)]
+    torch.testing.assert_close(features, whole[kept])
+    assert labels.tolist() == pictures.labels[kept].tolist()
+    assert "sample 7" in caplog.text and "sample 8" in caplog.text
+    assert "2 of 200 images cannot be read and are left out" in caplog.text
+
+
+def test_too_many_broken_pictures_are_an_error() -> None:
+    with pytest.raises(ValueError, match="3 of 200 images cannot be read"):
+        extract_features(tiny_backbone(), Pictures(200, broken=[1, 70, 190]), 64, 0)
+    with pytest.raises(ValueError, match="not one of the 2 images of a batch can be read"):
+        collate_readable([None, None])
+
+
+def test_tokens_of_the_last_blocks_are_frozen_and_go_from_shallow_to_deep() -> None:
+    model = tiny_backbone()
+    images = torch.stack([Pictures(2)[i][0] for i in range(2)])
+    tokens = ModelWithIntermediateLayers(model, 3)(images)
+    assert [(tuple(patches.shape), tuple(cls.shape)) for patches, cls in tokens] == [((2, 4, 24), (2, 24))] * 3
+    torch.testing.assert_close(tokens[-1][1], model(images))
+    assert not tokens[-1][1].requires_grad
+
+
+def test_lists_of_labels_are_filled_up_with_minus_one() -> None:
+    image = torch.zeros(3, 2, 2)
+    images, labels = collate_label_lists([(image, [4]), (image, [1, 2, 3]), (image, []), (image, 7)])
+    assert images.shape == (4, 3, 2, 2)
+    assert labels.tolist() == [[4, -1, -1], [1, 2, 3], [-1, -1, -1], [7, -1, -1]]
+
+
+def launch(folder: Path, world_size: int) -> list[dict]:
+    """What each of several processes finds that share out the work of `eval_shared_work`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(world_size):
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size),
+        }
+        settings = {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-W", "error", HERE / "eval_shared_work.py", folder],
+                env=os.environ | place | settings,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
+    return [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    alone = json.loads(json.dumps(shared_work(tmp_path / "one")))
+    first, second = launch(tmp_path / "two", 2)
+    for results in (first, second):
+        torch.testing.assert_close(torch.tensor(results["features"]), torch.tensor(alone["features"]))
+        assert results["knn"] == alone["knn"]
+        assert results["linear"] == alone["linear"]
+        for name, weight in alone["heads"].items():
+            torch.testing.assert_close(torch.tensor(results["heads"][name]), torch.tensor(weight))
+    assert first["logreg"] == alone["logreg"] and second["logreg"] == {}
+    assert (tmp_path / "two" / "model_final.pth").is_file()

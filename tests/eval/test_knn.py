@@ -1,0 +1,157 @@
+"""k-NN is the vote of a brute-force search in float64, for any bank, chunk and k; the command writes what it found."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from eval_pictures import command, tiny_backbone, write_pictures
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dinov2.eval import knn
+from dinov2.eval.knn import KnnModule, eval_knn_on_features, few_shot_index
+
+CPU = torch.device("cpu")
+NUM_CLASSES, TEMPERATURE = 4, 0.07
+
+
+def features_and_labels(count: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Unit vectors (count, 8) around one of each class, and labels (count,)."""
+    centres = torch.randn(NUM_CLASSES, 8, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
+    offsets = centres[labels] + 1.5 * torch.randn(count, 8, generator=generator)
+    return normalize(1.0 * (spread < 1) + spread * offsets), labels
+
+
+def brute_force(bank: Tensor, labels: Tensor, queries: Tensor, k: int, largest_k: int) -> Tensor:
+    """Votes (Q, C) by a loop over queries and neighbours, in float64."""
+    bank, queries = normalize(bank.double()), normalize(queries.double())
+    votes = torch.zeros(len(queries), NUM_CLASSES, dtype=torch.float64)
+    for i, query in enumerate(queries):
+        cosines = torch.stack([query @ other for other in bank])
+        nearest = cosines.argsort(descending=True)[:largest_k]
+        weights = torch.exp(cosines[nearest] / TEMPERATURE)
+        for neighbour, weight in list(zip(nearest, weights / weights.sum(), strict=True))[:k]:
+            votes[i, labels[neighbour]] += weight
+    return votes
+
+
+@pytest.mark.parametrize(("chunk", "batch"), [(1000, 1000), (7, 5), (1, 1)])
+def test_votes_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch, chunk: int, batch: int) -> None:
+    monkeypatch.setattr(knn, "BANK_CHUNK", chunk)  # also smaller than the largest k
+    monkeypatch.setattr(knn, "QUERY_BATCH", batch)
+    bank, labels = features_and_labels(50, seed=0)
+    queries, _ = features_and_labels(12, seed=1)
+    votes = KnnModule(bank, labels, [3, 20, 10], TEMPERATURE, CPU, NUM_CLASSES)(queries)
+    assert list(votes) == [3, 10, 20]
+    for k, result in votes.items():
+        torch.testing.assert_close(result.double(), brute_force(bank, labels, queries, k, 20), rtol=0, atol=1e-5)
+    torch.testing.assert_close(votes[20].sum(dim=1), torch.ones(12))
+
+
+def test_autocast_does_not_reach_the_similarities() -> None:
+    bank, labels = features_and_labels(50, seed=0)
+    queries, _ = features_and_labels(12, seed=1)
+    module = KnnModule(bank, labels, [10], TEMPERATURE, CPU, NUM_CLASSES)
+    expected = module.neighbours(queries)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = module.neighbours(queries)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_features_that_are_close_to_each_other_are_still_told_apart() -> None:
+    """As those of an untrained network with a small LayerScale, whose cosines are all 1 in float32."""
+    bank, labels = features_and_labels(200, seed=0, spread=2e-4)
+    queries, _ = features_and_labels(40, seed=1, spread=2e-4)
+    right = brute_force(bank, labels, queries, 5, 5).argmax(dim=1)
+    votes = KnnModule(bank, labels, [5], TEMPERATURE, CPU, NUM_CLASSES)(queries)[5]
+    assert torch.equal(votes.argmax(dim=1), right)
+    cosines = queries @ bank.T
+    by_cosine = torch.nn.functional.one_hot(labels[cosines.topk(5).indices]).sum(dim=1).argmax(dim=1)
+    assert (cosines - 1).abs().max() < 1e-6 and (by_cosine != right).sum() > 5
+
+
+def test_k_larger_than_the_bank_becomes_its_size(caplog: pytest.LogCaptureFixture) -> None:
+    bank, labels = features_and_labels(6, seed=0)
+    with caplog.at_level(logging.WARNING):
+        votes = KnnModule(bank, labels, [3, 10, 20], TEMPERATURE, CPU, NUM_CLASSES)(bank)
+    assert list(votes) == [3, 6]
+    assert "k = [10, 20]: the bank holds 6 images only, k = 6 is used" in caplog.text
+
+
+def test_impossible_numbers_are_named() -> None:
+    bank, labels = features_and_labels(6, seed=0)
+    with pytest.raises(ValueError, match=r"at least 1, got \[0, 3\]"):
+        KnnModule(bank, labels, [0, 3], TEMPERATURE, CPU)
+    with pytest.raises(ValueError, match="at least 1 image per class, or -1 for all, got 0"):
+        eval_knn_on_features(bank, labels, bank, labels, nb_knn=[1], n_per_class_list=[0])
+
+
+def test_few_shot_banks_are_the_first_of_a_permutation_of_each_class() -> None:
+    labels = torch.tensor([2, 0, 2, 0, 0, 2, 1, 0, 2])
+    torch.manual_seed(5)
+    expected = []
+    for label in (0, 1, 2):
+        positions = (labels == label).nonzero().flatten()
+        expected += positions[torch.randperm(len(positions))[:2]].tolist()
+    state = torch.get_rng_state()
+    assert few_shot_index(labels, 2, seed=5).tolist() == expected
+    assert labels[expected].tolist() == [0, 0, 1, 2, 2]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert few_shot_index(labels, 2, seed=6).tolist() != expected
+
+
+def test_few_shot_scores_are_the_mean_of_the_tries() -> None:
+    bank, labels = features_and_labels(80, seed=0)
+    queries, query_labels = features_and_labels(40, seed=1)
+    scores = eval_knn_on_features(
+        bank, labels, queries, query_labels, nb_knn=[3, 10], n_per_class_list=[-1, 5], n_tries=3
+    )
+    assert list(scores) == [("full", 3), ("full", 10), ("5 per class", 3), ("5 per class", 5)]
+    tries = []
+    for seed in range(3):
+        index = few_shot_index(labels, 5, seed)
+        votes = KnnModule(bank[index], labels[index], [3, 5], TEMPERATURE, CPU, NUM_CLASSES)(queries)
+        tries.append((votes[3].argmax(dim=1) == query_labels).double().mean().item())
+    assert scores["5 per class", 3]["top-1"] == pytest.approx(sum(tries) / 3)
+    full = brute_force(bank, labels, queries, 10, 10).argmax(dim=1) == query_labels
+    assert scores["full", 10] == {"top-1": pytest.approx(full.double().mean().item())}  # 4 classes: no top-5
+
+
+def run(folder: Path, **options: object) -> dict:
+    knn.main(knn.get_args_parser().parse_args(command(folder, **options)))
+    return json.loads((folder / "out" / "results_eval_knn.json").read_text())
+
+
+def test_the_command_writes_scores_settings_and_hash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "teacher.pth"
+    torch.save({"teacher": {f"backbone.{k}": v for k, v in tiny_backbone().state_dict().items()}}, weights)
+    results = run(tmp_path, pretrained_weights=weights, nb_knn=[3, 5], n_per_class_list=[-1, 2])
+    assert list(results["metrics"]) == ["full", "2 per class"]
+    assert list(results["metrics"]["full"]) == ["3", "5"]
+    top_1 = results["metrics"]["full"]["3"]["top-1"]
+    assert 80 < top_1 <= 100  # the colours are easily told apart
+    assert f"('full', 3) Top 1: {top_1:.2f}" in capsys.readouterr().out
+    assert results["settings"]["nb_knn"] == [3, 5]
+    assert results["weights"]["path"] == str(weights) and len(results["weights"]["sha256"]) == 64
+    assert (tmp_path / "out" / "config.yaml").is_file()
+
+    again = run(tmp_path, nb_knn=[1])  # a rerun replaces the results
+    assert again["metrics"].keys() == {"full"} and again["metrics"]["full"].keys() == {"1"}
+    assert again["weights"] is None
+
+
+def test_data_without_labels_and_weights_that_do_not_fit_are_errors(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "flat", 3, seed=0)
+    for picture in (tmp_path / "flat").rglob("*.png"):
+        picture.rename(tmp_path / "flat" / picture.name)
+    words = command(tmp_path / "a")
+    words[words.index("--val-dataset") + 1] = f"ImageFolder:root={tmp_path / 'flat'}"
+    with pytest.raises(ValueError, match="has no labels, which this evaluation needs"):
+        knn.main(knn.get_args_parser().parse_args(words))
+    torch.save({"norm.weight": torch.zeros(24)}, tmp_path / "part.pth")
+    with pytest.raises(ValueError, match="do not fit this backbone"):
+        run(tmp_path / "b", pretrained_weights=tmp_path / "part.pth")

@@ -1,0 +1,243 @@
+"""The linear evaluation trains each classifier as if it were alone, resumes exactly, and writes what it found."""
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from eval_pictures import Pictures, command, tiny_backbone, to_tensor, write_pictures
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from dinov2.eval import linear
+from dinov2.eval.features import ModelWithIntermediateLayers
+from dinov2.eval.linear import Plan, eval_linear
+from dinov2.eval.linear_data import make_train_loader
+from dinov2.eval.linear_heads import (
+    LinearGrid,
+    LinearPostprocessor,
+    classifier_names,
+    classifiers_from_state_dict,
+    create_linear_input,
+    scale_lr,
+    setup_linear_classifiers,
+)
+
+RATES = (0.01, 0.1)
+BATCH_SIZE, MAX_ITER = 4, 8
+PLAN = Plan(max_iter=MAX_ITER, eval_period=3, checkpoint_period=2, kept_checkpoint_period=4)
+
+
+def noisy(image: object) -> Tensor:
+    """A random augmentation."""
+    tensor = to_tensor(image)
+    return tensor + 0.3 * torch.randn(tensor.shape)
+
+
+class Experiment:
+    """A small grid on the tokens of a small backbone."""
+
+    def __init__(self, rates: tuple[float, ...] = RATES) -> None:
+        self.tokens = ModelWithIntermediateLayers(tiny_backbone(), 4)
+        self.pictures = Pictures(10, transform=noisy)
+        self.grid = self.make_grid(rates)
+        self.num_validations = 0
+
+    def make_grid(self, rates: tuple[float, ...]) -> LinearGrid:
+        return setup_linear_classifiers(self.tokens(torch.zeros(1, 3, 16, 16)), [1, 4], rates, BATCH_SIZE, 3)
+
+    def batches_from(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(make_train_loader(iteration, dataset=self.pictures, batch_size=BATCH_SIZE, num_workers=0))
+
+    def validate(self) -> dict:
+        self.num_validations += 1
+        return {name: {"top-1": head.linear.bias[0].item()} for name, head in self.grid.classifiers.by_name().items()}
+
+    def train(self, folder: Path, resume: bool = True, run: dict | None = None) -> list[dict]:
+        return eval_linear(
+            self.tokens,
+            *self.grid,
+            self.batches_from,
+            self.validate,
+            PLAN,
+            output_dir=folder,
+            resume=resume,
+            run=run or {},
+        )
+
+
+def assert_equal(ours: nn.Module, other: nn.Module) -> None:
+    theirs = other.state_dict()
+    assert ours.state_dict().keys() == theirs.keys()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_the_inputs_are_the_tokens_that_the_options_name() -> None:
+    blocks = [(torch.randn(2, 4, 3), torch.randn(2, 3)) for _ in range(4)]
+    torch.testing.assert_close(create_linear_input(blocks, 1, False), blocks[3][1])
+    torch.testing.assert_close(
+        create_linear_input(blocks, 2, True), torch.cat([blocks[2][1], blocks[3][1], blocks[3][0].mean(1)], dim=1)
+    )
+    half = [(patches.half(), cls.half()) for patches, cls in blocks]
+    assert create_linear_input(half, 4, True).dtype == torch.float32
+
+
+def test_each_classifier_of_the_grid_ends_as_one_trained_alone(tmp_path: Path) -> None:
+    experiment = Experiment()
+    start = experiment.make_grid(RATES).classifiers.by_name()
+    experiment.train(tmp_path)
+    trained = experiment.grid.classifiers.by_name()
+    assert len(trained) == 2 * 2 * len(RATES)
+    for (name, head), rate in zip(trained.items(), RATES * 4, strict=True):
+        alone = start[name]
+        velocity = [torch.zeros_like(p) for p in alone.parameters()]
+        batches = experiment.batches_from(0)
+        for iteration in range(MAX_ITER):
+            images, labels = next(batches)
+            loss = cross_entropy(alone(experiment.tokens(images)), labels)
+            gradients = torch.autograd.grad(loss, list(alone.parameters()))
+            lr = rate * BATCH_SIZE / 256 * 0.5 * (1 + np.cos(np.pi * iteration / MAX_ITER))
+            with torch.no_grad():
+                for parameter, momentum, gradient in zip(alone.parameters(), velocity, gradients, strict=True):
+                    momentum.mul_(0.9).add_(gradient)
+                    parameter.sub_(lr * momentum)
+        torch.testing.assert_close(head.linear.weight, alone.linear.weight)
+        torch.testing.assert_close(head.linear.bias, alone.linear.bias)
+
+
+def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path: Path) -> None:
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    whole = Experiment()
+    history = whole.train(tmp_path / "whole")
+    assert [record["iteration"] for record in history] == [3, 6]
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {
+        "running_checkpoint_linear_eval.pth", "model_0000003.pth", "model_0000007.pth", "model_final.pth",
+        "last_checkpoint",
+    }  # fmt: skip
+
+    cut = Experiment()
+    cut.batches_from = lambda iteration: islice(Experiment.batches_from(cut, iteration), 5)
+    cut.train(tmp_path / "cut")  # the data end after 5 of 8 iterations; the last checkpoint is that after 4
+    resumed = Experiment()
+    assert resumed.train(tmp_path / "cut") == history
+    assert resumed.num_validations == 1
+    assert_equal(resumed.grid.classifiers, whole.grid.classifiers)
+
+
+def test_a_finished_run_does_no_more_steps(tmp_path: Path) -> None:
+    first, second = Experiment(), Experiment()
+    first.train(tmp_path)
+    second.batches_from = lambda iteration: pytest.fail("no data are needed") if iteration < MAX_ITER else []
+    second.train(tmp_path)
+    assert_equal(first.grid.classifiers, second.grid.classifiers)
+
+
+def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    Experiment().train(tmp_path, run={"weights": "abc"})
+    with pytest.raises(ValueError, match="belongs to another run .weights: 'abc' then, 'xyz' now.; start anew"):
+        Experiment().train(tmp_path, run={"weights": "xyz"})
+    Experiment().train(tmp_path, run={"weights": "xyz"}, resume=False)
+    (tmp_path / "model_final.pth").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="model_final.pth is damaged"):
+        Experiment().train(tmp_path, run={"weights": "xyz"})
+
+
+def test_augmentation_depends_on_the_position_alone() -> None:
+    make = partial(make_train_loader, dataset=Pictures(10, transform=noisy), batch_size=3)
+    here = list(islice(make(0, num_workers=0), 6))
+    torch.manual_seed(123)
+    later = list(islice(make(4, num_workers=2), 2))
+    for expected, found in zip(here[4:], later, strict=True):
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert len({images.numpy().tobytes() for images, _ in here}) == 6
+
+
+def test_names_are_the_published_ones_and_tell_all_rates_apart() -> None:
+    assert scale_lr(1e-3, 128, 8) == pytest.approx(4e-3)
+    assert classifier_names(4, True, [4e-3]) == ["classifier_4_blocks_avgpool_True_lr_0_00400"]
+    halved = [rate / 2 for rate in linear.LEARNING_RATES]  # one process with batches of 128
+    names = classifier_names(1, False, halved)
+    assert len(set(names)) == 13
+    assert names[:2] == [
+        "classifier_1_blocks_avgpool_False_lr_0_000005",
+        "classifier_1_blocks_avgpool_False_lr_0_000010",
+    ]
+    with pytest.raises(ValueError, match="must differ"):
+        classifier_names(1, False, [0.1, 0.1])
+
+
+def test_classifiers_are_rebuilt_from_a_checkpoint_alone() -> None:
+    classifiers = Experiment().grid.classifiers
+    rebuilt = classifiers_from_state_dict(classifiers.state_dict(), "a.pth")
+    assert_equal(rebuilt, classifiers)
+    tokens = [(torch.randn(2, 4, 24), torch.randn(2, 24)) for _ in range(4)]
+    expected = classifiers(tokens)
+    for name, logits in rebuilt(tokens).items():
+        assert torch.equal(logits, expected[name])
+    with pytest.raises(ValueError, match="no linear classifiers in a.pth; it holds: norm.weight"):
+        classifiers_from_state_dict({"norm.weight": torch.zeros(3)}, "a.pth")
+
+
+def test_a_class_mapping_picks_logits() -> None:
+    classifier = next(iter(Experiment().grid.classifiers.by_name().values()))
+    tokens = [(torch.randn(2, 4, 24), torch.randn(2, 24)) for _ in range(4)]
+    result = LinearPostprocessor(classifier, torch.tensor([2, 0]))(tokens, torch.tensor([1, 0]))
+    assert torch.equal(result["preds"], classifier(tokens)[:, [2, 0]])
+
+
+def test_the_first_of_the_best_is_chosen_also_when_none_is_right() -> None:
+    assert linear.best_of({"a": {"top-1": 0.0}, "b": {"top-1": 0.0}}) == "a"
+    assert linear.best_of({"a": {"top-1": [0.5, 0.1]}, "b": {"top-1": [0.2, 0.6]}}) == "b"
+
+
+def run(folder: Path, **options: object) -> dict:
+    linear.main(linear.get_args_parser().parse_args(command(folder, **options)))
+    return json.loads((folder / "out" / "results_eval_linear.json").read_text())
+
+
+def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path) -> None:
+    other = write_pictures(tmp_path / "other", 9, seed=5)
+    np.save(tmp_path / "swapped.npy", np.array([1, 0, 2]))
+    options = {
+        "epochs": 2,
+        "epoch_length": 20,
+        "eval_period_iterations": 20,
+        "batch_size": 16,
+        "learning_rates": [0.01, 0.1],
+        "test_datasets": [other, other],
+        "test_metric_types": ["mean_accuracy", "imagenet_real_accuracy"],
+        "test_class_mapping_fpaths": [str(tmp_path / "swapped.npy"), "None"],
+    }
+    results = run(tmp_path, **options)["metrics"]
+    assert len(results["val"]) == 8
+    best = results["best_classifier"]
+    assert 80 < best["top-1"] == max(scores["top-1"] for scores in results["val"].values())
+    assert [record["iteration"] for record in results["history"]] == [20, 40]
+    checkpoint = tmp_path / "out" / "model_final.pth"
+    before = checkpoint.read_bytes()
+
+    # Evaluating what is there trains nothing, whatever the batch size that the rates were scaled for.
+    options = {
+        "classifier_fpath": str(checkpoint),
+        "batch_size": 7,
+        "val_class_mapping_fpath": str(tmp_path / "swapped.npy"),
+    }
+    swapped = run(tmp_path, **options)["metrics"]
+    assert checkpoint.read_bytes() == before
+    assert swapped["val"].keys() == results["val"].keys()
+    assert swapped["val"][best["name"]]["top-1"] < 50  # red is called green
+    assert swapped["test"] == {}
+    again = run(tmp_path, classifier_fpath=str(checkpoint))["metrics"]
+    assert again["val"] == results["val"]
+
+
+def test_lists_that_do_not_match_the_test_sets_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--test-metric-types has 1 values for 2 --test-datasets"):
+        run(tmp_path, test_datasets=["ImageFolder:root=a", "ImageFolder:root=b"], test_metric_types=["mean_accuracy"])

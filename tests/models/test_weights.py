@@ -1,0 +1,309 @@
+"""Weights in: every known layout is read to the last tensor, and anything else is refused with nothing loaded."""
+
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dinov2.layers import DINOHead
+from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.models.weights import chunk_block_names, flatten_block_names, load_backbone, read_state_dict
+
+StateDict = dict[str, Tensor]
+
+
+def vit(**kwargs: object) -> DinoVisionTransformer:
+    """Other random weights in each call."""
+    settings = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 3, "num_heads": 3, "init_values": 1.0}
+    return DinoVisionTransformer(**{**settings, **kwargs})
+
+
+def prefixed(prefix: str, state: StateDict) -> StateDict:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def heads() -> StateDict:
+    return prefixed("dino_head.", DINOHead(12, 20, hidden_dim=8, bottleneck_dim=4).state_dict())
+
+
+def teacher_dump(state: StateDict) -> object:
+    return {"teacher": prefixed("backbone.", state) | heads()}
+
+
+def published_checkpoint(state: StateDict) -> object:
+    """A training checkpoint as the published code writes it: both networks, centres, optimizer, iteration."""
+    teacher = prefixed("teacher.backbone.", chunk_block_names(state, depth=3, block_chunks=2))
+    student = prefixed("student.backbone.", {name: value + 1 for name, value in state.items()})
+    model = student | prefixed("student.", heads()) | teacher | prefixed("teacher.", heads())
+    model["dino_loss.center"] = torch.zeros(1, 20)
+    return {"model": model, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "iteration": 7}
+
+
+LAYOUTS: dict[str, Callable[[StateDict], object]] = {
+    "flat": lambda state: state,
+    "chunked": lambda state: chunk_block_names(state, depth=3, block_chunks=2),
+    "backbone prefix": lambda state: prefixed("backbone.", state) | heads(),
+    "module prefix": lambda state: prefixed("module.", state),
+    "module and backbone prefix": lambda state: prefixed("module.backbone.", state) | prefixed("module.", heads()),
+    "teacher dump": teacher_dump,
+    "teacher dump, bare": lambda state: {"teacher": state},
+    "published checkpoint": published_checkpoint,
+    "model": lambda state: {"model": state, "epoch": 3},
+    "state_dict": lambda state: {"state_dict": prefixed("module.", state)},
+    "half precision": lambda state: {name: value.half() for name, value in state.items()},
+}
+
+
+def assert_loaded(model: DinoVisionTransformer, state: StateDict, *, rtol: float = 0.0) -> None:
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=rtol, atol=rtol, msg=name)
+
+
+def assert_refused(model: DinoVisionTransformer, path: Path, *messages: str) -> None:
+    """Loading raises an error with all these messages and leaves the model as it was."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError) as caught:
+        load_backbone(model, path)
+    for message in (str(path), *messages):
+        assert message in str(caught.value)
+    assert_loaded(model, before)
+
+
+# --- What is read ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_read(tmp_path: Path, layout: str) -> None:
+    state = vit().state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save(LAYOUTS[layout](state), path)
+    model = vit()
+    assert load_backbone(model, path) is model
+    assert_loaded(model, state, rtol=1e-3 if layout == "half precision" else 0.0)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["flat", "chunked", "backbone prefix"])
+def test_safetensors_are_read(tmp_path: Path, layout: str) -> None:
+    state = vit().state_dict()
+    content = LAYOUTS[layout](state)
+    assert isinstance(content, dict)
+    save_file(content, tmp_path / "weights.safetensors")
+    assert_loaded(load_backbone(vit(), str(tmp_path / "weights.safetensors")), state)
+
+
+def test_paths_and_file_urls(tmp_path: Path) -> None:
+    state = vit().state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    for name in (path, str(path), path.as_uri()):
+        assert_loaded(load_backbone(vit(), name), state)
+
+
+def test_the_student_can_be_asked_for(tmp_path: Path) -> None:
+    state = vit().state_dict()
+    torch.save(published_checkpoint(state), tmp_path / "model.pth")
+    torch.save({"student": state, "teacher": vit().state_dict()}, tmp_path / "both.pth")
+    student = load_backbone(vit(), tmp_path / "model.pth", checkpoint_key="student")
+    assert_loaded(student, {name: value + 1 for name, value in state.items()})
+    assert_loaded(load_backbone(vit(), tmp_path / "both.pth", checkpoint_key="student"), state)
+
+
+def test_registers_and_swiglu_are_read(tmp_path: Path) -> None:
+    options = {"num_register_tokens": 2, "ffn_layer": "swiglufused"}
+    state = vit(**options).state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    assert_loaded(load_backbone(vit(**options), tmp_path / "weights.pth"), state)
+
+
+def test_read_state_dict_keeps_heads_and_flattens_names(tmp_path: Path) -> None:
+    state = vit().state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save({"teacher": prefixed("backbone.", chunk_block_names(state, 3, 3)) | heads()}, path)
+    assert set(read_state_dict(path)) == set(prefixed("backbone.", state) | heads())
+
+
+# --- Names of blocks in chunks ---------------------------------------------------------------------------------------
+
+
+def test_chunked_names_are_the_published_ones() -> None:
+    flat = {f"blocks.{i}.norm1.weight": torch.tensor(i) for i in range(24)} | {"norm.weight": torch.tensor(24)}
+    names = list(chunk_block_names(flat, depth=24, block_chunks=4))
+    expected = [f"blocks.{i // 6}.{i}.norm1.weight" for i in range(24)] + ["norm.weight"]
+    assert names == expected
+
+
+@pytest.mark.parametrize(
+    ("depth", "chunks", "sizes"), [(10, 4, [2] * 5), (5, 2, [2, 2, 1]), (3, 1, [3]), (3, 3, [1] * 3), (2, 5, [1, 1])]
+)
+def test_chunks_that_do_not_divide_the_depth_leave_a_rest(depth: int, chunks: int, sizes: list[int]) -> None:
+    flat = {f"blocks.{i}.ls1.gamma": torch.tensor(i) for i in range(depth)}
+    chunked = [int(name.split(".")[1]) for name in chunk_block_names(flat, depth, chunks)]
+    assert [chunked.count(chunk) for chunk in range(max(chunked) + 1)] == sizes
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone.", "student.backbone."])
+def test_flattening_undoes_chunking(prefix: str) -> None:
+    state = prefixed(prefix, vit(depth=7).state_dict())
+    chunked = chunk_block_names(state, depth=7, block_chunks=3)
+    assert set(chunked) != set(state)
+    flat = flatten_block_names(chunked)
+    assert list(flat) == list(state) and all(flat[name] is state[name] for name in state)
+
+
+def test_flat_names_stay() -> None:
+    state = vit().state_dict()
+    assert list(flatten_block_names(state)) == list(state)
+
+
+# --- Positions of another grid ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("img_size", [16, 6, (4, 12)])
+def test_positions_of_another_grid_are_resampled_and_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, img_size: int | tuple[int, int]
+) -> None:
+    state = vit().state_dict()
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    model = load_backbone(vit(img_size=img_size), path)
+    (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    rows, columns = model.patch_embed.patches_resolution
+    assert str(path) in record.message and f"4 x 4 patches, this model has {rows} x {columns}" in record.message
+    grid = state["pos_embed"][:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, size=(rows, columns), mode="bicubic")
+    expected = torch.cat([state["pos_embed"][:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
+    assert_loaded(model, state | {"pos_embed": expected}, rtol=1e-6)
+
+
+def test_positions_of_the_same_grid_raise_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save(vit().state_dict(), tmp_path / "weights.pth")
+    load_backbone(vit(), tmp_path / "weights.pth")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_positions_of_a_grid_that_is_not_square_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(vit(img_size=(4, 6)).state_dict(), path)
+    assert_refused(vit(), path, "pos_embed (file (1, 7, 12), model (1, 17, 12))")
+
+
+# --- Weights of another network --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_model", "messages"),
+    [
+        ({"ffn_layer": "swiglufused"}, {}, ["missing (12): blocks.0.mlp.fc1.weight", "unknown (12)", "ffn_layer"]),
+        ({}, {"ffn_layer": "swiglufused"}, ["missing (12): blocks.0.mlp.w12.weight", "ffn_layer"]),
+        ({"num_register_tokens": 2}, {}, ["unknown (1): register_tokens", "num_register_tokens"]),
+        ({}, {"num_register_tokens": 2}, ["missing (1): register_tokens", "num_register_tokens"]),
+        (
+            {"num_register_tokens": 4},
+            {"num_register_tokens": 2},
+            ["other shape (1): register_tokens (file (1, 4, 12), model (1, 2, 12))"],
+        ),
+        ({"depth": 4}, {}, ["unknown (14): blocks.3.norm1.weight", "and 8 more"]),
+        ({}, {"depth": 4}, ["missing (14): blocks.3.norm1.weight", "and 8 more"]),
+        ({"embed_dim": 24}, {}, ["other shape", "cls_token (file (1, 1, 24), model (1, 1, 12))", "student.arch"]),
+        ({"patch_size": 4}, {}, ["patch_embed.proj.weight (file (12, 3, 4, 4), model (12, 3, 2, 2))", "patch_size"]),
+        ({"init_values": None}, {}, ["missing (6): blocks.0.ls1.gamma"]),
+    ],
+)
+def test_weights_of_another_network_are_refused(
+    tmp_path: Path, of_file: dict[str, object], of_model: dict[str, object], messages: list[str]
+) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(vit(**of_file).state_dict(), path)
+    assert_refused(vit(**of_model), path, "nothing was loaded", *messages)
+
+
+def test_a_single_missing_tensor_is_refused(tmp_path: Path) -> None:
+    state = vit().state_dict()
+    state.pop("blocks.1.mlp.fc2.bias")
+    path = tmp_path / "weights.pth"
+    torch.save(teacher_dump(state), path)
+    assert_refused(vit(), path, "missing (1): blocks.1.mlp.fc2.bias")
+
+
+def test_heads_alone_are_no_backbone(tmp_path: Path) -> None:
+    torch.save({"teacher": heads()}, tmp_path / "weights.pth")
+    assert_refused(vit(), tmp_path / "weights.pth", "missing", "unknown", "dino_head.mlp.0.weight")
+
+
+# --- Files that are no weights ---------------------------------------------------------------------------------------
+
+
+class Unsafe:
+    """Unpickling it would write a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("name", ["weights.pth", "legacy.pth", "weights.safetensors"])
+def test_a_truncated_file_is_refused(tmp_path: Path, name: str, kept: float) -> None:
+    path, state = tmp_path / name, vit().state_dict()
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=name != "legacy.pth")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
+    assert_refused(vit(), path, "truncated or damaged")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "text", ["<!DOCTYPE html><html></html>", "404: Not Found", "version https://git-lfs.github.com/spec/v1\noid", "{}"]
+)
+def test_a_text_file_is_refused(tmp_path: Path, text: str, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_text(text)
+    assert_refused(vit(), path, "no checkpoint of plain tensors")
+
+
+def test_a_pickle_that_could_run_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    path, target = tmp_path / "weights.pth", tmp_path / "written"
+    torch.save(vit().state_dict() | {"extra": Unsafe(target)}, path)
+    assert_refused(vit(), path, "no checkpoint of plain tensors")
+    path.write_bytes(pickle.dumps({"extra": Unsafe(target)}, protocol=2))
+    assert_refused(vit(), path, "no checkpoint of plain tensors")
+    assert not target.exists()
+
+
+def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
+    torch.save(vit(), tmp_path / "weights.pth")
+    assert_refused(vit(), tmp_path / "weights.pth", "no checkpoint of plain tensors", "DinoVisionTransformer")
+
+
+@pytest.mark.parametrize(
+    ("content", "held"),
+    [
+        ({}, "it holds: "),
+        ([torch.zeros(2)], "it holds: list"),
+        (torch.zeros(2), "it holds: Tensor"),
+        ({"optimizer": {"lr": 1.0}, "epoch": 3}, "it holds: optimizer, epoch"),
+        ({"teacher": {"backbone.norm.weight": [1.0]}}, "it holds: backbone.norm.weight"),
+        ({0: torch.zeros(2)}, "it holds: 0"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_with_what_it_holds(tmp_path: Path, content: object, held: str) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(content, path)
+    assert_refused(vit(), path, "no state dict of tensors", held)
+
+
+@pytest.mark.parametrize("name", ["absent.pth", "absent.safetensors", "."])
+def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"no weights at {tmp_path / name}"):
+        load_backbone(vit(), tmp_path / name)

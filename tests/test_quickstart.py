@@ -1,0 +1,87 @@
+"""The quickstart: one command leaves everything in one folder; its parts say what is wrong when something is."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scripts.plot_metrics import plot_metrics
+from scripts.quickstart_report import latest_teacher
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = (
+    "optim.epochs=1",
+    "train.OFFICIAL_EPOCH_LENGTH=3",
+    "train.batch_size_per_gpu=8",
+    "student.depth=1",
+    "evaluation.eval_period_iterations=3",
+)
+
+
+def quickstart(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(ROOT / "scripts" / "quickstart.sh"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=os.environ | {"VENV": sys.prefix}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_quickstart_leaves_everything_in_one_folder_and_runs_twice(tmp_path: Path) -> None:
+    for _ in range(2):
+        run = quickstart("out", *TINY, cwd=tmp_path)
+        assert run.returncode == 0, run.stderr
+        lines = run.stdout.splitlines()
+        assert lines[-1] == str(tmp_path / "out")
+        metrics = tmp_path / "out" / "training_metrics.json"
+        iterations = [json.loads(line)["iteration"] for line in metrics.read_text().splitlines()]
+        assert iterations == [0, 2]  # the second run added nothing
+    out = tmp_path / "out"
+    assert (out / "config.yaml").is_file()
+    assert latest_teacher(out) == out / "eval" / "training_2" / "teacher_checkpoint.pth"
+    for picture in ("losses.png", "pca.png"):
+        with Image.open(out / picture) as image:
+            assert min(image.size) > 400 and len(image.getcolors(image.width * image.height)) > 100
+    accuracies = json.loads((out / "knn.json").read_text())["metrics"]
+    assert list(accuracies) == ["raw pixels", "untrained", "trained"]
+    assert 80 < accuracies["raw pixels"]["10"] < 86 and accuracies["untrained"]["10"] > 40
+    assert (out / "knn.md").read_text() in run.stdout
+
+
+@pytest.mark.slow
+def test_quickstart_stops_with_what_is_wrong(tmp_path: Path) -> None:
+    run = quickstart(str(tmp_path / "out"), "optim.epoch=1")
+    assert run.returncode != 0
+    assert "optim.epochs" in run.stderr and "quickstart stopped" in run.stderr
+    assert not (tmp_path / "out" / "knn.md").exists()
+
+
+def test_the_latest_teacher_is_that_of_the_most_steps(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="did the training finish"):
+        latest_teacher(tmp_path)
+    for step in (99, 999, 1099):
+        path = tmp_path / "eval" / f"training_{step}" / "teacher_checkpoint.pth"
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert latest_teacher(tmp_path) == path
+
+
+@pytest.mark.parametrize("terms", [(), ("dino_global_crops_loss",), ("a_loss", "b_loss", "c_loss", "d_loss", "e_loss")])
+def test_losses_are_drawn_whichever_terms_there_are(tmp_path: Path, terms: tuple[str, ...]) -> None:
+    metrics = tmp_path / "training_metrics.json"
+    records = [
+        {"iteration": step, "lr": 0.1, "mom": 0.9, "total_loss": math.nan} | dict.fromkeys(terms, 1 / (1 + step))
+        for step in range(3)
+    ]
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot_metrics(metrics, tmp_path / "losses.png")
+    with Image.open(tmp_path / "losses.png") as image:
+        assert min(image.size) > 400
+
+
+def test_an_empty_metrics_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "training_metrics.json").touch()
+    with pytest.raises(ValueError, match=r"training_metrics.json is empty"):
+        plot_metrics(tmp_path / "training_metrics.json", tmp_path / "losses.png")

@@ -1,0 +1,155 @@
+"""The house rules of the package, checked in the source of every file and in a fresh interpreter."""
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "dinov2"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Who may import whom: downward only. Modules of one layer may import each other.
+MAY_IMPORT = {
+    "config": set(),
+    "distributed": set(),
+    "log": set(),
+    "layers": set(),
+    "configs": set(),
+    "models": {"layers"},
+    "data": set(),
+    "loss": {"distributed"},
+    "hub": {"models"},
+    "train": {"config", "data", "distributed", "layers", "log", "loss", "models"},
+    "eval": {"config", "data", "distributed", "log", "models"},
+    "run": {"config", "distributed", "log", "train", "eval"},
+}
+
+# What a layer needs beyond Python itself when it is imported. torch.hub.load needs torch alone.
+MAY_NEED = {
+    "hub": {"torch"},
+    "layers": {"torch"},
+    "loss": {"torch"},
+    "models": {"torch"},
+    "data": {"torch", "torchvision", "numpy", "PIL"},
+}
+
+# Imported only inside the functions that use them.
+OPTIONAL = {"xformers", "submitit", "matplotlib", "sklearn", "cuml", "cupy", "tensorboard", "wandb"}
+
+
+def layer_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a piece of source imports; `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_at_import(tree: ast.Module) -> Iterator[str]:
+    """Dotted names that a module imports when it is itself imported: not those inside functions."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING"):
+            continue
+        yield from imported(node)
+
+
+def test_every_part_of_the_package_has_a_rule() -> None:
+    assert {layer_of(path) for path in FILES} - {"__init__"} <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_source_follows_the_rules(path: Path) -> None:
+    tree, layer = tree_of(path), layer_of(path)
+    allowed = MAY_IMPORT.get(layer, set()) | {layer}
+    for name in imported(tree):
+        package, _, rest = name.partition(".")
+        if package == "dinov2" and rest not in ("", "__version__"):
+            assert rest.partition(".")[0] in allowed, f"{layer} must not import {name}"
+    for name in imported_at_import(tree):
+        top = name.partition(".")[0]
+        assert top not in OPTIONAL, f"import {top} inside the function that uses it"
+        if layer in MAY_NEED and top not in sys.stdlib_module_names and top != "dinov2":
+            assert top in MAY_NEED[layer], f"{layer} must not need {top}"
+    for node in ast.walk(tree):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"line {node.lineno}: relative import"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"line {node.lineno}: print() in the package; use the logger"
+
+
+def test_helpers_live_beside_their_users() -> None:
+    parts = {part for path in FILES for part in path.relative_to(PACKAGE).with_suffix("").parts}
+    assert not {"utils", "util", "helpers", "misc", "common"} & parts
+
+
+def test_no_module_is_named_like_one_of_the_standard_library() -> None:
+    names = {path.stem for path in PACKAGE.iterdir()}
+    assert not names & set(sys.stdlib_module_names)
+
+
+def test_recipes_exist_once() -> None:
+    assert (ROOT / "configs").is_symlink()
+    assert (ROOT / "configs").resolve() == PACKAGE / "configs"
+
+
+# Everything that importing could do to a process and must not.
+IMPORT_EVERYTHING = """
+import importlib, logging, os, pkgutil, signal, sys, warnings
+import torch, torch.distributed
+
+def state():
+    return {
+        "environment": {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"},  # torchvision's
+        "root logger": list(logging.getLogger().handlers),
+        "signals": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)],
+        "process group": torch.distributed.is_initialized(),
+        "CUDA": torch.cuda.is_initialized(),
+        "precision": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+        "cuDNN": torch.backends.cudnn.benchmark,
+        "dtype": torch.get_default_dtype(),
+        "random state": torch.get_rng_state().tolist(),
+    }
+
+optional = set(sys.argv[1].split(","))
+before = state()
+import dinov2
+for module in pkgutil.walk_packages(dinov2.__path__, "dinov2."):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        importlib.import_module(module.name)
+    assert not caught, f"importing {module.name} warns: {caught[0].message} ({caught[0].filename})"
+    loaded = optional & set(sys.modules)
+    assert not loaded, f"importing {module.name} imports {loaded}"
+    after = state()
+    changed = [name for name in before if before[name] != after[name]]
+    assert not changed, f"importing {module.name} changes {changed}"
+"""
+
+
+def test_nothing_happens_at_import() -> None:
+    unwanted = OPTIONAL - {"matplotlib"}  # torchmetrics imports it for itself
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(IMPORT_EVERYTHING), ",".join(unwanted)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout + result.stderr == ""

@@ -1,0 +1,311 @@
+"""Exact resume: a run that was interrupted anywhere ends as if it had not been, to the last bit."""
+
+import itertools
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CENTERING, SEPARATE_HEADS, assert_same_end, checkpoints, metrics, run_train, tensors
+
+from dinov2 import config
+from dinov2.train import train
+
+LAST = 7  # of tiny.yaml: 8 steps, a checkpoint after every second one
+HALVES = [
+    f"compute_precision.{side}.{module}.mixed_precision.param_dtype="
+    for side in ("student", "teacher")
+    for module in ("backbone", "dino_head", "ibot_head")
+]
+
+
+class Killed(BaseException):
+    """What ends a run in the middle of a step."""
+
+
+@contextmanager
+def killed_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The run in here ends in the step after so many: when the optimizer has moved the student and not yet the rest."""
+    backward_and_step, calls = train.backward_and_step, itertools.count()
+
+    def stop(*args: Any) -> bool:
+        accepted = backward_and_step(*args)
+        if next(calls) == num_steps:
+            raise Killed
+        return accepted
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "backward_and_step", stop)
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    output_dir = tmp_path_factory.mktemp("straight")
+    run_train(output_dir)
+    return output_dir
+
+
+# --- Interrupted runs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])  # before the first checkpoint, just after one, between two
+def test_an_interrupted_run_ends_as_the_undisturbed_one(
+    num_steps: int, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after(num_steps, monkeypatch):
+        run_train(tmp_path)
+    assert checkpoints(tmp_path) == list(range(1, num_steps, 2))
+    run_train(tmp_path)
+    assert_same_end(tmp_path, straight, LAST)
+    dumps = [torch.load(out / "eval/training_7/teacher_checkpoint.pth")["teacher"] for out in (tmp_path, straight)]
+    assert all(torch.equal(dumps[0][name], dumps[1][name]) for name in dumps[1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [CENTERING, *SEPARATE_HEADS],
+        [*(key + "bf16" for key in HALVES), "crops.local_crops_number=0"],
+        [*(key + "fp16" for key in HALVES)],
+        ["train.sampler=SHARDED_INFINITE", "train.batch_size_per_gpu=7", "student.num_register_tokens=2"],
+        ["train.sampler=EPOCH", "dino.loss_weight=0", "train.log_period=3", "optim.freeze_last_layer_epochs=3"],
+    ],
+    ids=["centering", "bf16", "fp16", "sharded", "epochs"],
+)
+def test_so_it_does_with_other_settings(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_train(tmp_path / "straight", *settings)
+    with killed_after(5, monkeypatch):
+        run_train(tmp_path / "resumed", *settings)
+    run_train(tmp_path / "resumed", *settings)
+    assert_same_end(tmp_path / "resumed", tmp_path / "straight", LAST)
+
+
+def test_the_number_of_workers_does_not_matter_and_may_change(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after(3, monkeypatch):
+        run_train(tmp_path, "train.num_workers=2")
+    with killed_after(2, monkeypatch):  # of the second start
+        run_train(tmp_path, "train.num_workers=1")
+    run_train(tmp_path)
+    assert_same_end(tmp_path, straight, LAST)
+
+
+def test_lines_of_lost_steps_and_torn_lines_leave_the_metrics(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after(5, monkeypatch):
+        run_train(tmp_path)
+    path = tmp_path / "training_metrics.json"
+    assert [line["iteration"] for line in metrics(tmp_path)] == [0, 1, 2, 3, 4], "of which the checkpoint knows 3"
+    with path.open("a") as file:
+        file.write('{"iteration": 5, "iter_ti')
+    run_train(tmp_path)
+    assert metrics(tmp_path) == metrics(straight)
+
+
+def test_what_an_interrupted_write_left_is_ignored_and_removed(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after(3, monkeypatch):
+        run_train(tmp_path)
+    unfinished = tmp_path / "checkpoints" / "model_0000003.unfinished"
+    unfinished.mkdir()
+    (unfinished / "__0_0.distcp").write_bytes(b"half a checkpoint")
+    run_train(tmp_path)
+    assert_same_end(tmp_path, straight, LAST)
+    assert checkpoints(tmp_path) == [3, 5, 7]
+
+
+# --- Finished runs, new runs -----------------------------------------------------------------------------------------
+
+
+def contents(output_dir: Path) -> dict[Path, bytes]:
+    """All files but the log."""
+    files = (path for path in output_dir.rglob("*") if path.is_file() and path.parent.name != "logs")
+    return {path: path.read_bytes() for path in files}
+
+
+def test_a_finished_run_started_again_does_nothing(tmp_path: Path) -> None:
+    run_train(tmp_path)
+    before = contents(tmp_path)
+    run_train(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    run_train(tmp_path, "optim.epochs=2")
+    run_train(tmp_path)
+    assert [line["iteration"] for line in metrics(tmp_path)] == list(range(8))
+    assert checkpoints(tmp_path)[-1] == LAST
+
+
+def test_no_resume_starts_anew_and_neither_continues_nor_loses_the_former_run(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_train(tmp_path, "train.seed=1")
+    former = contents(tmp_path / "checkpoints")
+    with killed_after(3, monkeypatch):
+        run_train(tmp_path, "--no-resume")
+    run_train(tmp_path)  # as a requeued job does: from the checkpoint of the new run, not from the later, former one
+    assert_same_end(tmp_path, straight, LAST)
+    set_aside = tmp_path / "checkpoints.1"
+    assert list(contents(set_aside).values()) == list(former.values())
+    run_train(tmp_path, "--no-resume", "optim.epochs=1")
+    assert checkpoints(tmp_path) == [1] and (tmp_path / "checkpoints.2").is_dir()
+
+
+def test_no_resume_in_a_new_folder_sets_nothing_aside(straight: Path, tmp_path: Path) -> None:
+    run_train(tmp_path, "--no-resume")
+    assert_same_end(tmp_path, straight, LAST)
+    assert not list(tmp_path.glob("checkpoints.*"))
+
+
+# --- Retention -------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoints_and_those_at_multiples_stay_also_over_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["optim.epochs=9", "train.checkpoint_keep=2", "train.checkpoint_keep_every=6"]
+    with killed_after(10, monkeypatch):
+        run_train(tmp_path, *settings)
+    assert checkpoints(tmp_path) == [5, 7, 9]
+    run_train(tmp_path, *settings)
+    assert checkpoints(tmp_path) == [5, 11, 15, 17]
+
+
+def test_the_last_step_has_a_checkpoint_whatever_the_period(tmp_path: Path) -> None:
+    run_train(tmp_path, "train.checkpoint_period=5")
+    assert checkpoints(tmp_path) == [4, LAST]
+    run_train(tmp_path / "default", "train.checkpoint_period=null")
+    assert checkpoints(tmp_path / "default") == [5, LAST], "3 epochs of 2 steps"
+
+
+# --- Checkpoints that cannot be used ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("student.depth=3", "blocks.2"),
+        ("student.depth=1", "tensors that this model does not have"),
+        ("student.embed_dim=64", "Size mismatch"),
+        ("student.num_register_tokens=1", "register_tokens"),
+        ("dino.head_n_prototypes=17", "Size mismatch"),
+        ("ibot.separate_head=true", "ibot"),
+    ],
+)
+def test_another_architecture_is_a_clear_error_and_harms_nothing(
+    change: str, reason: str, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with killed_after(5, monkeypatch):
+        run_train(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"(?s)cannot resume from .*model_0000003: .*{reason}.*--no-resume"):
+        run_train(tmp_path, change)
+    assert contents(tmp_path) == before, "the config of the run is still on record"
+    run_train(tmp_path)
+    assert_same_end(tmp_path, straight, LAST)
+
+
+def test_separate_heads_cannot_be_given_up(tmp_path: Path) -> None:
+    run_train(tmp_path, "optim.epochs=1", *SEPARATE_HEADS)
+    with pytest.raises(ValueError, match="tensors that this model does not have, such as .*ibot_head"):
+        run_train(tmp_path)
+
+
+def test_settings_that_change_no_tensor_may_change(tmp_path: Path) -> None:
+    run_train(tmp_path, "optim.epochs=1")
+    halves = [key + "fp16" for key in HALVES]
+    run_train(tmp_path, *halves, "optim.base_lr=0.001", "student.drop_path_rate=0.1", "train.batch_size_per_gpu=3")
+    assert config.load(tmp_path / "config.yaml").optim.base_lr == 0.001
+    assert checkpoints(tmp_path)[-1] == LAST
+    run_train(tmp_path, "optim.epochs=5")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def garble(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * (path.stat().st_size // 256 + 1))
+
+
+@pytest.mark.parametrize("damage", [truncate, garble, Path.unlink, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("file", ["state.json", ".metadata", "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_a_clear_error(file: str, damage: Any, straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    damage(tmp_path / "checkpoints" / "model_0000007" / file)
+    with pytest.raises(
+        ValueError, match="(?s)cannot resume from .*model_0000007: .*if the folder is damaged, delete it"
+    ):
+        run_train(tmp_path)
+
+
+def test_a_state_without_an_entry_is_damaged_too(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "model_0000007" / "state.json"
+    state = json.loads(path.read_text())
+    del state["scaler"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="cannot resume from .*model_0000007: .*scaler"):
+        run_train(tmp_path)
+
+
+def test_when_it_is_deleted_the_run_continues_from_the_one_before(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    shutil.copy(straight / "training_metrics.json", tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "model_0000007")
+    run_train(tmp_path)
+    assert_same_end(tmp_path, straight, LAST)
+
+
+# --- What a checkpoint is --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_networks_centres_and_moments(straight: Path) -> None:
+    names = set(tensors(straight, LAST))
+    roots = {name.partition(".")[0] for name in names}
+    assert roots == {"model", "optimizer"}
+    assert {"model.dino_loss.center", "model.teacher.backbone.norm.weight"} < names
+    moments = ("exp_avg", "exp_avg_sq", "step")
+    assert {f"optimizer.student.backbone.norm.weight.{moment}" for moment in moments} < names
+    assert not any(name.startswith("optimizer.teacher") for name in names)
+    assert tensors(straight, LAST)["optimizer.student.backbone.norm.weight.step"] == 8
+
+
+def test_the_teacher_dump_has_the_published_layout(straight: Path) -> None:
+    content = torch.load(straight / "eval" / "training_7" / "teacher_checkpoint.pth", weights_only=True)
+    assert list(content) == ["teacher"]
+    final = tensors(straight, LAST)
+    assert {f"model.teacher.{name}" for name in content["teacher"]} == {
+        name for name in final if name.startswith("model.teacher.")
+    }
+    for name, value in content["teacher"].items():
+        assert value.device.type == "cpu" and torch.equal(value, final[f"model.teacher.{name}"])
+    assert sorted(path.name for path in (straight / "eval").iterdir()) == ["training_3", "training_7"]
+
+
+def test_the_metrics_have_the_published_keys(straight: Path) -> None:
+    lines = [json.loads(line) for line in (straight / "training_metrics.json").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(8))
+    losses = ["dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss"]
+    rates = ["lr", "wd", "mom", "last_layer_lr", "current_batch_size"]
+    assert list(lines[-1]) == ["iteration", "iter_time", "data_time", *rates, "total_loss", *losses]
+
+
+def test_writing_a_checkpoint_says_nothing_of_missing_process_groups(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        run_train(tmp_path, "optim.epochs=1")
+        run_train(tmp_path)
+    assert caplog.records == []
