@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from difflib import SequenceMatcher
@@ -23,7 +22,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, g
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError  # type: ignore[import-untyped]
+from yaml import MarkedYAMLError, YAMLError
+
+from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -280,14 +281,13 @@ def to_yaml(cfg: Config) -> str:
 
 
 def save(cfg: Config, path: str | Path) -> None:
-    """Write every key as YAML; a reader sees the old file or the new one, never half of one. ``load(path) == cfg``."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(to_yaml(cfg), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write every key as YAML; a reader sees the old file or the new one, never half of one. ``load(path) == cfg``.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+    """
+    with replacing(Path(path)) as file:
+        file.write(to_yaml(cfg).encode())
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:

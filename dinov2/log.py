@@ -7,12 +7,12 @@ does not make the CPU wait for the GPU every step; then they are all fetched tog
 import json
 import logging
 import math
-import os
 import statistics
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -22,6 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +214,9 @@ class _Loop:
         return seconds, seconds / max(self.iter_time.count, 1)
 
 
+_FOUR_DIGITS = "{median:.4g} ({global_avg:.4g})"  # learning rates are far below 1e-4
+
+
 class MetricLogger:
     """Named meters, and a loop over batches that prints them.
 
@@ -231,7 +236,7 @@ class MetricLogger:
     def update(self, **values: float | Tensor) -> None:
         """Add a number or a tensor of one element to each named meter; meters appear on first use."""
         for name, value in values.items():
-            self.meters.setdefault(name, SmoothedValue()).update(value)
+            self.meters.setdefault(name, SmoothedValue(fmt=_FOUR_DIGITS)).update(value)
 
     def __getattr__(self, name: str) -> SmoothedValue:
         if name != "meters" and name in self.meters:
@@ -248,7 +253,7 @@ class MetricLogger:
         return {name: meter.state_dict() for name, meter in self.meters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.meters = {name: SmoothedValue() for name in state}
+        self.meters = {name: SmoothedValue(fmt=_FOUR_DIGITS) for name in state}
         for name, meter in self.meters.items():
             meter.load_state_dict(state[name])
 
@@ -348,11 +353,8 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: naming the file, if it cannot be written.
     """
-    try:
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write the metrics: {error.strerror}", str(path)) from error
+    with _errors_name(path), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def truncate_metrics(path: str | Path, before_iteration: int) -> None:
@@ -360,6 +362,9 @@ def truncate_metrics(path: str | Path, before_iteration: int) -> None:
 
     Kept are the lines with `iteration` < `before_iteration`; lines torn by a crash are dropped as well. The file is
     replaced as a whole, so that a crash in here loses nothing.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
     """
     path = Path(path)
     if not path.exists():
@@ -369,12 +374,17 @@ def truncate_metrics(path: str | Path, before_iteration: int) -> None:
     if kept == lines:
         return
     logger.info("%s: %d of %d lines are dropped, they will be computed again", path, len(lines) - len(kept), len(lines))
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _errors_name(path), replacing(path) as file:
+        file.write("".join(kept).encode())
+
+
+@contextmanager
+def _errors_name(path: Path) -> Iterator[None]:
+    """What the system says of a full disk, for one, does not name the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the metrics: {error.strerror}", str(path)) from error
 
 
 def _iteration_of(line: str) -> float:

@@ -10,12 +10,15 @@ draws are judged in standard errors. The exit status is 1 if anything is off, a 
 Everything runs on the CPU in float32, as the recordings did.
 """
 
+import os
 import sys
 from pathlib import Path
 
 # Not at import, because the processes that a replay starts import this file again.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path from a clone: make both packages importable
+    # Everything is tiny: more threads would only wait for each other. Read by torch and BLAS when they are imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     from scripts.golden.check import main
 

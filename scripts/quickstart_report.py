@@ -20,7 +20,7 @@ from torch import nn
 from dinov2 import config
 from dinov2.config import Config
 from dinov2.data import make_dataset
-from dinov2.data.transforms import make_classification_eval_transform
+from dinov2.data.transforms import ToNormalizedTensor, make_classification_eval_transform
 from dinov2.eval import setup, visualize
 from dinov2.eval.knn import eval_knn
 from dinov2.eval.results import write_results
@@ -82,7 +82,7 @@ def draw_features(networks: Mapping[str, DinoVisionTransformer], cfg: Config, va
     targets = dataset.get_targets()
     of_class = [np.flatnonzero(targets == target)[:IMAGES_PER_CLASS] for target in range(len(dataset.classes))]
     images = [dataset.get_image(index) for index in np.stack(of_class, axis=1).flatten()]  # one row: all classes
-    to_tensor = visualize.ToNormalizedTensor(cfg.augmentation.mean, cfg.augmentation.std)
+    to_tensor = ToNormalizedTensor(cfg.augmentation.mean, cfg.augmentation.std)
     tensors = torch.stack([to_tensor(image) for image in images])
     rows = {"image": images}
     for name, network in networks.items():

@@ -1,26 +1,12 @@
 """The `.npy` tables that lie beside a data set: written once, mapped into memory when first used."""
 
-import os
 import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-
-@contextmanager
-def open_to_replace(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that takes its name, and the place of an older one, only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from dinov2.files import replacing
 
 
 class ExtraFile:
@@ -61,6 +47,7 @@ class ExtraFile:
 
     def save(self, array: np.ndarray) -> None:
         """Writes the file, and its folder if needed."""
-        with open_to_replace(self.path) as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as file:
             np.save(file, array)
         self._array = None

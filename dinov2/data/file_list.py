@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dinov2.data.extra_file import open_to_replace
+from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,8 @@ def _load(cache: Path, root: Path) -> PathTable | None:
 
 def _store(cache: Path, files: PathTable, folders: PathTable, folder_times: Sequence[int]) -> None:
     try:
-        with open_to_replace(cache) as file:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cache) as file:
             np.savez(
                 file,
                 file_data=files.data,

@@ -42,13 +42,25 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         description="DINOv2 k-NN evaluation", parents=[setup.get_args_parser(add_help=False)], add_help=add_help
     )
     add = parser.add_argument
-    add("--nb_knn", "--nb-knn", type=int, nargs="+", default=[10, 20, 100, 200], help="how many neighbours vote")
+    add(
+        "--nb_knn",
+        "--nb-knn",
+        type=setup.positive_int,
+        nargs="+",
+        default=[10, 20, 100, 200],
+        help="how many neighbours vote",
+    )
     add("--temperature", type=float, default=0.07, help="softmax temperature of the votes")
     add("--gather-on-cpu", action="store_true", help="keep the gathered features in host memory")
-    add("--batch-size", type=int, default=256, help="images per process in feature extraction")
+    add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
     add("--num-workers", type=int, default=5, help="data loader workers per process")
     add("--n-per-class-list", type=int, nargs="+", default=[-1], help="few-shot sizes of the bank; -1 = all images")
-    add("--n-tries", type=int, default=1, help="random banks per few-shot size, whose scores are averaged")
+    add(
+        "--n-tries",
+        type=setup.positive_int,
+        default=1,
+        help="random banks per few-shot size, whose scores are averaged",
+    )
     return parser
 
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,7 +36,7 @@ from dinov2.eval.linear_heads import (
     scale_lr,
     setup_linear_classifiers,
 )
-from dinov2.eval.metrics import MetricType, build_metric
+from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
 from dinov2.eval.results import weights_fingerprint, write_results
 from dinov2.log import MetricLogger
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -63,7 +62,6 @@ RESULTS_FILE = "results_eval_linear.json"
 LAST_BLOCKS = (1, 4)
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
-Accuracies = dict[str, float | list[float]]  # {"top-1": fraction, or one fraction per class, ...}
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, 3, H, W), labels (B,)
 
 
@@ -74,12 +72,22 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     )
     add, metric_types = parser.add_argument, [metric_type.value for metric_type in MetricType]
     add("--test-datasets", nargs="+", help="dataset strings of further sets to test the best classifier on")
-    add("--epochs", type=int, default=10, help="times --epoch-length iterations")
-    add("--batch-size", type=int, default=128, help="images per process")
+    add("--epochs", type=setup.positive_int, default=10, help="times --epoch-length iterations")
+    add("--batch-size", type=setup.positive_int, default=128, help="images per process")
     add("--num-workers", type=int, default=8, help="data loader workers per process")
-    add("--epoch-length", type=int, default=1250, help="iterations; after as many a checkpoint is written")
-    add("--save-checkpoint-frequency", type=int, default=20, help="epochs between two checkpoints that are kept")
-    add("--eval-period-iterations", type=int, default=1250, help="iterations between two validations")
+    add(
+        "--epoch-length",
+        type=setup.positive_int,
+        default=1250,
+        help="iterations; after as many a checkpoint is written",
+    )
+    add(
+        "--save-checkpoint-frequency",
+        type=setup.positive_int,
+        default=20,
+        help="epochs between two checkpoints that are kept",
+    )
+    add("--eval-period-iterations", type=setup.positive_int, default=1250, help="iterations between two validations")
     add("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), help="for a batch of 256 images")
     add("--no-resume", action="store_true", help="start anew even if the output folder has a checkpoint")
     add("--val-metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
@@ -111,15 +119,6 @@ def evaluate_linear_classifiers(
     return {name: {top: value.tolist() for top, value in metric.compute().items()} for name, metric in metrics.items()}
 
 
-def top_1(accuracies: Accuracies) -> float:
-    """One number in percent to compare classifiers by: top-1, or the mean of it where there is one per class."""
-    return 100 * float(np.mean(accuracies["top-1"]))
-
-
-def percent(accuracies: Accuracies) -> Accuracies:
-    return {top: (100 * np.asarray(value)).tolist() for top, value in accuracies.items()}
-
-
 def best_of(scores: Mapping[str, Accuracies]) -> str:
     """The name of the classifier with the highest top-1, the first of several."""
     return max(scores, key=lambda name: top_1(scores[name]))
@@ -130,12 +129,9 @@ def test_on_datasets(
     classifiers: Mapping[str, LinearClassifier],
     test_sets: Sequence[EvalSet],
     num_classes: int,
-) -> dict[str, dict[str, Accuracies]]:
-    """Accuracies {dataset string: {classifier: ...}}."""
-    return {
-        test_set.name: evaluate_linear_classifiers(feature_model, classifiers, test_set, num_classes)
-        for test_set in test_sets
-    }
+) -> list[dict[str, Accuracies]]:
+    """Accuracies of each classifier by name, for each test set."""
+    return [evaluate_linear_classifiers(feature_model, classifiers, each, num_classes) for each in test_sets]
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -249,17 +245,17 @@ def run_eval_linear(model: DinoVisionTransformer, args: argparse.Namespace, cfg:
     history.append(validation_record(iteration, scores))
     best = best_of(scores)
     tests = test_on_datasets(feature_model, {best: named[best]}, test_sets, num_classes)
-    accuracies = {name: top_1(test[best]) for name, test in {val_set.name: scores, **tests}.items()}
-    logger.info(
-        "Test Results Dict %s",
-        {"best_classifier": best, **{f"{name}_accuracy": accuracy for name, accuracy in accuracies.items()}},
-    )
-    return {
+    results = {
         "best_classifier": {"name": best, **percent(scores[best])},
         "val": {name: percent(accuracies) for name, accuracies in scores.items()},
-        "test": {name: percent(test[best]) for name, test in tests.items()},
+        "test": [
+            {"dataset": test_set.name, "metric": test_set.metric_type.value, **percent(test[best])}
+            for test_set, test in zip(test_sets, tests, strict=True)
+        ],
         "history": history,
     }
+    logger.info("Test Results Dict %s", {key: results[key] for key in ("best_classifier", "test")})
+    return results
 
 
 def build_eval_sets(args: argparse.Namespace, transform: Callable[..., Tensor]) -> tuple[EvalSet, list[EvalSet]]:
@@ -300,7 +296,7 @@ def train_classifiers(
     assert targets is not None, "labelled"
     num_classes = 1 + int(targets.max())
     classifiers, param_groups = setup_linear_classifiers(
-        feature_model(dataset[0][0][None].to(distributed.device())),
+        feature_model(torch.zeros(1, 3, crop, crop, device=distributed.device())),
         [n for n in LAST_BLOCKS if n <= feature_model.n_last_blocks],
         args.learning_rates,
         args.batch_size,

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dinov2 import distributed
-from dinov2.eval.results import atomic_file
+from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ class LinearCheckpointer:
         state = {key: part.state_dict() for key, part in self.parts.items()}
         state |= {"iteration": iteration, "history": history, "run": self.run}
         path = self.output_dir / f"{name}.pth"
-        with atomic_file(path) as file:
+        with replacing(path) as file:
             torch.save(state, file)
-        with atomic_file(self.pointer) as file:
+        with replacing(self.pointer) as file:
             file.write(path.name.encode())
         logger.info("checkpoint of iteration %d: %s", iteration, path)
 

@@ -24,7 +24,7 @@ from dinov2 import distributed
 from dinov2.data.base import ImageDataset
 from dinov2.eval import setup
 from dinov2.eval.features import extract_features
-from dinov2.eval.metrics import MetricType, build_metric
+from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
 from dinov2.eval.results import write_results
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,6 @@ C_VALUES = (10.0 ** (torch.arange(-24, 21) / 4)).tolist()  # 45 values, 1e-6 to 
 TOLERANCE = 1e-12
 HELD_OUT_SEED = 0
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-Accuracies = dict[str, Any]  # {"top-1": fraction, or a list of one per class, ...}
 
 
 class Labelled(NamedTuple):
@@ -58,8 +56,8 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     add("--metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
     add("--train-features-device", default="cpu", help="where the features are kept; cuML is used on CUDA if installed")
     add("--train-dtype", choices=list(DTYPES), default="float64", help="precision of the fit")
-    add("--max-train-iters", type=int, default=1000, help="iterations of the solver")
-    add("--batch-size", type=int, default=256, help="images per process in feature extraction")
+    add("--max-train-iters", type=setup.positive_int, default=1000, help="iterations of the solver")
+    add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
     add("--num-workers", type=int, default=0, help="data loader workers per process")
     return parser
 
@@ -137,11 +135,6 @@ def sweep_C_values(
     return [everything[i] for i in range(len(C_values))]
 
 
-def top_1(accuracies: Accuracies) -> float:
-    """One number in percent: top-1, or the mean of it where there is one per class."""
-    return 100 * float(np.mean(accuracies["top-1"]))
-
-
 def hold_out(train: Labelled) -> tuple[Labelled, Labelled]:
     """A random tenth (rounded down) of a training set to choose C on, and the rest: (rest, tenth)."""
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
@@ -215,11 +208,6 @@ def eval_log_regression_with_model(
     num_classes = 1 + max(int(part.labels.max()) for part in (train, val, finetune) if part is not None)
     fitter = Fitter(num_classes, metric_type, max_train_iters, train_dtype)
     return eval_log_regression(train, val, fitter=fitter, finetune=finetune, finetune_on_val=finetune_on_val)
-
-
-def percent(accuracies: Accuracies) -> Accuracies:
-    """The same with every accuracy in percent."""
-    return {key: (100 * np.asarray(v)).tolist() if key.startswith("top-") else v for key, v in accuracies.items()}
 
 
 def main(args: argparse.Namespace) -> None:

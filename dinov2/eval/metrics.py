@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 DEFAULT_KS = (1, 5)
+
+Accuracies = dict[str, Any]  # {"top-1": fraction or a list with one per class, ...}
 
 
 class AccuracyAveraging(Enum):
@@ -134,3 +137,13 @@ def build_metric(
 
     # Compute groups would let top-5 share the counts of top-1 whenever the two agree on the first batch.
     return MetricCollection({f"top-{k}": metric(k) for k in ks}, compute_groups=False)
+
+
+def top_1(accuracies: Accuracies) -> float:
+    """One number in percent to compare models by: top-1, or the mean of it where there is one per class."""
+    return 100 * float(np.mean(accuracies["top-1"]))
+
+
+def percent(accuracies: Accuracies) -> Accuracies:
+    """The accuracies in percent; other entries as they are."""
+    return {key: (100 * np.asarray(v)).tolist() if key.startswith("top-") else v for key, v in accuracies.items()}

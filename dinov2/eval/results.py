@@ -4,20 +4,19 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 
 import dinov2
 from dinov2 import distributed
+from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def write_results(path: Path, *, evaluation: str, metrics: Mapping[str, Any], ar
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"dinov2": dinov2.__version__, "torch": str(torch.__version__)},
     }
-    with atomic_file(path) as file:
+    with replacing(path) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")
     logger.info("results: %s", path)
 
@@ -61,17 +60,3 @@ def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
         path = Path(path_or_url.removeprefix("file://"))
     with path.open("rb") as file:
         return {"path": path_or_url, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file to write to, which takes the place of `path` when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

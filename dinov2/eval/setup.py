@@ -52,11 +52,22 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     small = f"for models trained on global crops below {SMALLEST_PUBLISHED_SIZE} pixels the size of those crops"
     parser.add_argument(
         "--resize-size",
-        type=int,
+        type=positive_int,
         help=f"images are scaled to this shorter side (default: 256, for logistic regression 224; {small})",
     )
-    parser.add_argument("--crop-size", type=int, help=f"and their centre is cut out (default: 224; {small})")
+    parser.add_argument("--crop-size", type=positive_int, help=f"and their centre is cut out (default: 224; {small})")
     return parser
+
+
+def positive_int(text: str) -> int:
+    """The type of flags that count something there must be at least one of."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return number
 
 
 def setup(args: argparse.Namespace) -> Config:

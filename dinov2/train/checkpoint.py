@@ -9,7 +9,6 @@ numbers and the data position need no storing: both are functions of the seed an
 import itertools
 import json
 import logging
-import os
 import re
 import shutil
 import time
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dinov2 import distributed
+from dinov2.files import replacing
 from dinov2.models.weights import read_state_dict
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -91,7 +91,8 @@ class Checkpointer:
                 dcp.save(self._tensors(), storage_writer=writer, no_dist=not distributed.is_enabled())
             if distributed.is_main():
                 state = {"iteration": step, "scaler": self.scaler.state_dict(), **extra_state}
-                write_atomically(unfinished / "state.json", lambda path: path.write_text(json.dumps(state)))
+                with replacing(unfinished / "state.json") as file:
+                    file.write(json.dumps(state).encode())
                 unfinished.rename(folder)
                 self._delete_old()
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -106,7 +107,7 @@ class Checkpointer:
         return folder
 
     def set_aside(self) -> None:
-        """Rename the folder if it holds checkpoints of an earlier run, which this one must neither continue nor lose."""
+        """Rename the folder if it has checkpoints of an earlier run, which this one must neither continue nor lose."""
         if distributed.is_main() and _complete_checkpoints(self.directory):
             names = (self.directory.with_name(f"{self.directory.name}.{number}") for number in itertools.count(1))
             aside = next(name for name in names if not name.exists())
@@ -235,22 +236,11 @@ def save_teacher(teacher: nn.Module, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu() for name, value in teacher.state_dict().items()}
     try:
-        write_atomically(path, lambda temporary: torch.save({"teacher": state}, temporary))
+        with replacing(path) as file:
+            torch.save({"teacher": state}, file)
     except (OSError, RuntimeError) as error:
         raise OSError(f"could not write the teacher to {path}: {_root_cause(error)}") from error
     logger.info("teacher: %s", path)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a temporary file and put it in the place of `path` when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}{_UNFINISHED}")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from eval_pictures import CONFIG, tiny_backbone
 from PIL import Image
 
 from dinov2 import config
-from dinov2.eval import setup
+from dinov2.eval import knn, setup
 
 
 def parsed(*words: str, config_file: str | Path = "eval/vits14_pretrain") -> argparse.Namespace:
@@ -30,6 +30,13 @@ def test_weights_or_a_wish_for_none_are_required(capsys: pytest.CaptureFixture[s
     assert "--pretrained-weights --random-init is required" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parsed("--random-init", "--pretrained-weights", "a.pth")
+
+
+def test_counts_below_one_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--batch-size", "0"], ["--nb_knn", "10", "-1"], ["--n-tries", "two"]):
+        with pytest.raises(SystemExit):
+            knn.get_args_parser().parse_args(["--config-file", "a", "--random-init", *words])
+        assert f"expected an integer of at least 1, got '{words[-1]}'" in capsys.readouterr().err
 
 
 def test_overrides_of_one_command_line_do_not_reach_the_next() -> None:
