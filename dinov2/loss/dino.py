@@ -27,7 +27,7 @@ class DINOLoss(nn.Module):
         """Teacher scores (R, K) -> targets (R, K), with the centre of the batches seen so far."""
         return softmax_centering(teacher_output, self.center, teacher_temp)
 
-    def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
+    def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, *, n_iterations: int = 3) -> Tensor:
         """Teacher scores (R, K) -> targets (R, K), balanced over all processes."""
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
 

@@ -27,7 +27,7 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the published name)
         center = self.center if teacher_patch_tokens.ndim == 3 else self.center[0]
         return softmax_centering(teacher_patch_tokens, center, teacher_temp)
 
-    def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, n_iterations: int = 3) -> Tensor:
+    def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, *, n_iterations: int = 3) -> Tensor:
         """Teacher scores of the masked patches only (M, K) -> targets (M, K), balanced over all processes."""
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
 

@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dinov2 import config, distributed
-from dinov2.log import setup_logging
+from dinov2.log import run_command, setup_logging
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def launch(
     task_args = argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in names})
     setup_logging()
     if distributed.where_am_i().world_size > 1:  # torchrun or srun has started the processes already
-        return run_here(task, task_args)
+        return run_command(lambda: run_here(task, task_args))
     try:
         config.load(args.config_file, args.opts)  # an error now is better than one after hours in the queue
         slurm = uses_slurm(submission)
@@ -83,8 +83,8 @@ def launch(
         parser.error(str(error))
     if getattr(args, "dry_run", False):
         task_args.world_size = submission.nodes * per_node  # what it is to reckon with
-        return run_here(task, task_args)
-    return run_local(task, task_args, per_node)
+        return run_command(lambda: run_here(task, task_args))
+    return run_command(lambda: run_local(task, task_args, per_node))
 
 
 class LaunchError(ValueError):

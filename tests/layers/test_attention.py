@@ -182,7 +182,7 @@ def test_on_a_gpu_each_backend_agrees_with_sdpa(backend: str, dtype: torch.dtype
         leaf = qkv.detach().clone().requires_grad_()
         output = _KERNELS[name](leaf, segments)
         (gradient,) = torch.autograd.grad(output, leaf, weighting.to(output.dtype))
-        return output, gradient
+        return output.detach(), gradient
 
     assert run(backend, exact)[0].dtype == dtype
     for ours, expected in zip(run(backend, exact), run("sdpa", exact.double()), strict=True):

@@ -161,6 +161,13 @@ def test_positions_and_linear_weights_are_normal(initial: dict[str, Tensor], nam
     assert kurtosis.item() == pytest.approx(3, abs=0.3), "not cut at two standard deviations"
 
 
+def test_the_spread_of_positions_and_linear_weights_can_be_chosen() -> None:
+    torch.manual_seed(0)
+    model = DinoVisionTransformer(img_size=64, patch_size=4, embed_dim=96, depth=1, init_std=0.1, pos_embed_std=0.3)
+    assert model.pos_embed.std().item() == pytest.approx(0.3, rel=0.03)
+    assert model.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.1, rel=0.03)
+
+
 def test_class_token_and_registers_start_near_zero(initial: dict[str, Tensor]) -> None:
     for name in ("cls_token", "register_tokens"):
         assert initial[name].std().item() == pytest.approx(1e-6, rel=0.2)

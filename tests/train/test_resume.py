@@ -1,47 +1,28 @@
 """Exact resume: a run that was interrupted anywhere ends as if it had not been, to the last bit."""
 
-import itertools
 import json
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import CENTERING, SEPARATE_HEADS, assert_same_end, checkpoints, metrics, run_train, tensors
+from tiny import (
+    CENTERING,
+    SEPARATE_HEADS,
+    all_in,
+    assert_same_end,
+    checkpoints,
+    killed_after,
+    metrics,
+    run_train,
+    tensors,
+)
 
 from dinov2 import config
-from dinov2.train import train
 
 LAST = 7  # of tiny.yaml: 8 steps, a checkpoint after every second one
-HALVES = [
-    f"compute_precision.{side}.{module}.mixed_precision.param_dtype="
-    for side in ("student", "teacher")
-    for module in ("backbone", "dino_head", "ibot_head")
-]
-
-
-class Killed(BaseException):
-    """What ends a run in the middle of a step."""
-
-
-@contextmanager
-def killed_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The run in here ends in the step after so many: when the optimizer has moved the student and not yet the rest."""
-    backward_and_step, calls = train.backward_and_step, itertools.count()
-
-    def stop(*args: Any) -> bool:
-        accepted = backward_and_step(*args)
-        if next(calls) == num_steps:
-            raise Killed
-        return accepted
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "backward_and_step", stop)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +53,8 @@ def test_an_interrupted_run_ends_as_the_undisturbed_one(
     "settings",
     [
         [CENTERING, *SEPARATE_HEADS],
-        [*(key + "bf16" for key in HALVES), "crops.local_crops_number=0"],
-        [*(key + "fp16" for key in HALVES)],
+        [*all_in("bf16"), "crops.local_crops_number=0"],
+        all_in("fp16"),
         ["train.sampler=SHARDED_INFINITE", "train.batch_size_per_gpu=7", "student.num_register_tokens=2"],
         ["train.sampler=EPOCH", "dino.loss_weight=0", "train.log_period=3", "optim.freeze_last_layer_epochs=3"],
     ],
@@ -224,8 +205,9 @@ def test_separate_heads_cannot_be_given_up(tmp_path: Path) -> None:
 
 def test_settings_that_change_no_tensor_may_change(tmp_path: Path) -> None:
     run_train(tmp_path, "optim.epochs=1")
-    halves = [key + "fp16" for key in HALVES]
-    run_train(tmp_path, *halves, "optim.base_lr=0.001", "student.drop_path_rate=0.1", "train.batch_size_per_gpu=3")
+    run_train(
+        tmp_path, *all_in("fp16"), "optim.base_lr=0.001", "student.drop_path_rate=0.1", "train.batch_size_per_gpu=3"
+    )
     assert config.load(tmp_path / "config.yaml").optim.base_lr == 0.001
     assert checkpoints(tmp_path)[-1] == LAST
     run_train(tmp_path, "optim.epochs=5")

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import CENTERING, SEPARATE_HEADS, random_batch, tiny_model
+from tiny import CENTERING, SEPARATE_HEADS, all_in, precision, random_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -284,15 +284,10 @@ def test_centres_move_after_the_targets_and_not_with_sinkhorn() -> None:
 # --- Precision -------------------------------------------------------------------------------------------------------
 
 
-def precision(side: str, module: str, dtype: str) -> str:
-    return f"compute_precision.{side}.{module}.mixed_precision.param_dtype={dtype}"
-
-
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_computes_about_the_same_with_float32_parameters(dtype: str) -> None:
     batch = random_batch()
-    halves = [precision(side, module, dtype) for side in ("student", "teacher") for module in ("backbone", "dino_head")]
-    model = tiny_model(NO_DROP_PATH, *halves)
+    model = tiny_model(NO_DROP_PATH, *all_in(dtype))
     half = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[dtype])
     in_half = batch._replace(global_crops=batch.global_crops.to(half), local_crops=batch.local_crops.to(half))
     losses = losses_of(model, in_half)

@@ -1,13 +1,17 @@
 """A model and runs so small that a step takes milliseconds (`tiny.yaml`), and ways to look at what a run leaves."""
 
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,6 +32,17 @@ SEPARATE_HEADS = [
     *("ibot.separate_head=true", "ibot.head_n_prototypes=12"),
     *("ibot.head_bottleneck_dim=8", "ibot.head_hidden_dim=32", "ibot.head_nlayers=2"),
 ]
+
+
+def precision(side: str, module: str, dtype: str) -> str:
+    """The override that sets the precision of one network: fp32, fp16 or bf16."""
+    return f"compute_precision.{side}.{module}.mixed_precision.param_dtype={dtype}"
+
+
+def all_in(dtype: str) -> list[str]:
+    """The overrides that set the precision of all networks."""
+    places = itertools.product(("student", "teacher"), ("backbone", "dino_head", "ibot_head"))
+    return [precision(*place, dtype) for place in places]
 
 
 def tiny_config(*overrides: str) -> Config:
@@ -77,11 +92,24 @@ def start_train(output_dir: Path, *words: str, **settings: Any) -> subprocess.Po
     return subprocess.Popen(
         train_command("--config-file", str(CONFIG_FILE), "--output-dir", str(output_dir), *words),
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         **settings,
+    )
+
+
+def _environment() -> dict[str, str]:
+    """As on a machine without SLURM, GPU, or an installed package."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "PYTHONPATH"))}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def run_script(*words: str) -> subprocess.CompletedProcess[str]:
+    """A Python script of the clone, run by its path from the top folder."""
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240
     )
 
 
@@ -92,12 +120,32 @@ def command_train(output_dir: Path, *words: str, **settings: Any) -> subprocess.
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
+class Killed(BaseException):
+    """What ends a run in the middle of a step."""
+
+
+@contextmanager
+def killed_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The run in here ends in the step after so many: when the optimizer has moved the student and not yet the rest."""
+    backward_and_step, calls = train.backward_and_step, itertools.count()
+
+    def stop(*args: Any) -> bool:
+        accepted = backward_and_step(*args)
+        if next(calls) == num_steps:
+            raise Killed
+        return accepted
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "backward_and_step", stop)
+        yield
+
+
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
 
 def checkpoints(output_dir: Path) -> list[int]:
     """Iterations of the checkpoints in an output folder."""
-    return sorted(int(path.name.removeprefix("model_")) for path in (output_dir / "checkpoints").glob("*"))
+    return sorted(int(path.name.removeprefix("model_")) for path in (output_dir / "checkpoints").glob("model_???????"))
 
 
 def metrics(output_dir: Path) -> list[dict[str, float]]:

@@ -1,0 +1,184 @@
+"""--dry-run says what a run would be, trains nothing, writes nothing, and fails on whatever would stop the run."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CONFIG_FILE, run_train, tiny_config, tiny_model, write_images
+
+from dinov2 import config
+from dinov2.train import train
+from dinov2.train.dry_run import memory_per_process, training_flops_per_image
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+
+def dry_run(output_dir: Path, *words: str, config_file: str | Path = CONFIG_FILE) -> None:
+    args = ["--dry-run", "--config-file", str(config_file), "--output-dir", str(output_dir), *words]
+    train.main(train.get_args_parser().parse_intermixed_args(args))
+
+
+def test_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(tmp_path / "out", "optim.scaling_rule=sqrt_wrt_1024", "optim.base_lr=0.032")
+    out = capsys.readouterr().out
+    facts = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines() if re.match(r"[A-Za-z].*  +\S", line))
+    head = 32 * 32 + 32 + 32 * 8 + 8 + 16 * 8 + 16
+    assert facts["data set"] == "FashionMNIST:split=VAL, 2,000 images"
+    assert facts["global batch"] == "4 images (4 x 1 processes)"
+    assert facts["peak learning rate"] == "0.002 (0.032, sqrt_wrt_1024)"
+    assert facts["optimizer steps"] == "8 (4 nominal epochs of 2)"
+    assert facts["learning-rate warm-up"] == "2 steps"
+    assert facts["images seen"] == "32, the data set 0.0 times"
+    assert facts["parameters of dino_head"] == f"{head:,}"
+    assert facts["parameters of backbone"] == "30,944"
+    assert facts["FLOPs per image"].endswith("GFLOP (student and teacher, forward and backward)")
+    assert facts["memory per process, estimated"].startswith("0.00 GiB")
+    assert "  momentum_teacher: 0.9\n" in out and "  lr: 0.002\n" in out, "the whole resolved config"
+
+
+def test_it_writes_nothing_touches_no_gpu_and_no_process_group(tmp_path: Path) -> None:
+    dry_run(tmp_path / "deep" / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+
+
+def test_the_batch_of_all_processes_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = {"MASTER_ADDR": "node", "MASTER_PORT": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}
+    for name, value in {**place, "WORLD_SIZE": "64"}.items():
+        monkeypatch.setenv(name, value)
+    dry_run(tmp_path, "optim.scaling_rule=linear_wrt_256", "optim.base_lr=0.1")
+    out = capsys.readouterr().out
+    assert "256 images (4 x 64 processes)" in out
+    assert re.search(r"peak learning rate +0\.1 ", out)
+
+
+@pytest.mark.parametrize("recipe", ["train/vitl16_short", "train/vitl14", "train/vitg14"])
+def test_published_recipes_pass(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run(
+        tmp_path, "train.dataset_path=FashionMNIST:split=VAL", "student.attention_backend=xformers", config_file=recipe
+    )
+    assert "everything is in order" in capsys.readouterr().out
+
+
+# --- What is wrong ---------------------------------------------------------------------------------------------------
+
+
+def saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def folder_of_broken_images(folder: Path, num_broken: int) -> Path:
+    for path in sorted(write_images(folder, 20).iterdir())[:num_broken]:
+        path.write_bytes(b"no image")
+    return folder
+
+
+Problem = Callable[[Path], list[str]]
+
+PROBLEMS: dict[str, tuple[Problem, str]] = {
+    "unknown data set": (lambda _: ["train.dataset_path=Imagenet"], "Imagenet.*ImageNet"),
+    "data set without a root": (lambda _: ["train.dataset_path=ImageNet:split=TRAIN"], "root"),
+    "no folder": (lambda tmp: [f"train.dataset_path=ImageFolder:root={tmp / 'none'}"], "no folder .*none"),
+    "broken images": (
+        lambda tmp: [f"train.dataset_path=ImageFolder:root={folder_of_broken_images(tmp / 'images', 2)}"],
+        r"2 of 20 images tried cannot be read; the first: .*000\.png",
+    ),
+    "unknown key": (lambda _: ["optim.epoch=3"], "unknown key 'optim.epoch'.*optim.epochs"),
+    "wrong value": (lambda _: ["optim.epochs=0"], "optim.epochs: expected an integer, at least 1, got 0"),
+    "crop": (lambda _: ["crops.global_crops_size=30"], "30 is not a multiple of student.patch_size = 7"),
+    "warm-up": (lambda _: ["optim.warmup_epochs=5"], "optim.warmup_epochs = 5 is longer"),
+    "nothing to train": (lambda _: ["dino.loss_weight=0", "ibot.loss_weight=0"], "nothing to train"),
+    "unknown arch": (lambda _: ["student.arch=vit_huge"], "vit_huge"),
+    "no weights": (lambda _: ["student.pretrained_weights=/none.pth"], "no weights at /none.pth"),
+    "no model": (lambda _: ["MODEL.WEIGHTS=/none.pth"], "no weights at /none.pth"),
+    "no checkpoint": (lambda tmp: [f"MODEL.WEIGHTS={tmp}"], "cannot load the model from"),
+    "pretrained weights of another model": (
+        lambda tmp: (
+            [f"student.pretrained_weights={saved(tmp / 'w.pth', tiny_model().student['backbone'].state_dict())}"]
+            + ["student.depth=1"]
+        ),
+        "do not fit this backbone",
+    ),
+    "weights of another model": (
+        lambda tmp: (
+            [f"MODEL.WEIGHTS={saved(tmp / 'w.pth', {'teacher': tiny_model().teacher.state_dict()})}"]
+            + ["dino.head_n_prototypes=3"]
+        ),
+        "w.pth does not hold a whole network",
+    ),
+}
+
+
+@pytest.mark.parametrize(("problem", "message"), PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_what_would_stop_a_run_stops_the_dry_run(problem: Problem, message: str, tmp_path: Path) -> None:
+    with pytest.raises((OSError, ValueError), match=f"(?s){message}"):
+        dry_run(tmp_path / "out", *problem(tmp_path))
+
+
+def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"cannot write to the output folder {tmp_path / 'file' / 'out'}"):
+        dry_run(tmp_path / "file" / "out")
+    with pytest.raises(OSError, match="cannot write to the output folder /proc/out"):
+        dry_run(Path("/proc/out"))
+
+
+def test_one_broken_image_is_no_problem_and_good_weights_are_none(tmp_path: Path) -> None:
+    folder = folder_of_broken_images(tmp_path / "images", 1)
+    run_train(tmp_path / "out", "optim.epochs=1", "evaluation.eval_period_iterations=2")
+    weights = tmp_path / "out" / "checkpoints" / "model_0000001"
+    dump = tmp_path / "out" / "eval" / "training_1" / "teacher_checkpoint.pth"
+    dry_run(
+        tmp_path / "other",
+        f"train.dataset_path=ImageFolder:root={folder}",
+        f"MODEL.WEIGHTS={weights}",
+        f"student.pretrained_weights={dump}",
+    )
+
+
+# --- Estimates -------------------------------------------------------------------------------------------------------
+
+
+def on_meta(cfg: config.Config) -> SSLMetaArch:
+    with torch.device("meta"):
+        return SSLMetaArch(cfg)
+
+
+def test_flops_are_those_that_others_count() -> None:
+    """ViT-S/16 at 224 x 224: 4.61 GMAC (timm), of which the student does three times, the teacher once."""
+    settings = [
+        "student.arch=vit_small",
+        "student.drop_path_rate=0",
+        "crops.local_crops_number=0",
+        "ibot.loss_weight=0",
+    ]
+    cfg = config.load(None, [*settings, "dino.head_n_prototypes=1", "dino.head_hidden_dim=1", "dino.head_nlayers=1"])
+    assert training_flops_per_image(cfg, on_meta(cfg)) == pytest.approx(2 * 2 * 4 * 4.61e9, rel=0.01)
+
+
+def test_flops_and_memory_grow_with_what_costs() -> None:
+    def estimates(*overrides: str) -> tuple[float, float]:
+        cfg = tiny_config(*overrides)
+        model = on_meta(cfg)
+        return training_flops_per_image(cfg, model), memory_per_process(cfg, model)
+
+    flops, memory = estimates()
+    for change in ("student.depth=3", "crops.local_crops_number=5", "student.drop_path_rate=0"):
+        more_flops, more_memory = estimates(change)
+        assert more_flops > flops and more_memory > memory, change
+    assert estimates("train.batch_size_per_gpu=8")[0] == flops
+    assert estimates("train.batch_size_per_gpu=8")[1] > memory
+
+
+def test_memory_is_at_least_that_of_parameters_gradients_and_moments() -> None:
+    cfg = config.load("train/vitl16_short")
+    model = on_meta(cfg)
+    parameters = sum(param.numel() for param in model.student.parameters())
+    without_batch = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, batch_size_per_gpu=0))
+    assert memory_per_process(without_batch, model) == 20 * parameters
+    assert 25e9 < memory_per_process(cfg, model) < 80e9, "published with 80 GB"

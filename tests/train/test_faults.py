@@ -1,0 +1,316 @@
+"""What goes wrong on real machines: a run is killed, the disk is full, losses are not finite, images are broken."""
+
+import logging
+import os
+import resource
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import (
+    all_in,
+    assert_same_end,
+    checkpoints,
+    command_train,
+    killed_after,
+    metrics,
+    random_batch,
+    run_train,
+    start_train,
+    state,
+    tensors,
+    tiny_model,
+    write_images,
+)
+from torch import nn
+
+from dinov2.train.guards import BadImageGuard, NonFiniteGuard
+from dinov2.train.optim import build_optimizer
+from dinov2.train.ssl_meta_arch import Losses
+from dinov2.train.train import backward_and_step
+
+LAST = 7
+LARGE = "dino.head_n_prototypes=4000"  # a checkpoint of 2 MB, which takes a while to write
+
+
+# --- Killed ----------------------------------------------------------------------------------------------------------
+
+
+def kill_when(process: subprocess.Popen[str], condition: Callable[[], object]) -> None:
+    """SIGKILL as soon as the condition holds, which must be before the process ends by itself."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "killed, not ended"
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    folder = killed / "checkpoints"
+    run_train(straight, LARGE)
+
+    moments: list[tuple[str, Callable[[], object]]] = [
+        ("while it writes its first checkpoint", lambda: list(folder.glob("*.unfinished/*"))),
+        ("while it trains", lambda: len((killed / "training_metrics.json").read_text().splitlines()) >= 3),
+        (
+            "while it writes another one",
+            lambda: checkpoints(killed) and list(folder.glob("*05.unfinished/__0_0.distcp")),
+        ),
+    ]
+    for _, moment in moments:
+        kill_when(start_train(killed, LARGE), moment)
+    assert list(folder.glob("*.unfinished")), "the last kill came in the middle of a write"
+    result = command_train(killed, LARGE)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout and "finished iteration 3" in result.stdout
+    assert_same_end(killed, straight, LAST)
+    assert checkpoints(killed) == [3, 5, 7], "and nothing unfinished"
+
+
+# --- Disk full -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def small_disk(mount_point: Path, size: str) -> Iterator[Callable[[str], None]]:
+    """A file system of a given size; yields a function that gives it another size."""
+    mount_point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount_point)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(mount_point)], check=True)
+    finally:
+        logging.shutdown()  # closes the log file there
+        subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
+
+
+def test_a_full_disk_is_named_and_with_more_space_the_run_continues(tmp_path: Path) -> None:
+    run_train(tmp_path / "straight", LARGE)
+    with small_disk(tmp_path / "disk", "3m") as resize:  # holds one checkpoint
+        out = tmp_path / "disk" / "out"
+        message = (
+            r"could not write the checkpoint of iteration 3 to .*model_0000003: .*No space left on device.*"
+            r"Last complete checkpoint: .*model_0000001\. Run the same command again"
+        )
+        for _ in range(2):  # the second time there is no more space than before
+            with pytest.raises(OSError, match=message):
+                run_train(out, LARGE)
+            assert checkpoints(out) == [1], "what was written of the other one is gone"
+        resize("64m")
+        run_train(out, LARGE)
+        assert_same_end(out, tmp_path / "straight", LAST)
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Writing more bytes than that to a file fails in here."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_also_without_one_before(tmp_path: Path) -> None:
+    message = r"iteration 1 to .*model_0000001: .*File too large.*Last complete checkpoint: none"
+    with files_up_to(100_000), pytest.raises(OSError, match=message):
+        run_train(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+    run_train(tmp_path / "straight")
+    run_train(tmp_path)
+    assert_same_end(tmp_path, tmp_path / "straight", LAST)
+
+
+def test_a_teacher_that_cannot_be_written_is_named_and_leaves_no_half_file(tmp_path: Path) -> None:
+    settings = ["evaluation.eval_period_iterations=1", "train.checkpoint_period=8"]
+    with (
+        files_up_to(100_000),
+        pytest.raises(OSError, match=r"could not write the teacher to .*training_0/teacher_check.*File too large"),
+    ):
+        run_train(tmp_path, *settings)
+    assert list((tmp_path / "eval" / "training_0").iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "training_metrics.json"])
+def test_other_files_that_cannot_be_written_are_named_and_the_run_continues(file: str, tmp_path: Path) -> None:
+    run_train(tmp_path / "straight")
+    size = {"config.yaml": 1000, "training_metrics.json": 5000}[file]  # of 3500 and 20,000 bytes
+    settings = ["train.checkpoint_period=100", "evaluation.eval_period_iterations=0", "optim.epochs=20"]
+    with files_up_to(size), pytest.raises(OSError, match=f"cannot write the (config|metrics): .*{file}"):
+        run_train(tmp_path, *settings)
+    run_train(tmp_path)
+    assert_same_end(tmp_path, tmp_path / "straight", LAST)
+
+
+@pytest.mark.slow
+def test_for_a_person_a_full_disk_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    result = command_train(tmp_path, preexec_fn=limit)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: could not write the checkpoint of iteration 1 to ")
+    assert "Traceback" in (tmp_path / "logs" / "log.txt").read_text(), "for whoever has to find out more"
+
+
+# --- Not finite ------------------------------------------------------------------------------------------------------
+
+BLINDING = "augmentation.std=[1.0e-44,1.0e-44,1.0e-44]"  # pixels become infinite
+NAN = float("nan")
+
+
+def test_losses_that_are_not_finite_stop_the_run_and_harm_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_train(tmp_path / "straight")
+    with killed_after(4, monkeypatch):
+        run_train(tmp_path, "train.checkpoint_period=4")
+    before = tensors(tmp_path, 3)
+    with pytest.raises(
+        FloatingPointError, match=r"^3 steps in a row were not finite \(loss dino_local_crops_loss, .*lr"
+    ):
+        run_train(tmp_path, BLINDING, "train.checkpoint_period=4")
+    assert checkpoints(tmp_path) == [3]
+    assert all(torch.equal(value, before[name]) for name, value in tensors(tmp_path, 3).items())
+    run_train(tmp_path)
+    assert_same_end(tmp_path, tmp_path / "straight", LAST)
+
+
+@pytest.fixture
+def student() -> nn.ModuleDict:
+    return tiny_model().student
+
+
+def take_step(student: nn.ModuleDict, total: torch.Tensor, guard: NonFiniteGuard, scale: float | None = None) -> bool:
+    """The part of a training step that the losses lead to; whether it was accepted."""
+    optimizer = build_optimizer(student, betas=(0.9, 0.99), lr_decay_rate=1.0, patch_embed_lr_mult=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+    terms = {"koleo_loss": torch.ones(()), "ibot_loss": total}
+    return backward_and_step(Losses(total, terms, terms), student, optimizer, scaler, 3.0, guard)
+
+
+def snapshot(student: nn.ModuleDict) -> torch.Tensor:
+    return torch.cat([param.detach().flatten() for param in student.parameters()]).clone()
+
+
+def sum_of(student: nn.ModuleDict) -> torch.Tensor:
+    return torch.stack([param.sum() for param in student.parameters()]).sum()
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+def test_a_bad_loss_moves_no_weight_and_is_named(
+    value: float, student: nn.ModuleDict, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = snapshot(student)
+    assert not take_step(student, sum_of(student) * 0 + value, NonFiniteGuard(3))
+    assert torch.equal(snapshot(student), before)
+    assert caplog.messages == ["step skipped, not finite: loss ibot_loss (1 in a row)"]
+
+
+def test_a_bad_gradient_of_a_good_loss_moves_no_weight_and_is_named(
+    student: nn.ModuleDict, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = snapshot(student)
+    total = (student["dino_head"].last_layer.weight_v.sum() * 0).sqrt() + sum_of(student)  # the slope of a root at 0
+    assert total.isfinite()
+    assert not take_step(student, total, NonFiniteGuard(3))
+    assert torch.equal(snapshot(student), before)
+    assert caplog.messages == ["step skipped, not finite: gradient of dino_head (1 in a row)"]
+
+
+def test_only_steps_in_a_row_count(student: nn.ModuleDict) -> None:
+    guard = NonFiniteGuard(3)
+    for _ in range(3):
+        for value in (NAN, NAN, 0.0):
+            before = snapshot(student)
+            accepted = take_step(student, sum_of(student) + value, guard)
+            assert accepted == (value == 0.0) == (not torch.equal(snapshot(student), before))
+    take_step(student, sum_of(student) + NAN, guard)
+    take_step(student, sum_of(student) + NAN, guard)
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .*\(loss ibot_loss\).*train.max_nonfinite_steps=3"):
+        take_step(student, sum_of(student) + NAN, guard)
+
+
+def test_an_overflow_of_the_gradient_scaler_does_not_count_unless_it_has_no_scale_left(student: nn.ModuleDict) -> None:
+    def overflow() -> torch.Tensor:
+        return (student["dino_head"].last_layer.weight_v.sum() * 0).sqrt()
+
+    guard, before = NonFiniteGuard(2), snapshot(student)
+    for _ in range(5):
+        assert not take_step(student, overflow(), guard, scale=1024.0)
+    assert torch.equal(snapshot(student), before)
+    assert not take_step(student, overflow(), guard, scale=1.0)
+    with pytest.raises(FloatingPointError, match="gradient of dino_head"):
+        take_step(student, overflow(), guard, scale=0.5)
+    assert take_step(student, sum_of(student), NonFiniteGuard(2), scale=1024.0)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_trains_on_the_cpu(dtype: str, tmp_path: Path) -> None:
+    settings = ["optim.epochs=8", "train.batch_size_per_gpu=8", *all_in(dtype)]
+    run_train(tmp_path, *settings)
+    losses = [line["total_loss"] for line in metrics(tmp_path)]
+    assert all(loss > 0 for loss in losses) and min(losses[8:]) < losses[0]
+    scaler = state(tmp_path, 15)["scaler"]
+    assert (scaler == {}) if dtype == "bf16" else (1 < scaler["scale"] <= 65536)
+    final = tensors(tmp_path, 15)
+    assert all(value.isfinite().all() and value.dtype == torch.float32 for value in final.values())
+    start = tiny_model(*settings).state_dict()  # with the seed of the run
+    assert any(not torch.equal(final[f"model.{name}"], value) for name, value in start.items())
+
+
+# --- Broken images ---------------------------------------------------------------------------------------------------
+
+FOLDER = ["crops.local_crops_number=0", "train.batch_size_per_gpu=20", "optim.epochs=6", "train.checkpoint_period=20"]
+
+
+def images(folder: Path, num_broken: int) -> str:
+    """40 images of which some are broken, as a data set string."""
+    for path in sorted(write_images(folder, 40).iterdir())[:num_broken]:
+        path.write_bytes(path.read_bytes()[:60])
+    return f"train.dataset_path=ImageFolder:root={folder}"
+
+
+def test_a_few_broken_images_are_replaced_named_and_survived(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = images(tmp_path / "images", num_broken=1)
+    with caplog.at_level(logging.WARNING, "dinov2"):
+        run_train(tmp_path / "out", dataset, *FOLDER, "train.max_bad_image_share=0.1")
+    assert checkpoints(tmp_path / "out") == [11]
+    assert len(caplog.messages) == 6, "12 batches of half the images: the broken one came up in every second"
+    assert caplog.messages[0].startswith("unreadable image replaced by another (1 of ")
+    assert caplog.messages[0].endswith(str(tmp_path / "images" / "000.png"))
+
+
+def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
+    dataset = images(tmp_path / "images", num_broken=6)
+    message = r"\d+ of the first 200 images could not be read, more than train.max_bad_image_share=0.1.*"
+    with pytest.raises(OSError, match=message):
+        run_train(tmp_path / "out", dataset, *FOLDER, "train.max_bad_image_share=0.1")
+
+
+def test_nothing_but_broken_images_is_an_error_at_once(tmp_path: Path) -> None:
+    dataset = images(tmp_path / "images", num_broken=40)
+    with pytest.raises(RuntimeError, match=r"11 images drawn in a row cannot be read: .*\.png"):
+        run_train(tmp_path / "out", dataset, *FOLDER)
+
+
+def test_a_share_means_nothing_before_some_images_are_seen() -> None:
+    guard = BadImageGuard(0.01)
+    batch = random_batch(num_images=4)
+    guard.check(batch._replace(bad_images=("a.png", "b.png")))
+    for _ in range(48):
+        guard.check(batch)
+    with pytest.raises(OSError, match=r"3 of the first 200 images .*the last one was c.png"):
+        guard.check(batch._replace(bad_images=("c.png",)))

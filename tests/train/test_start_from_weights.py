@@ -1,0 +1,162 @@
+"""Where a run may start from, and --eval-only: checkpoints, teacher dumps, backbones; strictly, or not at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CENTERING, SEPARATE_HEADS, checkpoints, run_train, tensors, tiny_model
+from torch import Tensor
+
+from dinov2 import config
+from dinov2.train.checkpoint import load_training_weights
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+STANDSTILL = ["optim.epochs=1", "optim.base_lr=0", "optim.min_lr=0", "teacher.momentum_teacher=1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run whose student, teacher and centres all differ from where they started."""
+    output_dir = tmp_path_factory.mktemp("trained")
+    run_train(output_dir, CENTERING, "train.seed=5")
+    return output_dir
+
+
+def checkpoint(output_dir: Path) -> Path:
+    return output_dir / "checkpoints" / "model_0000007"
+
+
+def dump(output_dir: Path) -> Path:
+    return output_dir / "eval" / "training_7" / "teacher_checkpoint.pth"
+
+
+def model_in(output_dir: Path, iteration: int = 7) -> dict[str, Tensor]:
+    """The networks and centres of a checkpoint."""
+    stored = tensors(output_dir, iteration)
+    return {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+# --- MODEL.WEIGHTS ---------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_gives_networks_and_centres_but_neither_optimizer_nor_iteration(
+    trained: Path, tmp_path: Path
+) -> None:
+    run_train(tmp_path, f"MODEL.WEIGHTS={checkpoint(trained)}", *STANDSTILL)
+    assert checkpoints(tmp_path) == [1], "the steps are counted from 0"
+    assert_equal(model_in(tmp_path, 1), model_in(trained))
+    assert tensors(tmp_path, 1)["optimizer.student.backbone.norm.weight.step"] == 2, "and so are those of AdamW"
+
+
+def test_a_teacher_dump_gives_both_networks(trained: Path, tmp_path: Path) -> None:
+    run_train(tmp_path, f"MODEL.WEIGHTS={dump(trained)}", *STANDSTILL)
+    started, teacher = model_in(tmp_path, 1), torch.load(dump(trained))["teacher"]
+    for side in ("student", "teacher"):
+        assert_equal({name: started[f"{side}.{name}"] for name in teacher}, teacher)
+
+
+def test_a_run_that_resumes_does_not_start_from_weights(trained: Path, tmp_path: Path) -> None:
+    run_train(tmp_path, *STANDSTILL)
+    run_train(tmp_path, *STANDSTILL, "optim.epochs=2", f"MODEL.WEIGHTS={dump(trained)}")
+    assert_equal(model_in(tmp_path, 3), model_in(tmp_path, 1))
+
+
+@pytest.mark.parametrize("source", [checkpoint, dump])
+@pytest.mark.parametrize(
+    "change",
+    ["student.depth=1", "student.depth=3", "student.embed_dim=64", "dino.head_n_prototypes=8", *SEPARATE_HEADS[:1]],
+)
+def test_weights_of_another_model_are_refused_by_name(change: str, source: object, trained: Path) -> None:
+    path = source(trained)
+    with pytest.raises(ValueError, match=f"(?s){path}.*(student|backbone|head|center)"):
+        load_training_weights(tiny_model(change), path)
+
+
+def test_a_backbone_alone_is_no_model_and_the_error_says_where_it_belongs(tmp_path: Path) -> None:
+    path = tmp_path / "backbone.pth"
+    torch.save(tiny_model().student_backbone.state_dict(), path)
+    with pytest.raises(ValueError, match="for a backbone alone use student.pretrained_weights"):
+        load_training_weights(tiny_model(), path)
+
+
+def test_missing_weights_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no weights at .*nowhere.pth"):
+        run_train(tmp_path, "MODEL.WEIGHTS=/nowhere.pth")
+    with pytest.raises(ValueError, match=f"cannot load the model from {tmp_path}: .*metadata"):
+        load_training_weights(tiny_model(), tmp_path)
+
+
+# --- student.pretrained_weights --------------------------------------------------------------------------------------
+
+
+def starts_from(path: Path) -> SSLMetaArch:
+    return tiny_model(f"student.pretrained_weights={path}", seed=1)
+
+
+def test_pretrained_weights_fill_both_backbones_from_any_layout(trained: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "backbone.pth"
+    wanted = {
+        n.removeprefix("backbone."): v for n, v in torch.load(dump(trained))["teacher"].items() if "backbone" in n
+    }
+    torch.save(wanted, flat)
+    for path in (flat, dump(trained)):
+        model = starts_from(path)
+        assert_equal(dict(model.student["backbone"].state_dict()), wanted)
+        assert_equal(dict(model.teacher["backbone"].state_dict()), wanted)
+        assert_equal(dict(model.student["dino_head"].state_dict()), dict(model.teacher["dino_head"].state_dict()))
+
+
+def test_heads_of_a_pretrained_model_are_new(trained: Path) -> None:
+    head = starts_from(dump(trained)).student["dino_head"].state_dict()
+    assert not torch.equal(head["mlp.0.weight"], torch.load(dump(trained))["teacher"]["dino_head.mlp.0.weight"])
+
+
+def test_a_pretrained_backbone_that_does_not_fit_is_refused(trained: Path) -> None:
+    with pytest.raises(ValueError, match="(?s)do not fit this backbone, nothing was loaded.*blocks.2"):
+        tiny_model(f"student.pretrained_weights={dump(trained)}", "student.depth=3")
+
+
+# --- --eval-only -----------------------------------------------------------------------------------------------------
+
+
+def test_eval_only_writes_the_teacher_of_the_latest_checkpoint(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").symlink_to(trained / "checkpoints")
+    run_train(tmp_path, "--eval-only", f"MODEL.WEIGHTS={tmp_path / 'not read'}")
+    written = tmp_path / "eval" / "manual_8" / "teacher_checkpoint.pth"
+    assert_equal(torch.load(written)["teacher"], torch.load(dump(trained))["teacher"])
+    assert checkpoints(tmp_path) == [3, 5, 7] and not (tmp_path / "training_metrics.json").exists()
+
+
+@pytest.mark.parametrize("source", [checkpoint, dump])
+def test_eval_only_without_a_checkpoint_writes_the_teacher_of_model_weights(
+    source: object, trained: Path, tmp_path: Path
+) -> None:
+    run_train(tmp_path, "--eval-only", f"MODEL.WEIGHTS={source(trained)}", "optim.epochs=9")
+    written = tmp_path / "eval" / "manual_0" / "teacher_checkpoint.pth"
+    assert_equal(torch.load(written)["teacher"], torch.load(dump(trained))["teacher"])
+    assert config.load(tmp_path / "config.yaml").optim.epochs == 9, "an evaluation of it finds its config"
+
+
+def test_eval_only_leaves_the_config_of_the_run_alone(tmp_path: Path) -> None:
+    run_train(tmp_path, "optim.epochs=1")
+    before = (tmp_path / "config.yaml").read_text()
+    run_train(tmp_path, "--eval-only", "optim.epochs=77")
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_eval_only_with_no_resume_takes_model_weights(trained: Path, tmp_path: Path) -> None:
+    run_train(tmp_path, "optim.epochs=1")
+    run_train(tmp_path, "--eval-only", "--no-resume", f"MODEL.WEIGHTS={dump(trained)}")
+    written = tmp_path / "eval" / "manual_0" / "teacher_checkpoint.pth"
+    assert_equal(torch.load(written)["teacher"], torch.load(dump(trained))["teacher"])
+
+
+def test_eval_only_with_nothing_to_write_is_an_error_and_writes_no_random_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint in .*checkpoints and MODEL.WEIGHTS is empty"):
+        run_train(tmp_path, "--eval-only")
+    assert not (tmp_path / "eval").exists()
