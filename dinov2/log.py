@@ -12,7 +12,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -353,8 +352,11 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
     Raises:
         OSError: naming the file, if it cannot be written.
     """
-    with _errors_name(path), path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the metrics: {error.strerror}", str(path)) from error
 
 
 def truncate_metrics(path: str | Path, before_iteration: int) -> None:
@@ -374,17 +376,8 @@ def truncate_metrics(path: str | Path, before_iteration: int) -> None:
     if kept == lines:
         return
     logger.info("%s: %d of %d lines are dropped, they will be computed again", path, len(lines) - len(kept), len(lines))
-    with _errors_name(path), replacing(path) as file:
+    with replacing(path) as file:
         file.write("".join(kept).encode())
-
-
-@contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    """What the system says of a full disk, for one, does not name the file."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write the metrics: {error.strerror}", str(path)) from error
 
 
 def _iteration_of(line: str) -> float:

@@ -54,31 +54,37 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
         self.sample_drop_ratio = drop_path
 
-    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """(B, N, D) -> (B, N, D), or a list of such groups -> the list, each sequence attending to itself."""
-        if isinstance(x, Tensor):
+    def forward(self, x: Tensor | Sequence[Tensor], segments: Segments | None = None) -> Tensor | list[Tensor]:
+        """Every sequence attends to itself; the result has the form of the input.
+
+        Args:
+            x: one batch (B, N, D); or packed tokens (T, D) with their `segments`; or a list of batches (b_k, n_k, D).
+        """
+        if not isinstance(x, Tensor):
+            tokens, segments = pack(x)
+            return unpack(self._forward_tokens(tokens, segments), segments)
+        if segments is None and self._skips_work():
             tokens, segments = pack([x])
-            return self.forward_packed(tokens, segments, several_groups=False).view_as(x)
-        tokens, segments = pack(x)
-        return unpack(self.forward_packed(tokens, segments, several_groups=True), segments)
+            return self._forward_tokens(tokens, segments).view_as(x)
+        return self._forward_tokens(x, segments)
 
-    def forward_packed(self, x: Tensor, segments: Segments, *, several_groups: bool) -> Tensor:
-        """(T, D) -> (T, D). `several_groups` decides between the two forms of stochastic depth."""
+    def _forward_tokens(self, x: Tensor, segments: Segments | None) -> Tensor:
+        """One batch (B, N, D) without segments, or packed tokens (T, D) with them."""
+        if segments is not None and self.training and self.sample_drop_ratio > 0:
+            x = self._add_to_subset(x, segments, self._attention_residual)
+            return self._add_to_subset(x, segments, self._ffn_residual)
+        x = x + self.drop_path1(self._attention_residual(x, segments))
+        return x + self.drop_path2(self._ffn_residual(x, segments))
 
-        def attention_residual(tokens: Tensor, segments: Segments) -> Tensor:
-            return self.ls1(self.attn(self.norm1(tokens), segments))
+    def _skips_work(self) -> bool:
+        """Whether stochastic depth leaves sequences of a single batch out, rather than computing and masking them."""
+        return self.training and self.sample_drop_ratio > SUBSET_THRESHOLD
 
-        def ffn_residual(tokens: Tensor, segments: Segments) -> Tensor:
-            return self.ls2(self.mlp(self.norm2(tokens)))
+    def _attention_residual(self, x: Tensor, segments: Segments | None) -> Tensor:
+        return self.ls1(self.attn(self.norm1(x), segments))
 
-        if not self.training or self.sample_drop_ratio == 0.0:
-            x = x + attention_residual(x, segments)
-            return x + ffn_residual(x, segments)
-        if several_groups or self.sample_drop_ratio > SUBSET_THRESHOLD:
-            x = self._add_to_subset(x, segments, attention_residual)
-            return self._add_to_subset(x, segments, ffn_residual)
-        x = x + self.drop_path1(attention_residual(x, segments).unflatten(0, segments[0])).flatten(0, 1)
-        return x + self.drop_path2(ffn_residual(x, segments).unflatten(0, segments[0])).flatten(0, 1)
+    def _ffn_residual(self, x: Tensor, segments: Segments | None) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))
 
     def _add_to_subset(self, x: Tensor, segments: Segments, residual: Callable[[Tensor, Segments], Tensor]) -> Tensor:
         """Compute the residual of a random subset of the sequences only, scaled to keep its mean (paper, section 5)."""

@@ -4,9 +4,9 @@ Legend: B images, (H, W) pixels, p patch side, n = H/p * W/p patches, R register
 A sequence is [class token, R registers, n patches row by row].
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -178,28 +178,34 @@ class DinoVisionTransformer(nn.Module):
             For each batch a dict: `x_norm_clstoken` (B, D), `x_norm_regtokens` (B, R, D), `x_norm_patchtokens`
             (B, n, D), `x_prenorm` (B, 1 + R + n, D, before the last norm), `masks`.
         """
-        if isinstance(x, Tensor):
-            return self._forward_groups([x], [masks], several_groups=False)[0]
-        return self._forward_groups(x, masks or [None] * len(x), several_groups=True)
+        if not isinstance(x, Tensor):
+            return self.forward_features_list(x, masks or [None] * len(x))  # type: ignore[arg-type]
+        tokens = self.prepare_tokens_with_masks(x, masks)  # type: ignore[arg-type]
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self._features(tokens, masks)
 
-    def _forward_groups(self, images: Sequence[Tensor], masks: Any, *, several_groups: bool) -> list[dict[str, Any]]:
+    def forward_features_list(
+        self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]
+    ) -> list[dict[str, Any]]:
+        """Features of several batches of different sizes, whose tokens travel packed through the blocks."""
         tokens, segments = pack(
-            [self.prepare_tokens_with_masks(x, mask) for x, mask in zip(images, masks, strict=True)]
+            [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
         )
-        for block in cast(Iterable[Block], self.blocks):
-            tokens = block.forward_packed(tokens, segments, several_groups=several_groups)
-        normed = unpack(self.norm(tokens), segments)
+        for block in self.blocks:
+            tokens = block(tokens, segments)
+        return [self._features(group, masks) for group, masks in zip(unpack(tokens, segments), masks_list, strict=True)]
+
+    def _features(self, tokens: Tensor, masks: Any) -> dict[str, Any]:
+        x_norm = self.norm(tokens)
         first_patch = 1 + self.num_register_tokens
-        return [
-            {
-                "x_norm_clstoken": x_norm[:, 0],
-                "x_norm_regtokens": x_norm[:, 1:first_patch],
-                "x_norm_patchtokens": x_norm[:, first_patch:],
-                "x_prenorm": x,
-                "masks": mask,
-            }
-            for x_norm, x, mask in zip(normed, unpack(tokens, segments), masks, strict=True)
-        ]
+        return {
+            "x_norm_clstoken": x_norm[:, 0],
+            "x_norm_regtokens": x_norm[:, 1:first_patch],
+            "x_norm_patchtokens": x_norm[:, first_patch:],
+            "x_prenorm": tokens,
+            "masks": masks,
+        }
 
     def get_intermediate_layers(
         self,
@@ -222,12 +228,12 @@ class DinoVisionTransformer(nn.Module):
             ValueError: if a block does not exist.
         """
         wanted = self._block_indices(n)
-        tokens, segments = pack([self.prepare_tokens_with_masks(x)])
+        tokens = self.prepare_tokens_with_masks(x)
         outputs = []
-        for index, block in enumerate(cast(Iterable[Block], self.blocks)):
-            tokens = block.forward_packed(tokens, segments, several_groups=False)
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
             if index in wanted:
-                outputs.append(unpack(self.norm(tokens) if norm else tokens, segments)[0])
+                outputs.append(self.norm(tokens) if norm else tokens)
         patches = [output[:, 1 + self.num_register_tokens :] for output in outputs]
         if reshape:
             grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
@@ -237,8 +243,10 @@ class DinoVisionTransformer(nn.Module):
         return tuple(patches)
 
     def _block_indices(self, n: int | Sequence[int]) -> set[int]:
-        asked = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
-        wanted = {index + self.n_blocks if index < 0 and not isinstance(n, int) else index for index in asked}
+        if isinstance(n, int):
+            wanted = set(range(self.n_blocks - n, self.n_blocks))
+        else:
+            wanted = {index if index >= 0 else index + self.n_blocks for index in n}
         if not wanted or not all(0 <= index < self.n_blocks for index in wanted):
             raise ValueError(f"blocks {n} asked of a model with {self.n_blocks} blocks")
         return wanted

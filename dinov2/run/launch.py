@@ -92,7 +92,7 @@ class LaunchError(ValueError):
 
 
 def _make_parser(task_parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=task_parser.description, parents=[task_parser])
+    parser = argparse.ArgumentParser(description=task_parser.description, parents=[task_parser], allow_abbrev=False)
     group = parser.add_argument_group("launching", "all but the first two flags are for SLURM only")
     add = group.add_argument
     add("--launcher", choices=("auto", "slurm", "local"), default="auto", help="auto: SLURM where there is one")

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """The published flags, and --dry-run."""
-    parser = argparse.ArgumentParser("DINOv2 training", add_help=add_help)
+    parser = argparse.ArgumentParser("DINOv2 training", add_help=add_help, allow_abbrev=False)
     parser.add_argument(
         "--config-file", required=True, help="YAML file, or the name of a packaged one such as train/vitl16_short"
     )
@@ -69,7 +69,8 @@ def main(args: argparse.Namespace) -> None:
     cfg = config.load(args.config_file, args.opts)
     output_dir = Path(args.output_dir or cfg.train.output_dir).resolve()
     if args.dry_run:
-        world_size = distributed.where_am_i().world_size
+        planned: int | None = getattr(args, "world_size", None)  # by the launcher, which starts the processes
+        world_size = planned or distributed.where_am_i().world_size
         dry_run(with_run_values(cfg, output_dir, world_size), world_size)
         return
     with distributed.session():
@@ -134,7 +135,7 @@ def do_train(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
 
     batches = enumerate(to_device(build_loader(cfg, start), device), start)
     global_batch = cfg.train.batch_size_per_gpu * distributed.world_size()
-    logger.info("steps %d to %d, %d images each", start, total_steps - 1, global_batch)
+    logger.info("%d of %d steps are done; %d images each", start, total_steps, global_batch)
     for step, batch in metrics.log_every(
         batches, cfg.train.log_period, "Training", total_steps, start, batch_size=global_batch
     ):

@@ -9,6 +9,7 @@ import torch
 from tiny import CONFIG_FILE, ROOT, metrics, run_script, run_train, tensors, tiny_config, write_images
 
 from dinov2 import config
+from dinov2.run.launch import launch
 from dinov2.train import train
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import build_loader
@@ -127,8 +128,11 @@ def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -
 # --- Commands --------------------------------------------------------------------------------------------------------
 
 
+TRAIN, LAUNCHER = "dinov2/train/train.py", "dinov2/run/train/train.py"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["dinov2/train/train.py", "dinov2/run/train/train.py"])
+@pytest.mark.parametrize("script", [TRAIN, LAUNCHER])
 def test_the_command_by_path_with_flags_and_overrides_in_any_order(script: str, tmp_path: Path) -> None:
     words = ["optim.epochs=1", "--config-file", str(CONFIG_FILE), "train.seed=3", "--output-dir", str(tmp_path)]
     result = run_script(script, *words, "--no-resume")
@@ -142,21 +146,34 @@ def test_the_command_by_path_with_flags_and_overrides_in_any_order(script: str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("words", "status", "message"),
+    ("script", "words", "status", "message"),
     [
-        (["optim.epoch=1"], 1, "error: unknown key 'optim.epoch'; nearest known keys: optim.epochs"),
-        (["train.dataset_path=ImageFolder:root=/nowhere"], 1, "error: no folder /nowhere"),
-        (["--outptu-dir", "x"], 2, "unrecognized arguments: --outptu-dir"),
+        (TRAIN, ["optim.epoch=1"], 1, "error: unknown key 'optim.epoch'; nearest known keys: optim.epochs"),
+        (TRAIN, ["train.dataset_path=ImageFolder:root=/nowhere"], 1, "error: no folder /nowhere"),
+        (LAUNCHER, ["train.dataset_path=ImageFolder:root=/nowhere"], 1, "error: no folder /nowhere"),
+        (LAUNCHER, ["optim.epoch=1"], 2, "error: unknown key 'optim.epoch'; nearest known keys: optim.epochs"),
+        (TRAIN, ["--outptu-dir", "x"], 2, "unrecognized arguments: --outptu-dir"),
     ],
 )
 def test_a_mistake_of_a_person_is_told_without_a_traceback(
-    words: list[str], status: int, message: str, tmp_path: Path
+    script: str, words: list[str], status: int, message: str, tmp_path: Path
 ) -> None:
-    for script in ("dinov2/train/train.py", "dinov2/run/train/train.py"):
-        result = run_script(script, "--config-file", str(CONFIG_FILE), "--output-dir", str(tmp_path), *words)
-        assert result.returncode in (status, 2), result.stderr
-        assert message.removeprefix("error: ") in result.stderr
-        assert "Traceback" not in result.stderr + result.stdout
+    result = run_script(script, "--config-file", str(CONFIG_FILE), "--output-dir", str(tmp_path), *words)
+    assert result.returncode == status, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+
+
+def test_a_dry_run_of_the_launcher_reckons_with_the_processes_it_would_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # no SLURM
+    words = ["--config-file", str(CONFIG_FILE), "--output-dir", str(tmp_path), "--dry-run"]
+    status = launch(
+        "dinov2.train.train:main", train.get_args_parser, "train", [*words, "--launcher", "local", "--ngpus", "2"]
+    )
+    assert status == 0
+    assert "8 images (4 x 2 processes)" in capsys.readouterr().out
 
 
 def test_the_published_flags_are_known(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,9 +181,10 @@ def test_the_published_flags_are_known(capsys: pytest.CaptureFixture[str]) -> No
     args = parser.parse_intermixed_args(["a.b=1", "--config-file", "x", "--output_dir", "y", "--eval-only", "c=2"])
     assert (args.config_file, args.output_dir, args.opts) == ("x", "y", ["a.b=1", "c=2"])
     assert (args.eval_only, args.no_resume, args.dry_run) == (True, False, False)
-    with pytest.raises(SystemExit) as exit_info:
-        parser.parse_args([])
-    assert exit_info.value.code == 2 and "--config-file" in capsys.readouterr().err
+    for words, culprit in (([], "--config-file"), (["--config-file", "x", "--eval", "y"], "--eval")):
+        with pytest.raises(SystemExit) as exit_info:
+            parser.parse_intermixed_args(words)
+        assert exit_info.value.code == 2 and culprit in capsys.readouterr().err
 
 
 def test_the_record_of_a_run_is_a_config_for_another(tmp_path: Path) -> None:
