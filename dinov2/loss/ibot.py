@@ -38,9 +38,9 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the published name)
         A process without masked patches does not count; if none has any, the centre stays.
         """
         scores = teacher_patch_tokens.float().flatten(0, -2)
-        has_rows = scores.new_tensor(float(len(scores) > 0))
-        mean = scores.sum(dim=0) / max(len(scores), 1)
-        batch_mean = all_reduce_sum(mean) / all_reduce_sum(has_rows)
+        mean = scores.mean(dim=0) if len(scores) else scores.new_zeros(scores.shape[-1])
+        num_means = all_reduce_sum(scores.new_tensor(float(len(scores) > 0)))
+        batch_mean = all_reduce_sum(mean) / num_means  # not finite if there is none, which leaves the centre alone
         self.center.copy_(updated_center(self.center, batch_mean.view_as(self.center), self.center_momentum))
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:

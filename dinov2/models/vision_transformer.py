@@ -33,8 +33,8 @@ class DinoVisionTransformer(nn.Module):
         drop_path_rate: stochastic depth, a ramp from 0 to this rate, or the same everywhere (`drop_path_uniform`).
         init_values: start of LayerScale; None or 0 leaves it out.
         ffn_layer: a key of `FFN_LAYERS` (`swiglu` and `swiglufused` are the same).
-        block_chunks: how many blocks share a sharding unit is decided outside; kept here as an attribute.
-            Names are flat (`blocks.7.`) whatever it is; `models.weights` renames chunked checkpoints.
+        block_chunks: into how many groups the blocks are sharded, for whoever shards them. Changes nothing here: names
+            are always flat (`blocks.7.`), and `models.weights` renames chunked checkpoints.
         num_register_tokens: R extra tokens without position (arXiv 2309.16588).
         interpolate_antialias, interpolate_offset: how positions are resampled, see `interpolate_pos_encoding`.
         attention_backend: see `layers.attention`.

@@ -128,8 +128,10 @@ def _resized_positions(table: Tensor, model: DinoVisionTransformer, source: str)
         return table  # not a square grid or another width: reported with the other mismatches
     rows, columns = model.patch_embed.patches_resolution
     logger.warning(
-        "the position table of %s is for %d x %d patches, this model has %d x %d: resampled (bicubic)",
-        *(source, side, side, rows, columns),
+        "the position table of %s is for %s patches, this model has %s: resampled (bicubic)",
+        source,
+        f"{side} x {side}",
+        f"{rows} x {columns}",
     )
     class_position, grid = table.float().split([1, side * side], dim=1)
     grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)

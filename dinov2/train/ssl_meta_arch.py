@@ -113,22 +113,19 @@ class SSLMetaArch(nn.Module):
     def targets(self, batch: Batch, teacher_temp: float) -> Targets:
         """The teacher on the unmasked global crops."""
         cls_scores, patch_scores = self._teacher_scores(batch)
-        sinkhorn = self.cfg.train.centering == "sinkhorn_knopp"
-        cls = patch = None
-        if self.use_dino and cls_scores is not None:
-            if sinkhorn:
-                cls = self.dino_loss.sinkhorn_knopp_teacher(cls_scores, teacher_temp)
-            else:
-                cls = self.dino_loss.softmax_center_teacher(cls_scores, teacher_temp)
-                self.dino_loss.update_center(cls_scores)
-            cls = cls.unflatten(0, (NUM_GLOBAL_CROPS, -1))
-        if self.use_ibot and patch_scores is not None:
-            if sinkhorn:
-                patch = self.ibot_patch_loss.sinkhorn_knopp_teacher(patch_scores, teacher_temp)
-            else:
-                patch = self.ibot_patch_loss.softmax_center_teacher(patch_scores, teacher_temp)
-                self.ibot_patch_loss.update_center(patch_scores)
-        return Targets(cls, patch)
+        cls = self._probabilities(self.dino_loss, cls_scores, teacher_temp) if cls_scores is not None else None
+        patch = (
+            self._probabilities(self.ibot_patch_loss, patch_scores, teacher_temp) if patch_scores is not None else None
+        )
+        return Targets(None if cls is None else cls.unflatten(0, (NUM_GLOBAL_CROPS, -1)), patch)
+
+    def _probabilities(self, loss: DINOLoss | iBOTPatchLoss, scores: Tensor, teacher_temp: float) -> Tensor:
+        """Teacher scores to targets, by the method that `train.centering` names."""
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            return loss.sinkhorn_knopp_teacher(scores, teacher_temp)
+        probabilities = loss.softmax_center_teacher(scores, teacher_temp)
+        loss.update_center(scores)
+        return probabilities
 
     def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         with self._precision("teacher", "backbone") as dtype:
