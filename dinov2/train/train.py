@@ -24,6 +24,7 @@ from torch import nn
 from dinov2 import config, distributed
 from dinov2.config import Config
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, make_dataset
+from dinov2.data.base import ImageDataset
 from dinov2.data.collate import Batch
 from dinov2.data.loader import SamplerType, make_train_loader, to_device
 from dinov2.data.masking import published_max_num_patches
@@ -107,6 +108,7 @@ def seed_everything(seed: int) -> None:
 
 def do_train(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
     """Train until the last step of the schedule, from the latest checkpoint if there is one and `resume`."""
+    dataset = make_dataset(dataset_str=cfg.train.dataset_path)  # first, for it may fail
     device = distributed.device()
     output_dir = Path(cfg.train.output_dir)
     epoch_length, total_steps = cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
@@ -133,7 +135,7 @@ def do_train(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
     start = start_step(cfg, model, checkpointer, metrics, resume=resume)
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
-    batches = enumerate(to_device(build_loader(cfg, start), device), start)
+    batches = enumerate(to_device(build_loader(cfg, dataset, start), device), start)
     global_batch = cfg.train.batch_size_per_gpu * distributed.world_size()
     logger.info("%d of %d steps are done; %d images each", start, total_steps, global_batch)
     for step, batch in metrics.log_every(
@@ -200,7 +202,7 @@ def start_step(
     return start
 
 
-def build_loader(cfg: Config, start: int) -> Iterable[Batch]:
+def build_loader(cfg: Config, dataset: ImageDataset, start: int) -> Iterable[Batch]:
     """Endless batches of this process, from step `start` on."""
     crops, patch_size = cfg.crops, cfg.student.patch_size
     augmentation = DataAugmentationDINO(
@@ -213,7 +215,7 @@ def build_loader(cfg: Config, start: int) -> Iterable[Batch]:
     )
     side = crops.global_crops_size // patch_size
     return make_train_loader(
-        make_dataset(dataset_str=cfg.train.dataset_path),
+        dataset,
         augmentation=augmentation,
         batch_size=cfg.train.batch_size_per_gpu,
         num_workers=cfg.train.num_workers,

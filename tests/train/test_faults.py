@@ -29,6 +29,7 @@ from tiny import (
 )
 from torch import nn
 
+from dinov2.log import setup_logging
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.optim import build_optimizer
 from dinov2.train.ssl_meta_arch import Losses
@@ -90,7 +91,7 @@ def small_disk(mount_point: Path, size: str) -> Iterator[Callable[[str], None]]:
     try:
         yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(mount_point)], check=True)
     finally:
-        logging.shutdown()  # closes the log file there
+        setup_logging()  # closes the log file there
         subprocess.run(["umount", "--lazy", str(mount_point)], check=True)
 
 
@@ -186,6 +187,18 @@ def test_losses_that_are_not_finite_stop_the_run_and_harm_nothing(
     assert all(torch.equal(value, before[name]) for name, value in tensors(tmp_path, 3).items())
     run_train(tmp_path)
     assert_same_end(tmp_path, tmp_path / "straight", LAST)
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+def test_refused_steps_leave_student_teacher_and_centres_as_they_are(centering: str, tmp_path: Path) -> None:
+    settings = ["optim.epochs=2", f"train.centering={centering}"]
+    run_train(tmp_path / "good", *settings)
+    weights = tmp_path / "good" / "checkpoints" / "model_0000003"
+    run_train(tmp_path / "bad", *settings, f"MODEL.WEIGHTS={weights}", BLINDING, "train.max_nonfinite_steps=5")
+    good, bad = tensors(tmp_path / "good", 3), tensors(tmp_path / "bad", 3)
+    assert {name for name in bad if name.startswith("optimizer.")} == set()
+    assert [name for name in bad if not torch.equal(bad[name], good[name])] == []
+    assert any(not torch.equal(good[name], good[name.replace("student", "teacher")]) for name in bad), "as they differ"
 
 
 @pytest.fixture

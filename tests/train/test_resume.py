@@ -11,6 +11,7 @@ import torch
 from tiny import (
     CENTERING,
     SEPARATE_HEADS,
+    Killed,
     all_in,
     assert_same_end,
     checkpoints,
@@ -105,6 +106,26 @@ def test_what_an_interrupted_write_left_is_ignored_and_removed(
     assert checkpoints(tmp_path) == [3, 5, 7]
 
 
+def test_a_checkpoint_gets_its_name_when_it_is_whole(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name.startswith("model_"):
+            raise Killed
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "rename", killed)
+        run_train(tmp_path)
+    assert checkpoints(tmp_path) == []
+    (unfinished,) = (tmp_path / "checkpoints").iterdir()
+    assert sorted(path.name for path in unfinished.iterdir()) == [".metadata", "__0_0.distcp", "state.json"]
+    run_train(tmp_path)
+    assert_same_end(tmp_path, straight, LAST)
+
+
 # --- Finished runs, new runs -----------------------------------------------------------------------------------------
 
 
@@ -141,6 +162,14 @@ def test_no_resume_starts_anew_and_neither_continues_nor_loses_the_former_run(
     assert list(contents(set_aside).values()) == list(former.values())
     run_train(tmp_path, "--no-resume", "optim.epochs=1")
     assert checkpoints(tmp_path) == [1] and (tmp_path / "checkpoints.2").is_dir()
+
+
+def test_a_mistake_in_the_data_set_harms_no_run_not_even_with_no_resume(tmp_path: Path) -> None:
+    run_train(tmp_path, "optim.epochs=1")
+    before = contents(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder /nowhere"):
+        run_train(tmp_path, "--no-resume", "train.dataset_path=ImageFolder:root=/nowhere")
+    assert contents(tmp_path) == before
 
 
 def test_no_resume_in_a_new_folder_sets_nothing_aside(straight: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from tiny import CONFIG_FILE, ROOT, metrics, run_script, run_train, tensors, tiny_config, write_images
 
 from dinov2 import config
+from dinov2.data import make_dataset
 from dinov2.run.launch import launch
 from dinov2.train import train
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -30,7 +31,7 @@ def test_thirty_steps_on_forty_images_learn_something(tmp_path: Path) -> None:
     distance = (student - teacher).norm() / student.norm()
     assert 0.001 < distance < 0.5, "the teacher follows the student and is not the same"
 
-    batch = next(iter(build_loader(cfg, start=30)))
+    batch = next(iter(build_loader(cfg, make_dataset(dataset_str=cfg.train.dataset_path), start=30)))
     targets = model.targets(batch, cfg.teacher.teacher_temp).cls.flatten(0, 1)
     features = model.teacher["backbone"](batch.global_crops)
     similarity = torch.nn.functional.cosine_similarity(features[None], features[:, None], dim=-1)
