@@ -24,6 +24,7 @@ from dinov2.eval import setup
 from dinov2.eval.features import ModelWithNormalize, extract_features
 from dinov2.eval.metrics import MetricType, build_metric
 from dinov2.eval.results import write_results
+from dinov2.log import run_command
 
 logger = logging.getLogger(__name__)
 
@@ -300,4 +301,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    sys.exit(run_command(lambda: main(get_args_parser().parse_args())))

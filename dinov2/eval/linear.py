@@ -38,7 +38,7 @@ from dinov2.eval.linear_heads import (
 )
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
 from dinov2.eval.results import weights_fingerprint, write_results
-from dinov2.log import MetricLogger
+from dinov2.log import MetricLogger, run_command
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 __all__ = [
@@ -339,4 +339,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(get_args_parser().parse_args())
+    sys.exit(run_command(lambda: main(get_args_parser().parse_args())))

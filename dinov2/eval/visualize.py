@@ -33,7 +33,7 @@ from dinov2.data.images import decode_image
 from dinov2.data.transforms import ToNormalizedTensor
 from dinov2.eval import setup
 from dinov2.eval.features import autocast
-from dinov2.log import setup_logging
+from dinov2.log import run_command
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -288,5 +288,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    setup_logging()
-    sys.exit(main(get_args_parser().parse_args()))
+    sys.exit(run_command(lambda: main(get_args_parser().parse_args())))

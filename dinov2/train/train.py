@@ -81,6 +81,8 @@ def main(args: argparse.Namespace) -> None:
         seed_everything(cfg.train.seed)
         torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it, as published
         logger.info("%d process(es), device %s, output %s", distributed.world_size(), distributed.device(), output_dir)
+        if uses_fp16(cfg) and distributed.device().type == "cpu":
+            logger.warning("fp16 is slower than fp32 on a CPU: consider fp32 or bf16 in compute_precision")
         model = SSLMetaArch(cfg).to(distributed.device())
         replicate(model)
         if args.eval_only:
@@ -147,9 +149,9 @@ def do_train(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
         losses = model(batch, now.teacher_temp)
         if backward_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite):
             ema_update(model.teacher, model.student, now.momentum)
+            metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
+            metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu), **displayed(losses, cfg))
         bad_images.check(batch)
-        metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
-        metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu), **displayed(losses, cfg))
         metrics.end_iteration()
         if is_due(step, cfg.evaluation.eval_period_iterations):
             save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")
