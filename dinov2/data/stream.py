@@ -94,7 +94,7 @@ class AugmentedDataset(Dataset[Sample]):
                 index = rng.randrange(len(self.dataset))  # type: ignore[arg-type]
             else:
                 return image, tuple(bad_images)
-        raise RuntimeError(f"{len(bad_images)} images drawn in a row cannot be read: {', '.join(bad_images)}")
+        raise OSError(f"{len(bad_images)} images drawn in a row cannot be read: {', '.join(bad_images)}")
 
 
 class StreamCollate:

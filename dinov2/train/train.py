@@ -149,9 +149,10 @@ def do_train(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
         losses = model(batch, now.teacher_temp)
         if backward_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite):
             ema_update(model.teacher, model.student, now.momentum)
-            metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
-            metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu), **displayed(losses, cfg))
         bad_images.check(batch)
+        metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
+        if nonfinite.in_a_row == 0:  # what is not finite would stay in the averages for good
+            metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu), **displayed(losses, cfg))
         metrics.end_iteration()
         if is_due(step, cfg.evaluation.eval_period_iterations):
             save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")

@@ -195,7 +195,7 @@ def test_the_other_images_of_a_batch_are_not_touched_by_a_replacement() -> None:
 
 
 def test_when_nothing_can_be_read_the_error_names_files() -> None:
-    with pytest.raises(RuntimeError, match=r"11 images drawn in a row.*bad/\d"):
+    with pytest.raises(OSError, match=r"11 images drawn in a row.*bad/\d"):
         train_batches(1, Pictures(5, bad=tuple(range(5))))
 
 

@@ -301,9 +301,10 @@ def test_a_few_broken_images_are_replaced_named_and_survived(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING, "dinov2"):
         run_train(tmp_path / "out", dataset, *FOLDER, "train.max_bad_image_share=0.1")
     assert checkpoints(tmp_path / "out") == [11]
-    assert len(caplog.messages) == 6, "12 batches of half the images: the broken one came up in every second"
-    assert caplog.messages[0].startswith("unreadable image replaced by another (1 of ")
-    assert caplog.messages[0].endswith(str(tmp_path / "images" / "000.png"))
+    told = [message for message in caplog.messages if message.startswith("unreadable image")]
+    assert len(told) == 6, "12 batches of half the images: the broken one came up in every second"
+    assert told[0].startswith("unreadable image replaced by another (1 of ")
+    assert told[0].endswith(str(tmp_path / "images" / "000.png"))
 
 
 def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
@@ -315,7 +316,7 @@ def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
 
 def test_nothing_but_broken_images_is_an_error_at_once(tmp_path: Path) -> None:
     dataset = images(tmp_path / "images", num_broken=40)
-    with pytest.raises(RuntimeError, match=r"11 images drawn in a row cannot be read: .*\.png"):
+    with pytest.raises(OSError, match=r"11 images drawn in a row cannot be read: .*\.png"):
         run_train(tmp_path / "out", dataset, *FOLDER)
 
 
