@@ -302,6 +302,12 @@ def backbone_arguments(cfg: Config) -> dict[str, Any]:
     return {**arguments, "img_size": cfg.crops.global_crops_size}
 
 
+def differences(former: Config, new: Config) -> list[str]:
+    """What changed between two configurations: `dotted.key: former -> new`."""
+    before, after = (dict(_flatten(to_dict(cfg))) for cfg in (former, new))
+    return [f"{key}: {before[key]} -> {after[key]}" for key in after if before[key] != after[key]]
+
+
 def packaged_names() -> list[str]:
     """Names that `load` accepts besides paths: ``eval/vitb14_pretrain``, ..., ``train/vitl16_short``."""
     folders = [folder for folder in _packaged().iterdir() if folder.is_dir()]

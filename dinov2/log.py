@@ -100,6 +100,9 @@ def run_command(command: Callable[[], int | None]) -> int:
     setup_logging()
     try:
         return command() or 0
+    except KeyboardInterrupt:
+        logger.error("interrupted; the same command again continues a training", extra={"ends_command": True})
+        return 130
     except (ValueError, OSError, FloatingPointError) as error:
         logger.error("%s", error, exc_info=True, extra={"ends_command": True})
         return 1

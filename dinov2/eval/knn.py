@@ -40,7 +40,10 @@ Scores = dict[tuple[str, int], dict[str, float]]  # (bank name, k) -> {"top-1": 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """The command line of the k-NN evaluation."""
     parser = argparse.ArgumentParser(
-        description="DINOv2 k-NN evaluation", parents=[setup.get_args_parser(add_help=False)], add_help=add_help
+        description="DINOv2 k-NN evaluation",
+        parents=[setup.get_args_parser(add_help=False)],
+        add_help=add_help,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add(
@@ -269,6 +272,7 @@ def eval_knn_with_model(
     """Score a model on data sets given as strings (`options`: see `eval_knn`), and log the scores in percent."""
     train_dataset = setup.labelled_dataset(train_dataset_str, transform)
     val_dataset = setup.labelled_dataset(val_dataset_str, transform)
+    setup.check_same_classes(train_dataset, val_dataset, val_dataset_str)
     scores = eval_knn(model, train_dataset, val_dataset, **options)
     for key, accuracies in scores.items():
         for top, accuracy in accuracies.items():

@@ -68,7 +68,10 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, 3, H, W), labels (B,)
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """The command line of the linear evaluation."""
     parser = argparse.ArgumentParser(
-        description="DINOv2 linear evaluation", parents=[setup.get_args_parser(add_help=False)], add_help=add_help
+        description="DINOv2 linear evaluation",
+        parents=[setup.get_args_parser(add_help=False)],
+        add_help=add_help,
+        allow_abbrev=False,
     )
     add, metric_types = parser.add_argument, [metric_type.value for metric_type in MetricType]
     add("--test-datasets", nargs="+", help="dataset strings of further sets to test the best classifier on")
@@ -292,6 +295,8 @@ def train_classifiers(
         crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
     )
     dataset = setup.labelled_dataset(args.train_dataset, transform)
+    if args.val_class_mapping_fpath is None:
+        setup.check_same_classes(dataset, setup.labelled_dataset(args.val_dataset, transform), args.val_dataset)
     targets = dataset.get_targets()
     assert targets is not None, "labelled"
     num_classes = 1 + int(targets.max())

@@ -48,7 +48,10 @@ class Labelled(NamedTuple):
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """The command line of the logistic regression."""
     parser = argparse.ArgumentParser(
-        description="DINOv2 logistic regression", parents=[setup.get_args_parser(add_help=False)], add_help=add_help
+        description="DINOv2 logistic regression",
+        parents=[setup.get_args_parser(add_help=False)],
+        add_help=add_help,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--finetune-dataset-str", help="dataset string of a set to choose C on (default: a tenth of the training set)")
@@ -216,6 +219,7 @@ def main(args: argparse.Namespace) -> None:
     with distributed.session():
         cfg = setup.setup(args)
         dataset = partial(setup.labelled_dataset, transform=setup.eval_transform(args, cfg, RESIZE_SIZE))
+        setup.check_same_classes(dataset(args.train_dataset), dataset(args.val_dataset), args.val_dataset)
         results = eval_log_regression_with_model(
             setup.build_model_for_eval(cfg, args.pretrained_weights),
             train_dataset=dataset(args.train_dataset),

@@ -146,6 +146,21 @@ def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size:
     )
 
 
+def check_same_classes(train_dataset: ImageDataset, other: ImageDataset, other_name: str) -> None:
+    """Labels are positions in a list of classes, which must be the same for the training images and the others.
+
+    Raises:
+        ValueError: if both data sets name their classes and the names differ.
+    """
+    mine, others = (list(getattr(dataset, "classes", None) or []) for dataset in (train_dataset, other))
+    if mine and others and mine != others:
+        different = ", ".join(map(str, sorted(set(mine) ^ set(others))[:6])) or "none, but their order differs"
+        raise ValueError(
+            f"{other_name} has other classes than the training images, so their labels mean different things: "
+            f"{len(others)} and {len(mine)} classes; not in both: {different}"
+        )
+
+
 def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor]) -> ImageDataset:
     """The data set of a string, with images transformed.
 

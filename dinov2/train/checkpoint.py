@@ -31,6 +31,9 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 logger = logging.getLogger(__name__)
 
 _FOLDER = re.compile(r"model_(\d{7,})")
+OUTPUTS = ("checkpoints", "eval", "training_metrics.json", "config.yaml")
+"""What a run leaves in its folder, besides the log."""
+
 _UNFINISHED = ".unfinished"
 
 
@@ -106,15 +109,6 @@ class Checkpointer:
         logger.info("checkpoint of iteration %d: %s (%.1f s)", step, folder, time.perf_counter() - started)
         return folder
 
-    def set_aside(self) -> None:
-        """Rename the folder if it has checkpoints of an earlier run, which this one must neither continue nor lose."""
-        if distributed.is_main() and _complete_checkpoints(self.directory):
-            names = (self.directory.with_name(f"{self.directory.name}.{number}") for number in itertools.count(1))
-            aside = next(name for name in names if not name.exists())
-            self.directory.rename(aside)
-            logger.warning("starting anew: the checkpoints that were here are now in %s", aside)
-        distributed.barrier()
-
     def load_latest(self) -> dict[str, Any] | None:
         """Restore the newest checkpoint in place; returns its `state.json`, or None if there is no checkpoint.
 
@@ -167,6 +161,19 @@ def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint in a folder of checkpoints."""
     folders = _complete_checkpoints(directory)
     return folders[max(folders)] if folders else None
+
+
+def set_aside(output_dir: Path) -> None:
+    """Move what an earlier run left in the folder to `earlier.<n>` in it, neither to mix with it nor to lose it."""
+    former = [path for name in OUTPUTS if (path := output_dir / name).exists()]
+    if distributed.is_main() and former:
+        names = (output_dir / f"earlier.{number}" for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        aside.mkdir()
+        for path in former:
+            path.rename(aside / path.name)
+        logger.warning("starting anew: what an earlier run left here is now in %s", aside)
+    distributed.barrier()
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -35,9 +35,9 @@ def dry_run(cfg: Config, world_size: int) -> None:
     Raises:
         OSError, ValueError: whatever would have stopped the run.
     """
-    dataset = make_dataset(dataset_str=cfg.train.dataset_path)
-    _check_readable(dataset)
     _check_writable(Path(cfg.train.output_dir))
+    dataset = make_dataset(dataset_str=cfg.train.dataset_path)
+    _check_readable(dataset, cfg.train.max_bad_image_share)
     build_schedules(cfg, cfg.optim.lr)
     with torch.device("cpu" if cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS else "meta"):
         model = SSLMetaArch(cfg)  # loads the pretrained weights
@@ -48,8 +48,8 @@ def dry_run(cfg: Config, world_size: int) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _check_readable(dataset: ImageDataset) -> None:
-    """Read some images, evenly spread; one of them may be broken, as images now and then are."""
+def _check_readable(dataset: ImageDataset, max_bad_share: float) -> None:
+    """Read some images, evenly spread; of which one, or the share that the run bears, may be broken."""
     sample = range(0, len(dataset), max(len(dataset) // IMAGES_TRIED, 1))[:IMAGES_TRIED]
     broken = []
     for index in sample:
@@ -57,7 +57,7 @@ def _check_readable(dataset: ImageDataset) -> None:
             dataset[index]
         except BadImageError as error:
             broken.append(error)
-    if len(broken) > min(1, len(sample) - 1):
+    if len(broken) > max(min(1, len(sample) - 1), max_bad_share * len(sample)):
         raise OSError(f"{len(broken)} of {len(sample)} images tried cannot be read; the first: {broken[0]}")
 
 

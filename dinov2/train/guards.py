@@ -35,7 +35,7 @@ class NonFiniteGuard:
         """
         culprits = _culprits("gradient of", norms)
         if culprits and loss_scale > 1:
-            logger.debug("step skipped by the gradient scaler at %g: %s", loss_scale, ", ".join(culprits))
+            logger.info("step skipped by the gradient scaler at %g: %s", loss_scale, ", ".join(culprits))
             return False
         if not culprits:
             self.in_a_row = 0

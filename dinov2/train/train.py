@@ -36,6 +36,7 @@ from dinov2.train.checkpoint import (
     load_training_weights,
     read_state,
     save_teacher,
+    set_aside,
 )
 from dinov2.train.dry_run import dry_run
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
@@ -83,12 +84,13 @@ def main(args: argparse.Namespace) -> None:
         logger.info("%d process(es), device %s, output %s", distributed.world_size(), distributed.device(), output_dir)
         if uses_fp16(cfg) and distributed.device().type == "cpu":
             logger.warning("fp16 is slower than fp32 on a CPU: consider fp32 or bf16 in compute_precision")
+        dataset = make_dataset(dataset_str=cfg.train.dataset_path)  # before the model: mistakes show at once
         model = SSLMetaArch(cfg).to(distributed.device())
         replicate(model)
         if args.eval_only:
             dump_teacher_only(cfg, model, resume=not args.no_resume)
         else:
-            do_train(cfg, model, resume=not args.no_resume)
+            do_train(cfg, model, dataset, resume=not args.no_resume)
 
 
 def with_run_values(cfg: Config, output_dir: Path, world_size: int) -> Config:
@@ -108,9 +110,8 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def do_train(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
+def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: bool) -> None:
     """Train until the last step of the schedule, from the latest checkpoint if there is one and `resume`."""
-    dataset = make_dataset(dataset_str=cfg.train.dataset_path)  # first, for it may fail
     device = distributed.device()
     output_dir = Path(cfg.train.output_dir)
     epoch_length, total_steps = cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
@@ -154,7 +155,7 @@ def do_train(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
         if nonfinite.in_a_row == 0:  # what is not finite would stay in the averages for good
             metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu), **displayed(losses, cfg))
         metrics.end_iteration()
-        if is_due(step, cfg.evaluation.eval_period_iterations):
+        if is_due(step, cfg.evaluation.eval_period_iterations, last_step=total_steps - 1):
             save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")
         checkpointer.after_step(step, lambda: {"metrics": metrics.state_dict()})
 
@@ -190,18 +191,20 @@ def start_step(
     Config and metrics on disk are replaced only once that has worked.
     """
     if not resume:
-        checkpointer.set_aside()
+        set_aside(Path(cfg.train.output_dir))
     state = checkpointer.load_latest()
     start = 0
+    config_file = Path(cfg.train.output_dir) / "config.yaml"
     if state is not None:
+        if config_file.exists() and (changed := config.differences(config.load(config_file), cfg)):
+            logger.warning("resuming with other settings than before: %s", "; ".join(changed))
         metrics.load_state_dict(state["metrics"])
         start = state["iteration"] + 1
     elif cfg.MODEL.WEIGHTS:
         load_training_weights(model, cfg.MODEL.WEIGHTS)
     if distributed.is_main():
-        output_dir = Path(cfg.train.output_dir)
-        config.save(cfg, output_dir / "config.yaml")
-        truncate_metrics(output_dir / "training_metrics.json", start)
+        config.save(cfg, config_file)
+        truncate_metrics(config_file.with_name("training_metrics.json"), start)
     return start
 
 
@@ -271,9 +274,9 @@ def uses_fp16(cfg: Config) -> bool:
     return cfg.compute_precision.grad_scaler and "fp16" in dtypes
 
 
-def is_due(step: int, period: int) -> bool:
-    """Whether something done every `period` steps follows `step`; never if the period is 0 or less."""
-    return period > 0 and (step + 1) % period == 0
+def is_due(step: int, period: int, last_step: int) -> bool:
+    """Whether something done every `period` steps and at the end follows `step`; never if the period is 0 or less."""
+    return period > 0 and ((step + 1) % period == 0 or step == last_step)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,8 @@ def check_folder(folder: Path, *, only: Sequence[str] | None = None, verbose: bo
         sys.exit(f"no folder at {folder}")
     stems = sorted({path.stem for suffix in ("json", "safetensors") for path in folder.glob(f"*.{suffix}")})
     paths = {stem: folder / f"{stem}.json" for stem in stems if not _only_tells(folder / f"{stem}.json")}
+    if not paths:
+        sys.exit(f"no recordings in {folder}")
     unknown = set(only or []) - set(paths)
     if unknown:
         sys.exit(f"no set {', '.join(sorted(unknown))} in {folder}; known: {', '.join(paths)}")

@@ -158,10 +158,10 @@ def test_no_resume_starts_anew_and_neither_continues_nor_loses_the_former_run(
         run_train(tmp_path, "--no-resume")
     run_train(tmp_path)  # as a requeued job does: from the checkpoint of the new run, not from the later, former one
     assert_same_end(tmp_path, straight, LAST)
-    set_aside = tmp_path / "checkpoints.1"
+    set_aside = tmp_path / "earlier.1" / "checkpoints"
     assert list(contents(set_aside).values()) == list(former.values())
     run_train(tmp_path, "--no-resume", "optim.epochs=1")
-    assert checkpoints(tmp_path) == [1] and (tmp_path / "checkpoints.2").is_dir()
+    assert checkpoints(tmp_path) == [1] and (tmp_path / "earlier.2" / "checkpoints").is_dir()
 
 
 def test_a_mistake_in_the_data_set_harms_no_run_not_even_with_no_resume(tmp_path: Path) -> None:
@@ -319,4 +319,16 @@ def test_writing_a_checkpoint_says_nothing_of_missing_process_groups(
     with caplog.at_level(logging.WARNING):
         run_train(tmp_path, "optim.epochs=1")
         run_train(tmp_path)
-    assert caplog.records == []
+    assert [r.getMessage() for r in caplog.records if "other settings" not in r.getMessage()] == []
+
+
+def test_a_run_shorter_than_the_period_ends_with_its_teacher(tmp_path: Path) -> None:
+    run_train(tmp_path, "evaluation.eval_period_iterations=1000")
+    assert [path.parent.name for path in tmp_path.glob("eval/*/*.pth")] == [f"training_{LAST}"]
+
+
+def test_resuming_with_other_settings_names_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_train(tmp_path, "optim.epochs=2")
+    run_train(tmp_path, "optim.min_lr=1e-5")
+    told = [message for message in caplog.messages if message.startswith("resuming with other settings")]
+    assert len(told) == 1 and "optim.epochs: 2 -> 4" in told[0] and "optim.min_lr: " in told[0]
