@@ -176,8 +176,9 @@ def test_a_recorded_tensor_that_is_not_replayed_gives_exit_status_1(
     assert "1 recorded tensors were not replayed: ['n9.y']" in capsys.readouterr().out
 
 
-def test_an_empty_folder_gives_exit_status_1(tmp_path: Path) -> None:
-    assert check.main([str(tmp_path)]) == 1
+def test_an_empty_folder_ends_the_command_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f"no recordings in {tmp_path}"):
+        check.main([str(tmp_path)])
 
 
 @pytest.mark.slow
