@@ -20,6 +20,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
@@ -58,6 +59,7 @@ PositiveRange = Annotated[tuple[Positive, Positive], _ASCENDING]
 ProbabilityRange = Annotated[tuple[Probability, Probability], _ASCENDING]
 
 Precision = Literal["fp32", "fp16", "bf16"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 # --- Schema ----------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from dinov2.data.masking import MaskingGenerator, published_max_num_patches
 from dinov2.layers import block
 from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters
 from dinov2.train.schedules import StepValues
-from dinov2.train.ssl_meta_arch import DTYPES, Predictions, SSLMetaArch
+from dinov2.train.ssl_meta_arch import Predictions, SSLMetaArch
 
 NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4)
 
@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--patch-size", type=int, default=14)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--drop-path", type=float, default=0.0)
-    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32")
+    parser.add_argument("--precision", choices=sorted(config.DTYPES), default="fp32")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one warm-up step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser

@@ -1,5 +1,6 @@
 """What every data set of pictures has in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 from dinov2.data.images import BadImageError, decode_image
 
 
-class ImageDataset(Dataset):
+class ImageDataset(Dataset, ABC):
     """A data set of (picture, target) pairs that are read from bytes.
 
     A data set of one's own derives from it, implements `__len__`, `get_image_data` and `get_target`, better also
@@ -35,16 +36,16 @@ class ImageDataset(Dataset):
         self.transform = transform
         self.target_transform = target_transform
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def get_image_data(self, index: int) -> bytes:
         """The image file of sample `index`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def get_target(self, index: int) -> int | None:
         """The class index of sample `index`, None when the data set has no labels."""
-        raise NotImplementedError
 
     def get_targets(self) -> np.ndarray | None:
         """The class indices of all samples, (len(self),) int64, None when the data set has no labels."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dinov2 import config, distributed
-from dinov2.config import Config
+from dinov2.config import DTYPES, Config
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.transforms import make_classification_eval_transform
@@ -20,8 +20,6 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import load_backbone
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 PUBLISHED_CROP_SIZE = 224
 SMALLEST_PUBLISHED_SIZE = 96  # a model trained on smaller global crops is evaluated at the size of its crops

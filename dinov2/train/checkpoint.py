@@ -103,7 +103,7 @@ class Checkpointer:
             raise OSError(
                 f"could not write the checkpoint of iteration {step} to {folder}: {_root_cause(error)}. "
                 f"Last complete checkpoint: {latest_checkpoint(self.directory) or 'none'}. "
-                f"Run the same command again to continue from it."
+                f"Run the same command again when that is mended: it continues from there."
             ) from error
         distributed.barrier()
         logger.info("checkpoint of iteration %d: %s (%.1f s)", step, folder, time.perf_counter() - started)

@@ -14,7 +14,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from dinov2.config import Config, backbone_arguments
+from dinov2.config import DTYPES, Config, backbone_arguments
 from dinov2.data.collate import Batch
 from dinov2.layers import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
@@ -23,8 +23,6 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import load_backbone
 
 NUM_GLOBAL_CROPS = 2
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Targets(NamedTuple):

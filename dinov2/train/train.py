@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from dinov2 import config, distributed
-from dinov2.config import Config
+from dinov2.config import DTYPES, Config
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.collate import Batch
@@ -43,7 +43,7 @@ from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters
 from dinov2.train.parallel import average_gradients, replicate
 from dinov2.train.schedules import build_schedules, scale_lr
-from dinov2.train.ssl_meta_arch import DTYPES, Losses, SSLMetaArch
+from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
