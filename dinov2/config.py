@@ -79,7 +79,7 @@ class MixedPrecision:
 
 @dataclass(frozen=True)
 class ModulePrecision:
-    sharding_strategy: Literal["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD"]
+    sharding_strategy: Literal["NO_SHARD", "SHARD_GRAD_OP", "FULL_SHARD", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2"]
     mixed_precision: MixedPrecision
 
 
@@ -122,6 +122,7 @@ class Ibot:
 @dataclass(frozen=True)
 class Train:
     batch_size_per_gpu: Size
+    accumulate_steps: Size
     dataset_path: str
     output_dir: str
     saveckp_freq: int
@@ -131,6 +132,8 @@ class Train:
     cache_dataset: bool
     centering: Literal["centering", "sinkhorn_knopp"]
     sampler: Literal["GLOBAL_ORDER", "SHARDED_INFINITE", "SHARDED_INFINITE_NEW", "INFINITE", "EPOCH", "DISTRIBUTED"]
+    activation_checkpointing: Literal["none", "selective", "full"]
+    compile: bool
     checkpoint_period: Size | None
     checkpoint_keep: Size
     checkpoint_keep_every: Count
@@ -471,6 +474,15 @@ def _unknown(key: str, value: Any) -> str:
     return f"unknown key {key!r}; nearest known keys: {', '.join(sorted(_keys(), key=likeness, reverse=True)[:3])}"
 
 
+_SHARDED_OVER = {
+    "NO_SHARD": "nothing",
+    "SHARD_GRAD_OP": "all processes",
+    "FULL_SHARD": "all processes",
+    "HYBRID_SHARD": "a machine",
+    "HYBRID_SHARD_ZERO2": "a machine",
+}
+
+
 def _contradictions(cfg: Config) -> Iterator[str]:
     if cfg.optim.warmup_epochs > cfg.optim.epochs:
         yield f"optim.warmup_epochs = {cfg.optim.warmup_epochs} is longer than optim.epochs = {cfg.optim.epochs}"
@@ -484,6 +496,14 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         yield "ibot.mask_sample_probability = 0 leaves nothing for ibot.loss_weight > 0"
     if cfg.ibot.loss_weight > 0 and max(cfg.ibot.mask_ratio_min_max) == 0:
         yield "ibot.mask_ratio_min_max = [0, 0] leaves nothing for ibot.loss_weight > 0"
+    for module in ("backbone", "dino_head", "ibot_head"):
+        sides = cfg.compute_precision.student, cfg.compute_precision.teacher
+        student, teacher = (getattr(side, module).sharding_strategy for side in sides)
+        if _SHARDED_OVER[student] != _SHARDED_OVER[teacher]:
+            yield (
+                f"compute_precision.student.{module}.sharding_strategy = {student} and the teacher's, {teacher}, split "
+                f"weights in different ways, but the teacher is an average of the student's shards"
+            )
     width, heads = cfg.student.embed_dim, cfg.student.num_heads
     if width and heads and width % heads:
         yield f"student.embed_dim = {width} is not a multiple of student.num_heads = {heads}"

@@ -17,11 +17,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 logger = logging.getLogger(__name__)
@@ -264,6 +265,34 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+# --- Groups of processes for others to use ---------------------------------------------------------------------------
+
+
+def device_mesh(num_shards: int) -> DeviceMesh:
+    """The processes in rows of `num_shards` neighbours: a mesh of one dimension if that is all of them, else of two.
+
+    What is sharded is split over a row and replicated over the rows. Only with a process group.
+
+    Raises:
+        ValueError: if the processes do not fill the rows.
+    """
+    if world_size() % num_shards:
+        raise ValueError(f"{world_size()} processes cannot be divided into groups of {num_shards}")
+    if num_shards == world_size():
+        return init_device_mesh(device().type, (num_shards,))
+    return init_device_mesh(
+        device().type, (world_size() // num_shards, num_shards), mesh_dim_names=("replicate", "shard")
+    )
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """A new group of all processes that talk from CPU memory, for a thread of its own; None when there is one process.
+
+    Collectives of two threads on one group would be taken for each other.
+    """
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if is_enabled() else None
 
 
 # --- Collectives: new tensors, without gradient; with one process, copies ---------------------------------------------

@@ -111,6 +111,9 @@ for network in ("teacher", "student"):
 
 OUR_DEFAULTS = {
     "train.sampler": "GLOBAL_ORDER",
+    "train.accumulate_steps": 1,
+    "train.activation_checkpointing": "none",
+    "train.compile": False,
     "train.checkpoint_period": None,
     "train.checkpoint_keep": 3,
     "train.checkpoint_keep_every": 0,

@@ -1,6 +1,7 @@
 """Data loaders: a plain one, the one of training, and the way of batches to the device."""
 
 import logging
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from typing import Any
@@ -66,8 +67,7 @@ def make_data_loader(
         seed: of the order.
         sampler_type: None reads everything on every rank.
         sampler_size: samples per epoch over all ranks, for EPOCH only; -1 is the size of the data set.
-        sampler_advance: samples of this rank to skip at the start, for the endless types only; for GLOBAL_ORDER, which
-            always shuffles, a multiple of ``batch_size``.
+        sampler_advance: samples of this rank to skip at the start, for the endless types only.
         drop_last: leave out an incomplete last batch.
         persistent_workers: keep the processes between epochs; without effect when there are none.
         collate_fn: list of samples -> batch; None is torch's.
@@ -81,11 +81,8 @@ def make_data_loader(
         raise ValueError(f"sampler_size={sampler_size} is for the sampler EPOCH only, not for {sampler_type}")
     if sampler_advance > 0 and (sampler_type is None or sampler_type in _FINITE):
         raise ValueError(f"sampler_advance={sampler_advance} is for endless samplers only, not for {sampler_type}")
-    if sampler_type is SamplerType.GLOBAL_ORDER and (not shuffle or sampler_advance % batch_size):
-        raise ValueError(
-            f"the sampler GLOBAL_ORDER shuffles and advances by whole batches of {batch_size}: not with "
-            f"shuffle={shuffle}, sampler_advance={sampler_advance}"
-        )
+    if sampler_type is SamplerType.GLOBAL_ORDER and not shuffle:
+        raise ValueError("the sampler GLOBAL_ORDER always shuffles: not with shuffle=False")
     sampler = None
     if sampler_type is not None:
         sampler = _make_sampler(
@@ -95,7 +92,7 @@ def make_data_loader(
             shuffle=shuffle,
             seed=seed,
             size=sampler_size if sampler_size > 0 else _num_samples(dataset),
-            advance=sampler_advance,
+            start_position=sampler_advance * world_size,
             rank=rank,
             world_size=world_size,
         )
@@ -128,14 +125,14 @@ def make_train_loader(
     mask_probability: float,
     dtype: torch.dtype = torch.float32,
     sampler: SamplerType = SamplerType.GLOBAL_ORDER,
-    start_step: int = 0,
+    start_position: int = 0,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterable[Batch]:
-    """Endless batches of one rank, beginning with that of ``start_step``.
+    """Endless batches of one rank, beginning where ``start_position`` images have been used by all ranks together.
 
-    A batch depends neither on ``num_workers`` nor on where the loader started. With GLOBAL_ORDER the images of a step
-    and their crops depend on the seed and the global batch ``batch_size * world_size`` only.
+    A batch depends neither on ``num_workers`` nor on where the loader started. With GLOBAL_ORDER the images at a
+    position of the run and their crops depend on the seed only, not on the number of ranks.
 
     Args:
         dataset: item i is (PIL image, anything); raises `BadImageError` for an image that cannot be read.
@@ -148,11 +145,11 @@ def make_train_loader(
         mask_probability: share of the global crops that get a mask; 0 when iBOT is off.
         dtype: of the crops.
         sampler: order of the images; the finite types go on with their next epoch.
-        start_step: first step, when a run is resumed.
+        start_position: images used before, when a run is resumed. Only GLOBAL_ORDER neither repeats nor leaves out
+            any when ``world_size`` has changed; the other samplers skip what each rank would have had.
         rank: of this process.
         world_size: number of processes.
     """
-    advance = start_step * batch_size
     indices = _make_sampler(
         sampler,
         sample_count=_num_samples(dataset),
@@ -160,12 +157,12 @@ def make_train_loader(
         shuffle=True,
         seed=seed,
         size=_num_samples(dataset),
-        advance=advance,
+        start_position=start_position,
         rank=rank,
         world_size=world_size,
     )
     if isinstance(indices, EpochSampler | DistributedSampler):
-        indices = EndlessEpochs(indices, advance=advance)
+        indices = EndlessEpochs(indices, advance=start_position // world_size)
     collate = StreamCollate(
         seed=seed,
         mask_generator=mask_generator,
@@ -176,13 +173,25 @@ def make_train_loader(
     return DataLoader(
         AugmentedDataset(dataset, augmentation, seed),
         batch_sampler=PlaceBatches(
-            indices, batch_size=batch_size, start_step=start_step, rank=rank, world_size=world_size
+            indices, batch_size=batch_size, start_position=start_position, rank=rank, world_size=world_size
         ),
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
+        worker_init_fn=outlive_signals,
     )
+
+
+def outlive_signals(worker_id: int) -> None:
+    """Let the training process alone react to signals that schedulers send to all processes of a job.
+
+    A worker killed by one would take the training down before its last checkpoint is written. It ends with its
+    parent; SIGTERM, by which the parent would end a stuck worker, leaves it a minute.
+    """
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def to_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -231,11 +240,12 @@ def _make_sampler(
     shuffle: bool,
     seed: int,
     size: int,
-    advance: int,
+    start_position: int,
     rank: int,
     world_size: int,
 ) -> Sampler[int]:
-    """Arguments as in `make_data_loader`; the finite types take no notice of ``advance``."""
+    """Arguments as in `make_train_loader`; the finite types take no notice of ``start_position``."""
+    advance = start_position // world_size
     match sampler_type:
         case SamplerType.GLOBAL_ORDER:
             return GlobalOrderSampler(
@@ -244,7 +254,7 @@ def _make_sampler(
                 seed=seed,
                 rank=rank,
                 world_size=world_size,
-                start_step=advance // batch_size,
+                start_position=start_position,
             )
         case SamplerType.EPOCH:
             return EpochSampler(

@@ -35,7 +35,7 @@ class GlobalOrderSampler(Sampler[int]):
         seed: of the order.
         rank: whose samples to yield.
         world_size: number of ranks.
-        start_step: first step, when a run is resumed.
+        start_position: samples that all ranks together have had before, when a run is resumed.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class GlobalOrderSampler(Sampler[int]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        start_step: int = 0,
+        start_position: int = 0,
     ) -> None:
         _check_count(sample_count)
         self.sample_count = sample_count
@@ -54,12 +54,12 @@ class GlobalOrderSampler(Sampler[int]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.start_step = start_step
+        self.start_position = start_position
 
     def __iter__(self) -> Iterator[int]:
         current = -1
-        for step in itertools.count(self.start_step):
-            first = (step * self.world_size + self.rank) * self.batch_size
+        mine = self.start_position + self.rank * self.batch_size
+        for first in itertools.count(mine, self.batch_size * self.world_size):
             for position in range(first, first + self.batch_size):
                 pass_index, place = divmod(position, self.sample_count)
                 if pass_index != current:

@@ -1,7 +1,9 @@
 """The training stream: every sample has a position in the run, from which alone its randomness comes.
 
-Step s of rank r covers the positions (s * world_size + r) * batch_size and the following ones. A sampler says which
-image stands at a position; (seed, position) says how it is cropped, and how the batch that begins there is masked.
+Batch b of rank r, counted from where a run starts or resumes, covers the positions
+start + (b * world_size + r) * batch_size and the following ones. A sampler says which image stands at a position;
+(seed, position) says how it is cropped, and how the batch that begins there is masked. So a run may go on with another
+number of processes: the positions continue where the others stopped.
 """
 
 import itertools
@@ -38,27 +40,29 @@ class Sample(NamedTuple):
 
 
 class PlaceBatches(Sampler[list[Place]]):
-    """Endless batches of places for one rank, from ``start_step`` on.
+    """Endless batches of places for one rank, from ``start_position`` on.
 
     Args:
-        indices: this rank's endless indices, those before ``start_step`` left out.
+        indices: this rank's endless indices, those before ``start_position`` left out.
         batch_size: places per batch.
-        start_step: step of the first batch.
+        start_position: where the first batch of rank 0 begins.
         rank: whose positions.
         world_size: number of ranks.
     """
 
-    def __init__(self, indices: Iterable[int], *, batch_size: int, start_step: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, indices: Iterable[int], *, batch_size: int, start_position: int, rank: int, world_size: int
+    ) -> None:
         self.indices = indices
         self.batch_size = batch_size
-        self.start_step = start_step
+        self.start_position = start_position
         self.rank = rank
         self.world_size = world_size
 
     def __iter__(self) -> Iterator[list[Place]]:
         indices = iter(self.indices)
-        for step in itertools.count(self.start_step):
-            first = (step * self.world_size + self.rank) * self.batch_size
+        mine = self.start_position + self.rank * self.batch_size
+        for first in itertools.count(mine, self.batch_size * self.world_size):
             yield [Place(first + i, next(indices)) for i in range(self.batch_size)]
 
 

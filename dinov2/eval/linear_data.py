@@ -42,18 +42,19 @@ def make_train_loader(
 ) -> DataLoader:
     """Endless batches of this rank from `start_iteration` on, the same that an uninterrupted run sees there."""
     rank, world_size = distributed.rank(), distributed.world_size()
+    start_position = start_iteration * batch_size * world_size
     order = GlobalOrderSampler(
         sample_count=len(dataset),
         batch_size=batch_size,
         seed=seed,
         rank=rank,
         world_size=world_size,
-        start_step=start_iteration,
+        start_position=start_position,
     )
     return DataLoader(
         ReadableOnly(AugmentedTrainingSet(dataset, seed)),
         batch_sampler=PlaceBatches(
-            order, batch_size=batch_size, start_step=start_iteration, rank=rank, world_size=world_size
+            order, batch_size=batch_size, start_position=start_position, rank=rank, world_size=world_size
         ),
         num_workers=num_workers,
         collate_fn=collate_readable,

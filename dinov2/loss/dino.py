@@ -32,10 +32,14 @@ class DINOLoss(nn.Module):
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
 
     @torch.no_grad()
-    def update_center(self, teacher_output: Tensor) -> None:
-        """Move the centre by the mean of these (R, K) scores over all processes; call it after the targets are made."""
-        total = all_reduce_sum(teacher_output.float().sum(dim=0, keepdim=True))
-        rows = all_reduce_sum(total.new_tensor(float(len(teacher_output))))
+    def update_center(self, *teacher_outputs: Tensor) -> None:
+        """Move the centre by the mean of these scores, (R, K) per micro-batch, over all processes.
+
+        To be called after the targets are made.
+        """
+        total = torch.stack([scores.float().sum(dim=0, keepdim=True) for scores in teacher_outputs]).sum(dim=0)
+        rows = total.new_tensor(float(sum(map(len, teacher_outputs))))
+        total, rows = all_reduce_sum(total), all_reduce_sum(rows)
         self.center.copy_(updated_center(self.center, total / rows, self.center_momentum))
 
     def forward(self, student_output_list: Sequence[Tensor], teacher_probs_list: Sequence[Tensor]) -> Tensor:

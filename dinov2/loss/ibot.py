@@ -32,15 +32,16 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the published name)
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
 
     @torch.no_grad()
-    def update_center(self, teacher_patch_tokens: Tensor) -> None:
-        """Move the centre by the mean over processes of each process's mean score (..., M, K), as published.
+    def update_center(self, *teacher_patch_tokens: Tensor) -> None:
+        """Move the centre by the mean over processes and micro-batches of each one's mean score, as published.
 
-        A process without masked patches does not count; if none has any, the centre stays.
+        Takes (..., M, K) scores per micro-batch. One without masked patches does not count; if none has any, the
+        centre stays.
         """
-        scores = teacher_patch_tokens.float().flatten(0, -2)
-        mean = scores.mean(dim=0) if len(scores) else scores.new_zeros(scores.shape[-1])
-        num_means = all_reduce_sum(scores.new_tensor(float(len(scores) > 0)))
-        batch_mean = all_reduce_sum(mean) / num_means  # not finite if there is none, which leaves the centre alone
+        means = [scores.float().flatten(0, -2).mean(dim=0) for scores in teacher_patch_tokens if scores.numel()]
+        total = torch.stack([torch.zeros_like(self.center.flatten()), *means]).sum(dim=0)
+        num_means = all_reduce_sum(total.new_tensor(float(len(means))))
+        batch_mean = all_reduce_sum(total) / num_means  # not finite if there is none, which leaves the centre alone
         self.center.copy_(updated_center(self.center, batch_mean.view_as(self.center), self.center_momentum))
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:

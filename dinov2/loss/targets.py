@@ -6,6 +6,8 @@ Sinkhorn-Knopp (arXiv 2006.09882) solves for an assignment of the batch that use
 Legend: R rows of this process (class or masked patch tokens), K prototypes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,22 +21,34 @@ def softmax_centering(scores: Tensor, center: Tensor, temperature: float) -> Ten
     return F.softmax((scores.float() - center) / temperature, dim=-1)
 
 
-@torch.no_grad()
 def sinkhorn_knopp(scores: Tensor, temperature: float, n_iterations: int = 3) -> Tensor:
-    """Balanced assignment of the rows of all processes to the prototypes: (R, K) -> (R, K), rows sum to 1.
+    """Balanced assignment of the rows of all processes to the prototypes: (R, K) -> (R, K), rows sum to 1."""
+    return sinkhorn_knopp_in_pieces([scores], temperature, n_iterations)[0]
+
+
+@torch.no_grad()
+def sinkhorn_knopp_in_pieces(pieces: Sequence[Tensor], temperature: float, n_iterations: int = 3) -> list[Tensor]:
+    """One balanced assignment of the rows of all micro-batches and processes: scores (R_i, K) each -> (R_i, K) each.
 
     Alternates, in float32, between giving every prototype the same total and every row the same total; the
     published constants (1 / K, 1 / rows) cancel and are left out. Each prototype's greatest score is subtracted first:
     the first division cancels it, and `exp` cannot overflow. Scores more than 87 below it are raised to that, so that
-    no row sums to zero. Processes may hold different numbers of rows, even none.
+    no row sums to zero. Pieces may have different numbers of rows, even none.
     """
-    scores = scores.float() / temperature
-    mine = scores.amax(dim=0, keepdim=True) if len(scores) else scores.new_full((1, scores.shape[1]), -torch.inf)
-    assignment = (scores - all_reduce_max(mine)).clamp_(min=-87.0).exp_()
+    assignments = [scores.float() / temperature for scores in pieces]
+    greatest = all_reduce_max(torch.stack([_column_max(scores) for scores in assignments]).amax(dim=0))
+    assignments = [scores.sub_(greatest).clamp_(min=-87.0).exp_() for scores in assignments]
     for _ in range(n_iterations):
-        assignment /= all_reduce_sum(assignment.sum(dim=0, keepdim=True))
-        assignment /= assignment.sum(dim=1, keepdim=True)
-    return assignment
+        columns = all_reduce_sum(torch.stack([assignment.sum(dim=0) for assignment in assignments]).sum(dim=0))
+        for assignment in assignments:
+            assignment /= columns
+            assignment /= assignment.sum(dim=1, keepdim=True)
+    return assignments
+
+
+def _column_max(scores: Tensor) -> Tensor:
+    """(R, K) -> (K,); minus infinity if there is no row."""
+    return scores.amax(dim=0) if len(scores) else scores.new_full(scores.shape[1:], -torch.inf)
 
 
 def soft_cross_entropy(scores: Tensor, probabilities: Tensor, temperature: float) -> Tensor:

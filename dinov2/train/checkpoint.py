@@ -1,9 +1,9 @@
 """Checkpoints to resume from exactly, and teacher dumps to evaluate.
 
 A checkpoint is a folder `OUT/checkpoints/model_<iteration>/` written by `torch.distributed.checkpoint` (weights,
-centres, AdamW moments) with a `state.json` beside the tensors (iteration, gradient scaler, meters). It is written
-under a temporary name and renamed when it is complete, so that a folder of the final name is always whole. Random
-numbers and the data position need no storing: both are functions of the seed and the iteration.
+centres, AdamW moments) with a `state.json` beside the tensors (iteration, images seen, gradient scaler, meters). It is
+written under a temporary name and renamed when it is complete, so that a folder of the final name is always whole.
+Random numbers need no storing: they are functions of the seed and of the position in the run.
 """
 
 import itertools
@@ -13,10 +13,10 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dinov2 import distributed
 from dinov2.files import replacing
 from dinov2.models.weights import read_state_dict
+from dinov2.train.parallel import full_tensor
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,21 @@ OUTPUTS = ("checkpoints", "eval", "training_metrics.json", "config.yaml")
 _UNFINISHED = ".unfinished"
 
 
+class _Pending(NamedTuple):
+    """A checkpoint that is being written."""
+
+    step: int
+    folder: Path  # its final name
+    written: Future[Any]
+    started: float  # seconds, of time.perf_counter
+    waited: float  # seconds that training stood still
+
+
 class Checkpointer:
     """Saves and restores the state of a run.
+
+    Tensors are copied to CPU memory while training waits, and written by a thread while it goes on. Each process
+    writes its own shards. A run may be resumed on another number of processes: shards are put together as needed.
 
     Args:
         directory: folder of the checkpoints.
@@ -69,18 +83,30 @@ class Checkpointer:
         self.last_step = last_step
         self.keep = keep
         self.keep_every = keep_every
+        self._group = distributed.cpu_group()  # the writing thread's own
+        self._pending: _Pending | None = None
 
-    def after_step(self, step: int, extra_state: Callable[[], dict[str, Any]]) -> None:
-        """Write a checkpoint if one is due; `extra_state` gives what else belongs into `state.json`."""
-        if (step + 1) % self.period == 0 or step == self.last_step:
-            self.save(step, extra_state())
+    def __enter__(self) -> "Checkpointer":
+        return self
 
-    def save(self, step: int, extra_state: dict[str, Any]) -> Path:
-        """Write the checkpoint of `step`, the last finished iteration, and delete the ones no longer kept.
+    def __exit__(self, *_: Any) -> None:
+        self.finish()
+
+    def is_due(self, step: int) -> bool:
+        """Whether there should be a checkpoint of `step`."""
+        return (step + 1) % self.period == 0 or step == self.last_step
+
+    def save(self, step: int, extra_state: dict[str, Any]) -> None:
+        """Begin to write the checkpoint of `step`, the last finished iteration; `finish` completes it.
+
+        Args:
+            step: goes into the name.
+            extra_state: what else belongs into `state.json`.
 
         Raises:
-            OSError: if it cannot be written (disk full, ...); older checkpoints are untouched then.
+            OSError: if this or the checkpoint before cannot be written (disk full, ...); complete ones are untouched.
         """
+        self.finish()
         started = time.perf_counter()
         folder = self.directory / f"model_{step:07d}"
         unfinished = folder.with_suffix(_UNFINISHED)
@@ -88,26 +114,53 @@ class Checkpointer:
             if distributed.is_main():
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
-            distributed.barrier()
-            with _one_process_is_enough():
-                writer = dcp.FileSystemWriter(unfinished)
-                dcp.save(self._tensors(), storage_writer=writer, no_dist=not distributed.is_enabled())
-            if distributed.is_main():
                 state = {"iteration": step, "scaler": self.scaler.state_dict(), **extra_state}
                 with replacing(unfinished / "state.json") as file:
                     file.write(json.dumps(state).encode())
-                unfinished.rename(folder)
+            distributed.barrier()
+            _one_process_is_enough()
+            written = dcp.async_save(
+                self._tensors(),
+                storage_writer=dcp.FileSystemWriter(unfinished),
+                process_group=self._group,
+                no_dist=not distributed.is_enabled(),
+            )
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise self._failure(step, folder, error) from error
+        assert isinstance(written, Future), "what async_save gives when it stages in the foreground"
+        self._pending = _Pending(step, folder, written, started, time.perf_counter() - started)
+
+    def finish(self, *, wait: bool = True) -> None:
+        """Give the checkpoint that is being written, if any, its name, and delete those no longer kept.
+
+        Args:
+            wait: until it is written; otherwise nothing happens until then.
+
+        Raises:
+            OSError: as `save`.
+        """
+        if self._pending is None or not (wait or self._pending.written.done()):
+            return
+        step, folder, written, started, waited = self._pending
+        self._pending = None
+        try:
+            written.result()  # on rank 0 only when all processes have written their part
+            if distributed.is_main():
+                folder.with_suffix(_UNFINISHED).rename(folder)
                 self._delete_old()
         except (OSError, RuntimeError, CheckpointException) as error:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(
-                f"could not write the checkpoint of iteration {step} to {folder}: {_root_cause(error)}. "
-                f"Last complete checkpoint: {latest_checkpoint(self.directory) or 'none'}. "
-                f"Run the same command again when that is mended: it continues from there."
-            ) from error
-        distributed.barrier()
-        logger.info("checkpoint of iteration %d: %s (%.1f s)", step, folder, time.perf_counter() - started)
-        return folder
+            raise self._failure(step, folder, error) from error
+        seconds = time.perf_counter() - started
+        logger.info("checkpoint of iteration %d: %s (%.1f s, training waited %.1f s)", step, folder, seconds, waited)
+
+    def _failure(self, step: int, folder: Path, error: BaseException) -> OSError:
+        """Clean up after a checkpoint that could not be written; what to tell."""
+        shutil.rmtree(folder.with_suffix(_UNFINISHED), ignore_errors=True)
+        return OSError(
+            f"could not write the checkpoint of iteration {step} to {folder}: {_root_cause(error)}. "
+            f"Last complete checkpoint: {latest_checkpoint(self.directory) or 'none'}. "
+            f"Run the same command again when that is mended: it continues from there."
+        )
 
     def load_latest(self) -> dict[str, Any] | None:
         """Restore the newest checkpoint in place; returns its `state.json`, or None if there is no checkpoint.
@@ -219,16 +272,13 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) ->
     """Read all `stored` tensors of a checkpoint into those of the same names; there must be neither more nor fewer."""
     if unknown := sorted(stored - tensors.keys()):
         raise ValueError(f"it holds {len(unknown)} tensors that this model does not have, such as {unknown[0]}")
-    with _one_process_is_enough():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=not distributed.is_enabled())
+    _one_process_is_enough()
+    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=not distributed.is_enabled())
 
 
-@contextmanager
-def _one_process_is_enough() -> Iterator[None]:
-    """Silence the remark of `torch.distributed.checkpoint` that there is no process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-        yield
+def _one_process_is_enough() -> None:
+    """Silence the remark of `torch.distributed.checkpoint`, also from its thread, that there is no process group."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 def _complete_checkpoints(directory: Path) -> dict[int, Path]:
@@ -237,11 +287,19 @@ def _complete_checkpoints(directory: Path) -> dict[int, Path]:
 
 
 def save_teacher(teacher: nn.Module, path: Path) -> None:
-    """Write the teacher in the published layout: {"teacher": state dict on the CPU}; rank 0 only."""
+    """Write the teacher in the published layout, {"teacher": state dict on the CPU}; all processes must call it.
+
+    Raises:
+        OSError: on rank 0, if it cannot be written.
+    """
+    state = {}
+    for name, value in teacher.state_dict().items():
+        whole = full_tensor(value.detach())
+        if distributed.is_main():
+            state[name] = whole.cpu()
     if not distributed.is_main():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: value.detach().cpu() for name, value in teacher.state_dict().items()}
     try:
         with replacing(path) as file:
             torch.save({"teacher": state}, file)

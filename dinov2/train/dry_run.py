@@ -73,14 +73,15 @@ def _check_writable(folder: Path) -> None:
 
 def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> dict[str, str]:
     """What a person wants to know before starting: name -> value with its unit."""
-    batch = cfg.train.batch_size_per_gpu * world_size
+    batch = cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps * world_size
+    accumulated = f" x {cfg.train.accumulate_steps} micro-batches" if cfg.train.accumulate_steps > 1 else ""
     steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     parameters = {name: _num_parameters(module) for name, module in model.student.items()}
     flops = training_flops_per_image(cfg, model)
     memory = memory_per_process(cfg, model)
     return {
         "data set": f"{cfg.train.dataset_path}, {num_images:,} images",
-        "global batch": f"{batch:,} images ({cfg.train.batch_size_per_gpu} x {world_size} processes)",
+        "global batch": f"{batch:,} images ({cfg.train.batch_size_per_gpu} x {world_size} processes{accumulated})",
         "peak learning rate": f"{cfg.optim.lr:.6g} ({cfg.optim.base_lr:g}, {cfg.optim.scaling_rule})",
         "optimizer steps": f"{steps:,} ({cfg.optim.epochs} nominal epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,})",
         "learning-rate warm-up": f"{cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:,} steps",

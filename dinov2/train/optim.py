@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinov2.train.parallel import full_tensor, local_tensors
 from dinov2.train.schedules import StepValues
 
 ParamGroup = dict[str, Any]
@@ -91,7 +92,7 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, 
         The norm before clipping by sub-module, scalars on the device; without those that got no gradient.
     """
     return {
-        name: nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf"))
+        name: full_tensor(nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf")))
         for name, module in student.items()
         if any(param.grad is not None for param in module.parameters())
     }
@@ -99,7 +100,7 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters."""
-    averages, latest = tuple(teacher.parameters()), tuple(student.parameters())
+    """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters or this process's shards of them."""
+    averages, latest = local_tensors(teacher.parameters()), local_tensors(student.parameters())
     torch._foreach_mul_(averages, momentum)
     torch._foreach_add_(averages, latest, alpha=1 - momentum)

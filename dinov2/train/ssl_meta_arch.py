@@ -7,7 +7,7 @@ Legend: B images, L local crops each, N patches of a global crop, M masked patch
 K prototypes. Rows of crops are crop-major: crop 0 of all images, then crop 1, ...
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -18,6 +18,7 @@ from dinov2.config import DTYPES, Config, backbone_arguments
 from dinov2.data.collate import Batch
 from dinov2.layers import DINOHead
 from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
+from dinov2.loss.targets import sinkhorn_knopp_in_pieces
 from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import load_backbone
@@ -47,6 +48,24 @@ class Losses(NamedTuple):
     total: Tensor
     terms: dict[str, Tensor]
     published: dict[str, Tensor]
+
+    def detach(self) -> "Losses":
+        """The numbers without their graph."""
+        terms, published = ({k: v.detach() for k, v in d.items()} for d in (self.terms, self.published))
+        return Losses(self.total.detach(), terms, published)
+
+
+def mean_losses(parts: Sequence[Losses]) -> Losses:
+    """The mean of the losses of several micro-batches, term by term."""
+
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack(list(values)).mean(dim=0)
+
+    return Losses(
+        mean(part.total for part in parts),
+        {name: mean(part.terms[name] for part in parts) for name in parts[0].terms},
+        {name: mean(part.published[name] for part in parts) for name in parts[0].published},
+    )
 
 
 class SSLMetaArch(nn.Module):
@@ -103,26 +122,35 @@ class SSLMetaArch(nn.Module):
 
     def forward(self, batch: Batch, teacher_temp: float) -> Losses:
         """A batch through the whole objective. Moves the centres (with centering); gradients reach the student."""
-        targets = self.targets(batch, teacher_temp)
-        predictions = self.predictions(batch)
-        return self.losses(batch, targets, predictions)
+        [targets] = self.targets([batch], teacher_temp)
+        return self.losses(batch, targets, self.predictions(batch))
 
     @torch.no_grad()
-    def targets(self, batch: Batch, teacher_temp: float) -> Targets:
-        """The teacher on the unmasked global crops."""
-        cls_scores, patch_scores = self._teacher_scores(batch)
-        cls = self._probabilities(self.dino_loss, cls_scores, teacher_temp) if cls_scores is not None else None
-        patch = (
-            self._probabilities(self.ibot_patch_loss, patch_scores, teacher_temp) if patch_scores is not None else None
-        )
-        return Targets(None if cls is None else cls.unflatten(0, (NUM_GLOBAL_CROPS, -1)), patch)
+    def targets(self, batches: Sequence[Batch], teacher_temp: float) -> list[Targets]:
+        """The teacher on the unmasked global crops of all micro-batches of a step.
 
-    def _probabilities(self, loss: DINOLoss | iBOTPatchLoss, scores: Tensor, teacher_temp: float) -> Tensor:
+        They are balanced or centred jointly: accumulating k micro-batches gives the targets of k processes.
+        """
+        cls_scores, patch_scores = zip(*map(self._teacher_scores, batches), strict=True)
+        cls = self._probabilities(self.dino_loss, cls_scores, teacher_temp) if self.use_dino else [None] * len(batches)
+        patch = (
+            self._probabilities(self.ibot_patch_loss, patch_scores, teacher_temp)
+            if self.use_ibot
+            else [None] * len(batches)
+        )
+        return [
+            Targets(None if c is None else c.unflatten(0, (NUM_GLOBAL_CROPS, -1)), p)
+            for c, p in zip(cls, patch, strict=True)
+        ]
+
+    def _probabilities(
+        self, loss: DINOLoss | iBOTPatchLoss, scores: Sequence[Tensor], teacher_temp: float
+    ) -> list[Tensor]:
         """Teacher scores to targets, by the method that `train.centering` names."""
         if self.cfg.train.centering == "sinkhorn_knopp":
-            return loss.sinkhorn_knopp_teacher(scores, teacher_temp)
-        probabilities = loss.softmax_center_teacher(scores, teacher_temp)
-        loss.update_center(scores)
+            return sinkhorn_knopp_in_pieces(scores, teacher_temp)
+        probabilities = [loss.softmax_center_teacher(part, teacher_temp) for part in scores]
+        loss.update_center(*scores)
         return probabilities
 
     def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:

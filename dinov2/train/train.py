@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
@@ -40,10 +40,11 @@ from dinov2.train.checkpoint import (
 )
 from dinov2.train.dry_run import dry_run
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
+from dinov2.train.interruption import Interruption
 from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters
-from dinov2.train.parallel import average_gradients, replicate
+from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import build_schedules, scale_lr
-from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch
+from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,6 @@ def main(args: argparse.Namespace) -> None:
             logger.warning("fp16 is slower than fp32 on a CPU: consider fp32 or bf16 in compute_precision")
         dataset = make_dataset(dataset_str=cfg.train.dataset_path)  # before the model: mistakes show at once
         model = SSLMetaArch(cfg).to(distributed.device())
-        replicate(model)
         if args.eval_only:
             dump_teacher_only(cfg, model, resume=not args.no_resume)
         else:
@@ -95,12 +95,17 @@ def main(args: argparse.Namespace) -> None:
 
 def with_run_values(cfg: Config, output_dir: Path, world_size: int) -> Config:
     """The config with what only the run knows: its output folder and the learning rate for its global batch."""
-    lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, cfg.train.batch_size_per_gpu * world_size)
+    lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
     return dataclasses.replace(
         cfg,
         optim=dataclasses.replace(cfg.optim, lr=lr),
         train=dataclasses.replace(cfg.train, output_dir=str(output_dir)),
     )
+
+
+def global_batch_size(cfg: Config, world_size: int) -> int:
+    """Images per optimizer step over all processes and micro-batches."""
+    return cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps * world_size
 
 
 def seed_everything(seed: int) -> None:
@@ -115,7 +120,19 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     device = distributed.device()
     output_dir = Path(cfg.train.output_dir)
     epoch_length, total_steps = cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    if not resume:
+        set_aside(output_dir)
+    if cfg.MODEL.WEIGHTS and latest_checkpoint(output_dir / "checkpoints") is None:
+        load_training_weights(model, cfg.MODEL.WEIGHTS)
     model.train()
+    parallelize(
+        model.student,
+        model.teacher,
+        cfg.compute_precision,
+        block_chunks=cfg.student.block_chunks,
+        activation_checkpointing=cfg.train.activation_checkpointing,
+        compile_blocks=cfg.train.compile,
+    )
     optimizer = build_optimizer(
         model.student,
         betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2),
@@ -135,32 +152,63 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         keep_every=cfg.train.checkpoint_keep_every,
     )
     metrics = MetricLogger("  ", output_dir / "training_metrics.json", is_main=distributed.is_main())
-    start = start_step(cfg, model, checkpointer, metrics, resume=resume)
+    start, images_seen = resume_run(cfg, checkpointer, metrics)
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
-    batches = enumerate(to_device(build_loader(cfg, dataset, start), device), start)
-    global_batch = cfg.train.batch_size_per_gpu * distributed.world_size()
+    micro_batches = iter(to_device(build_loader(cfg, dataset, images_seen), device))
+    global_batch = global_batch_size(cfg, distributed.world_size())
+    steps = enumerate(zip(*[micro_batches] * cfg.train.accumulate_steps), start)  # noqa: B905 - one endless iterator
     logger.info("%d of %d steps are done; %d images each", start, total_steps, global_batch)
-    for step, batch in metrics.log_every(
-        batches, cfg.train.log_period, "Training", total_steps, start, batch_size=global_batch
-    ):
-        now = schedules.at(step)
-        set_hyperparameters(optimizer, now)
-        torch.manual_seed(seed_for(cfg.train.seed, f"drop path of rank {distributed.rank()}", step))
-        losses = model(batch, now.teacher_temp)
-        if backward_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite):
-            ema_update(model.teacher, model.student, now.momentum)
-        bad_images.check(batch)
-        metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
-        if nonfinite.in_a_row == 0:  # what is not finite would stay in the averages for good
-            metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu), **displayed(losses, cfg))
-        metrics.end_iteration()
-        if is_due(step, cfg.evaluation.eval_period_iterations, last_step=total_steps - 1):
-            save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")
-        checkpointer.after_step(step, lambda: {"metrics": metrics.state_dict()})
+    with checkpointer, Interruption() as interruption:
+        for step, batches in metrics.log_every(
+            steps, cfg.train.log_period, "Training", total_steps, start, batch_size=global_batch
+        ):
+            now = schedules.at(step)
+            set_hyperparameters(optimizer, now)
+            losses = forward_backward(model, batches, now.teacher_temp, scaler, seed=cfg.train.seed, step=step)
+            if clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite):
+                ema_update(model.teacher, model.student, now.momentum)
+            bad_images.check(batches)
+            images_seen += global_batch
+            metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
+            if nonfinite.in_a_row == 0:  # what is not finite would stay in the averages for good
+                metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu), **displayed(losses, cfg))
+            metrics.end_iteration()
+            if is_due(step, cfg.evaluation.eval_period_iterations, last_step=total_steps - 1):
+                save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")
+            stopping = interruption.requested()
+            if stopping or checkpointer.is_due(step):
+                checkpointer.save(step, {"images_seen": images_seen, "metrics": metrics.state_dict()})
+            checkpointer.finish(wait=stopping)
+            if stopping:
+                interruption.leave()
 
 
-def backward_and_step(
+def forward_backward(
+    model: SSLMetaArch,
+    batches: Sequence[Batch],
+    teacher_temp: float,
+    scaler: torch.amp.GradScaler,
+    *,
+    seed: int,
+    step: int,
+) -> Losses:
+    """The losses of a step, averaged over its micro-batches, and their gradient.
+
+    The targets of all micro-batches are made together. Each is then treated as that of a process of its own.
+    """
+    model.student.zero_grad(set_to_none=True)
+    losses = []
+    for micro, (batch, targets) in enumerate(zip(batches, model.targets(batches, teacher_temp), strict=True)):
+        place = micro * distributed.world_size() + distributed.rank()
+        torch.manual_seed(seed_for(seed, f"drop path of rank {place}", step))
+        part = model.losses(batch, targets, model.predictions(batch))
+        scaler.scale(part.total / len(batches)).backward()
+        losses.append(part.detach())
+    return mean_losses(losses)
+
+
+def clip_and_step(
     losses: Losses,
     student: nn.ModuleDict,
     optimizer: torch.optim.Optimizer,
@@ -168,48 +216,37 @@ def backward_and_step(
     max_norm: float | None,
     guard: NonFiniteGuard,
 ) -> bool:
-    """Gradients, clipping per sub-module, optimizer step. False if the step was skipped for a value not finite."""
-    optimizer.zero_grad(set_to_none=True)
-    if not guard.accepts_losses(losses.terms):
-        return False
-    scaler.scale(losses.total).backward()
-    average_gradients(student)
+    """Clipping per sub-module, optimizer step. False if the step was skipped for a value not finite."""
     scaler.unscale_(optimizer)
     norms = clip_gradients(student, max_norm)
-    accepted = guard.accepts_gradients(norms, scaler.get_scale())
+    accepted = guard.accepts(losses.terms, norms, scaler.get_scale())
     if accepted or scaler.is_enabled():  # the scaler itself leaves out a step with overflown gradients
         scaler.step(optimizer)
         scaler.update()
     return accepted
 
 
-def start_step(
-    cfg: Config, model: SSLMetaArch, checkpointer: Checkpointer, metrics: MetricLogger, *, resume: bool
-) -> int:
-    """Restore the latest checkpoint, else the weights that MODEL.WEIGHTS names; returns the first step to do.
+def resume_run(cfg: Config, checkpointer: Checkpointer, metrics: MetricLogger) -> tuple[int, int]:
+    """Restore the latest checkpoint, if there is one; the first step to do and the images seen before it.
 
     Config and metrics on disk are replaced only once that has worked.
     """
-    if not resume:
-        set_aside(Path(cfg.train.output_dir))
-    state = checkpointer.load_latest()
-    start = 0
     config_file = Path(cfg.train.output_dir) / "config.yaml"
+    state = checkpointer.load_latest()
+    start = images_seen = 0
     if state is not None:
         if config_file.exists() and (changed := config.differences(config.load(config_file), cfg)):
             logger.warning("resuming with other settings than before: %s", "; ".join(changed))
         metrics.load_state_dict(state["metrics"])
-        start = state["iteration"] + 1
-    elif cfg.MODEL.WEIGHTS:
-        load_training_weights(model, cfg.MODEL.WEIGHTS)
+        start, images_seen = state["iteration"] + 1, state["images_seen"]
     if distributed.is_main():
         config.save(cfg, config_file)
         truncate_metrics(config_file.with_name("training_metrics.json"), start)
-    return start
+    return start, images_seen
 
 
-def build_loader(cfg: Config, dataset: ImageDataset, start: int) -> Iterable[Batch]:
-    """Endless batches of this process, from step `start` on."""
+def build_loader(cfg: Config, dataset: ImageDataset, images_seen: int) -> Iterable[Batch]:
+    """Endless micro-batches of this process, continuing where `images_seen` have been used by all."""
     crops, patch_size = cfg.crops, cfg.student.patch_size
     augmentation = DataAugmentationDINO(
         crops.global_crops_scale,
@@ -227,7 +264,7 @@ def build_loader(cfg: Config, dataset: ImageDataset, start: int) -> Iterable[Bat
         num_workers=cfg.train.num_workers,
         sampler=SamplerType[cfg.train.sampler],
         seed=cfg.train.seed,
-        start_step=start,
+        start_position=images_seen,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
         mask_generator=MaskingGenerator(
@@ -242,7 +279,7 @@ def build_loader(cfg: Config, dataset: ImageDataset, start: int) -> Iterable[Bat
 def displayed(losses: Losses, cfg: Config) -> dict[str, torch.Tensor]:
     """The losses as logged: the optimised terms and their sum, or what the release shows, averaged over processes."""
     terms = losses.published if cfg.train.log_published_losses else losses.terms
-    values = torch.stack([value.detach().float() for value in terms.values()])
+    values = torch.stack([value.float() for value in terms.values()])
     values = distributed.all_reduce_sum(values) / distributed.world_size()
     return {"total_loss": values.sum(), **dict(zip(terms, values.unbind(), strict=True))}
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2 import config
+from dinov2 import config, distributed
 from dinov2.config import Config
 from dinov2.data.augment import MultiCrop
 from dinov2.data.collate import Batch, collate_data_and_cast
@@ -23,10 +23,10 @@ from dinov2.data.masking import MaskingGenerator
 from dinov2.models.weights import flatten_block_names
 from dinov2.train.guards import NonFiniteGuard
 from dinov2.train.optim import build_optimizer, ema_update, set_hyperparameters
-from dinov2.train.parallel import average_gradients
+from dinov2.train.parallel import full_tensor, parallelize
 from dinov2.train.schedules import build_schedules, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch
-from dinov2.train.train import backward_and_step
+from dinov2.train.train import clip_and_step, forward_backward
 from scripts.golden.comparison import Comparison
 from scripts.golden.d_optim import compare_groups
 from scripts.golden.ranks import replay_on_ranks
@@ -246,9 +246,9 @@ class _NormsKept(NonFiniteGuard):
 
     norms: Mapping[str, Tensor]
 
-    def accepts_gradients(self, norms: Mapping[str, Tensor], loss_scale: float) -> bool:
+    def accepts(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor], loss_scale: float) -> bool:
         self.norms = norms
-        return super().accepts_gradients(norms, loss_scale)
+        return super().accepts(terms, norms, loss_scale)
 
 
 def _train(path: Path, rank: int) -> Results:
@@ -260,10 +260,11 @@ def _train(path: Path, rank: int) -> Results:
     model = SSLMetaArch(cfg).train()
     model.student.load_state_dict(flatten_block_names(recording.inputs_below("init.")))
     model.teacher.load_state_dict(model.student.state_dict())
-    optimizer, schedules = _optimizer(cfg, model), build_schedules(cfg, cfg.optim.lr)
-    scaler, guard = torch.amp.GradScaler("cpu", enabled=False), _NormsKept(max_in_a_row=1)
-
+    schedules = build_schedules(cfg, cfg.optim.lr)
     it0, it0_gradients = _look_into(model, batches[rank], schedules.at(0).teacher_temp)
+    parallelize(model.student, model.teacher, cfg.compute_precision, block_chunks=cfg.student.block_chunks)
+    optimizer, scaler = _optimizer(cfg, model), torch.amp.GradScaler("cpu", enabled=False)
+    guard = _NormsKept(max_in_a_row=1)
     iterations: list[Results] = []
     centers: dict[str, list[Tensor]] = {name: [] for name in CRITERIA}
     for step in range(len(recording.json["iterations"])):
@@ -271,8 +272,9 @@ def _train(path: Path, rank: int) -> Results:
             centers[name].append(_center(model, name))
         now = schedules.at(step)
         set_hyperparameters(optimizer, now)
-        losses = model(batches[step * world_size + rank], now.teacher_temp)
-        backward_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, guard)
+        micro_batches = [batches[step * world_size + rank]]
+        losses = forward_backward(model, micro_batches, now.teacher_temp, scaler, seed=cfg.train.seed, step=step)
+        clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, guard)
         ema_update(model.teacher, model.student, now.momentum)
         iterations.append(now._asdict() | _numbers(losses, guard))
     return {
@@ -281,8 +283,8 @@ def _train(path: Path, rank: int) -> Results:
         "iterations": iterations,
         "centers": {f"center.{name}": torch.stack(used) for name, used in centers.items()}
         | {f"center_final.{name}": _center(model, name) for name in CRITERIA},
-        "student": model.student.state_dict(),
-        "teacher": model.teacher.state_dict(),
+        "student": {name: full_tensor(value) for name, value in model.student.state_dict().items()},
+        "teacher": {name: full_tensor(value) for name, value in model.teacher.state_dict().items()},
     }
 
 
@@ -301,10 +303,9 @@ def _numbers(losses: Losses, guard: _NormsKept) -> Results:
 def _look_into(model: SSLMetaArch, batch: Batch, teacher_temp: float) -> tuple[Results, dict[str, Tensor]]:
     """Scores, targets and gradients before clipping of one iteration, which leaves no trace in ``model``."""
     model = copy.deepcopy(model)
-    targets = model.targets(batch, teacher_temp)
+    [targets] = model.targets([batch], teacher_temp)
     predictions = model.predictions(batch)
     model.losses(batch, targets, predictions).total.backward()
-    average_gradients(model.student)
     cls = None if targets.cls is None else targets.cls.flatten(0, 1)
     found = {
         "it0.dino_global.student_logits": predictions.global_cls,
@@ -318,4 +319,6 @@ def _look_into(model: SSLMetaArch, batch: Batch, teacher_temp: float) -> tuple[R
 
 
 def _gradients(student: nn.Module) -> dict[str, Tensor]:
-    return {name: param.grad for name, param in student.named_parameters() if param.grad is not None}
+    """Averaged over processes."""
+    gradients = {name: param.grad for name, param in student.named_parameters() if param.grad is not None}
+    return {name: distributed.all_reduce_sum(grad) / distributed.world_size() for name, grad in gradients.items()}

@@ -170,7 +170,9 @@ def test_too_few_samples_are_an_error_and_not_an_endless_loop(make: Callable[[],
 # ---- the global order ----
 
 
-def global_batches(count: int, global_batch: int, world_size: int, num_steps: int, start_step: int = 0) -> list[list]:
+def global_batches(
+    count: int, global_batch: int, world_size: int, num_steps: int, start_position: int = 0
+) -> list[list]:
     """The samples that all ranks see together, step by step, in the order of their positions."""
     batch_size = global_batch // world_size
     streams = [
@@ -181,7 +183,7 @@ def global_batches(count: int, global_batch: int, world_size: int, num_steps: in
                 seed=1,
                 rank=rank,
                 world_size=world_size,
-                start_step=start_step,
+                start_position=start_position,
             )
         )
         for rank in range(world_size)
@@ -213,4 +215,13 @@ def test_passes_and_seeds_have_orders_of_their_own() -> None:
 @given(count=st.integers(1, 40), start_step=st.integers(0, 30), world_size=st.sampled_from([1, 2, 4]))
 def test_global_order_can_be_entered_at_any_step(count: int, start_step: int, world_size: int) -> None:
     whole = global_batches(count, 12, world_size, start_step + 3)
-    assert global_batches(count, 12, world_size, 3, start_step) == whole[start_step:]
+    assert global_batches(count, 12, world_size, 3, 12 * start_step) == whole[start_step:]
+
+
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 5))
+def test_another_number_of_ranks_goes_on_where_the_former_ones_stopped(count: int, batch_size: int) -> None:
+    sequence: list[int] = []
+    for world_size in (2, 1, 3):
+        batches = global_batches(count, batch_size * world_size, world_size, 3, start_position=len(sequence))
+        sequence += sum(batches, [])
+    assert sequence == sum(global_batches(count, 1, 1, len(sequence)), [])

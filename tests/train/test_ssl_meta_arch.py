@@ -158,7 +158,7 @@ def test_the_student_of_one_crop_faces_the_teacher_of_the_other() -> None:
     batch = random_batch(num_images=2)
     swapped = batch._replace(global_crops=batch.global_crops.roll(2, dims=0))  # crop 0 <-> crop 1
     model = grown_apart(CENTERING)
-    targets, targets_of_swapped = (model.targets(some, TEACHER_TEMP).cls for some in (batch, swapped))
+    targets, targets_of_swapped = (model.targets([some], TEACHER_TEMP)[0].cls for some in (batch, swapped))
     scores = model.teacher["dino_head"](model.teacher["backbone"](batch.global_crops[2:]))
     model = grown_apart(CENTERING)  # with the first centre
     of_crop_1 = F.softmax((scores - model.dino_loss.center) / TEACHER_TEMP, dim=-1)
@@ -256,7 +256,7 @@ def test_only_the_student_has_stochastic_depth() -> None:
     features = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        features.append((model.predictions(batch).features, model.targets(batch, TEACHER_TEMP).cls))
+        features.append((model.predictions(batch).features, model.targets([batch], TEACHER_TEMP)[0].cls))
     assert not torch.equal(features[0][0], features[1][0])
     assert torch.equal(features[0][1], features[1][1])
 
@@ -268,11 +268,11 @@ def test_centres_move_after_the_targets_and_not_with_sinkhorn() -> None:
     cls_scores = model.teacher["dino_head"](features["x_norm_clstoken"])
     patch_scores = model.teacher["ibot_head"](features["x_norm_patchtokens"][batch.masks])
 
-    first = model.targets(batch, TEACHER_TEMP)
+    first = model.targets([batch], TEACHER_TEMP)[0]
     torch.testing.assert_close(first.patch, F.softmax(patch_scores / TEACHER_TEMP, dim=-1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(model.dino_loss.center, 0.1 * cls_scores.mean(0, keepdim=True), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(model.ibot_patch_loss.center[0], 0.1 * patch_scores.mean(0, keepdim=True))
-    second = model.targets(batch, TEACHER_TEMP)
+    second = model.targets([batch], TEACHER_TEMP)[0]
     shifted = (patch_scores - 0.1 * patch_scores.mean(0)) / TEACHER_TEMP
     torch.testing.assert_close(second.patch, F.softmax(shifted, dim=-1), rtol=1e-4, atol=1e-6)
 

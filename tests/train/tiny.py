@@ -127,16 +127,16 @@ class Killed(BaseException):
 @contextmanager
 def killed_after(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The run in here ends in the step after so many: when the optimizer has moved the student and not yet the rest."""
-    backward_and_step, calls = train.backward_and_step, itertools.count()
+    clip_and_step, calls = train.clip_and_step, itertools.count()
 
     def stop(*args: Any) -> bool:
-        accepted = backward_and_step(*args)
+        accepted = clip_and_step(*args)
         if next(calls) == num_steps:
             raise Killed
         return accepted
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(train, "backward_and_step", stop)
+        patch.setattr(train, "clip_and_step", stop)
         yield
 
 
