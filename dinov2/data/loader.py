@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from enum import Enum
 from typing import Any
 
@@ -194,14 +194,17 @@ def outlive_signals(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
-def to_device(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches of a loader on a device; on CUDA each is copied while the one before it is at work."""
+def to_device(loader: Iterable[Batch], device: torch.device) -> Generator[Batch]:
+    """The batches of a loader on a device; on CUDA each is copied while the one before it is at work.
+
+    Closing the generator ends the processes of the loader.
+    """
     if device.type == "cuda":
         return _to_cuda(loader, device)
     return (_move(batch, device) for batch in loader)
 
 
-def _to_cuda(loader: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def _to_cuda(loader: Iterable[Batch], device: torch.device) -> Generator[Batch]:
     copies = torch.cuda.Stream(device)
     ahead = None
     for batch in loader:

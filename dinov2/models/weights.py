@@ -6,9 +6,12 @@ backbone keys start with `backbone.`), `{"model": {...}}` (published training ch
 Pickles are only ever read with `weights_only=True`.
 """
 
+import importlib
 import logging
 import re
+import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import TypeGuard
 from urllib.parse import urlparse
 
@@ -43,14 +46,14 @@ def chunk_block_names(state: StateDict, depth: int, block_chunks: int) -> StateD
 def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") -> StateDict:
     """Read the tensors of a checkpoint file or URL, on the CPU, with flat block names.
 
-    If the file holds several networks (`teacher`, `student`, `model`), `checkpoint_key` is preferred.
+    If the file holds several networks (`teacher`, `model`, `student`), `checkpoint_key` is preferred.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is truncated, holds no tensors, or would need an unsafe pickle.
     """
-    content = _read_file(str(path_or_url))
-    for key in (checkpoint_key, "teacher", "model", "state_dict"):
+    content = read_file(path_or_url)
+    for key in (checkpoint_key, "teacher", "model", "state_dict", "student"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
@@ -103,22 +106,44 @@ def _is_state_dict(content: object) -> TypeGuard[StateDict]:
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
 
 
-def _read_file(path_or_url: str) -> object:
-    if urlparse(path_or_url).scheme in ("http", "https"):
-        return torch.hub.load_state_dict_from_url(path_or_url, map_location="cpu", weights_only=True)
-    path = Path(path_or_url.removeprefix("file://"))
+def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
+    """Read a file or URL as it is, without running code that may be in it; tensors come to the CPU.
+
+    Args:
+        path_or_url: a file of `torch.save`, or one that ends in `.safetensors`.
+        mapped: leave tensors in the file until they are looked at; nobody may change it meanwhile.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, would need an unsafe pickle, or needs the package safetensors.
+    """
+    if urlparse(str(path_or_url)).scheme in ("http", "https"):
+        return torch.hub.load_state_dict_from_url(str(path_or_url), map_location="cpu", weights_only=True)
+    path = Path(str(path_or_url).removeprefix("file://"))
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
+    safetensors = import_safetensors() if path.suffix == ".safetensors" else None
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (ImportError, PermissionError):
+        if safetensors:
+            return safetensors.load_file(path)
+        can_be_mapped = mapped and zipfile.is_zipfile(path)  # unlike files of torch before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
+    except PermissionError:
         raise
     except Exception as error:  # on bytes they do not expect both readers fail in many ways, even with KeyError
         raise ValueError(f"{path} is no checkpoint of plain tensors, or is truncated or damaged: {error}") from error
+
+
+def import_safetensors() -> ModuleType:
+    """The module `safetensors.torch`, which only files of that kind need.
+
+    Raises:
+        ValueError: saying how to install it.
+    """
+    try:
+        return importlib.import_module("safetensors.torch")
+    except ImportError as error:
+        raise ValueError("safetensors files need a package that is missing: pip install safetensors") from error
 
 
 def _resized_positions(table: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:

@@ -1,5 +1,7 @@
 """Checkpoints to resume from exactly, and teacher dumps to evaluate.
 
+    python -m dinov2.train.checkpoint inspect OUT     # what is in one; `convert` makes a file of it
+
 A checkpoint is a folder `OUT/checkpoints/model_<iteration>/` written by `torch.distributed.checkpoint` (weights,
 centres, AdamW moments) with a `state.json` beside the tensors (iteration, images seen, gradient scaler, meters). It is
 written under a temporary name and renamed when it is complete, so that a folder of the final name is always whole.
@@ -9,10 +11,9 @@ Random numbers need no storing: they are functions of the seed and of the positi
 import itertools
 import json
 import logging
-import re
 import shutil
+import sys
 import time
-import warnings
 from collections.abc import Set
 from concurrent.futures import Future
 from pathlib import Path
@@ -26,12 +27,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dinov2 import distributed
 from dinov2.files import replacing
 from dinov2.models.weights import read_state_dict
+from dinov2.train.checkpoint_folder import (
+    SafeReader,
+    complete_checkpoints,
+    latest_checkpoint,
+    one_process_is_enough,
+    read_state,
+    stored_names,
+)
 from dinov2.train.parallel import full_tensor
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = re.compile(r"model_(\d{7,})")
 OUTPUTS = ("checkpoints", "eval", "training_metrics.json", "config.yaml")
 """What a run leaves in its folder, besides the log."""
 
@@ -118,7 +126,7 @@ class Checkpointer:
                 with replacing(unfinished / "state.json") as file:
                     file.write(json.dumps(state).encode())
             distributed.barrier()
-            _one_process_is_enough()
+            one_process_is_enough()
             written = dcp.async_save(
                 self._tensors(),
                 storage_writer=dcp.FileSystemWriter(unfinished),
@@ -173,7 +181,7 @@ class Checkpointer:
             return None
         try:
             state = read_state(folder)
-            stored = _stored_names(folder)
+            stored = stored_names(folder)
             self._allocate_moments(stored)
             _load_tensors(self._tensors(), folder, stored)
             if state["scaler"]:  # empty if it was not in use
@@ -202,18 +210,12 @@ class Checkpointer:
                 self.optimizer.state[param] = {"step": torch.tensor(0.0), **moments}
 
     def _delete_old(self) -> None:
-        folders = _complete_checkpoints(self.directory)
+        folders = complete_checkpoints(self.directory)
         for iteration in sorted(folders)[: -self.keep]:
             if not (self.keep_every and (iteration + 1) % self.keep_every == 0):
                 folders[iteration].rename(folders[iteration].with_suffix(_UNFINISHED))
         for leftover in self.directory.glob(f"*{_UNFINISHED}"):
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a folder of checkpoints."""
-    folders = _complete_checkpoints(directory)
-    return folders[max(folders)] if folders else None
 
 
 def set_aside(output_dir: Path) -> None:
@@ -229,12 +231,6 @@ def set_aside(output_dir: Path) -> None:
     distributed.barrier()
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: `iteration`, `scaler` and what the run added."""
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    return state
-
-
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
     """Load networks and centres, but no optimizer, from a checkpoint folder or from a teacher dump.
 
@@ -246,7 +242,7 @@ def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
     if Path(source).is_dir():
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
         try:
-            stored = {name for name in _stored_names(Path(source)) if name.startswith("model.")}
+            stored = {name for name in stored_names(Path(source)) if name.startswith("model.")}
             _load_tensors(state, Path(source), stored)
         except (Exception, CheckpointException) as error:  # a damaged file raises nearly anything
             raise ValueError(f"cannot load the model from {source}: {_root_cause(error)}") from error
@@ -263,27 +259,12 @@ def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
     logger.info("loaded the model from %s", source)
 
 
-def _stored_names(folder: Path) -> Set[str]:
-    """Names of the tensors in a checkpoint."""
-    return dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.keys()
-
-
 def _load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) -> None:
     """Read all `stored` tensors of a checkpoint into those of the same names; there must be neither more nor fewer."""
     if unknown := sorted(stored - tensors.keys()):
         raise ValueError(f"it holds {len(unknown)} tensors that this model does not have, such as {unknown[0]}")
-    _one_process_is_enough()
-    dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=not distributed.is_enabled())
-
-
-def _one_process_is_enough() -> None:
-    """Silence the remark of `torch.distributed.checkpoint`, also from its thread, that there is no process group."""
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-
-
-def _complete_checkpoints(directory: Path) -> dict[int, Path]:
-    found = directory.glob("model_*")
-    return {int(match[1]): path for path in found if (match := _FOLDER.fullmatch(path.name))}
+    one_process_is_enough()
+    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=not distributed.is_enabled())
 
 
 def save_teacher(teacher: nn.Module, path: Path) -> None:
@@ -309,9 +290,15 @@ def save_teacher(teacher: nn.Module, path: Path) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The message of the first error of a chain, which names the thing that went wrong."""
+    """The message of the error in a chain that names the thing that went wrong: ours, or else the first one."""
     if isinstance(error, CheckpointException) and error.failures:
         return _root_cause(next(iter(error.failures.values()))[0])
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    while (earlier := error.__cause__ or error.__context__) and not isinstance(error, (ValueError, OSError)):
+        error = earlier
     return f"{type(error).__name__}: {error}".strip()
+
+
+if __name__ == "__main__":
+    from dinov2.train.checkpoint_command import main
+
+    sys.exit(main())

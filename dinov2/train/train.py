@@ -12,6 +12,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
@@ -155,11 +156,11 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     start, images_seen = resume_run(cfg, checkpointer, metrics)
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
-    micro_batches = iter(to_device(build_loader(cfg, dataset, images_seen), device))
     global_batch = global_batch_size(cfg, distributed.world_size())
-    steps = enumerate(zip(*[micro_batches] * cfg.train.accumulate_steps), start)  # noqa: B905 - one endless iterator
     logger.info("%d of %d steps are done; %d images each", start, total_steps, global_batch)
-    with checkpointer, Interruption() as interruption:
+    loading = closing(to_device(build_loader(cfg, dataset, images_seen), device))  # its processes end with the loop
+    with loading as micro_batches, checkpointer, Interruption() as interruption:
+        steps = enumerate(zip(*[micro_batches] * cfg.train.accumulate_steps, strict=False), start)
         for step, batches in metrics.log_every(
             steps, cfg.train.log_period, "Training", total_steps, start, batch_size=global_batch
         ):

@@ -1,23 +1,52 @@
 """Several processes, and one that accumulates, compute the same; runs continue on another number of processes."""
 
 import itertools
-import re
+import math
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import CENTERING, CONFIG_FILE, SEPARATE_HEADS, all_in, checkpoints, metrics, run_script, run_train, tensors
+from tiny import (
+    CENTERING,
+    CONFIG_FILE,
+    SEPARATE_HEADS,
+    all_in,
+    checkpoints,
+    metrics,
+    run_script,
+    run_train,
+    start_script,
+    tensors,
+)
 
 from dinov2.train.checkpoint import read_state
 
 pytestmark = pytest.mark.slow
 
-GLOBAL_BATCH = 6  # micro-batches of 2 images: 6 processes could share it
+GLOBAL_BATCH = 12  # micro-batches of 2 images, for 1, 2 or 3 processes to share
 STEPS = 50
 COMMON = [
     *("train.batch_size_per_gpu=2", f"optim.epochs={STEPS // 2}", "train.checkpoint_period=1000"),
     *("train.checkpoint_keep=100", "evaluation.eval_period_iterations=0"),
 ]
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+SCHEDULES = [  # that do not depend on the number of epochs, so that a run may be made longer
+    *("optim.warmup_epochs=0", "optim.min_lr=0.002", "optim.weight_decay_end=0.04"),
+    *("teacher.final_momentum_teacher=0.9", "teacher.warmup_teacher_temp_epochs=1"),
+]
+
+
+def sharded(strategy: str) -> list[str]:
+    places = itertools.product(("student", "teacher"), ("backbone", "dino_head", "ibot_head"))
+    return [f"compute_precision.{side}.{module}.sharding_strategy={strategy}" for side, module in places]
 
 
 def train_on(num_processes: int, output_dir: Path, *words: str) -> str:
@@ -27,7 +56,7 @@ def train_on(num_processes: int, output_dir: Path, *words: str) -> str:
         run_train(output_dir, *words)
         return ""
     result = run_script(
-        *("-m", "torch.distributed.run", f"--nproc-per-node={num_processes}", "--standalone"),
+        *(*TORCHRUN, f"--nproc-per-node={num_processes}"),
         *("dinov2/train/train.py", "--config-file", str(CONFIG_FILE), "--output-dir", str(output_dir), *words),
     )
     assert result.returncode == 0, result.stdout + result.stderr
@@ -35,12 +64,49 @@ def train_on(num_processes: int, output_dir: Path, *words: str) -> str:
     return result.stdout + result.stderr
 
 
+def children(pid: int) -> list[int]:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def descendants(pid: int) -> list[int]:
+    below = children(pid)
+    return below + [other for child in below for other in descendants(child)]
+
+
+def workers(run: subprocess.Popen[str]) -> list[int]:
+    """The training processes that torchrun has started, by rank."""
+    return sorted(pid for pid in children(run.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text())
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def start_two(output_dir: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A training on two processes, and no trace of it afterwards."""
+    words = ("--config-file", str(CONFIG_FILE), "--output-dir", str(output_dir), *COMMON, *words)
+    run = start_script(*TORCHRUN, "--nproc-per-node=2", "dinov2/train/train.py", *words)
+    try:
+        yield run
+    finally:
+        for pid in [*descendants(run.pid), run.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        run.communicate()
+
+
 def accumulate(num_processes: int) -> str:
     return f"train.accumulate_steps={GLOBAL_BATCH // 2 // num_processes}"
 
 
 def largest_difference(a: Path, b: Path, step: int = STEPS - 1) -> float:
-    """Over all weights, centres and moments: norm of the difference / norm; the key biases, which do not matter, apart."""
+    """Of weights, centres and moments: norm of the difference / norm; without key biases, which do not matter."""
     first, second = tensors(a, step), tensors(b, step)
     assert first.keys() == second.keys()
     differences = []
@@ -66,7 +132,105 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output_dir
 
 
-def test_three_processes_compute_what_one_does_that_accumulates(one: Path, tmp_path: Path) -> None:
-    train_on(3, tmp_path, accumulate(3))
-    assert_same_losses(tmp_path, one, rel=1e-3)
-    assert largest_difference(tmp_path, one) < 1e-2
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_several_processes_compute_what_one_does_that_accumulates(
+    num_processes: int, one: Path, tmp_path: Path
+) -> None:
+    train_on(num_processes, tmp_path, accumulate(num_processes))
+    assert_same_losses(tmp_path, one, rel=1e-4)
+    assert largest_difference(tmp_path, one) < 1e-4
+
+
+def test_so_they_do_with_centering_and_separate_heads(tmp_path: Path) -> None:
+    for num_processes in (1, 3):
+        train_on(num_processes, tmp_path / str(num_processes), accumulate(num_processes), CENTERING, *SEPARATE_HEADS)
+    assert_same_losses(tmp_path / "3", tmp_path / "1", rel=1e-3)
+    assert largest_difference(tmp_path / "3", tmp_path / "1") < 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        sharded("NO_SHARD"),
+        [*sharded("FULL_SHARD"), "train.activation_checkpointing=full"],
+        [*sharded("FULL_SHARD"), "train.activation_checkpointing=selective", "student.block_chunks=1"],
+    ],
+    ids=["NO_SHARD", "FULL_SHARD full checkpointing", "FULL_SHARD in one unit"],
+)
+def test_no_strategy_changes_the_numbers(settings: list[str], one: Path, tmp_path: Path) -> None:
+    train_on(2, tmp_path, accumulate(2), *settings)
+    assert_same_losses(tmp_path, one, rel=1e-4)
+    assert largest_difference(tmp_path, one) < 1e-4
+
+
+@pytest.mark.parametrize("strategy", ["HYBRID_SHARD", "HYBRID_SHARD_ZERO2"])
+def test_nor_does_sharding_within_machines(strategy: str, tmp_path: Path) -> None:
+    """Four processes that believe to be on two machines."""
+    train_on(1, tmp_path / "one", "train.accumulate_steps=4", "optim.epochs=5")
+    port = str(20000 + os.getpid() % 20000)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+    words = ["--config-file", str(CONFIG_FILE), "--output-dir", str(tmp_path / "four"), *COMMON, "optim.epochs=5"]
+    processes = [
+        start_script(
+            *("dinov2/train/train.py", *words, *sharded(strategy)),
+            environment=place | {"RANK": str(rank), "LOCAL_RANK": str(rank % 2)},
+        )
+        for rank in range(4)
+    ]
+    outputs = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    assert largest_difference(tmp_path / "four", tmp_path / "one", step=9) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_lower_precision_trains_on_two_processes_and_resumes(dtype: str, tmp_path: Path) -> None:
+    settings = [*all_in(dtype), f"compute_precision.student.backbone.mixed_precision.reduce_dtype={dtype}"]
+    output = train_on(2, tmp_path, *settings, "optim.epochs=10")
+    assert (dtype == "fp16") == ("skipped by the gradient scaler" in output), "as it starts at 65536"
+    train_on(2, tmp_path, *settings)
+    losses = [line["total_loss"] for line in metrics(tmp_path)]
+    assert len(losses) == STEPS and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+def test_a_run_continues_on_another_number_of_processes(one: Path, tmp_path: Path) -> None:
+    """2 -> 1 -> 3 processes with one global batch: the samples go on in their order and the losses are the same."""
+    for num_processes, epochs in ((2, 5), (1, 15), (3, STEPS // 2)):
+        train_on(num_processes, tmp_path, accumulate(num_processes), *SCHEDULES, f"optim.epochs={epochs}")
+    train_on(1, tmp_path / "straight", accumulate(1), *SCHEDULES)
+    assert checkpoints(tmp_path) == [9, 29, STEPS - 1]
+    assert_same_losses(tmp_path, tmp_path / "straight", rel=1e-4)
+    assert largest_difference(tmp_path, tmp_path / "straight") < 1e-4
+
+
+def test_it_continues_where_the_images_stopped_also_if_the_global_batch_changes(tmp_path: Path) -> None:
+    seen = 0
+    for num_processes, epochs in ((2, 5), (1, 6), (3, 8)):
+        output = train_on(num_processes, tmp_path, f"optim.epochs={epochs}")
+        state = read_state(tmp_path / "checkpoints" / f"model_{2 * epochs - 1:07d}")
+        seen += {2: 10, 1: 2, 3: 4}[num_processes] * 2 * num_processes
+        assert state["images_seen"] == seen
+    assert "resuming with other settings" in output
+
+
+def test_a_process_that_is_killed_takes_the_others_down_within_a_minute(tmp_path: Path) -> None:
+    with start_two(tmp_path, "train.checkpoint_period=2", "optim.epochs=100000") as run:
+        wait_until(lambda: len(checkpoints(tmp_path)) > 0)
+        started = time.monotonic()
+        os.kill(workers(run)[1], signal.SIGKILL)
+        run.communicate(timeout=60)
+    assert run.returncode != 0 and time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_to_one_process_stops_both_with_a_checkpoint(signum: int, tmp_path: Path) -> None:
+    """Also with loader processes, which get it too when a scheduler sends it to everything it has started."""
+    with start_two(tmp_path, "train.num_workers=1", "optim.epochs=100000") as run:
+        wait_until(lambda: (tmp_path / "training_metrics.json").exists() and len(metrics(tmp_path)) > 2)
+        one_of_them = workers(run)[1]
+        for pid in [one_of_them, *children(one_of_them)]:
+            os.kill(pid, signum)
+        output, errors = run.communicate(timeout=60)
+    (iteration,) = checkpoints(tmp_path)
+    assert [line["iteration"] for line in metrics(tmp_path)] == list(range(iteration + 1)), output + errors
+    train_on(1, tmp_path, f"optim.epochs={iteration // 2 + 2}")
+    assert metrics(tmp_path)[-1]["iteration"] == 2 * (iteration // 2 + 2) - 1

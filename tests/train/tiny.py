@@ -89,10 +89,16 @@ def train_command(*words: str) -> list[str]:
 
 def start_train(output_dir: Path, *words: str, **settings: Any) -> subprocess.Popen[str]:
     """The training command in a process of its own."""
+    _, *command = train_command("--config-file", str(CONFIG_FILE), "--output-dir", str(output_dir), *words)
+    return start_script(*command, **settings)
+
+
+def start_script(*words: str, environment: dict[str, str] | None = None, **settings: Any) -> subprocess.Popen[str]:
+    """A Python script of the clone in a process of its own, with further environment variables."""
     return subprocess.Popen(
-        train_command("--config-file", str(CONFIG_FILE), "--output-dir", str(output_dir), *words),
+        [sys.executable, *words],
         cwd=ROOT,
-        env=_environment(),
+        env=_environment() | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

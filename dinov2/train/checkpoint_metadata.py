@@ -1,0 +1,160 @@
+"""The table of contents of a checkpoint folder, `.metadata`, read so that a foreign folder can run no code.
+
+`torch.distributed.checkpoint` writes it as a pickle, and a pickle may call anything. Here it may only fill records of
+ours (`_Record`), which can do nothing; the objects that torch wants are then built from what was found to be in order.
+Tensors are all that a folder of ours holds: an entry of another kind would be read with an unrestricted pickle.
+"""
+
+import math
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+_FILE = re.compile(r"\w+\.distcp")
+
+ADVICE = "copy the checkpoint again, or use another one"
+
+
+class _Record:
+    """Stands for a class while unpickling: keeps the state that the pickle gives it.
+
+    As there is a `__setstate__`, a pickle can set no attribute, neither of a record nor of its class.
+    """
+
+    def __init__(self, *args: object) -> None:
+        """What the pickle calls with arguments (paths, layouts) is of no use here."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_CLASSES = [
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((_METADATA, name) for name in ("TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata")),
+    (_METADATA, "BytesStorageMetadata"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+]
+"""All that `.metadata` names, besides torch.Size and dtypes."""
+
+_RECORDS = {(module, name): type(name, (_Record,), {}) for module, name in _CLASSES}
+
+
+class _RefusedError(ValueError):
+    """The pickle asks for something that is no part of such a table."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _RECORDS:
+            return _RECORDS[module, name]
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+            return getattr(torch, name)
+        raise _RefusedError(f"it asks for {module}.{name}, which could run code and is no part of a checkpoint")
+
+
+def read_metadata(folder: str | Path) -> Metadata:
+    """Read `.metadata` of a checkpoint folder and see that the files it speaks of are there, in their full length.
+
+    Raises:
+        FileNotFoundError: if it is no checkpoint folder, or a file of it is missing.
+        ValueError: if a file is damaged or truncated, or if the folder holds anything else than tensors.
+    """
+    path = Path(folder) / ".metadata"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: this is no checkpoint folder, or an incomplete one; {ADVICE}")
+    try:
+        with path.open("rb") as file:
+            fields = _fields(_Unpickler(file).load(), "Metadata")
+        tensors = {name: _tensor(name, record) for name, record in fields["state_dict_metadata"].items()}
+        stored = dict(_stored(index, info) for index, info in fields["storage_data"].items())
+        _check_all_stored(tensors, stored)
+    except _RefusedError as error:
+        raise ValueError(f"{path} is refused: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # on bytes it does not expect pickle fails in many ways
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}): {ADVICE}") from error
+    _check_files(Path(folder), stored)
+    return Metadata({**tensors}, {name: (name,) for name in tensors}, stored, version=fields.get("version"))
+
+
+def _fields(record: Any, kind: str) -> dict[str, Any]:
+    """The fields of a dataclass that a record stands for."""
+    if type(record).__name__ != kind or not isinstance(record, _Record) or not isinstance(record.state, dict):
+        raise ValueError(f"a {type(record).__name__} where a {kind} belongs")
+    return record.state
+
+
+def _size(value: object) -> torch.Size:
+    if not isinstance(value, torch.Size) or min(value, default=0) < 0:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _tensor(name: str, record: object) -> TensorStorageMetadata:
+    if type(record).__name__ == "BytesStorageMetadata":
+        raise _RefusedError(f"{name} is no tensor but a pickled object, which could run code")
+    fields = _fields(record, "TensorStorageMetadata")
+    size, dtype = _size(fields["size"]), fields["properties"].state[0]
+    if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} has the dtype {dtype!r}")
+    chunks = []
+    for chunk in (_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]):
+        chunks.append(ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])))
+        ends = [offset + length for offset, length in zip(chunks[-1].offsets, chunks[-1].sizes, strict=True)]
+        if any(end > length for end, length in zip(ends, size, strict=True)):
+            raise ValueError(f"a part of {name} lies outside of it")
+    if sum({chunk.offsets: math.prod(chunk.sizes) for chunk in chunks}.values()) != math.prod(size):
+        raise ValueError(f"the parts of {name} are not the whole tensor")
+    return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
+
+
+def _stored(index: object, info: object) -> tuple[MetadataIndex, _StorageInfo]:
+    """Which part of a tensor, and where its bytes are."""
+    part, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
+    file, offset, length = place["relative_path"], place["offset"], place["length"]
+    if not isinstance(file, str) or not _FILE.fullmatch(file):
+        raise _RefusedError(f"it points to {file!r}, which is no file of a checkpoint folder")
+    if place.get("transform_descriptors"):
+        raise _RefusedError(f"{file} is written with {place['transform_descriptors']}, which is not read here")
+    if not (isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0):
+        raise ValueError(f"{length} bytes at {offset} of {file}")
+    return MetadataIndex(part["fqn"], _size(part["offset"])), _StorageInfo(file, offset, length)
+
+
+def _check_all_stored(tensors: dict[str, TensorStorageMetadata], stored: dict[MetadataIndex, _StorageInfo]) -> None:
+    """Every part of a tensor lies somewhere, in as many bytes as it has at least."""
+    for name, tensor in tensors.items():
+        for chunk in tensor.chunks:
+            if (
+                math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
+                > stored[MetadataIndex(name, chunk.offsets)].length
+            ):
+                raise ValueError(f"too few bytes for {name}")
+
+
+def _check_files(folder: Path, stored: dict[MetadataIndex, _StorageInfo]) -> None:
+    """The files are there and not shorter than they were written."""
+    ends: dict[str, int] = {}
+    for info in stored.values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    for name, end in ends.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: the checkpoint is incomplete; {ADVICE}")
+        if path.stat().st_size < end:
+            raise ValueError(f"{path} is truncated, {path.stat().st_size:,} of {end:,} bytes are there: {ADVICE}")

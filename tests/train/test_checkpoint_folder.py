@@ -1,0 +1,276 @@
+"""A checkpoint folder is read to the last bit, or refused with the name of the file; it never runs code."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from checkpoint_files import Unsafe, assert_equal, write_checkpoint
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from dinov2.train import checkpoint_metadata
+from dinov2.train.checkpoint_folder import (
+    SafeReader,
+    complete_checkpoints,
+    find_checkpoint,
+    latest_checkpoint,
+    read_shapes,
+    read_state,
+    read_tensors,
+    stored_names,
+)
+from dinov2.train.checkpoint_metadata import read_metadata
+
+
+def some_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "model.teacher.weight": torch.randn(5, 3, generator=generator),
+        "model.teacher.half": torch.randn(7, generator=generator).bfloat16(),
+        "model.student.transposed": torch.randn(4, 6, generator=generator).half().t(),
+        "model.student.part": torch.arange(10)[3:5],
+        "model.student.none": torch.zeros(0, 3),
+        "model.flags": torch.tensor([True, False]),
+        "optimizer.student.weight.step": torch.tensor(3.0),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "model_0000007", some_tensors(), images_seen=8)
+
+
+# --- What is read ----------------------------------------------------------------------------------------------------
+
+
+def test_tensors_are_read_to_the_last_bit(folder: Path) -> None:
+    assert_equal(read_tensors(folder), some_tensors())
+    teacher = {name: value for name, value in some_tensors().items() if name.startswith("model.teacher.")}
+    assert_equal(read_tensors(folder, "model.teacher."), teacher)
+
+
+def test_names_and_shapes_need_no_tensors(folder: Path) -> None:
+    assert set(stored_names(folder)) == set(some_tensors())
+    shapes = read_shapes(folder)
+    assert all(shapes[name].shape == value.shape for name, value in some_tensors().items())
+    assert all(shapes[name].dtype == value.dtype and shapes[name].is_meta for name, value in some_tensors().items())
+
+
+def test_the_table_is_the_one_that_torch_reads(folder: Path) -> None:
+    ours, theirs = read_metadata(folder), dcp.FileSystemReader(folder).read_metadata()
+    assert ours.storage_data == theirs.storage_data and ours.planner_data == theirs.planner_data
+    for name, stored in theirs.state_dict_metadata.items():
+        found = ours.state_dict_metadata[name]
+        assert (found.size, found.chunks, found.properties.dtype) == (
+            stored.size,
+            stored.chunks,
+            stored.properties.dtype,
+        )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_safe_reader_serves_torch(folder: Path) -> None:
+    tensors = {name: torch.empty_like(value) for name, value in some_tensors().items()}
+    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
+    assert_equal(tensors, some_tensors())
+
+
+def test_the_state_is_read(folder: Path) -> None:
+    assert read_state(folder) == {"iteration": 7, "scaler": {}, "images_seen": 8}
+
+
+def test_no_tensors_of_that_name(folder: Path) -> None:
+    with pytest.raises(ValueError, match="model_0000007 holds no tensors with names that start with 'model.other'"):
+        read_tensors(folder, "model.other")
+
+
+# --- Which folder ----------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_complete_checkpoint_is_found_from_everywhere(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    for name in ("model_0000009", "model_10000000", "model_9999999", "model_10000001.unfinished", "model_best"):
+        write_checkpoint(directory / name, some_tensors())
+    newest = directory / "model_10000000"
+    assert list(complete_checkpoints(directory)) == [9, 9999999, 10000000]
+    assert latest_checkpoint(directory) == newest
+    assert find_checkpoint(tmp_path) == find_checkpoint(directory) == find_checkpoint(newest) == newest
+    assert find_checkpoint(directory / "model_0000009") == directory / "model_0000009"
+
+
+def test_no_checkpoint_anywhere(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path / "checkpoints") is None
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path}: give a folder model_<iteration>"):
+        find_checkpoint(tmp_path)
+
+
+# --- Folders that would run code -------------------------------------------------------------------------------------
+
+
+def harmful_root(metadata: Metadata, target: Path) -> object:
+    return Unsafe(target)
+
+
+def harmful_planner(metadata: Metadata, target: Path) -> object:
+    metadata.planner_data = {"a": Unsafe(target)}
+    return metadata
+
+
+def harmful_name(metadata: Metadata, target: Path) -> object:
+    metadata.state_dict_metadata[Unsafe(target)] = None  # type: ignore[index,assignment]
+    return metadata
+
+
+def harmful_size(metadata: Metadata, target: Path) -> object:
+    metadata.state_dict_metadata["model.flags"].size = Unsafe(target)  # type: ignore[union-attr,assignment]
+    return metadata
+
+
+@pytest.mark.parametrize("harm", [harmful_root, harmful_planner, harmful_name, harmful_size])
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_table_that_would_run_code_is_refused_and_does_not_run(
+    harm: Callable[[Metadata, Path], object], protocol: int, folder: Path
+) -> None:
+    path, target = folder / ".metadata", folder / "made"
+    content = pickle.dumps(harm(pickle.loads(path.read_bytes()), target), protocol=protocol)
+    path.write_bytes(content)
+    for read in (read_metadata, read_tensors, stored_names, lambda folder: SafeReader(folder).read_metadata()):
+        with pytest.raises(ValueError, match=r"\.metadata is refused: it asks for .* which could run code"):
+            read(folder)
+    assert not target.exists()
+    pickle.loads(content)
+    assert target.exists(), "it would have run"
+
+
+@pytest.mark.parametrize(
+    "name", ["builtins eval", "os system", "torch load", "torch nn.Module", "torch.serialization load", "dinov2 log"]
+)
+def test_only_what_belongs_into_a_table_can_be_asked_for(name: str, folder: Path) -> None:
+    (folder / ".metadata").write_bytes(f"c{name.replace(' ', chr(10))}\n.".encode())
+    with pytest.raises(ValueError, match=f"refused: it asks for {name.replace(' ', '.')}, which could run code"):
+        read_metadata(folder)
+
+
+@pytest.mark.parametrize("name", ["Metadata", "TensorProperties", "_MEM_FORMAT_ENCODING"])
+@pytest.mark.parametrize("state", [{"state": 1}, (None, {"__setstate__": 1})])
+def test_a_table_cannot_change_classes(name: str, state: object, folder: Path) -> None:
+    module = "torch.distributed.checkpoint.metadata"
+    harm = f"c{module}\n{name}\n".encode() + pickle.dumps(state, protocol=0)[:-1] + b"b."
+    (folder / ".metadata").write_bytes(harm)
+    stand_in = checkpoint_metadata._RECORDS[module, name]
+    before = dict(vars(stand_in)), dict(vars(stand_in.__mro__[1]))
+    with pytest.raises(ValueError, match=r"\.metadata is damaged .*__setstate__"):
+        read_metadata(folder)
+    assert (dict(vars(stand_in)), dict(vars(stand_in.__mro__[1]))) == before
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_entry_that_is_no_tensor_is_refused_as_torch_would_run_it(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    folder = write_checkpoint(tmp_path / "model_0000001", {"model.weight": Unsafe(target)})
+    with pytest.raises(ValueError, match=r"\.metadata is refused: model.weight is no tensor but a pickled object"):
+        read_tensors(folder)
+    with pytest.raises(dcp.api.CheckpointException, match="model.weight is no tensor"):
+        dcp.load({"model.weight": torch.zeros(1)}, storage_reader=SafeReader(folder), no_dist=True)
+    assert not target.exists()
+    dcp.load({"model.weight": torch.zeros(1)}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    assert target.exists(), "torch's own reader runs it"
+
+
+def test_tensors_that_are_pickles_are_refused(folder: Path, tmp_path: Path) -> None:
+    metadata, target = pickle.loads((folder / ".metadata").read_bytes()), tmp_path / "made"
+    place = next(info for index, info in metadata.storage_data.items() if index.fqn == "model.teacher.weight")
+    file = folder / place.relative_path
+    harm, whole = pickle.dumps(Unsafe(target), protocol=2), bytearray(file.read_bytes())
+    whole[place.offset : place.offset + len(harm)] = harm
+    file.write_bytes(whole)
+    with pytest.raises(ValueError, match=f"{file} is damaged"):
+        read_tensors(folder)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("elsewhere", ["../secret.distcp", "/etc/passwd", "", "..", "below/__0_0.distcp"])
+def test_a_table_cannot_point_out_of_its_folder(elsewhere: str, folder: Path) -> None:
+    change_table(folder, lambda metadata: setattr(first_place(metadata), "relative_path", elsewhere))
+    with pytest.raises(
+        ValueError, match=r"\.metadata is refused: it points to .*, which is no file of a checkpoint folder"
+    ):
+        read_metadata(folder)
+
+
+# --- Damaged folders -------------------------------------------------------------------------------------------------
+
+
+def change_table(folder: Path, change: Callable[[Any], object]) -> None:
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def first_place(metadata: Any) -> Any:
+    return next(iter(metadata.storage_data.values()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda metadata: metadata.state_dict_metadata["model.teacher.weight"].chunks.pop(),
+        lambda metadata: setattr(metadata.state_dict_metadata["model.flags"], "size", torch.Size([10**12])),
+        lambda metadata: setattr(metadata.state_dict_metadata["model.flags"], "size", torch.Size([-2])),
+        lambda metadata: setattr(metadata.state_dict_metadata["model.flags"], "chunks", None),
+        lambda metadata: metadata.storage_data.clear(),
+        lambda metadata: setattr(first_place(metadata), "length", 3),
+        lambda metadata: setattr(first_place(metadata), "offset", -1),
+        lambda metadata: setattr(metadata, "state_dict_metadata", None),
+        lambda metadata: delattr(metadata, "storage_data"),
+    ],
+)
+def test_a_table_that_contradicts_itself_is_damaged(change: Callable[[Any], object], folder: Path) -> None:
+    change_table(folder, change)
+    with pytest.raises(ValueError, match=r"\.metadata is damaged .*: copy the checkpoint again, or use another one"):
+        read_metadata(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 0.3, 0.7, 0.99])
+def test_a_truncated_file_is_named(kept: float, folder: Path) -> None:
+    for name, read in {".metadata": read_tensors, "__0_0.distcp": read_tensors, "state.json": read_state}.items():
+        path = folder / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(kept * len(whole)) if kept < 1 else kept])
+        with pytest.raises(ValueError, match=f"{path} is (damaged|truncated).*copy the checkpoint again"):
+            read(folder)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("garbage", [b"\0", b"<html>", b"\x80\x04\x95", bytes(range(256))])
+def test_a_file_of_garbage_is_named(garbage: bytes, folder: Path) -> None:
+    for name, read in {".metadata": read_tensors, "__0_0.distcp": read_tensors, "state.json": read_state}.items():
+        path = folder / name
+        whole = path.read_bytes()
+        path.write_bytes(garbage * (len(whole) // len(garbage) + 1))
+        with pytest.raises(ValueError, match=f"{path} is damaged.*copy the checkpoint again"):
+            read(folder)
+        path.write_bytes(whole)
+
+
+def test_a_missing_file_is_named(folder: Path) -> None:
+    for name, read in {".metadata": read_tensors, "__0_0.distcp": read_tensors, "state.json": read_state}.items():
+        path = folder / name
+        whole = path.read_bytes()
+        path.unlink()
+        with pytest.raises(FileNotFoundError, match=f"{path}.* incomplete"):
+            read(folder)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("state", [[], {"scaler": {}}, {"iteration": "7"}, None])
+def test_a_state_without_an_iteration_is_refused(state: object, folder: Path) -> None:
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="state.json does not say which iteration it is of"):
+        read_state(folder)
