@@ -97,8 +97,13 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.finish()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        try:
+            self.finish()
+        except OSError as error:
+            if kind is None:
+                raise
+            logger.warning("%s", error)  # what stopped the run is the news
 
     def is_due(self, step: int) -> bool:
         """Whether there should be a checkpoint of `step`."""
@@ -122,7 +127,8 @@ class Checkpointer:
             if distributed.is_main():
                 shutil.rmtree(unfinished, ignore_errors=True)
                 unfinished.mkdir(parents=True)
-                state = {"iteration": step, "scaler": self.scaler.state_dict(), **extra_state}
+                facts = {"iteration": step, "world_size": distributed.world_size(), **extra_state}
+                state = {**facts, "scaler": self.scaler.state_dict()}
                 with replacing(unfinished / "state.json") as file:
                     file.write(json.dumps(state).encode())
             distributed.barrier()
@@ -170,15 +176,12 @@ class Checkpointer:
             f"Run the same command again when that is mended: it continues from there."
         )
 
-    def load_latest(self) -> dict[str, Any] | None:
-        """Restore the newest checkpoint in place; returns its `state.json`, or None if there is no checkpoint.
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Restore a checkpoint in place; returns its `state.json`.
 
         Raises:
             ValueError: if it is damaged or belongs to another model.
         """
-        folder = latest_checkpoint(self.directory)
-        if folder is None:
-            return None
         try:
             state = read_state(folder)
             stored = stored_names(folder)

@@ -123,7 +123,8 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     epoch_length, total_steps = cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     if not resume:
         set_aside(output_dir)
-    if cfg.MODEL.WEIGHTS and latest_checkpoint(output_dir / "checkpoints") is None:
+    latest = distributed.all_gather_object(latest_checkpoint(output_dir / "checkpoints"))[0]  # as rank 0 sees it
+    if latest is None and cfg.MODEL.WEIGHTS:
         load_training_weights(model, cfg.MODEL.WEIGHTS)
     model.train()
     parallelize(
@@ -153,7 +154,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         keep_every=cfg.train.checkpoint_keep_every,
     )
     metrics = MetricLogger("  ", output_dir / "training_metrics.json", is_main=distributed.is_main())
-    start, images_seen = resume_run(cfg, checkpointer, metrics)
+    start, images_seen = resume_run(cfg, latest, checkpointer, metrics)
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
     global_batch = global_batch_size(cfg, distributed.world_size())
@@ -227,15 +228,17 @@ def clip_and_step(
     return accepted
 
 
-def resume_run(cfg: Config, checkpointer: Checkpointer, metrics: MetricLogger) -> tuple[int, int]:
+def resume_run(
+    cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger
+) -> tuple[int, int]:
     """Restore the latest checkpoint, if there is one; the first step to do and the images seen before it.
 
     Config and metrics on disk are replaced only once that has worked.
     """
     config_file = Path(cfg.train.output_dir) / "config.yaml"
-    state = checkpointer.load_latest()
     start = images_seen = 0
-    if state is not None:
+    if latest is not None:
+        state = checkpointer.load(latest)
         if config_file.exists() and (changed := config.differences(config.load(config_file), cfg)):
             logger.warning("resuming with other settings than before: %s", "; ".join(changed))
         metrics.load_state_dict(state["metrics"])

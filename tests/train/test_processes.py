@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import random
 import signal
 import subprocess
 import time
@@ -210,6 +211,30 @@ def test_it_continues_where_the_images_stopped_also_if_the_global_batch_changes(
         seen += {2: 10, 1: 2, 3: 4}[num_processes] * 2 * num_processes
         assert state["images_seen"] == seen
     assert "resuming with other settings" in output
+
+
+def test_twenty_kills_of_a_random_process_change_nothing(tmp_path: Path) -> None:
+    settings = ["optim.epochs=150", "train.checkpoint_period=3", "train.checkpoint_keep=2", "train.num_workers=1"]
+    train_on(2, tmp_path / "straight", *settings)
+    killed, rng, kills = tmp_path / "killed", random.Random(0), 0
+    while kills < 20:
+        reached = max(checkpoints(killed), default=-1)
+        with start_two(killed, *settings) as run:
+            wait_until(lambda: run.poll() is not None or len(workers(run)) == 2)
+            if kills % 4:  # the others die while they start
+                wait_until(
+                    lambda before=reached: run.poll() is not None or max(checkpoints(killed), default=-1) > before
+                )
+            time.sleep(rng.uniform(0, 0.5))
+            if run.poll() is None and len(alive := workers(run)) == 2:
+                os.kill(rng.choice(alive), signal.SIGKILL)
+                kills += 1
+            run.communicate(timeout=60)
+            assert run.returncode != 0, "killed before its end"
+    train_on(2, killed, *settings)
+    assert metrics(killed) == metrics(tmp_path / "straight")
+    first, second = tensors(killed, 299), tensors(tmp_path / "straight", 299)
+    assert all(torch.equal(first[name], second[name]) for name in second)
 
 
 def test_a_process_that_is_killed_takes_the_others_down_within_a_minute(tmp_path: Path) -> None:

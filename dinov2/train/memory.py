@@ -1,0 +1,224 @@
+"""What one process holds and sends: bytes by sharding strategy, from the sizes of the networks alone.
+
+How `parallelize` and `fully_shard` treat them, as far as bytes are concerned:
+
+- A parameter is split along its first dimension over n processes and padded to equal shards. Weights of student and
+  teacher, gradients and the two moments of AdamW are float32: 5 x 4 bytes of every shard, all the time.
+- A unit (a block or several; the rest of a backbone; a head) is gathered before it runs, in `param_dtype`: a buffer
+  for what arrives, then the whole parameters. What is freed after use leaves the rest of the backbone, one unit and the
+  buffer of the next. What is kept adds up until the backward pass frees it unit by unit.
+- The whole gradients of a unit, in `param_dtype`, go to a buffer in `reduce_dtype`, are summed, and become shards.
+  Each network keeps the buffer of its last unit until the backward pass ends.
+- In a ring of n processes each sends (n - 1) / n of the whole to gather it or to sum it to shards, and twice that to
+  sum it everywhere. Each micro-batch gathers the teacher once, the student once or, if freed in between, twice, and
+  sums the gradients once; replicas of shards then sum theirs.
+
+One process alone gathers nothing, but autocast keeps the student's weights in `param_dtype` until the backward pass.
+Not counted: what the optimizer and the kernels need for a moment, and the buffers of communication libraries.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dinov2.config import DTYPES, Config, ModulePrecision
+from dinov2.train.parallel import local_tensors
+from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
+
+PROCESSES_PER_MACHINE = 8
+
+FLOAT32 = 4  # bytes
+COPIES_OF_STUDENT = 4
+"""Weight, gradient and two AdamW moments. The teacher has only weights."""
+
+SAVED_PER_TOKEN_AND_BLOCK = 17
+"""Activations kept for the backward pass, in units of the width: 2 norms (3), qkv and attention (5), MLP (9)."""
+
+_SAVED = {"none": (0, SAVED_PER_TOKEN_AND_BLOCK), "selective": (1, 10), "full": (1, 0)}
+"""By activation checkpointing, for all tokens: the input of the block; for those that stochastic depth leaves: the
+results of matrix products (qkv 3, projection 1, MLP 5) and attention (1), or everything."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one process; of the one that holds most, where parameters cannot be divided evenly."""
+
+    state: float  # shards of weights, gradients and moments, all the time
+    gathered: float  # whole weights, at the peak
+    reducing: float  # whole gradients on their way to shards, at the peak
+    activations: float  # rough
+    sent: float  # in an optimizer step
+    sent_by_machine: float  # to other machines in an optimizer step, by all processes of a machine
+
+    @property
+    def memory(self) -> float:
+        """All that may be there at one time."""
+        return self.state + self.gathered + self.reducing + self.activations
+
+
+def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_machine: int) -> Estimate:
+    """What a process of a run holds and sends; the model may be on the meta device.
+
+    Args:
+        num_processes: of the run.
+        processes_per_machine: with this many or fewer there is one machine.
+    """
+    per_machine = min(processes_per_machine, num_processes)
+    networks = []
+    for name, network in model.student.items():
+        how = getattr(cfg.compute_precision.student, name), getattr(cfg.compute_precision.teacher, name)
+        networks.append(_Network(sharding_units(network, cfg.student.block_chunks), *how, num_processes, per_machine))
+    steps = cfg.train.accumulate_steps
+    return Estimate(
+        state=sum(network.shard for network in networks) * (COPIES_OF_STUDENT + 1) * FLOAT32,
+        gathered=_gathered(networks),
+        reducing=_reducing(networks),
+        activations=_activations(cfg, model),
+        sent=steps * sum(network.sent_around_shards + network.sent_around_replicas for network in networks),
+        sent_by_machine=steps * sum(network.sent_by_machine for network in networks),
+    )
+
+
+def held_bytes(model: SSLMetaArch, optimizer: torch.optim.Optimizer) -> int:
+    """What this process holds between a step and the next `zero_grad`: the `state` of an `Estimate`, counted."""
+    student = list(model.student.parameters())
+    gradients = [param.grad for param in student if param.grad is not None]
+    moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
+    tensors = local_tensors([*student, *model.teacher.parameters(), *gradients, *moments])
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def sharding_units(network: nn.Module, block_chunks: int) -> list[list[Tensor]]:
+    """The parameters that `parallelize` gathers and frees together: those outside of blocks, then block by block."""
+    blocks = list(getattr(network, "blocks", []))
+    size = max(len(blocks) // block_chunks, 1) if block_chunks else 1
+    chunks = [blocks[first : first + size] for first in range(0, len(blocks), size)]
+    units: list[list[Tensor]] = [[param for block in chunk for param in block.parameters()] for chunk in chunks]
+    in_blocks = {id(param) for unit in units for param in unit}
+    return [[param for param in network.parameters() if id(param) not in in_blocks], *units]
+
+
+# --- Weights and gradients -------------------------------------------------------------------------------------------
+
+
+class _Network:
+    """One network of the student, its teacher, and how they are shared.
+
+    Attributes:
+        units: elements of each unit, padded; that outside of blocks comes first.
+        shard: elements of all units that a process holds.
+        kept: whether the student keeps what it has gathered until the backward pass.
+    """
+
+    def __init__(
+        self,
+        units: Iterable[Iterable[Tensor]],
+        student: ModulePrecision,
+        teacher: ModulePrecision,
+        num_processes: int,
+        per_machine: int,
+    ) -> None:
+        strategy = student.sharding_strategy
+        self.num_shards = {"NO_SHARD": 1, "HYBRID_SHARD": per_machine, "HYBRID_SHARD_ZERO2": per_machine}.get(
+            strategy, num_processes
+        )
+        self.alone = num_processes == 1
+        self.machines = num_processes // per_machine
+        self.replicas = num_processes // self.num_shards
+        self.units = [sum(_shard_numel(param, self.num_shards) for param in unit) * self.num_shards for unit in units]
+        self.shard = sum(self.units) // self.num_shards
+        self.kept = self.alone or strategy not in ("FULL_SHARD", "HYBRID_SHARD")
+        self.param_bytes = _itemsize(student.mixed_precision.param_dtype)
+        self.teacher_bytes = _itemsize(teacher.mixed_precision.param_dtype)
+        self.reduce_bytes = _itemsize(student.mixed_precision.reduce_dtype)
+
+    @property
+    def all_gathered(self) -> int:
+        """Bytes of the student's weights if they are kept."""
+        if self.alone and self.param_bytes == FLOAT32:
+            return 0  # computes with the parameters themselves
+        return sum(self.units) * self.param_bytes
+
+    def passing(self, itemsize: int) -> int:
+        """Bytes of weights that are freed after use, at the peak: the rest, and a unit and the buffer of the next."""
+        if self.alone:
+            return 0  # one matrix at a time
+        rest, block = self.units[0], max(self.units[1:], default=0)
+        elements = rest + block if self.num_shards == 1 else rest + max(rest, 2 * block)
+        return elements * itemsize
+
+    @property
+    def sent_around_shards(self) -> float:
+        """Bytes by each process and micro-batch among the processes that share a copy: weights and gradients."""
+        gathers = (1 if self.kept else 2) * self.param_bytes + self.teacher_bytes
+        return (self.num_shards - 1) * self.shard * (gathers + self.reduce_bytes)
+
+    @property
+    def sent_around_replicas(self) -> float:
+        """Bytes by each process and micro-batch to those that hold the same shard: gradients."""
+        return 2 * (self.replicas - 1) / self.replicas * self.shard * self.reduce_bytes
+
+    @property
+    def sent_by_machine(self) -> float:
+        """Bytes of a micro-batch that leave a machine. A ring over all machines leaves each of them once."""
+        if self.machines == 1:
+            return 0.0
+        rings_of_shards = 1 if self.replicas == 1 else 0  # else they stay within machines
+        return rings_of_shards * self.sent_around_shards + self.num_shards * self.sent_around_replicas
+
+
+def _gathered(networks: Sequence[_Network]) -> float:
+    """Teacher and student take turns, and so do the networks, but for what is kept."""
+    teacher = max(network.passing(network.teacher_bytes) for network in networks)
+    kept = sum(network.all_gathered for network in networks if network.kept)
+    return max(teacher, kept + max((n.passing(n.param_bytes) for n in networks if not n.kept), default=0))
+
+
+def _reducing(networks: Sequence[_Network]) -> float:
+    """The gradients of the largest unit, and a buffer of each network."""
+    if any(network.alone for network in networks):
+        return 0.0
+    gradients = max(max(network.units) * network.param_bytes for network in networks)
+    return gradients + sum(max(network.units) * network.reduce_bytes for network in networks)
+
+
+def _shard_numel(param: Tensor, num_shards: int) -> int:
+    """Elements of the largest shard, to which the others are padded."""
+    return math.ceil(param.shape[0] / num_shards) * math.prod(param.shape[1:])
+
+
+def _itemsize(dtype: str) -> int:
+    return DTYPES[dtype].itemsize
+
+
+# --- Activations -----------------------------------------------------------------------------------------------------
+
+
+def _activations(cfg: Config, model: SSLMetaArch) -> float:
+    """Rough bytes for the backward pass of a micro-batch, and the teacher's targets for all micro-batches of a step."""
+    arch, crops, backbone = cfg.student, cfg.crops, model.student_backbone
+    value_bytes = _itemsize(cfg.compute_precision.student.backbone.mixed_precision.param_dtype)
+    extra = 1 + arch.num_register_tokens
+    tokens = NUM_GLOBAL_CROPS * ((crops.global_crops_size // arch.patch_size) ** 2 + extra)
+    tokens += crops.local_crops_number * ((crops.local_crops_size // arch.patch_size) ** 2 + extra)
+    of_all, of_kept = _SAVED[cfg.train.activation_checkpointing]
+    not_dropped = 1 - arch.drop_path_rate
+    per_token = backbone.n_blocks * (of_all + of_kept * not_dropped)
+    if cfg.train.activation_checkpointing != "none":  # the block that is computed again has everything
+        per_token += (SAVED_PER_TOKEN_AND_BLOCK - of_kept) * not_dropped
+    masked = masked_patches_per_image(cfg)
+    teacher_rows, student_rows = NUM_GLOBAL_CROPS + masked, NUM_GLOBAL_CROPS + crops.local_crops_number + masked
+    scores = student_rows * (FLOAT32 + value_bytes) + teacher_rows * FLOAT32 * cfg.train.accumulate_steps
+    per_image = tokens * per_token * backbone.embed_dim * value_bytes + scores * cfg.dino.head_n_prototypes
+    return cfg.train.batch_size_per_gpu * per_image
+
+
+def masked_patches_per_image(cfg: Config) -> float:
+    """Of all global crops of an image, on average."""
+    if cfg.ibot.loss_weight <= 0:
+        return 0.0
+    patches = (cfg.crops.global_crops_size // cfg.student.patch_size) ** 2
+    return NUM_GLOBAL_CROPS * patches * cfg.ibot.mask_sample_probability * sum(cfg.ibot.mask_ratio_min_max) / 2
