@@ -126,7 +126,7 @@ def files_up_to(size: int) -> Iterator[None]:
 def test_a_checkpoint_that_does_not_fit_is_named_also_without_one_before(tmp_path: Path) -> None:
     message = r"iteration 1 to .*model_0000001: .*File too large.*Last complete checkpoint: none"
     with files_up_to(100_000), pytest.raises(OSError, match=message):
-        run_train(tmp_path)
+        run_train(tmp_path, "evaluation.eval_period_iterations=0")
     assert list((tmp_path / "checkpoints").iterdir()) == []
     run_train(tmp_path / "straight")
     run_train(tmp_path)
