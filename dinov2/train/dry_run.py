@@ -9,21 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from dinov2 import config
+from dinov2 import config, distributed
 from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.images import BadImageError
 from dinov2.models import build_model
 from dinov2.train.checkpoint import load_training_weights
+from dinov2.train.memory import estimate, masked_patches_per_image
 from dinov2.train.schedules import build_schedules
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
-BYTES_PER_STUDENT_PARAMETER = 16
-"""float32 weight, gradient and two AdamW moments. The teacher has only a weight: 4."""
-
-SAVED_PER_TOKEN_AND_BLOCK = 17
-"""Activations kept for the backward pass, in units of the width: 2 norms (3), qkv and attention (5), MLP (9)."""
+PROCESSES_PER_MACHINE = 8
+"""Assumed where the processes are yet to be started."""
 
 IMAGES_TRIED = 20
 """How many images are read to see whether the data set can be."""
@@ -78,7 +76,6 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
     steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     parameters = {name: _num_parameters(module) for name, module in model.student.items()}
     flops = training_flops_per_image(cfg, model)
-    memory = memory_per_process(cfg, model)
     return {
         "data set": f"{cfg.train.dataset_path}, {num_images:,} images",
         "global batch": f"{batch:,} images ({cfg.train.batch_size_per_gpu} x {world_size} processes{accumulated})",
@@ -89,8 +86,29 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
         **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
         "FLOPs per image": f"{flops / 1e9:.1f} GFLOP (student and teacher, forward and backward)",
         "FLOPs of the run": f"{flops * steps * batch:.3g} FLOP",
-        "memory per process, estimated": f"{memory / 2**30:.2f} GiB (weights, gradients, AdamW, activations)",
+        **_costs(cfg, model, world_size),
     }
+
+
+def _costs(cfg: Config, model: SSLMetaArch, world_size: int) -> dict[str, str]:
+    """What a process will hold and send."""
+    here = distributed.where_am_i()
+    per_machine = here.local_world_size if here.world_size == world_size else min(PROCESSES_PER_MACHINE, world_size)
+    costs = estimate(cfg, model, world_size, per_machine)
+    memory = (
+        f"{_gib(costs.memory)} (weights, gradients and AdamW {_gib(costs.state)}, gathered weights and gradients "
+        f"{_gib(costs.gathered + costs.reducing)}, activations {_gib(costs.activations)})"
+    )
+    if world_size == 1:
+        return {"memory per process, estimated": memory}
+    modules = cfg.compute_precision.student
+    strategies = [f"{name} {getattr(modules, name).sharding_strategy}" for name in model.student]
+    sent = f"{_gib(costs.sent)} by a process, {_gib(costs.sent_by_machine)} by a machine of {per_machine} to others"
+    return {"sharding": ", ".join(strategies), "memory per process, estimated": memory, "sent in a step": sent}
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _num_parameters(module: nn.Module) -> int:
@@ -123,7 +141,7 @@ def training_flops_per_image(cfg: Config, model: SSLMetaArch) -> float:
     student = NUM_GLOBAL_CROPS * backbone(cfg.crops.global_crops_size, kept)
     if num_local:
         student += num_local * backbone(cfg.crops.local_crops_size, kept)
-    patches = _masked_patches_per_image(cfg)
+    patches = masked_patches_per_image(cfg)
     patch_head = "ibot_head" if "ibot_head" in model.student else "dino_head"
     for name, student_tokens, teacher_tokens in (
         ("dino_head", NUM_GLOBAL_CROPS + num_local, NUM_GLOBAL_CROPS),
@@ -133,30 +151,6 @@ def training_flops_per_image(cfg: Config, model: SSLMetaArch) -> float:
             student += student_tokens * _num_parameters(model.student[name])
             teacher += teacher_tokens * _num_parameters(model.student[name])
     return 2 * (3 * student + teacher)
-
-
-def memory_per_process(cfg: Config, model: SSLMetaArch) -> float:
-    """Rough bytes of one process with unsharded parameters."""
-    parameters = _num_parameters(model.student)
-    arch, crops = cfg.student, cfg.crops
-    backbone = model.student_backbone
-    value_bytes = 4 if cfg.compute_precision.student.backbone.mixed_precision.param_dtype == "fp32" else 2
-    extra = 1 + arch.num_register_tokens
-    tokens = NUM_GLOBAL_CROPS * ((crops.global_crops_size // arch.patch_size) ** 2 + extra)
-    tokens += crops.local_crops_number * ((crops.local_crops_size // arch.patch_size) ** 2 + extra)
-    kept = backbone.n_blocks * (1 - arch.drop_path_rate)
-    activations = tokens * kept * SAVED_PER_TOKEN_AND_BLOCK * backbone.embed_dim * value_bytes
-    class_rows = 2 * NUM_GLOBAL_CROPS + crops.local_crops_number
-    scores = (class_rows + 2 * _masked_patches_per_image(cfg)) * cfg.dino.head_n_prototypes * (4 + value_bytes)
-    per_image = activations + scores
-    return parameters * (BYTES_PER_STUDENT_PARAMETER + 4) + cfg.train.batch_size_per_gpu * per_image
-
-
-def _masked_patches_per_image(cfg: Config) -> float:
-    if cfg.ibot.loss_weight <= 0:
-        return 0.0
-    patches = (cfg.crops.global_crops_size // cfg.student.patch_size) ** 2
-    return NUM_GLOBAL_CROPS * patches * cfg.ibot.mask_sample_probability * sum(cfg.ibot.mask_ratio_min_max) / 2
 
 
 def _attention_multiply_adds(inputs: list[Any], outputs: list[Any]) -> float:

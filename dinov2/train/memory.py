@@ -8,7 +8,8 @@ How `parallelize` and `fully_shard` treat them, as far as bytes are concerned:
   for what arrives, then the whole parameters. What is freed after use leaves the rest of the backbone, one unit and the
   buffer of the next. What is kept adds up until the backward pass frees it unit by unit.
 - The whole gradients of a unit, in `param_dtype`, go to a buffer in `reduce_dtype`, are summed, and become shards.
-  Each network keeps the buffer of its last unit until the backward pass ends.
+  Each network keeps the buffer of its last unit until the backward pass ends, and with replicas those in which they
+  sum their shards, which count where they are not the gradients themselves nor in the place of freed weights.
 - In a ring of n processes each sends (n - 1) / n of the whole to gather it or to sum it to shards, and twice that to
   sum it everywhere. Each micro-batch gathers the teacher once, the student once or, if freed in between, twice, and
   sums the gradients once; replicas of shards then sum theirs.
@@ -20,6 +21,7 @@ Not counted: what the optimizer and the kernels need for a moment, and the buffe
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,7 @@ from dinov2.config import DTYPES, Config, ModulePrecision
 from dinov2.train.parallel import local_tensors
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
-PROCESSES_PER_MACHINE = 8
+STRATEGIES: tuple[str, ...] = get_args(get_type_hints(ModulePrecision)["sharding_strategy"])
 
 FLOAT32 = 4  # bytes
 COPIES_OF_STUDENT = 4
@@ -64,7 +66,7 @@ def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_
 
     Args:
         num_processes: of the run.
-        processes_per_machine: with this many or fewer there is one machine.
+        processes_per_machine: with so many or fewer there is one machine.
     """
     per_machine = min(processes_per_machine, num_processes)
     networks = []
@@ -75,7 +77,7 @@ def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_
     return Estimate(
         state=sum(network.shard for network in networks) * (COPIES_OF_STUDENT + 1) * FLOAT32,
         gathered=_gathered(networks),
-        reducing=_reducing(networks),
+        reducing=_reducing(networks, steps),
         activations=_activations(cfg, model),
         sent=steps * sum(network.sent_around_shards + network.sent_around_replicas for network in networks),
         sent_by_machine=steps * sum(network.sent_by_machine for network in networks),
@@ -126,7 +128,7 @@ class _Network:
             strategy, num_processes
         )
         self.alone = num_processes == 1
-        self.machines = num_processes // per_machine
+        self.machines = math.ceil(num_processes / per_machine)
         self.replicas = num_processes // self.num_shards
         self.units = [sum(_shard_numel(param, self.num_shards) for param in unit) * self.num_shards for unit in units]
         self.shard = sum(self.units) // self.num_shards
@@ -177,12 +179,18 @@ def _gathered(networks: Sequence[_Network]) -> float:
     return max(teacher, kept + max((n.passing(n.param_bytes) for n in networks if not n.kept), default=0))
 
 
-def _reducing(networks: Sequence[_Network]) -> float:
-    """The gradients of the largest unit, and a buffer of each network."""
+def _reducing(networks: Sequence[_Network], accumulate_steps: int) -> float:
+    """The gradients of the largest unit, and buffers of each network."""
     if any(network.alone for network in networks):
         return 0.0
     gradients = max(max(network.units) * network.param_bytes for network in networks)
-    return gradients + sum(max(network.units) * network.reduce_bytes for network in networks)
+    buffers = sum(max(network.units) * network.reduce_bytes for network in networks)
+    of_replicas = sum(
+        network.shard * network.reduce_bytes
+        for network in networks
+        if network.replicas > 1 and not network.kept and (network.reduce_bytes != FLOAT32 or accumulate_steps > 1)
+    )
+    return gradients + buffers + of_replicas
 
 
 def _shard_numel(param: Tensor, num_shards: int) -> int:
@@ -199,7 +207,7 @@ def _itemsize(dtype: str) -> int:
 
 def _activations(cfg: Config, model: SSLMetaArch) -> float:
     """Rough bytes for the backward pass of a micro-batch, and the teacher's targets for all micro-batches of a step."""
-    arch, crops, backbone = cfg.student, cfg.crops, model.student_backbone
+    arch, crops, backbone, masked = cfg.student, cfg.crops, model.student_backbone, masked_patches_per_image(cfg)
     value_bytes = _itemsize(cfg.compute_precision.student.backbone.mixed_precision.param_dtype)
     extra = 1 + arch.num_register_tokens
     tokens = NUM_GLOBAL_CROPS * ((crops.global_crops_size // arch.patch_size) ** 2 + extra)
@@ -209,11 +217,13 @@ def _activations(cfg: Config, model: SSLMetaArch) -> float:
     per_token = backbone.n_blocks * (of_all + of_kept * not_dropped)
     if cfg.train.activation_checkpointing != "none":  # the block that is computed again has everything
         per_token += (SAVED_PER_TOKEN_AND_BLOCK - of_kept) * not_dropped
-    masked = masked_patches_per_image(cfg)
-    teacher_rows, student_rows = NUM_GLOBAL_CROPS + masked, NUM_GLOBAL_CROPS + crops.local_crops_number + masked
-    scores = student_rows * (FLOAT32 + value_bytes) + teacher_rows * FLOAT32 * cfg.train.accumulate_steps
-    per_image = tokens * per_token * backbone.embed_dim * value_bytes + scores * cfg.dino.head_n_prototypes
-    return cfg.train.batch_size_per_gpu * per_image
+    rows = (  # of scores for the prototypes: student's, teacher's, how many prototypes
+        (NUM_GLOBAL_CROPS + crops.local_crops_number, NUM_GLOBAL_CROPS, cfg.dino.head_n_prototypes),
+        (masked, masked, (cfg.ibot if cfg.ibot.separate_head else cfg.dino).head_n_prototypes),
+    )
+    targets = FLOAT32 * cfg.train.accumulate_steps
+    scores = sum((student * (FLOAT32 + value_bytes) + teacher * targets) * width for student, teacher, width in rows)
+    return cfg.train.batch_size_per_gpu * (tokens * per_token * backbone.embed_dim * value_bytes + scores)
 
 
 def masked_patches_per_image(cfg: Config) -> float:
