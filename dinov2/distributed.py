@@ -204,16 +204,17 @@ def close() -> None:
 def session(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[Place]:
     """`init()` before and `close()` after the body; an error in the body is not left to the others' time-out.
 
-    The traceback is logged with the rank and handed to torchrun, if that started us. The group is then not closed in
-    good order, which would wait for the others: the process ends, its connections break, and the others fail too.
+    Its traceback says which process it was, and goes to the log file and to torchrun, if that started us. The group is
+    then not closed in good order, which would wait for the others: the process ends, its connections break, and the
+    others fail too.
     """
     place = init(timeout)
     try:
         yield place
     except Exception as error:
         if place.world_size > 1:
-            host = socket.gethostname()
-            logger.critical("process %d of %d on %s failed", place.rank, place.world_size, host, exc_info=True)
+            error.add_note(f"in process {place.rank} of {place.world_size} on {socket.gethostname()}")
+            logger.critical("this process failed", exc_info=True, extra={"only_in_file": True})  # who raised it tells
             get_error_handler().record_exception(error)
         raise
     close()

@@ -36,14 +36,21 @@ _FORMAT = "%(levelname).1s%(asctime)s %(process)d %(name)s %(filename)s:%(lineno
 _DATE_FORMAT = "%Y%m%d %H:%M:%S"
 
 
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+"""Errors about what a person gave: a config, a file, a value, a full disk. Their message says all; others are ours."""
+
+
 class _Console(logging.Handler):
-    """Lines on standard output, above the progress bar when there is one; what ends a command on standard error."""
+    """Lines on standard output, above the progress bar when there is one.
+
+    The `last_words` of a record, which end a command, go to standard error instead; what is `only_in_file` is left out.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            if hasattr(record, "ends_command"):
-                tqdm.write(f"error: {record.getMessage()}", file=sys.stderr)
-            else:
+            if hasattr(record, "last_words"):
+                tqdm.write(record.last_words, file=sys.stderr)
+            elif not hasattr(record, "only_in_file"):
                 tqdm.write(self.format(record), file=sys.stdout)
         except Exception:
             self.handleError(record)
@@ -66,20 +73,25 @@ class _LogFile(logging.FileHandler):
             sys.stderr.write(f"cannot write the end of the log file {self.baseFilename}: {error}\n")
 
 
+def log_path(output_dir: str | Path, rank: int = 0) -> Path:
+    """The log file of a process: `output_dir/logs/log.txt`, or `output_dir` itself if that ends in `.txt` or `.log`."""
+    path = Path(output_dir)
+    if path.suffix not in (".txt", ".log"):
+        path = path / "logs" / "log.txt"
+    return path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
+
+
 def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: int = logging.INFO) -> None:
     """Send all log lines and warnings to the console and, if an output folder is given, to a file in it.
 
-    The console shows rank 0, and errors of the other ranks. Lines are appended to `output_dir/logs/log.txt`
-    (`log.txt.rank3` for rank 3), or to `output_dir` itself if that ends in `.txt` or `.log`.
+    The console shows rank 0, and errors of the other ranks. Lines are appended to `log_path(output_dir, rank)`.
     May be called again: the same arguments change nothing, others replace the former ones.
     """
     handlers: list[logging.Handler] = [_Console(level if rank == 0 else max(level, logging.ERROR))]
     if output_dir is not None:
-        path = Path(output_dir)
-        if path.suffix not in (".txt", ".log"):
-            path = path / "logs" / "log.txt"
+        path = log_path(output_dir, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(path if rank == 0 else f"{path}.rank{rank}"))
+        handlers.append(_LogFile(path))
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if isinstance(handler, (_Console, _LogFile))]:
         root.removeHandler(old)
@@ -94,17 +106,18 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
 def run_command(command: Callable[[], int | None]) -> int:
     """Run a command of a person and return its exit status, 0 if it has none to give.
 
-    An error about what the person gave (a config, a file, a value, a full disk) is told in one line, its traceback
-    goes to the log file only, and the status is 1. Any other error is ours and raised as it is.
+    One of `USER_ERRORS` is told in one line, its traceback goes to the log file only, and the status is 1. Any other
+    error is ours and raised as it is.
     """
     setup_logging()
     try:
         return command() or 0
     except KeyboardInterrupt:
-        logger.error("interrupted; the same command again continues a training", extra={"ends_command": True})
+        text = "interrupted; the same command again continues a training"
+        logger.error("%s", text, extra={"last_words": f"error: {text}"})
         return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        logger.error("%s", error, exc_info=True, extra={"ends_command": True})
+    except USER_ERRORS as error:
+        logger.error("%s", error, exc_info=True, extra={"last_words": f"error: {error}"})
         return 1
 
 

@@ -2,7 +2,8 @@
 # Runs the tests, installing what they need first.
 #
 #   bash scripts/test.sh                       lint, and the fast tests
-#   bash scripts/test.sh all                   also the slow ones, and those that need SLURM or a GPU
+#   bash scripts/test.sh slurm                 also those that submit jobs to a SLURM of their own on this machine
+#   bash scripts/test.sh all                   also the slow ones, and those that need a GPU
 #   bash scripts/test.sh [all] tests/hub -x    further words go to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
@@ -10,11 +11,34 @@ setup_venv requirements.txt requirements-dev.txt
 cd "$ROOT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests are small: more threads make them slower
 
+# The programs of SLURM, which need no configuration of this machine. Where they are missing the tests say so.
+install_slurm() {
+    local program packages=(slurmctld slurmd slurm-client munge)
+    for program in slurmctld slurmd sbatch munged; do
+        PATH=$PATH:/usr/sbin:/sbin type -P "$program" >/dev/null && continue
+        if [ "$(id -u)" = 0 ] && type -P apt-get >/dev/null; then
+            echo "installing ${packages[*]}" >&2
+            apt-get update -qq && apt-get install -qq --yes --no-install-recommends "${packages[@]}" >/dev/null || true
+        else
+            echo "the tests with SLURM are left out: they need the packages ${packages[*]}, or root to install them" >&2
+        fi
+        return
+    done
+}
+
 selection=(-m "not slow and not slurm and not gpu")
-if [ "${1:-}" = all ]; then
-    selection=()
-    shift
-fi
+case ${1:-} in
+    slurm)
+        install_slurm
+        selection=(-m "not slow and not gpu")
+        shift
+        ;;
+    all)
+        install_slurm
+        selection=()
+        shift
+        ;;
+esac
 
 status=0
 bash scripts/lint.sh || status=1

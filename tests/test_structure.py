@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "hub": {"models"},
     "train": {"config", "data", "distributed", "files", "layers", "log", "loss", "models"},
     "eval": {"config", "data", "distributed", "files", "log", "models"},
-    "run": {"config", "distributed", "log", "train", "eval"},
+    "run": {"config", "distributed", "files", "log", "train", "eval"},
 }
 
 # What a layer needs beyond Python itself when it is imported. torch.hub.load needs torch alone.

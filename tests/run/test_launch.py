@@ -9,44 +9,50 @@ import re
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import submitit
 
-from dinov2.run.launch import (
-    Job,
+from dinov2.run import partition
+from dinov2.run.launch import launch
+from dinov2.run.partition import Limits
+from dinov2.run.slurm import Job, executor_parameters, signal_delay
+from dinov2.run.submission import (
     LaunchError,
     Submission,
-    executor_parameters,
-    launch,
+    check_counts,
     num_local_processes,
+    per_slurm_node,
     uses_slurm,
-    with_output_dir,
 )
+from dinov2.run.task import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 
 DEFAULT = Submission(
     launcher="auto",
     ngpus=None,
+    tasks_per_node=None,
     nodes=1,
-    timeout=2800,
+    timeout=None,
     partition=None,
     account=None,
     qos=None,
     constraint=None,
     use_volta32=False,
     mem=None,
-    cpus_per_task=10,
+    cpus_per_task=None,
     comment="",
     exclude="",
+    setup=[],
 )
 
 # A task that says who it is: one file per process, holding what it was given.
 TASK = """
-import argparse, json, os, sys
+import argparse, json, os, signal, sys, time
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -54,6 +60,7 @@ if __package__ in (None, ""):
 
 import torch
 from dinov2 import distributed
+from dinov2.log import setup_logging
 from dinov2.run.launch import launch
 
 
@@ -61,7 +68,7 @@ def get_args_parser(add_help=True):
     parser = argparse.ArgumentParser(add_help=add_help)
     parser.add_argument("--config-file")
     parser.add_argument("--output-dir", default="")
-    parser.add_argument("--fail-on-rank", type=int)
+    parser.add_argument("--rank-1", choices=("runs out of paper", "has a bug", "is killed", "leaves"))
     parser.add_argument("--no-resume", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("opts", nargs="*")
@@ -70,13 +77,27 @@ def get_args_parser(add_help=True):
 
 def main(args):
     with distributed.session() as place:
-        if distributed.rank() == args.fail_on_rank:
-            raise OSError("rank %d ran out of paper" % args.fail_on_rank)
-        total = distributed.all_reduce_sum(torch.tensor(distributed.rank() + 1)).item()
         out = Path(args.output_dir)
         out.mkdir(parents=True, exist_ok=True)
+        setup_logging(out, distributed.rank())
+        if distributed.rank() == 1:
+            fate(args.rank_1)
+        total = distributed.all_reduce_sum(torch.tensor(distributed.rank() + 1)).item()
         facts = {"world_size": place.world_size, "total": total, "args": vars(args)}
+        facts["hidden GPUs"] = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
         (out / f"rank{distributed.rank()}.json").write_text(json.dumps(facts))
+
+
+def fate(what):
+    if what == "runs out of paper":
+        raise OSError("no paper in tray 2")
+    if what == "has a bug":
+        raise KeyError("tray 2")
+    if what == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "leaves":
+        time.sleep(0.5)
+        sys.exit(3)
 
 
 if __name__ == "__main__":
@@ -128,7 +149,7 @@ def test_flags_and_overrides_in_any_order_run_one_process_here(script: Path, tmp
     assert facts["args"] == {
         "config_file": "train/vitl16_short",
         "output_dir": str(tmp_path / "out"),
-        "fail_on_rank": None,
+        "rank_1": None,
         "no_resume": True,
         "dry_run": False,
         "opts": ["optim.epochs=20", "train.seed=1"],
@@ -165,10 +186,35 @@ def test_under_torchrun_the_processes_that_exist_are_used(script: Path, tmp_path
     assert [read(tmp_path / "out" / f"rank{rank}.json")["total"] for rank in (0, 1)] == [3, 3]
 
 
-def test_a_failing_process_ends_the_launch_with_its_traceback(script: Path) -> None:
-    result = run(script, "--launcher", "local", "--ngpus", "2", "--fail-on-rank", "1")
+def test_without_gpus_any_number_of_processes_and_no_gpu_is_seen(script: Path, tmp_path: Path) -> None:
+    result = run(script, "--ngpus", "0", "--tasks-per-node", "2", "--output-dir", "../out", CUDA_VISIBLE_DEVICES="0")
+    assert result.returncode == 0, result.stderr
+    for rank in (0, 1):
+        facts = read(tmp_path / "out" / f"rank{rank}.json")
+        assert (facts["world_size"], facts["hidden GPUs"]) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("fate", "last_line"),
+    [
+        ("runs out of paper", r"error: no paper in tray 2 \(process 1 of 2 on .*; log: LOG\)"),
+        ("has a bug", r"error: KeyError: 'tray 2' \(process 1 of 2 on .*; log: LOG\)"),
+        ("is killed", r"error: process 1 of 2 was killed by SIGKILL, perhaps for lack of memory; log: LOG"),
+        ("leaves", r"error: process 1 of 2 ended with status 3; log: LOG"),
+    ],
+)
+def test_a_failing_process_ends_the_launch_which_tells_why_once(
+    script: Path, tmp_path: Path, fate: str, last_line: str
+) -> None:
+    out, started = tmp_path / "out", time.monotonic()
+    result = run(script, "--launcher", "local", "--ngpus", "2", "--output-dir", str(out), "--rank-1", fate)
     assert result.returncode == 1
-    assert "rank 1 ran out of paper" in result.stdout[-3000:]
+    assert time.monotonic() - started < 60
+    assert re.fullmatch(last_line.replace("LOG", f"{out}/logs/log.txt.rank1"), result.stderr.splitlines()[-1])
+    tracebacks = (result.stdout + result.stderr).count("Traceback (most recent call last)")
+    assert tracebacks == (1 if fate == "has a bug" else 0), "only a bug needs one"
+    if fate in ("runs out of paper", "has a bug"):
+        assert "in fate" in (out / "logs" / "log.txt.rank1").read_text(), "the log has all tracebacks"
 
 
 def test_without_an_output_folder_the_root_is_configurable(script: Path, tmp_path: Path) -> None:
@@ -200,27 +246,60 @@ def test_wrong_commands_are_usage_errors_that_say_what_to_do(
 
 
 @pytest.mark.parametrize(
-    ("launcher", "ngpus", "num_gpus", "expected"),
+    ("launcher", "ngpus", "tasks", "num_gpus", "expected"),
     [
-        ("auto", None, 0, 1),
-        ("auto", None, 3, 3),
-        ("auto", None, 16, 8),
-        ("auto", 2, 4, 2),
-        ("auto", 8, 3, 3),
-        ("auto", 8, 0, 1),
-        ("local", None, 4, 4),
-        ("local", 2, 0, 2),
-        ("local", 0, 4, 1),
+        ("auto", None, None, 0, 1),
+        ("auto", None, None, 3, 3),
+        ("auto", None, None, 16, 8),
+        ("auto", 2, None, 4, 2),
+        ("auto", 8, None, 3, 3),
+        ("auto", 8, None, 0, 1),
+        ("auto", None, 2, 0, 2),
+        ("auto", None, 2, 4, 2),
+        ("auto", 0, None, 4, 1),
+        ("auto", 0, 6, 4, 6),
+        ("local", None, None, 4, 4),
+        ("local", 2, None, 0, 2),
+        ("local", 2, 2, 4, 2),
+        ("local", 0, None, 4, 1),
     ],
 )
-def test_number_of_local_processes(launcher: str, ngpus: int | None, num_gpus: int, expected: int) -> None:
-    submission = dataclasses.replace(DEFAULT, launcher=launcher, ngpus=ngpus)
+def test_number_of_local_processes(
+    launcher: Any, ngpus: int | None, tasks: int | None, num_gpus: int, expected: int
+) -> None:
+    submission = dataclasses.replace(DEFAULT, launcher=launcher, ngpus=ngpus, tasks_per_node=tasks)
     assert num_local_processes(submission, num_gpus) == expected
 
 
-def test_more_gpus_than_there_are_is_an_error_when_asked_for_explicitly() -> None:
+def test_more_processes_than_gpus_are_an_error_when_asked_for_explicitly() -> None:
     with pytest.raises(LaunchError, match="--ngpus 8: this machine has 3"):
         num_local_processes(dataclasses.replace(DEFAULT, launcher="local", ngpus=8), 3)
+    with pytest.raises(LaunchError, match="--tasks-per-node 4: this machine has 3.*--ngpus 0"):
+        num_local_processes(dataclasses.replace(DEFAULT, tasks_per_node=4), 3)
+
+
+@pytest.mark.parametrize(
+    ("ngpus", "tasks", "expected"),
+    [(None, None, (8, 8)), (4, None, (4, 4)), (4, 4, (4, 4)), (None, 2, (2, 2)), (0, None, (0, 1)), (0, 3, (0, 3))],
+)
+def test_gpus_and_processes_on_a_slurm_node(ngpus: int | None, tasks: int | None, expected: tuple[int, int]) -> None:
+    assert per_slurm_node(dataclasses.replace(DEFAULT, ngpus=ngpus, tasks_per_node=tasks)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ngpus": 4, "tasks_per_node": 2}, "--tasks-per-node 2 contradicts --ngpus 4.*one process per GPU.*--ngpus 0"),
+        ({"ngpus": -1}, "--ngpus -1: must be at least 0"),
+        ({"tasks_per_node": 0}, "--tasks-per-node 0: must be at least 1"),
+        ({"nodes": 0}, "--nodes 0"),
+        ({"timeout": 0}, "--timeout 0"),
+        ({"cpus_per_task": 0}, "--cpus-per-task 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_named(values: dict[str, int], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        check_counts(dataclasses.replace(DEFAULT, **values))
 
 
 def test_slurm_is_used_when_it_is_there_and_not_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,9 +311,14 @@ def test_slurm_is_used_when_it_is_there_and_not_forbidden(tmp_path: Path, monkey
     assert not uses_slurm(dataclasses.replace(DEFAULT, launcher="local"))
 
 
+def parameters(**values: Any) -> dict[str, Any]:
+    return executor_parameters(dataclasses.replace(DEFAULT, **values), "dinov2:train", "/out/%j")
+
+
 def test_executor_parameters_are_the_published_ones_without_anyones_partition() -> None:
-    set_parameters = {key: value for key, value in executor_parameters(DEFAULT, "dinov2:train").items() if value}
+    set_parameters = {key: value for key, value in parameters().items() if value}
     assert set_parameters.pop("slurm_setup") == [f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}"]
+    assert set_parameters.pop("slurm_teardown")[-1] == "exit $status"
     assert set_parameters == {
         "name": "dinov2:train",
         "nodes": 1,
@@ -243,56 +327,100 @@ def test_executor_parameters_are_the_published_ones_without_anyones_partition() 
         "cpus_per_task": 10,
         "timeout_min": 2800,
         "slurm_signal_delay_s": 120,
-        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+        "slurm_additional_parameters": {"requeue": True},
+        "slurm_srun_args": ["--kill-on-bad-exit=1", "--cpus-per-task=10"],
     }
-    asked = dataclasses.replace(DEFAULT, ngpus=0, use_volta32=True, constraint="ib", mem="64GB", partition="p")
-    parameters = executor_parameters(asked, "x")
-    assert (parameters["gpus_per_node"], parameters["tasks_per_node"]) == (None, 1)
-    assert (parameters["slurm_constraint"], parameters["slurm_mem"]) == ("ib&volta32gb", "64GB")
+    asked = parameters(use_volta32=True, constraint="ib", mem="64GB", partition="p")
+    assert (asked["slurm_constraint"], asked["slurm_mem"]) == ("ib&volta32gb", "64GB")
+
+
+def test_nodes_without_gpus_and_set_up_lines_in_their_order() -> None:
+    asked = parameters(ngpus=0, tasks_per_node=2, setup=["module load x", "export A=b"])
+    assert (asked["gpus_per_node"], asked["tasks_per_node"]) == (None, 2)
+    assert asked["slurm_setup"][:3] == ["module load x", "export A=b", "export CUDA_VISIBLE_DEVICES="]
+    assert asked["slurm_setup"][3].startswith("export PYTHONPATH=")
+
+
+def test_the_signal_leaves_time_for_a_checkpoint_and_a_short_job_time_to_work() -> None:
+    """Slurm may send it a minute early."""
+    assert [signal_delay(minutes) for minutes in (1, 2, 3, 12, 2800)] == [10, 20, 30, 120, 120]
 
 
 def test_submitit_accepts_the_executor_parameters(tmp_path: Path) -> None:
     executor = submitit.AutoExecutor(tmp_path, cluster="local")  # checks the names for all clusters
-    executor.update_parameters(**executor_parameters(dataclasses.replace(DEFAULT, partition="p", mem="1GB"), "x"))
+    executor.update_parameters(**parameters(partition="p", mem="1GB"))
+
+
+@pytest.mark.parametrize(
+    ("asked_for", "expected"),
+    [
+        (None, Limits(minutes=4 * 60, cpus=16)),
+        ("long", Limits(minutes=3 * 24 * 60 + 90, cpus=64)),
+        ("free", Limits(minutes=None, cpus=4)),
+        ("long,short", Limits(minutes=30, cpus=8)),
+        ("unheard-of", Limits()),
+    ],
+)
+def test_the_limits_of_a_partition_are_read_from_sinfo(
+    asked_for: str | None, expected: Limits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["usual*|4:00:00|16+", "long|3-01:30:00|64", "short|30:00|8", "free|infinite|4"]
+    (tmp_path / "sinfo").write_text("#!/bin/sh\n" + "".join(f"echo '{row}'\n" for row in rows))
+    (tmp_path / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert partition.limits(asked_for) == expected
+
+
+def test_what_is_not_asked_for_is_the_published_value_within_the_limits() -> None:
+    small = Limits(minutes=60, cpus=12)
+    eight = dataclasses.replace(DEFAULT, timeout=90, cpus_per_task=3)
+    assert (partition.timeout(DEFAULT, small), partition.cpus_per_task(DEFAULT, small)) == (60, 1)
+    assert (partition.timeout(DEFAULT, Limits()), partition.cpus_per_task(DEFAULT, Limits())) == (2800, 10)
+    assert (partition.timeout(eight, small), partition.cpus_per_task(eight, small)) == (90, 3)
 
 
 def test_the_output_folder_is_absolute_and_knows_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    args = argparse.Namespace(output_dir="runs/%j/x")
-    assert with_output_dir(args, "42").output_dir == str(tmp_path / "runs/42/x")
-    assert with_output_dir(args, None).output_dir == str(tmp_path / "runs/%j/x")
-    assert args.output_dir == "runs/%j/x", "the arguments handed in stay as they are"
+    task = Task("tell:main", argparse.Namespace(output_dir="runs/%j/x"))
+    assert task.with_output_dir("42").args.output_dir == str(tmp_path / "runs/42/x")
+    assert task.with_output_dir(None).args.output_dir == str(tmp_path / "runs/%j/x")
+    assert task.args.output_dir == "runs/%j/x", "the arguments handed in stay as they are"
     assert list(tmp_path.iterdir()) == [], "no folder named %j is made"
 
 
-def test_a_requeued_job_resumes_even_if_the_first_was_told_not_to(tmp_path: Path) -> None:
-    job = Job("tell:main", argparse.Namespace(output_dir="x", no_resume=True))
+def test_a_requeued_job_resumes_even_if_the_first_was_told_not_to() -> None:
+    job = Job(Task("tell:main", argparse.Namespace(output_dir="x", no_resume=True)))
     again = pickle.loads(pickle.dumps(job)).checkpoint().function
     assert isinstance(again, Job)
-    assert again.args == argparse.Namespace(output_dir="x", no_resume=False)
-    assert job.args.no_resume, "the running job is not changed"
+    assert again.task == Task("tell:main", argparse.Namespace(output_dir="x", no_resume=False))
+    assert job.task.args.no_resume, "the running job is not changed"
 
 
-def test_a_job_of_two_tasks_through_submitit_is_one_group(script: Path, tmp_path: Path) -> None:
+def test_a_job_of_two_tasks_through_submitit_is_one_group_and_resumes_when_restarted(
+    script: Path, tmp_path: Path
+) -> None:
     """submitit's own executor for one machine: the tasks find each other, and `%j` is the job's id."""
     submit = f"""
     import argparse, sys, submitit
     sys.path.append({str(ROOT)!r})
-    from dinov2.run.launch import Job
+    from dinov2.run.slurm import Job
+    from dinov2.run.task import Task
     executor = submitit.AutoExecutor({str(tmp_path / "jobs" / "%j")!r}, cluster="local")
     executor.update_parameters(tasks_per_node=2, timeout_min=2)
-    args = argparse.Namespace(output_dir={str(tmp_path / "jobs" / "%j")!r}, fail_on_rank=None)
-    job = executor.submit(Job("tell:main", args))
+    args = argparse.Namespace(output_dir={str(tmp_path / "jobs" / "%j")!r}, rank_1=None, no_resume=True)
+    job = executor.submit(Job(Task("tell:main", args)))
     assert job.results() == [0, 0]
     sys.stdout.write(job.job_id)
     """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(submit)],
-        env=environment() | {"PYTHONPATH": f"{ROOT}:{script.parent}", "PATH": os.environ["PATH"]},
+        env=environment()
+        | {"PYTHONPATH": f"{ROOT}:{script.parent}", "PATH": os.environ["PATH"], "SLURM_RESTART_COUNT": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    folder = tmp_path / "jobs" / result.stdout
-    assert [read(folder / f"rank{rank}.json")["total"] for rank in (0, 1)] == [3, 3]
+    facts = [read(tmp_path / "jobs" / result.stdout / f"rank{rank}.json") for rank in (0, 1)]
+    assert [each["total"] for each in facts] == [3, 3]
+    assert not any(each["args"]["no_resume"] for each in facts)

@@ -1,0 +1,157 @@
+"""What a launcher is asked for: its flags, and where and in how many processes a task is to run."""
+
+import argparse
+import dataclasses
+import logging
+import shutil
+from typing import Literal
+
+logger = logging.getLogger(__name__)
+
+PUBLISHED_GPUS_PER_NODE = 8
+PUBLISHED_CPUS_PER_TASK = 10
+PUBLISHED_TIMEOUT = 2800  # minutes
+
+
+class LaunchError(ValueError):
+    """The task cannot be launched as asked; the message says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """Where and with what a task runs; the launching flags."""
+
+    launcher: Literal["auto", "slurm", "local"]
+    ngpus: int | None
+    tasks_per_node: int | None
+    nodes: int
+    timeout: int | None
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    use_volta32: bool
+    mem: str | None
+    cpus_per_task: int | None
+    comment: str
+    exclude: str
+    setup: list[str]
+
+
+def make_parser(task_parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """A parser of the flags of a task and of those of `Submission`."""
+    parser = argparse.ArgumentParser(description=task_parser.description, parents=[task_parser], allow_abbrev=False)
+    group = parser.add_argument_group("launching", "all but the first three flags are for SLURM only")
+    add = group.add_argument
+    add("--launcher", choices=("auto", "slurm", "local"), default="auto", help="auto: SLURM where there is one")
+    add(
+        "--ngpus",
+        "--gpus",
+        "--gpus-per-node",
+        type=int,
+        help="GPUs per node, each with a process of its own; 0: run on CPUs, and ask for no GPU (default: "
+        f"--tasks-per-node if given, else {PUBLISHED_GPUS_PER_NODE} on SLURM and all GPUs of this machine without)",
+    )
+    add(
+        "--tasks-per-node",
+        type=int,
+        help="processes per node: as many as GPUs, or any number with --ngpus 0 (default: one per GPU; 1 without)",
+    )
+    add("--nodes", "--nnodes", type=int, default=1, help="nodes")
+    add(
+        "--timeout",
+        type=int,
+        help="minutes until the job is stopped, requeued and continued "
+        f"(default: {PUBLISHED_TIMEOUT}, or the partition's limit)",
+    )
+    add("--partition", help="partition (default: the cluster's)")
+    add("--account", help="account to charge")
+    add("--qos", help="quality of service")
+    add("--constraint", help="features that the nodes must have")
+    add("--use-volta32", action="store_true", help="add the constraint volta32gb")
+    add("--mem", help="memory per node, such as 480GB, 0 for all (default: the cluster's)")
+    add(
+        "--cpus-per-task",
+        type=int,
+        help="CPUs per process, one per data loader worker "
+        f"(default: {PUBLISHED_CPUS_PER_TASK}, or what the nodes have for each)",
+    )
+    add("--comment", default="", help="comment for the job")
+    add("--exclude", default="", help="nodes to avoid")
+    add(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line that the job runs before its processes start, such as 'module load cuda'; all processes "
+        "inherit the environment it makes (may be repeated)",
+    )
+    return parser
+
+
+def uses_slurm(submission: Submission) -> bool:
+    """Whether the task is to be submitted.
+
+    Raises:
+        LaunchError: if it is, but there is no SLURM here.
+    """
+    found = shutil.which("sbatch") is not None and shutil.which("srun") is not None
+    if submission.launcher == "slurm" and not found:
+        raise LaunchError("--launcher slurm: sbatch and srun are not on PATH; submit from a login node of the cluster")
+    return found and submission.launcher != "local"
+
+
+def check_counts(submission: Submission) -> None:
+    """Refuse numbers that make no sense, alone or together.
+
+    Raises:
+        LaunchError: naming the flags.
+    """
+    least = {"ngpus": 0, "tasks_per_node": 1, "nodes": 1, "timeout": 1, "cpus_per_task": 1}
+    for name, lower in least.items():
+        value = getattr(submission, name)
+        if value is not None and value < lower:
+            raise LaunchError(f"--{name.replace('_', '-')} {value}: must be at least {lower}")
+    if submission.ngpus and submission.tasks_per_node not in (None, submission.ngpus):
+        raise LaunchError(
+            f"--tasks-per-node {submission.tasks_per_node} contradicts --ngpus {submission.ngpus}: there is one "
+            "process per GPU; leave out one of them, or use --ngpus 0 to run on CPUs"
+        )
+
+
+def per_slurm_node(submission: Submission) -> tuple[int, int]:
+    """How many GPUs to ask for, and how many processes to start, on each node of a SLURM job."""
+    ngpus = submission.ngpus
+    if ngpus is None:
+        ngpus = submission.tasks_per_node or PUBLISHED_GPUS_PER_NODE
+    return ngpus, ngpus or submission.tasks_per_node or 1
+
+
+def num_local_processes(submission: Submission, num_gpus: int) -> int:
+    """How many processes to start on this machine, which has `num_gpus` GPUs.
+
+    `--launcher local --ngpus N` and `--tasks-per-node N` mean exactly N, also on a machine without a GPU; otherwise
+    one per GPU, at most as many as asked for.
+
+    Raises:
+        LaunchError: if more nodes, or explicitly more processes than there are GPUs, are asked for.
+    """
+    if submission.nodes > 1:
+        raise LaunchError(
+            f"--nodes {submission.nodes} needs SLURM, but --launcher is local or sbatch and srun are not on PATH: "
+            "submit from a login node of a cluster, or start the task itself with torchrun on every node, or leave out "
+            "--nodes to run on this machine alone"
+        )
+    if submission.ngpus == 0:
+        return submission.tasks_per_node or 1
+    if submission.tasks_per_node is not None or (submission.launcher == "local" and submission.ngpus is not None):
+        exactly = submission.tasks_per_node or submission.ngpus or 1
+        if 0 < num_gpus < exactly:
+            flag = "--tasks-per-node" if submission.ngpus is None else "--ngpus"
+            raise LaunchError(f"{flag} {exactly}: this machine has {num_gpus} GPU(s); --ngpus 0 runs on the CPU")
+        return exactly
+    asked = PUBLISHED_GPUS_PER_NODE if submission.ngpus is None else submission.ngpus
+    number = max(min(asked, num_gpus), 1)
+    if submission.ngpus not in (None, number):
+        logger.warning("--ngpus %d, but this machine has %d: running %d process(es)", asked, num_gpus, number)
+    return number
