@@ -57,7 +57,7 @@ def run_local(task: Task, num_processes: int) -> int:
             return _stopped_by(stop.sigval)
         except ChildFailedError as error:
             rank, ended = error.get_first_failure()
-            if ended.exitcode > 128:  # one of the processes got a signal, and all have agreed to stop
+            if ended.exitcode - 128 in _PASSED_ON:  # one of the processes got it, and all have agreed to stop
                 return _stopped_by(signal.Signals(ended.exitcode - 128))
             text = _why(rank, ended.exitcode, num_processes, Path(folder), task)
             logger.error("%s", text, extra={"last_words": text})

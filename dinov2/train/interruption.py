@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,9 +15,12 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """USR2: the scheduler's warning of a time limit or a preemption; TERM: an end within seconds; INT: Ctrl-C."""
 
+REPEATS = 1.0
+"""Seconds in which a signal may come several times and means once: from the terminal and from torchrun."""
+
 
 class Interruption:
-    """Catches the signals while the context is open; a second one of the same kind acts at once.
+    """Catches the signals while the context is open; a second one acts at once.
 
     with Interruption() as interruption:
         for step in ...:
@@ -28,6 +32,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signum = 0
+        self._noted = 0.0  # seconds, of time.monotonic
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> "Interruption":
@@ -41,10 +46,13 @@ class Interruption:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = signum
-        signal.signal(signum, self._former[signum])
-        name = signal.Signals(signum).name
-        logger.warning("%s: the run stops after this step with a checkpoint (once more: at once)", name)
+        if not self.signum:
+            self.signum, self._noted = signum, time.monotonic()
+            name = signal.Signals(signum).name
+            logger.warning("%s: the run stops after this step with a checkpoint (once more: at once)", name)
+        elif time.monotonic() > self._noted + REPEATS:
+            signal.signal(signum, self._former[signum])
+            signal.raise_signal(signum)
 
     def requested(self) -> bool:
         """Whether any process was told to stop; to be asked by all of them after every step."""

@@ -228,9 +228,7 @@ def clip_and_step(
     return accepted
 
 
-def resume_run(
-    cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger
-) -> tuple[int, int]:
+def resume_run(cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger) -> tuple[int, int]:
     """Restore the latest checkpoint, if there is one; the first step to do and the images seen before it.
 
     Config and metrics on disk are replaced only once that has worked.

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from tiny import assert_same_end, checkpoints, metrics, run_train
 
-from dinov2.train import train
+from dinov2.train import interruption, train
 from dinov2.train.interruption import SIGNALS, Interruption
 
 RARELY = "train.checkpoint_period=1000"
@@ -79,16 +79,23 @@ def test_who_handled_the_signal_before_gets_it_when_all_is_saved(
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interruption, "REPEATS", 0.0)
     with signalled_in(1, signal.SIGINT, monkeypatch, times=2), pytest.raises(KeyboardInterrupt):
         run_train(tmp_path, RARELY)
     assert checkpoints(tmp_path) == [] and len(metrics(tmp_path)) == 1
 
 
+def test_one_that_comes_twice_at_once_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with signalled_in(1, signal.SIGINT, monkeypatch, times=2), pytest.raises(KeyboardInterrupt):
+        run_train(tmp_path, RARELY)
+    assert checkpoints(tmp_path) == [1]
+
+
 def test_nothing_is_requested_without_a_signal() -> None:
-    with Interruption() as interruption:
-        assert not interruption.requested()
+    with Interruption() as stop:
+        assert not stop.requested()
         signal.raise_signal(signal.SIGTERM)
-        assert interruption.requested()
+        assert stop.requested()
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_which_nobody_sees_before_it_is_whole(
