@@ -2,19 +2,17 @@
 
 model = dinov2_vits14()                   # downloads the published weights
 model = dinov2_vits14(pretrained=False)   # the same network with random weights
+model = dinov2_vits14(weights="mine.pth")  # with others that fit; also a URL, or a folder of transformers
 """
 
-import os
 from enum import Enum
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any
 
 from dinov2.models import build_model
+from dinov2.models.published import published_settings, weights_url
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import load_backbone
-
-PUBLISHED_WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2"
-
-E = TypeVar("E", bound=Enum)
 
 
 class Weights(Enum):
@@ -68,7 +66,7 @@ def make_backbone(
     *,
     registers: bool = False,
     pretrained: bool = True,
-    weights: Weights | str = Weights.LVD142M,
+    weights: Weights | str | Path = Weights.LVD142M,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
     """Build one of the published backbones, on the CPU and in training mode.
@@ -76,43 +74,27 @@ def make_backbone(
     Args:
         arch: a key of `dinov2.models.ARCHS`.
         registers: whether it is the variant with four registers.
-        pretrained: whether to load the published weights, all of them or none.
-        weights: which weights (there is one choice).
+        pretrained: whether to load weights, all of them or none.
+        weights: which published weights (there is one choice), or a file, folder or URL of others that fit.
         kwargs: for the vision transformer; they win over the published settings.
 
     Raises:
         ValueError: if there are no such weights, or they do not fit the settings.
     """
-    weights = as_member(Weights, weights)
-    published = {
-        "img_size": 518,
-        "patch_size": 14,
-        "init_values": 1.0,
-        "ffn_layer": "swiglufused" if arch == "vit_giant2" else "mlp",
-        "num_register_tokens": 4 if registers else 0,
-        "interpolate_antialias": registers,
-        "interpolate_offset": 0.0 if registers else 0.1,
-    }
-    model = build_model(arch, **{**published, **kwargs})
-    if pretrained:
-        load_backbone(model, weights_url(arch, "pretrain", registers=registers))
-    return model
+    source = weights_source(Weights, weights, weights_url(arch, "pretrain", registers=registers))
+    model = build_model(arch, **{**published_settings(arch, registers=registers), **kwargs})
+    return load_backbone(model, source) if pretrained else model
 
 
-def weights_url(arch: str, content: str, *, registers: bool) -> str:
-    """Where published weights are; `content` is `pretrain`, `linear_head` or `linear4_head`.
+def weights_source(choices: type[Enum], weights: Enum | str | Path, published: str) -> str | Path:
+    """Where weights are that were asked for: as a member of an enumeration or its name `published`, else a path or URL.
 
-    The environment variable DINOV2_WEIGHTS_URL replaces the server: the URL of a mirror, or a folder.
+    Raises:
+        ValueError: if it is no member, nor looks like a path or URL.
     """
-    base = os.environ.get("DINOV2_WEIGHTS_URL", PUBLISHED_WEIGHTS_URL).rstrip("/")
-    folder = f"dinov2_{arch.replace('_', '')[:4]}14"
-    return f"{base}/{folder}/{folder}{'_reg4' if registers else ''}_{content}.pth"
-
-
-def as_member(choices: type[E], value: E | str) -> E:
-    """The member of an enumeration that is given itself or by its name."""
-    if isinstance(value, choices):
-        return value
-    if str(value) not in choices.__members__:
-        raise ValueError(f"unknown weights {value!r}; known: {', '.join(choices.__members__)}")
-    return choices[str(value)]
+    if isinstance(weights, choices) or weights in choices.__members__:
+        return published
+    if isinstance(weights, Path) or (isinstance(weights, str) and (Path(weights).suffix or Path(weights).exists())):
+        return weights
+    known = ", ".join(choices.__members__)
+    raise ValueError(f"unknown weights {weights!r}; known: {known}, or the path or URL of a file")

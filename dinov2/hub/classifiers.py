@@ -4,14 +4,16 @@ model = dinov2_vits14_lc(layers=4)   # images (B, 3, H, W) -> logits (B, 1000)
 """
 
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dinov2.hub.backbones import as_member, make_backbone, weights_url
+from dinov2.hub.backbones import make_backbone, weights_source
+from dinov2.models.published import weights_url
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weights import read_state_dict
+from dinov2.models.weights import load_backbone, read_state_dict
 
 NUM_CLASSES = 1000
 
@@ -94,7 +96,7 @@ def make_classifier(
     registers: bool = False,
     layers: int = 4,
     pretrained: bool = True,
-    weights: Weights | str = Weights.IMAGENET1K,
+    weights: Weights | str | Path = Weights.IMAGENET1K,
     **kwargs: Any,
 ) -> LinearClassifier:
     """Build one of the published classifiers.
@@ -103,16 +105,30 @@ def make_classifier(
         arch: a key of `dinov2.models.ARCHS`.
         registers: whether it is the variant with four registers.
         layers: how many last blocks the linear layer sees, 1 or 4.
-        pretrained: whether to load the published weights, of the backbone and of the linear layer.
-        weights: which weights of the linear layer (there is one choice).
+        pretrained: whether to load weights, of the backbone and of the linear layer.
+        weights: which published weights of the linear layer (there is one choice), or a file, folder or URL of others;
+            if it holds a backbone as well (a classifier of transformers does) that is taken, too.
         kwargs: for the backbone, see `make_backbone`.
 
     Raises:
-        ValueError: if `layers` or `weights` is none of the choices.
+        ValueError: if `layers` or `weights` is none of the choices, or the weights do not fit.
     """
-    as_member(Weights, weights)
-    model = LinearClassifier(make_backbone(arch, registers=registers, pretrained=pretrained, **kwargs), layers)
+    backbone = make_backbone(arch, registers=registers, pretrained=False, **kwargs)
+    model = LinearClassifier(backbone, layers)
+    content = "linear_head" if layers == 1 else f"linear{layers}_head"
+    source = weights_source(Weights, weights, weights_url(arch, content, registers=registers))
     if pretrained:
-        content = "linear_head" if layers == 1 else f"linear{layers}_head"
-        model.linear_head.load_state_dict(read_state_dict(weights_url(arch, content, registers=registers)))
+        state = read_state_dict(source)
+        whole = any(name.startswith("backbone.") for name in state)
+        load_backbone(backbone, source if whole else weights_url(arch, "pretrain", registers=registers))
+        _load_head(model.linear_head, state, str(source))
     return model
+
+
+def _load_head(head: nn.Linear, state: dict[str, Tensor], source: str) -> None:
+    """Load a linear layer that is alone in its file, or the part `linear_head.` of a classifier."""
+    names = {name.removeprefix("linear_head."): name for name in state if not name.startswith("backbone.")}
+    try:
+        head.load_state_dict({name: state[origin] for name, origin in names.items()})
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {source} do not fit this classifier: {error}") from error

@@ -59,9 +59,12 @@ class Attention(nn.Module):
         if attention_backend not in BACKENDS:
             raise ValueError(f"unknown attention backend {attention_backend!r}; known: {', '.join(BACKENDS)}")
         self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5
         self.attention_backend = attention_backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        # Code that replaces `forward` to look at attention maps expects these, and `scale`.
+        self.attn_drop = self.proj_drop = nn.Identity()
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """Let every sequence attend to itself.
@@ -69,16 +72,17 @@ class Attention(nn.Module):
         Args:
             x: (T, D) packed tokens with `segments`, or (B, N, D) without.
         """
+        qkv = self.qkv(x)  # (..., 3D), the shape that hooks on this layer are written for
         if segments is None:
-            tokens, segments = pack([x])
-            return self(tokens, segments).view_as(x)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (T, 3, H, d): rows of Q, then K, then V
+            qkv, segments = pack([qkv])
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (T, 3, H, d): rows of Q, then K, then V
         backend = self.attention_backend
         if backend == "auto":
-            backend = best_backend(qkv.device.type, qkv.dtype, qkv.shape[-1])
+            exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # only sdpa is known to exporters
+            backend = "sdpa" if exporting else best_backend(qkv.device.type, qkv.dtype, qkv.shape[-1])
         elif backend != "sdpa" and qkv.device.type != "cuda":
             raise ValueError(f"attention backend {backend!r} runs on CUDA only, not on {qkv.device}; use auto or sdpa")
-        return self.proj(_KERNELS[backend](qkv, segments).flatten(-2))
+        return self.proj(_KERNELS[backend](qkv, segments).view_as(x))
 
 
 MemEffAttention = Attention

@@ -81,7 +81,8 @@ class Block(nn.Module):
         return self.training and self.sample_drop_ratio > SUBSET_THRESHOLD
 
     def _attention_residual(self, x: Tensor, segments: Segments | None) -> Tensor:
-        return self.ls1(self.attn(self.norm1(x), segments))
+        x = self.norm1(x)
+        return self.ls1(self.attn(x) if segments is None else self.attn(x, segments))
 
     def _ffn_residual(self, x: Tensor, segments: Segments | None) -> Tensor:
         return self.ls2(self.mlp(self.norm2(x)))

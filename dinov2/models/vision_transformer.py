@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dinov2.layers import Block, Mlp, PatchEmbed, SwiGLUFFN, pack, unpack
+from dinov2.models.positions import resample_positions
 
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
@@ -79,6 +79,7 @@ class DinoVisionTransformer(nn.Module):
         self.num_heads = num_heads
         self.patch_size = patch_size
         self.block_chunks = block_chunks
+        self.chunked_blocks = False  # published: whether blocks have to be looked for in chunks
         self.num_register_tokens = num_register_tokens
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
@@ -126,28 +127,20 @@ class DinoVisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def interpolate_pos_encoding(self, height: int, width: int) -> Tensor:
-        """The position table for images of `height` x `width` pixels: (1, 1 + n, D), in the table's dtype.
+    def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The position table for images of `height` x `width` pixels: (1, 1 + n, D), in the dtype of the tokens `x`.
 
-        At the size the model was built for it is the table itself. Otherwise the grid is resampled in float32 with
-        bicubic interpolation: with `interpolate_offset` o > 0 by the scale (size + o) / grid, which samples at slightly
-        other points than asking for the size does (the released models without registers were trained so);
-        with o = 0 by size.
+        At the size the model was built for it is the table itself, otherwise see `positions.resample_positions`.
+        Name and order of the arguments are the published ones: other code calls and replaces this method.
         """
-        rows, columns = height // self.patch_size, width // self.patch_size
-        grid_rows, grid_columns = self.patch_embed.patches_resolution
-        if (rows, columns) == (grid_rows, grid_columns):
-            return self.pos_embed
-        class_position, grid = self.pos_embed.float().split([1, grid_rows * grid_columns], dim=1)
-        grid = grid.unflatten(1, (grid_rows, grid_columns)).permute(0, 3, 1, 2)
-        if offset := self.interpolate_offset:
-            target: dict[str, Any] = {"scale_factor": ((rows + offset) / grid_rows, (columns + offset) / grid_columns)}
-        else:
-            target = {"size": (rows, columns)}
-        grid = F.interpolate(grid, mode="bicubic", antialias=self.interpolate_antialias, **target)
-        assert grid.shape[-2:] == (rows, columns), "position grid has the size of the patch grid"
-        positions = torch.cat([class_position, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-        return positions.to(self.pos_embed.dtype)
+        positions = resample_positions(
+            self.pos_embed,
+            self.patch_embed.patches_resolution,
+            (height // self.patch_size, width // self.patch_size),
+            offset=self.interpolate_offset,
+            antialias=self.interpolate_antialias,
+        )
+        return positions.to(x.dtype)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W), masks (B, n) bool or None -> tokens (B, 1 + R + n, D).
@@ -159,7 +152,7 @@ class DinoVisionTransformer(nn.Module):
         if masks is not None:
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
-        x = x + self.interpolate_pos_encoding(height, width).to(x.dtype)
+        x = x + self.interpolate_pos_encoding(x, height, width)
         if self.register_tokens is not None:
             registers = self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([x[:, :1], registers, x[:, 1:]], dim=1)

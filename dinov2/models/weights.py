@@ -1,50 +1,44 @@
 """Weights in: from any checkpoint we know to the state dict of a backbone, strictly.
 
-Layouts read: a flat state dict (the released backbones), `{"teacher": {...}}` (teacher dumps of a run, whose
-backbone keys start with `backbone.`), `{"model": {...}}` (published training checkpoints, `student.backbone.` or
-`teacher.backbone.`), safetensors; block names flat (`blocks.7.`) or chunked (`blocks.1.7.`).
+Read are files of `torch.save` and safetensors, URLs, and folders as transformers writes them. In them: a flat state
+dict (the released backbones), `{"teacher": {...}}` (teacher dumps of a run, keys `backbone.`...),
+`{"model": {...}}` (published training checkpoints, `student.backbone.` or `teacher.backbone.`); with the published
+names, those of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`).
 Pickles are only ever read with `weights_only=True`.
+
+    python -m dinov2.models.weights inspect FILE               # what is in it
+    python -m dinov2.models.weights convert FILE OUT --to hf   # for other libraries, see there
 """
 
 import importlib
+import json
 import logging
-import re
+import math
+import sys
 import zipfile
 from pathlib import Path
 from types import ModuleType
 from typing import TypeGuard
 from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from dinov2.models.download import download
+from dinov2.models.layouts import StateDict, chunk_block_names, flatten_block_names, layout_of, to_published
+from dinov2.models.positions import resample_positions
 from dinov2.models.vision_transformer import DinoVisionTransformer
+
+__all__ = ["chunk_block_names", "flatten_block_names", "load_backbone", "read_file", "read_state_dict"]
 
 logger = logging.getLogger(__name__)
 
-StateDict = dict[str, Tensor]
-
-_CHUNKED = re.compile(r"\bblocks\.\d+\.(\d+)\.")
-
-
-def flatten_block_names(state: StateDict) -> StateDict:
-    """Rename `blocks.<chunk>.<block>.` to `blocks.<block>.`; flat names stay as they are."""
-    return {_CHUNKED.sub(r"blocks.\1.", name): value for name, value in state.items()}
-
-
-def chunk_block_names(state: StateDict, depth: int, block_chunks: int) -> StateDict:
-    """Rename `blocks.<block>.` to the published `blocks.<chunk>.<block>.`, chunks of depth // block_chunks blocks."""
-    size = max(depth // block_chunks, 1)
-
-    def chunked(match: re.Match[str]) -> str:
-        return f"blocks.{int(match[1]) // size}.{match[1]}."
-
-    return {re.sub(r"\bblocks\.(\d+)\.", chunked, name): value for name, value in state.items()}
+_FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") -> StateDict:
-    """Read the tensors of a checkpoint file or URL, on the CPU, with flat block names.
+    """Read the tensors of a checkpoint, on the CPU, with the published names and flat names of blocks.
 
     If the file holds several networks (`teacher`, `model`, `student`), `checkpoint_key` is preferred.
 
@@ -60,7 +54,10 @@ def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") ->
     if not _is_state_dict(content):
         held = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path_or_url} holds no state dict of tensors; it holds: {held}")
-    return flatten_block_names({name.removeprefix("module."): value for name, value in content.items()})
+    state = flatten_block_names({name.removeprefix("module."): value for name, value in content.items()})
+    if (layout := layout_of(state)) != "published":
+        logger.info("%s has the names of %s: translated", path_or_url, layout)
+    return to_published(state)
 
 
 def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher") -> StateDict:
@@ -75,17 +72,25 @@ def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher") -> St
 def load_backbone(
     model: DinoVisionTransformer, path_or_url: str | Path, checkpoint_key: str = "teacher"
 ) -> DinoVisionTransformer:
-    """Load backbone weights from a file or URL into `model`, all of them or none; returns the model.
+    """Load backbone weights from a file, folder or URL into `model`, all of them or none; returns the model.
 
-    A position table of another grid is resampled, which is logged as a warning. Heads in the file are ignored.
+    Heads in the file are ignored. Said in a warning: a position table of another grid is resampled, and a patch
+    projection of another number of channels, which whoever built the model asked for, is repeated or summed up.
 
     Raises:
         ValueError: if names or shapes differ, listing them and what usually causes it.
     """
     state = backbone_state_dict(read_state_dict(path_or_url, checkpoint_key), checkpoint_key)
+    return load_state(model, state, str(path_or_url))
+
+
+def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> DinoVisionTransformer:
+    """Load a backbone's state dict with the published names, as `load_backbone`; errors name its `source`."""
     wanted = model.state_dict()
-    if "pos_embed" in state and state["pos_embed"].shape != wanted["pos_embed"].shape:
-        state["pos_embed"] = _resized_positions(state["pos_embed"], model, str(path_or_url))
+    state = dict(state)
+    for name, fit in (("pos_embed", _fitting_positions), ("patch_embed.proj.weight", _fitting_channels)):
+        if name in state and state[name].shape != wanted[name].shape:
+            state[name] = fit(state[name], model, source)
     missing = [name for name in wanted if name not in state]
     foreign = [name for name in state if name not in wanted]
     misshapen = [
@@ -94,9 +99,9 @@ def load_backbone(
         if name in state and state[name].shape != wanted[name].shape
     ]
     if missing or foreign or misshapen:
-        raise ValueError(_mismatch_message(str(path_or_url), missing, foreign, misshapen))
+        raise ValueError(_mismatch_message(source, missing, foreign, misshapen))
     model.load_state_dict(state)
-    logger.info("loaded %d tensors of the backbone from %s", len(state), path_or_url)
+    logger.info("loaded %d tensors of the backbone from %s", len(state), source)
     return model
 
 
@@ -107,19 +112,24 @@ def _is_state_dict(content: object) -> TypeGuard[StateDict]:
 
 
 def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
-    """Read a file or URL as it is, without running code that may be in it; tensors come to the CPU.
+    """Read a file, folder or URL as it is, without running code that may be in it; tensors come to the CPU.
 
     Args:
-        path_or_url: a file of `torch.save`, or one that ends in `.safetensors`.
+        path_or_url: a file of `torch.save`, one that ends in `.safetensors`, or a folder that transformers wrote.
         mapped: leave tensors in the file until they are looked at; nobody may change it meanwhile.
 
     Raises:
         FileNotFoundError: if there is no such file.
+        ConnectionError: if it cannot be downloaded.
         ValueError: if it is truncated, would need an unsafe pickle, or needs the package safetensors.
     """
-    if urlparse(str(path_or_url)).scheme in ("http", "https"):
-        return torch.hub.load_state_dict_from_url(str(path_or_url), map_location="cpu", weights_only=True)
-    path = Path(str(path_or_url).removeprefix("file://"))
+    url = urlparse(str(path_or_url))
+    if url.scheme in ("http", "https"):
+        path, remedy = download(str(path_or_url)), f" (from {path_or_url}; delete it to download it again)"
+    else:
+        path, remedy = Path(url2pathname(url.path) if url.scheme == "file" else path_or_url), ""
+    if path.is_dir():
+        return _read_folder(path, mapped)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     safetensors = import_safetensors() if path.suffix == ".safetensors" else None
@@ -131,7 +141,23 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
     except PermissionError:
         raise
     except Exception as error:  # on bytes they do not expect both readers fail in many ways, even with KeyError
-        raise ValueError(f"{path} is no checkpoint of plain tensors, or is truncated or damaged: {error}") from error
+        text = f"{path}{remedy} is no checkpoint of plain tensors, or is truncated or damaged: {error}"
+        raise ValueError(text) from error
+
+
+def _read_folder(folder: Path, mapped: bool) -> object:
+    """The weights in a folder that transformers wrote, in one file or in several with an index."""
+    for name in _FILES_IN_FOLDERS:
+        if (folder / name).is_file():
+            return read_file(folder / name, mapped=mapped)
+        if (folder / f"{name}.index.json").is_file():
+            index = json.loads((folder / f"{name}.index.json").read_text())["weight_map"]
+            content: dict[str, object] = {}
+            for part in sorted(set(index.values())):
+                tensors = read_file(folder / part, mapped=mapped)
+                content |= tensors if isinstance(tensors, dict) else {}
+            return content
+    raise FileNotFoundError(f"no weights at {folder}: a folder without {' or '.join(_FILES_IN_FOLDERS)}")
 
 
 def import_safetensors() -> ModuleType:
@@ -146,22 +172,37 @@ def import_safetensors() -> ModuleType:
         raise ValueError("safetensors files need a package that is missing: pip install safetensors") from error
 
 
-def _resized_positions(table: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:
+def _fitting_positions(table: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:
     """Resample a position table (1, 1 + g*g, D) to the grid of the model: (1, 1 + n, D)."""
-    side = round((table.shape[1] - 1) ** 0.5)
+    side = math.isqrt(max(table.shape[1] - 1, 0))
     if side * side != table.shape[1] - 1 or table.shape[2] != model.embed_dim:
         return table  # not a square grid or another width: reported with the other mismatches
     rows, columns = model.patch_embed.patches_resolution
     logger.warning(
-        "the position table of %s is for %s patches, this model has %s: resampled (bicubic)",
+        "the position table of %s is for %d x %d patches, this model has %d x %d: resampled (bicubic)",
         source,
-        f"{side} x {side}",
-        f"{rows} x {columns}",
+        side,
+        side,
+        rows,
+        columns,
     )
-    class_position, grid = table.float().split([1, side * side], dim=1)
-    grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", antialias=model.interpolate_antialias)
-    return torch.cat([class_position, grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1).to(table.dtype)
+    antialias = model.interpolate_antialias
+    return resample_positions(table, (side, side), (rows, columns), offset=0.0, antialias=antialias).to(table.dtype)
+
+
+def _fitting_channels(weight: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:
+    """Patch projections of C channels for those of the model: (D, C, p, p) -> (D, model's, p, p).
+
+    More channels repeat those of the file in turn, a single one is their sum. Either is scaled so that an image that
+    is the same in all channels gives about what it gave before.
+    """
+    there, here = weight.shape[1], model.patch_embed.in_chans
+    if weight.shape[:1] + weight.shape[2:] != (model.embed_dim, *model.patch_embed.patch_size) or there == here:
+        return weight  # another width or patch size: reported with the other mismatches
+    logger.warning("the patches of %s have %d channels, this model's have %d: weights adapted", source, there, here)
+    if here < there:
+        return weight.sum(dim=1, keepdim=True).expand(-1, here, -1, -1) / here
+    return weight[:, torch.arange(here) % there] * (there / here)
 
 
 def _mismatch_message(source: str, missing: list[str], foreign: list[str], misshapen: list[str]) -> str:
@@ -179,3 +220,9 @@ def _mismatch_message(source: str, missing: list[str], foreign: list[str], missh
     if misshapen:
         lines.append("  check student.arch, student.patch_size and the config the weights were trained with")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    from dinov2.models.weights_command import main
+
+    sys.exit(main())

@@ -23,7 +23,7 @@ def replay_backbone(recording: Recording, comparison: Comparison) -> None:
         masked = model.forward_features(x, recording.input(f"in.{tag}.mask"))
         _compare_features(comparison, f"out.{tag}.mask.", masked)
         _compare_features(comparison, f"out.{tag}.nomask.", model.forward_features(x))
-        positions = model.interpolate_pos_encoding(case["H"], case["W"])
+        positions = model.interpolate_pos_encoding(x, case["H"], case["W"])
         comparison.tensors({f"out.{tag}.forward": model(x), f"out.{tag}.pos": positions})
         for name, options in recording.json["get_intermediate_layers"].items():
             _compare_intermediate_layers(comparison, f"out.{tag}.gil.{name}.", model, x, options)
@@ -70,7 +70,7 @@ def replay_posembed(recording: Recording, comparison: Comparison) -> None:
         )
         model.pos_embed.copy_(table)
         height, width = item["grid_h"] * patch, item["grid_w"] * patch
-        comparison.tensor(f"out.{item['tag']}", model.interpolate_pos_encoding(height, width))
+        comparison.tensor(f"out.{item['tag']}", model.interpolate_pos_encoding(table, height, width))
 
 
 def replay_block(recording: Recording, comparison: Comparison) -> None:

@@ -1,8 +1,10 @@
 """torch.hub: every published name builds the published network, with torch alone, and loads weights strictly."""
 
+import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,13 @@ NUM_PARAMETERS = {  # published backbones, 518 pixels, patches of 14
 }
 HEAD_INPUTS = {"s": (768, 1920), "b": (1536, 3840), "l": (2048, 5120), "g": (3072, 7680)}
 TINY = {"depth": 4, "embed_dim": 16, "num_heads": 2, "img_size": 28}  # keywords win over the published settings
+
+
+def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Same names, same values."""
+    assert one.state_dict().keys() == other.state_dict().keys()
+    for key, value in other.state_dict().items():
+        assert torch.equal(one.state_dict()[key], value), key
 
 
 def hub_load(name: str, **kwargs: object) -> torch.nn.Module:
@@ -93,8 +102,7 @@ def test_pretrained_loads_what_the_mirror_holds(
     monkeypatch.setenv("DINOV2_WEIGHTS_URL", str(tmp_path))
 
     loaded = hub_load(f"{name}_lc", layers=layers, weights="IMAGENET1K", **TINY)
-    for key, value in source.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value), key
+    assert_same(loaded, source)
     backbone = hub_load(name, weights=backbones.Weights.LVD142M, **TINY)
     assert torch.equal(backbone.cls_token, source.backbone.cls_token)
 
@@ -110,13 +118,53 @@ def test_weights_that_do_not_fit_load_nothing(tmp_path: Path, monkeypatch: pytes
 
 
 def test_wrong_choices_are_named_with_the_right_ones() -> None:
-    with pytest.raises(ValueError, match="unknown weights 'IMAGENET22K'; known: LVD142M"):
+    with pytest.raises(ValueError, match="unknown weights 'IMAGENET22K'; known: LVD142M, or the path or URL"):
         backbones.dinov2_vits14(weights="IMAGENET22K")
     with pytest.raises(ValueError, match="unknown weights 'LVD142M'; known: IMAGENET1K"):
-        classifiers.dinov2_vits14_lc(weights="LVD142M")
+        classifiers.dinov2_vits14_lc(weights="LVD142M", **TINY)
     with pytest.raises(ValueError, match="layers must be 1 or 4, not 2"):
         classifiers.dinov2_vits14_lc(layers=2, pretrained=False, **TINY)
 
+
+# --- Weights of one's own --------------------------------------------------------------------------------------------
+
+
+def test_weights_may_be_a_file_or_its_url(tmp_path: Path) -> None:
+    source = hub_load("dinov2_vits14_reg", pretrained=False, **TINY)
+    path = tmp_path / "my weights.pth"
+    torch.save({"teacher": {f"backbone.{name}": value for name, value in source.state_dict().items()}}, path)
+    for weights in (path, str(path), path.as_uri()):
+        assert_same(hub_load("dinov2_vits14_reg", weights=weights, **TINY), source)
+    with pytest.raises(FileNotFoundError, match="no weights at absent.pth"):
+        hub_load("dinov2_vits14", weights="absent.pth", **TINY)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_a_whole_classifier_of_ones_own_is_taken(tmp_path: Path, layers: int) -> None:
+    source = hub_load("dinov2_vits14_lc", pretrained=False, layers=layers, **TINY)
+    torch.save(source.state_dict(), tmp_path / "classifier.pth")
+    loaded = hub_load("dinov2_vits14_lc", layers=layers, weights=tmp_path / "classifier.pth", **TINY)
+    assert_same(loaded, source)
+
+
+def test_a_linear_layer_of_another_number_of_blocks_is_refused(tmp_path: Path) -> None:
+    source = hub_load("dinov2_vits14_lc", pretrained=False, layers=1, **TINY)
+    torch.save(source.state_dict(), tmp_path / "classifier.pth")
+    with pytest.raises(ValueError, match=r"classifier.pth do not fit this classifier: [^$]*\[1000, 32\]"):
+        hub_load("dinov2_vits14_lc", layers=4, weights=tmp_path / "classifier.pth", **TINY)
+
+
+def test_other_channels_are_adapted_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Four channels of which the last is the first again; the projection of one is the sum of the three."""
+    source = hub_load("dinov2_vits14", pretrained=False, **TINY)
+    torch.save(source.state_dict(), tmp_path / "rgb.pth")
+    gray = hub_load("dinov2_vits14", weights=tmp_path / "rgb.pth", in_chans=1, **TINY).eval()
+    assert "have 3 channels, this model's have 1" in caplog.text
+    images = torch.randn(2, 1, 28, 42)
+    torch.testing.assert_close(gray(images), source.eval()(images.expand(-1, 3, -1, -1)), rtol=1e-5, atol=1e-5)
+
+
+# --- torch alone, as torch.hub has it --------------------------------------------------------------------------------
 
 # The packages that `pip install torch` brings are allowed, and nothing else that happens to be installed here.
 ONLY_TORCH = """
@@ -152,19 +200,53 @@ class Nothing(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Nothing())
 import torch
 
-for name in ("dinov2_vits14", "dinov2_vits14_reg", "dinov2_vits14_lc"):
-    model = torch.hub.load(
-        sys.argv[1], name, source="local", pretrained=False, depth=4, embed_dim=16, num_heads=2, img_size=28
-    ).eval()
-    with torch.no_grad():
-        assert torch.isfinite(model(torch.zeros(2, 3, 28, 28))).all()
+repository, weights = sys.argv[1:]
+tiny = {"depth": 4, "embed_dim": 16, "num_heads": 2, "img_size": 28}
+images = torch.zeros(2, 3, 28, 42)
+torch.manual_seed(0)
+for name in ("dinov2_vits14", "dinov2_vits14_reg"):
+    for layers in (1, 4):
+        options = {"layers": layers, **tiny}
+        source = torch.hub.load(repository, f"{name}_lc", source="local", pretrained=False, **options).eval()
+        stem = f"{weights}/dinov2_vits14/{name.replace('reg', 'reg4')}"
+        torch.save(source.backbone.state_dict(), f"{stem}_pretrain.pth")
+        torch.save(source.linear_head.state_dict(), f"{stem}_linear{'' if layers == 1 else 4}_head.pth")
+        loaded = torch.hub.load(repository, f"{name}_lc", source="local", weights="IMAGENET1K", **options).eval()
+        backbone = torch.hub.load(repository, name, source="local", **tiny).eval()
+        with torch.no_grad():
+            assert loaded(images).shape == (2, 1000) and torch.equal(loaded(images), source(images))
+            assert torch.equal(backbone(images), source.backbone(images))
+import dinov2
+assert dinov2.__file__.startswith(repository), dinov2.__file__
 """
 
 
-def test_hub_needs_nothing_but_torch(tmp_path: Path) -> None:
+def zip_as_published(target: Path) -> None:
+    """The files of the repository as a server of git packs them: in one folder, links as files with their target."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    with zipfile.ZipFile(target, "w") as archive:
+        for name in names:
+            path = ROOT / name
+            if path.is_symlink():
+                archive.writestr(f"dinov2-main/{name}", os.readlink(path))
+            elif path.is_file():
+                archive.write(path, f"dinov2-main/{name}")
+
+
+def test_hub_needs_nothing_but_torch_and_works_from_a_zip(tmp_path: Path) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository that says which files belong to it")
+    zip_as_published(tmp_path / "main.zip")
+    with zipfile.ZipFile(tmp_path / "main.zip") as archive:
+        archive.extractall(tmp_path / "hub")
+    (tmp_path / "weights" / "dinov2_vits14").mkdir(parents=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    repository, weights = str(tmp_path / "hub" / "dinov2-main"), str(tmp_path / "weights")
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(ONLY_TORCH), str(ROOT)],
+        [sys.executable, "-c", textwrap.dedent(ONLY_TORCH), repository, weights],
         cwd=tmp_path,
+        env=environment | {"DINOV2_WEIGHTS_URL": weights},
         capture_output=True,
         text=True,
         timeout=120,

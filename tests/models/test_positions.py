@@ -25,6 +25,11 @@ def vit(img_size: int | tuple[int, int], *, offset: float = 0.1, antialias: bool
     return model.requires_grad_(False)
 
 
+def positions_for(model: DinoVisionTransformer, height: int, width: int) -> Tensor:
+    """For tokens of the dtype of the table."""
+    return model.interpolate_pos_encoding(model.pos_embed, height, width)
+
+
 def cubic(x: float, a: float) -> float:
     """Keys' cubic convolution kernel."""
     x = abs(x)
@@ -78,7 +83,7 @@ def test_positions_are_resampled_bicubically(
 ) -> None:
     model = vit(img_size, offset=offset, antialias=antialias)
     rows, columns = rows_columns
-    positions = model.interpolate_pos_encoding(2 * rows, 2 * columns)
+    positions = positions_for(model, 2 * rows, 2 * columns)
     assert positions.shape == (1, 1 + rows * columns, 4)
     torch.testing.assert_close(positions.double(), naive(model, rows, columns), rtol=1e-5, atol=1e-5)
 
@@ -92,12 +97,12 @@ def test_at_the_native_size_the_table_is_untouched(
     """Also where the image is not square: 2 x 8 patches are not taken for 4 x 4."""
     model = vit(img_size, offset=offset, antialias=antialias)
     height, width = model.patch_embed.img_size
-    assert model.interpolate_pos_encoding(height, width) is model.pos_embed
+    assert positions_for(model, height, width) is model.pos_embed
 
 
 def test_as_many_patches_in_another_aspect_are_interpolated() -> None:
     model = vit(8)
-    positions = model.interpolate_pos_encoding(4, 16)
+    positions = positions_for(model, 4, 16)
     assert positions.shape == model.pos_embed.shape
     torch.testing.assert_close(positions.double(), naive(model, 2, 8), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(positions, model.pos_embed, atol=0.1)
@@ -107,7 +112,7 @@ def test_height_comes_before_width() -> None:
     """With positions that grow downwards only, a tall image has its growth along the rows."""
     model = vit(8, offset=0.0)
     model.pos_embed[:, 1:] = torch.arange(4.0).repeat_interleave(4)[None, :, None]
-    tall = model.interpolate_pos_encoding(16, 4)[0, 1:, 0].view(8, 2)
+    tall = positions_for(model, 16, 4)[0, 1:, 0].view(8, 2)
     assert torch.equal(tall[:, 0], tall[:, 1]) and (tall[1:, 0] > tall[:-1, 0]).all()
 
 
@@ -116,11 +121,11 @@ def test_no_size_loses_a_row_to_rounding(offset: float) -> None:
     """Without an offset a scale of 39/37 would give 38 rows; the offset, or asking for the size, prevents that."""
     model = vit(2 * 37, offset=offset)
     for rows in range(1, 200):
-        assert model.interpolate_pos_encoding(2 * rows, 4).shape[1] == 1 + 2 * rows
+        assert positions_for(model, 2 * rows, 4).shape[1] == 1 + 2 * rows
 
 
 def test_the_offset_changes_the_sampled_points() -> None:
-    with_offset, without = (vit(8, offset=offset).interpolate_pos_encoding(12, 12) for offset in (0.1, 0.0))
+    with_offset, without = (positions_for(vit(8, offset=offset), 12, 12) for offset in (0.1, 0.0))
     assert 1e-3 < (with_offset - without).abs().max() < 0.5
     assert torch.equal(with_offset[:, 0], without[:, 0])
 
@@ -129,12 +134,12 @@ def test_half_precision_tables_are_resampled_in_single() -> None:
     model = vit(8, offset=0.0)
     half = vit(8, offset=0.0).bfloat16()
     model.pos_embed.copy_(half.pos_embed)
-    positions = half.interpolate_pos_encoding(12, 12)
+    positions = positions_for(half, 12, 12)
     assert positions.dtype == torch.bfloat16
-    assert torch.equal(positions, model.interpolate_pos_encoding(12, 12).bfloat16())
+    assert torch.equal(positions, positions_for(model, 12, 12).bfloat16())
 
 
 def test_gradients_reach_the_table() -> None:
     model = vit(8).requires_grad_()
-    model.interpolate_pos_encoding(12, 4).sum().backward()
+    positions_for(model, 12, 4).sum().backward()
     assert model.pos_embed.grad is not None and model.pos_embed.grad.all()

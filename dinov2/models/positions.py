@@ -1,0 +1,77 @@
+"""Position tables for other image sizes: bicubic resampling, also where the size is not known yet.
+
+Legend: a table (1, 1 + g, D) holds the position of the class token and those of a grid of g = rows * columns patches.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
+
+
+def resample_positions(table: Tensor, old: Grid, new: Grid, *, offset: float, antialias: bool) -> Tensor:
+    """The table of one grid for another, (1, 1 + old rows * columns, D) -> (1, 1 + new rows * columns, D), in float32.
+
+    The same grid leaves it as it is. Otherwise it is resampled with bicubic interpolation: with an offset o > 0 by the
+    scale (new + o) / old, which samples at slightly other points than asking for the size does (the released models
+    without registers were trained so); with o = 0 by size.
+    """
+    if not all(isinstance(size, int) for size in new):
+        return _resample_to_any(table, old, new, offset=offset, antialias=antialias)
+    if old == new:
+        return table
+    table = table.float()
+    grid = table[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)
+    target: dict[str, Any] = {"size": new}
+    if offset:
+        target = {"scale_factor": tuple((size + offset) / before for size, before in zip(new, old, strict=True))}
+    grid = F.interpolate(grid, mode="bicubic", antialias=antialias, **target)
+    assert grid.shape[-2:] == new, "position grid has the size of the patch grid"
+    return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+def _resample_to_any(table: Tensor, old: Grid, new: Grid, *, offset: float, antialias: bool) -> Tensor:
+    """The same for a network exported for images of any size, whose rows and columns are known when it runs only.
+
+    Bicubic interpolation is a matrix product along each axis. Exporters know no interpolation by a scale that is not a
+    constant, and at the old size the matrices are the identity, so that no case distinction is needed.
+    """
+    sizes = [torch.full((), size, device=table.device) for size in new]
+    same = [size == before for size, before in zip(sizes, old, strict=True)]
+    if not antialias:  # PyTorch's antialiased interpolation leaves an axis that keeps its size alone, the other not
+        same = [same[0] & same[1]] * 2
+    down, across = (
+        _bicubic_matrix(before, after, before / (after + offset * ~kept), antialias=antialias)
+        for before, after, kept in zip(old, new, same, strict=True)
+    )
+    table = table.float()
+    rows = (down @ table[0, 1:].view(old[0], -1)).view(new[0], old[1], -1)
+    return torch.cat([table[:, :1], (across @ rows).view(1, new[0] * new[1], -1)], dim=1)
+
+
+def _bicubic_matrix(old: int, new: int, step: Tensor, *, antialias: bool) -> Tensor:
+    """(new, old) weights of old cells in new ones; new cell i is centred on (i + 0.5) * step, in units of old cells.
+
+    Like PyTorch: without antialiasing the four nearest cells with a = -0.75, the border repeated; with it a = -0.5, a
+    kernel as wide as the step when shrinking, cut at the border and normalised.
+    """
+    centres = (torch.arange(new, device=step.device) + 0.5).unsqueeze(1) * step
+    cells = torch.arange(old, device=step.device)
+    if antialias:
+        weights = _cubic((cells + 0.5 - centres) / step.clamp(min=1), a=-0.5)
+        return weights / weights.sum(dim=1, keepdim=True)
+    nearest = (centres - 0.5).floor() + torch.arange(-1, 3, device=step.device)  # (new, 4)
+    weights = _cubic(centres - 0.5 - nearest, a=-0.75)
+    chosen = nearest.clamp(0, old - 1).unsqueeze(-1) == cells  # (new, 4, old)
+    return (weights.unsqueeze(-1) * chosen).sum(dim=1)
+
+
+def _cubic(distance: Tensor, a: float) -> Tensor:
+    """The kernel of Keys, "Cubic convolution interpolation for digital image processing" (1981)."""
+    x = distance.abs()
+    near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((x - 5) * x + 8) * a * x - 4 * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
