@@ -4,15 +4,19 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple
 
 from dinov2.data.base import ImageDataset
 from dinov2.data.fashion_mnist import FashionMNIST
 from dinov2.data.folder import ImageFolder
+from dinov2.data.image_list import ImageList
 from dinov2.data.image_net import ImageNet
 from dinov2.data.image_net_22k import ImageNet22k
+from dinov2.data.torchvision_sets import TorchvisionSet
+from dinov2.data.torchvision_sources import SOURCES
 
 __all__ = [
     "DATASETS",
@@ -20,8 +24,10 @@ __all__ = [
     "FashionMNIST",
     "ImageDataset",
     "ImageFolder",
+    "ImageList",
     "ImageNet",
     "ImageNet22k",
+    "TorchvisionSet",
     "make_dataset",
     "parse_dataset_str",
 ]
@@ -35,21 +41,32 @@ class Entry(NamedTuple):
     factory: Callable[..., Any]  # called with the keys of the string, transform and target_transform
     required: tuple[str, ...] = ("root",)
     optional: tuple[str, ...] = ()
-    splits: type[Enum] | None = None  # `split` becomes a member of it; without it stays text
+    splits: type[Enum] | tuple[str, ...] | None = None  # what `split` may be: a member of the enum, a word, any text
 
     @property
     def keys(self) -> tuple[str, ...]:
         return self.required + self.optional
 
+    @property
+    def known_splits(self) -> Mapping[str, Any]:
+        """What may be written for `split` -> what the data set is given; empty if that is any text."""
+        if isinstance(self.splits, tuple):
+            return {split: split for split in self.splits}
+        return {} if self.splits is None else self.splits.__members__
+
 
 # Name in the dataset string -> data set. One of your own is a class like ImageFolder (see ImageDataset) and a line like
-#     DATASETS["Flowers"] = Entry(Flowers, required=("root",), optional=("split",))
-# here or in your code; then "Flowers:root=/data/flowers:split=val" is Flowers(root="/data/flowers", split="val").
+#     DATASETS["Birds"] = Entry(Birds, required=("root",), optional=("split",))
+# here or in your code; then "Birds:root=/data/birds:split=val" is Birds(root="/data/birds", split="val").
 DATASETS: dict[str, Entry] = {
     "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), splits=ImageNet.Split),
     "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
     "ImageFolder": Entry(ImageFolder, optional=("split",)),
+    "ImageList": Entry(ImageList, required=("file",), optional=("root", "classes")),
     "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
+} | {
+    name: Entry(partial(TorchvisionSet, name), source.required, source.optional, source.split_names)
+    for name, source in SOURCES.items()
 }
 
 
@@ -62,7 +79,7 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
         dataset_str: for instance `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-extra`.
 
     Returns:
-        The name and the keyword arguments; `split` as a member of the data set's enum if it has one.
+        The name and the keyword arguments; `split` as a member of the data set's enum if it has one, else as text.
 
     Raises:
         ValueError: unknown name, key or split; missing, empty or repeated key.
@@ -84,16 +101,15 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     if missing:
         raise ValueError(f"missing {' and '.join(missing)} in {dataset_str!r}; write {_usage(name)}")
     if entry.splits is not None and "split" in arguments:
-        arguments["split"] = _split_member(entry.splits, arguments["split"], dataset_str)
+        arguments["split"] = _known_split(entry.known_splits, arguments["split"], dataset_str)
     return name, arguments
 
 
-def _split_member(splits: type[Enum], split: str, dataset_str: str) -> Enum:
-    if split in splits.__members__:
-        return splits[split]
+def _known_split(known: Mapping[str, Any], split: str, dataset_str: str) -> Any:
+    if split in known:
+        return known[split]
     if key := _key_inside(split):
         raise _unknown_key(key, dataset_str)
-    known = splits.__members__
     raise ValueError(f"unknown split {_quote(split, known)} in {dataset_str!r}; known: {', '.join(known)}")
 
 
@@ -151,7 +167,7 @@ def _quote(text: str, known: Iterable[str]) -> str:
 
 def _usage(name: str) -> str:
     entry = DATASETS[name]
-    values = {"split": "|".join(entry.splits.__members__)} if entry.splits is not None else {}
+    values = {} if entry.splits is None else {"split": "|".join(entry.known_splits)}
     required = "".join(f":{key}={values.get(key, '...')}" for key in entry.required)
     optional = "".join(f"[:{key}={values.get(key, '...')}]" for key in entry.optional)
     return name + required + optional

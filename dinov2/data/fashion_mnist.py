@@ -2,7 +2,6 @@
 
 import gzip
 import importlib.resources
-import io
 import math
 from collections.abc import Callable
 from enum import Enum
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.base import ImageDataset
+from dinov2.data.images import encode_png
 
 
 class FashionMNISTSplit(Enum):
@@ -70,9 +70,7 @@ class FashionMNIST(ImageDataset):
 
     def get_image_data(self, index: int) -> bytes:
         """Sample `index` as a grey PNG file."""
-        file = io.BytesIO()
-        Image.fromarray(self._images[index]).save(file, "PNG")
-        return file.getvalue()
+        return encode_png(self._images[index])
 
     def get_target(self, index: int) -> int:
         return int(self._targets[index])

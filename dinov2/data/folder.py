@@ -13,14 +13,17 @@ from dinov2.data.file_list import PathTable, list_images
 
 logger = logging.getLogger(__name__)
 
+SPLIT_FOLDERS = {"test", "train", "val", "valid", "validation"}
+
 
 class ImageFolder(ImageDataset):
     """All images under a folder, at any depth, in the order of their paths.
 
     When every image lies in some folder below `root`, the sorted names of the folders of the first level are the
     classes (as in `torchvision.datasets.ImageFolder`); when some lie in `root` itself there are no labels, and training
-    needs none. Links are followed, hidden files passed over. The list of files is kept between runs and made anew when
-    a folder has changed.
+    needs none. A folder beside one called `train`, as `val` usually is, may lack some of its classes: the indices are
+    those of `train` when it has all of them. Links are followed, hidden files passed over. The list of files is kept
+    between runs and made anew when a folder has changed.
 
     Args:
         root: the folder.
@@ -45,8 +48,17 @@ class ImageFolder(ImageDataset):
         if not self.root.is_dir():
             raise FileNotFoundError(f"no folder {self.root}{_folders_in(Path(root))}")
         self._files = list_images(self.root)
-        self.classes, self._targets = _classes_and_targets(self._files)
+        ranges = _class_ranges(self._files)
+        self.classes = _complete(sorted(ranges), self.root.parent / "train")
+        self._targets = _targets(ranges, self.classes) if ranges else None
         logger.info("%s: %s", self.root, f"{len(self.classes)} classes" if self.classes else "no labels")
+        if self.classes and SPLIT_FOLDERS.issuperset(self.classes):
+            logger.warning(
+                "%s: the folders %s count as classes; to read one of them, with the classes below it, add :split=%s",
+                self.root,
+                ", ".join(self.classes),
+                self.classes[0],
+            )
 
     def __len__(self) -> int:
         return len(self._files)
@@ -69,22 +81,35 @@ class ImageFolder(ImageDataset):
         return None if self._targets is None else self.classes[self._targets[index]]
 
 
-def _classes_and_targets(files: PathTable) -> tuple[list[str], np.ndarray | None]:
-    """Names of the classes and class index of each file; no names and None without labels."""
+def _class_ranges(files: PathTable) -> dict[str, slice]:
+    """Each folder of the first level and which of the files lie in it; none when a file lies in no folder."""
     ranges: dict[str, slice] = {}  # files are sorted, so those of a folder follow one another
     start = 0
     while start < len(files):
         name, slash, _ = files[start].partition("/")
         if not slash:
-            return [], None
+            return {}
         end = bisect_left(files, name + chr(ord("/") + 1), lo=start)  # the first path beyond all "name/..."
         ranges[name] = slice(start, end)
         start = end
-    classes = sorted(ranges)
-    targets = np.empty(len(files), np.int64)
+    return ranges
+
+
+def _complete(classes: list[str], train: Path) -> list[str]:
+    """The classes of the folder `train` if they are all of `classes` and more, else `classes`."""
+    if classes and train.is_dir() and set(classes) < {path.name for path in train.iterdir()}:
+        train_classes = _class_ranges(list_images(train))
+        if set(classes) < set(train_classes):
+            return sorted(train_classes)
+    return classes
+
+
+def _targets(ranges: dict[str, slice], classes: list[str]) -> np.ndarray:
+    """Class index of each file."""
+    targets = np.empty(max(files.stop for files in ranges.values()), np.int64)
     for class_index, name in enumerate(classes):
-        targets[ranges[name]] = class_index
-    return classes, targets
+        targets[ranges.get(name, slice(0))] = class_index
+    return targets
 
 
 def _folders_in(root: Path) -> str:

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> an upright 8-bit RGB picture, whatever the file holds."""
+"""Bytes of an image file -> an upright 8-bit RGB picture, whatever the file holds; and pixels -> a file."""
 
 import io
 import warnings
@@ -63,6 +63,13 @@ def decode_image(data: bytes) -> Image.Image:
         raise ImageDecodeError(f"{len(data)} bytes in no image format that Pillow knows") from error
     except Exception as error:  # broken files make Pillow raise nearly anything: SyntaxError, struct.error, ...
         raise ImageDecodeError(f"cannot decode {len(data)} bytes: {error}") from error
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of a picture, (H, W) or (H, W, 3) uint8."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

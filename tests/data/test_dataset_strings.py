@@ -25,12 +25,12 @@ def test_round_trip(data):
     entry = DATASETS[name]
     keys = [*entry.required, *(key for key in entry.optional if data.draw(st.booleans()))]
     arguments = {key: data.draw(values(*entry.keys)) for key in keys}
-    if entry.splits is not None:
-        arguments["split"] = data.draw(st.sampled_from(sorted(entry.splits.__members__)))
+    if has_known_split := entry.splits is not None and "split" in keys:
+        arguments["split"] = data.draw(st.sampled_from(sorted(entry.known_splits)))
     order = data.draw(st.permutations(keys))
     dataset_str = ":".join([name, *(f"{key}={arguments[key]}" for key in order)])
-    if entry.splits is not None:
-        arguments["split"] = entry.splits[arguments["split"]]
+    if has_known_split:
+        arguments["split"] = entry.known_splits[arguments["split"]]
     assert parse_dataset_str(dataset_str) == (name, arguments)
 
 
@@ -49,7 +49,8 @@ def test_published_string():
             r"unknown dataset 'Imagenet' \(did you mean ImageNet\?\) in .*; known: ImageNet, ImageNet22k",
         ),
         ("", "unknown dataset '' in '.*known: "),
-        ("CIFAR", "unknown dataset 'CIFAR'"),
+        ("CIFAR", r"unknown dataset 'CIFAR' \(did you mean CIFAR10\?\)"),
+        ("flowers:split=TRAIN:root=/x", r"unknown dataset 'flowers' \(did you mean Flowers102\?\)"),
         (
             "ImageNet:splt=TRAIN:root=/x:extra=/y",
             r"'splt' \(did you mean split\?\) .*write ImageNet:split=TRAIN\|VAL\|TEST",

@@ -100,6 +100,34 @@ def test_split_is_a_folder_below(root):
         make_dataset(dataset_str=f"ImageFolder:root={root}:split=test")
 
 
+@pytest.mark.parametrize("way", [{"root": ".", "split": "val"}, {"root": "val"}])
+def test_a_split_that_lacks_classes_has_the_indices_of_train(root, way):
+    add(root, "train/a/1.png", "train/b/1.png", "train/c/1.png", "val/c/2.png", "val/a/2.png")
+    (root / "train" / "0 empty").mkdir()
+    (root / "train" / "notes.txt").touch()
+    train = ImageFolder(root=root / "train")
+    val = ImageFolder(root=root / way["root"], split=way.get("split"))
+    assert val.classes == train.classes == ["a", "b", "c"]
+    assert paths(val) == ["a/2.png", "c/2.png"]
+    assert val.get_targets().tolist() == [0, 2]
+
+
+def test_a_split_with_classes_of_its_own_keeps_them(root):
+    # Evaluations then refuse the pair, for the names differ.
+    add(root, "train/a/1.png", "train/b/1.png", "val/b/2.png", "val/c/2.png")
+    assert ImageFolder(root=root, split="val").classes == ["b", "c"]
+    add(root, "test/1.png", "test/2.png")
+    assert ImageFolder(root=root, split="test").get_targets() is None
+
+
+def test_splits_that_are_taken_for_classes_are_pointed_out(root, caplog):
+    add(root, "train/a/1.png", "val/a/2.png")
+    assert ImageFolder(root=root).classes == ["train", "val"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.endswith("the folders train, val count as classes; to read one of them, with the classes below it, "
+                            "add :split=train")  # fmt: skip
+
+
 def test_an_empty_folder_says_what_was_looked_for(root):
     (root / "sub").mkdir()
     (root / "sub" / "x.npy").touch()
