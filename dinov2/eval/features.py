@@ -15,6 +15,7 @@ from torch.nn import functional
 from dinov2 import distributed
 from dinov2.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader
 from dinov2.data.base import ImageDataset
+from dinov2.eval.feature_cache import NO_CACHE, FeatureCache
 from dinov2.eval.readable import ReadableOnly, collate_readable
 from dinov2.log import MetricLogger
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -64,7 +65,6 @@ def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
     return torch.autocast(distributed.device().type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-@torch.inference_mode()
 def extract_features(
     model: nn.Module,
     dataset: ImageDataset,
@@ -73,16 +73,18 @@ def extract_features(
     gather_on_cpu: bool = False,
     *,
     autocast_dtype: torch.dtype = torch.float32,
+    cache: FeatureCache = NO_CACHE,
 ) -> tuple[Tensor, Tensor]:
-    """Run a model over a data set; the ranks share the work and each gets the whole result.
+    """Run a backbone over a data set, or read what that gave from the cache; each rank gets the whole result.
 
     Args:
-        model: images (B, 3, H, W) -> features (B, D).
+        model: images (B, 3, H, W) -> class tokens (B, D).
         dataset: yields (image tensor, label); a label that is None becomes the position of the image.
-        batch_size: per process.
+        batch_size: per process; the ranks share the work.
         num_workers: data loader workers per process.
         gather_on_cpu: keep the result in host memory.
         autocast_dtype: precision of the model.
+        cache: where features are kept.
 
     Returns:
         Features (n, D) float32 and labels (n, ...) int64 in the order of the data set, without the images that cannot
@@ -91,6 +93,28 @@ def extract_features(
     Raises:
         ValueError: if more than `MAX_BAD_SHARE` of the images cannot be read.
     """
+
+    def compute() -> tuple[Tensor, Tensor]:
+        return _run_over(
+            model, dataset, batch_size, num_workers, gather_on_cpu=gather_on_cpu, autocast_dtype=autocast_dtype
+        )
+
+    features, labels = cache.get("class_token", dataset, compute)
+    device = torch.device("cpu") if gather_on_cpu else distributed.device()
+    return features.to(device), labels.to(device)
+
+
+@torch.inference_mode()
+def _run_over(
+    model: nn.Module,
+    dataset: ImageDataset,
+    batch_size: int,
+    num_workers: int,
+    *,
+    gather_on_cpu: bool,
+    autocast_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """See `extract_features`."""
     device = distributed.device()
     target_device = torch.device("cpu") if gather_on_cpu else device
     loader = make_data_loader(

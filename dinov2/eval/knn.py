@@ -21,7 +21,8 @@ from torch.nn import functional
 from dinov2 import distributed
 from dinov2.data.base import ImageDataset
 from dinov2.eval import setup
-from dinov2.eval.features import ModelWithNormalize, extract_features
+from dinov2.eval.feature_cache import NO_CACHE, FeatureCache
+from dinov2.eval.features import extract_features
 from dinov2.eval.metrics import MetricType, build_metric
 from dinov2.eval.results import write_results
 from dinov2.log import run_command
@@ -247,17 +248,17 @@ def eval_knn(
     num_workers: int = 5,
     gather_on_cpu: bool = False,
     autocast_dtype: torch.dtype = torch.float32,
+    cache: FeatureCache = NO_CACHE,
     **protocol: Any,
 ) -> Scores:
     """Extract the normalised class tokens of both sets and score them (`protocol`: see `eval_knn_on_features`)."""
-    extract = partial(
-        extract_features,
-        ModelWithNormalize(model),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        gather_on_cpu=gather_on_cpu,
-        autocast_dtype=autocast_dtype,
-    )
+
+    def extract(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
+        features, labels = extract_features(
+            model, dataset, batch_size, num_workers, gather_on_cpu, autocast_dtype=autocast_dtype, cache=cache
+        )
+        return functional.normalize(features, dim=1), labels
+
     return eval_knn_on_features(*extract(train_dataset), *extract(val_dataset), **protocol)
 
 
@@ -293,6 +294,7 @@ def main(args: argparse.Namespace) -> None:
             num_workers=args.num_workers,
             gather_on_cpu=args.gather_on_cpu,
             autocast_dtype=setup.get_autocast_dtype(cfg),
+            cache=setup.feature_cache(args, cfg),
             nb_knn=args.nb_knn,
             temperature=args.temperature,
             n_per_class_list=args.n_per_class_list,

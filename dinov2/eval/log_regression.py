@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dinov2 import distributed
 from dinov2.data.base import ImageDataset
 from dinov2.eval import setup
+from dinov2.eval.feature_cache import NO_CACHE, FeatureCache
 from dinov2.eval.features import extract_features
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
 from dinov2.eval.results import write_results
@@ -197,13 +198,20 @@ def eval_log_regression_with_model(
     batch_size: int = 256,
     num_workers: int = 0,
     autocast_dtype: torch.dtype = torch.float32,
+    cache: FeatureCache = NO_CACHE,
 ) -> dict[str, Any]:
     """Extract the class tokens of the sets (not normalised) and run `eval_log_regression` on them."""
     device = torch.device(train_features_device)
 
     def extract(dataset: ImageDataset) -> Labelled:
         features, labels = extract_features(
-            model, dataset, batch_size, num_workers, device.type == "cpu", autocast_dtype=autocast_dtype
+            model,
+            dataset,
+            batch_size,
+            num_workers,
+            gather_on_cpu=device.type == "cpu",
+            autocast_dtype=autocast_dtype,
+            cache=cache,
         )
         return Labelled(features.to(device), labels.to(device))
 
@@ -233,6 +241,7 @@ def main(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             num_workers=args.num_workers,
             autocast_dtype=setup.get_autocast_dtype(cfg),
+            cache=setup.feature_cache(args, cfg, RESIZE_SIZE),
         )
         if distributed.is_main():
             metrics = percent(results) | {"sweep": [percent(scores) for scores in results["sweep"]]}

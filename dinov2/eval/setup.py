@@ -14,6 +14,8 @@ from dinov2.config import DTYPES, Config
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.transforms import make_classification_eval_transform
+from dinov2.eval.feature_cache import NO_CACHE, FeatureCache
+from dinov2.eval.results import weights_fingerprint
 from dinov2.log import setup_logging
 from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -54,6 +56,12 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         help=f"images are scaled to this shorter side (default: 256, for logistic regression 224; {small})",
     )
     parser.add_argument("--crop-size", type=positive_int, help=f"and their centre is cut out (default: 224; {small})")
+    parser.add_argument(
+        "--feature-cache",
+        metavar="FOLDER",
+        help="where extracted features are kept and looked for; several evaluations may share one (default: features "
+        "in the output folder); none: keep nothing",
+    )
     return parser
 
 
@@ -141,6 +149,23 @@ def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size:
     logger.info("images: shorter side to %d pixels, centre crop of %d x %d", resize, crop, crop)
     return make_classification_eval_transform(
         resize_size=resize, crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
+    )
+
+
+def feature_cache(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> FeatureCache:
+    """Where the features of the evaluated model are kept, and what they depend on besides the data set."""
+    if args.feature_cache == "none":
+        return NO_CACHE
+    weights = weights_fingerprint(args.pretrained_weights)
+    return FeatureCache(
+        Path(args.feature_cache or Path(args.output_dir) / "features"),
+        {
+            "weights": weights["sha256"] if weights else f"random, seed {cfg.train.seed}",
+            "backbone": config.backbone_arguments(cfg),
+            "image sizes": image_sizes(args, cfg, published_resize_size),
+            "normalisation": [cfg.augmentation.mean, cfg.augmentation.std],
+            "precision": str(get_autocast_dtype(cfg)),
+        },
     )
 
 
