@@ -71,21 +71,27 @@ class Block(nn.Module):
     def _forward_tokens(self, x: Tensor, segments: Segments | None) -> Tensor:
         """One batch (B, N, D) without segments, or packed tokens (T, D) with them."""
         if segments is not None and self.training and self.sample_drop_ratio > 0:
-            x = self._add_to_subset(x, segments, self._attention_residual)
-            return self._add_to_subset(x, segments, self._ffn_residual)
-        x = x + self.drop_path1(self._attention_residual(x, segments))
-        return x + self.drop_path2(self._ffn_residual(x, segments))
+            x = self._add_to_subset(x, segments, lambda part, kept: self.ls1(self._attention(part, kept)))
+            return self._add_to_subset(x, segments, lambda part, _: self.ls2(self._ffn(part)))
+        x = self._add(x, self._attention(x, segments), self.ls1, self.drop_path1)
+        return self._add(x, self._ffn(x), self.ls2, self.drop_path2)
+
+    def _add(self, x: Tensor, residual: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
+        """x + drop_path(scale(residual)), in one operation where nothing is dropped."""
+        if isinstance(scale, LayerScale) and not (self.training and self.sample_drop_ratio > 0):
+            return torch.addcmul(x, residual, scale.gamma)
+        return x + drop_path(scale(residual))
 
     def _skips_work(self) -> bool:
         """Whether stochastic depth leaves sequences of a single batch out, rather than computing and masking them."""
         return self.training and self.sample_drop_ratio > SUBSET_THRESHOLD
 
-    def _attention_residual(self, x: Tensor, segments: Segments | None) -> Tensor:
+    def _attention(self, x: Tensor, segments: Segments | None) -> Tensor:
         x = self.norm1(x)
-        return self.ls1(self.attn(x) if segments is None else self.attn(x, segments))
+        return self.attn(x) if segments is None else self.attn(x, segments)
 
-    def _ffn_residual(self, x: Tensor, segments: Segments | None) -> Tensor:
-        return self.ls2(self.mlp(self.norm2(x)))
+    def _ffn(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
 
     def _add_to_subset(self, x: Tensor, segments: Segments, residual: Callable[[Tensor, Segments], Tensor]) -> Tensor:
         """Compute the residual of a random subset of the sequences only, scaled to keep its mean (paper, section 5)."""
