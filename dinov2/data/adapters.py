@@ -27,12 +27,12 @@ class DatasetWithEnumeratedTargets(Dataset):
     def get_image_data(self, index: int) -> bytes:
         return self.dataset.get_image_data(index)
 
-    def get_target(self, index: int) -> tuple[int, int | None]:
+    def get_target(self, index: int) -> tuple[int, int | list[int] | None]:
         """(index, target); a target that is None stays None here."""
         return index, self.dataset.get_target(index)
 
     def get_targets(self) -> np.ndarray | None:
-        """The targets alone, (len(self),) int64, None when the data set has no labels."""
+        """The targets alone, see `ImageDataset`."""
         return self.dataset.get_targets()
 
     def describe(self, index: int) -> str:

@@ -1,7 +1,7 @@
 """What every data set of pictures has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,14 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dinov2.data.images import BadImageError, decode_image
+
+
+def label_table(lists: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
+    """Lists of class indices, the shorter ones filled up with -1: (len(lists), width or the longest's length) int64."""
+    table = np.full((len(lists), width or max(1, *map(len, lists))), -1, np.int64)
+    for row, labels in zip(table, lists, strict=True):
+        row[: len(labels)] = labels
+    return table
 
 
 class ImageDataset(Dataset, ABC):
@@ -44,13 +52,18 @@ class ImageDataset(Dataset, ABC):
         """The image file of sample `index`."""
 
     @abstractmethod
-    def get_target(self, index: int) -> int | None:
-        """The class index of sample `index`, None when the data set has no labels."""
+    def get_target(self, index: int) -> int | list[int] | None:
+        """The class index of sample `index`, a list in data sets with several, None when there are no labels."""
 
     def get_targets(self) -> np.ndarray | None:
-        """The class indices of all samples, (len(self),) int64, None when the data set has no labels."""
-        targets = [self.get_target(index) for index in range(len(self))]
-        return None if None in targets else np.array(targets, dtype=np.int64)
+        """The class indices of all samples, (len(self),) int64, None when the data set has no labels.
+
+        Lists are a table with a row for each sample, see `label_table`.
+        """
+        targets: list[Any] = [self.get_target(index) for index in range(len(self))]
+        if None in targets:
+            return None
+        return label_table(targets) if targets and isinstance(targets[0], list) else np.array(targets, dtype=np.int64)
 
     def describe(self, index: int) -> str:
         """Where the picture of sample `index` comes from, for messages."""

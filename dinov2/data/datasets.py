@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 #     DATASETS["Birds"] = Entry(Birds, required=("root",), optional=("split",))
 # here or in your code; then "Birds:root=/data/birds:split=val" is Birds(root="/data/birds", split="val").
 DATASETS: dict[str, Entry] = {
-    "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), splits=ImageNet.Split),
+    "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), optional=("real",), splits=ImageNet.Split),
     "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
     "ImageFolder": Entry(ImageFolder, optional=("split",)),
     "ImageList": Entry(ImageList, required=("file",), optional=("root", "classes")),

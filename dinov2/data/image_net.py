@@ -1,16 +1,18 @@
 """ImageNet-1k in its usual folders, indexed by small tables (the "extra" files)."""
 
 import csv
+import json
 import logging
 import re
 from collections.abc import Callable
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinov2.data.base import ImageDataset
+from dinov2.data.base import ImageDataset, label_table
 from dinov2.data.extra_file import ExtraFile
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,12 @@ class ImageNet(ImageDataset):
         split: an `ImageNet.Split`.
         root: folder of the images.
         extra: folder of the tables.
+        real: file of the reassessed labels of VAL, the `real.json` of ImageNet-ReaL (Beyer et al. 2020, arXiv
+            2006.07159). With it targets are lists of all classes that are right, some of them empty.
         transforms, transform, target_transform: see `ImageDataset`.
+
+    Raises:
+        ValueError: `real` for another split.
     """
 
     Split = ImageNetSplit
@@ -74,6 +81,7 @@ class ImageNet(ImageDataset):
         split: ImageNetSplit,
         root: str | Path,
         extra: str | Path,
+        real: str | Path | None = None,
         transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
         transform: Callable[[Any], Any] | None = None,
         target_transform: Callable[[Any], Any] | None = None,
@@ -81,6 +89,9 @@ class ImageNet(ImageDataset):
         super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
         self.root = Path(root)
         self.split = split
+        if real is not None and split is not ImageNetSplit.VAL:
+            raise ValueError(f"real={str(real)!r}: there are reassessed labels of split VAL only, not of {split.name}")
+        self._real_file = None if real is None else Path(real)
         creation = (
             "from dinov2.data.datasets import ImageNet; "
             f"ImageNet(split=ImageNet.Split.{split.name}, root={str(root)!r}, extra={str(extra)!r}).dump_extra()"
@@ -106,13 +117,24 @@ class ImageNet(ImageDataset):
     def get_image_data(self, index: int) -> bytes:
         return Path(self.describe(index)).read_bytes()
 
-    def get_target(self, index: int) -> int | None:
+    def get_target(self, index: int) -> int | list[int] | None:
         if self.split is ImageNetSplit.TEST:
             return None
+        if self._real_file is not None:
+            return self._real_labels[index]
         return int(self._entries.array[index]["class_index"])
 
     def get_targets(self) -> np.ndarray | None:
+        if self._real_file is not None:
+            return label_table(self._real_labels)
         return None if self.split is ImageNetSplit.TEST else self._entries.array["class_index"].astype(np.int64)
+
+    @cached_property
+    def _real_labels(self) -> list[list[int]]:
+        """The reassessed labels of each sample."""
+        assert self._real_file is not None, "only asked for with such a file"
+        by_number = _read_real(self._real_file, self.split.official_length, len(self._class_ids.array))
+        return [by_number[number - 1] for number in self._entries.array["actual_index"].tolist()]
 
     def get_class_id(self, index: int) -> str | None:
         """WordNet id of the class of sample `index`, None for TEST."""
@@ -214,3 +236,25 @@ def _read_labels(path: Path) -> dict[str, str]:
         if len(row) not in (0, 2):  # 0: an empty line
             raise ValueError(f"{path}, row {number}: {row} should be a class and its name, like n01440764,tench")
     return dict(row for row in rows if row)
+
+
+def _read_real(path: Path, length: int, num_classes: int) -> list[list[int]]:
+    """The reassessed labels of the validation images, in the order of the numbers in their names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a JSON list of `length` lists of class indices.
+    """
+    try:
+        lists = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(lists, list) or len(lists) != length:
+        found = f"a list of {len(lists)}" if isinstance(lists, list) else f"a {type(lists).__name__}"
+        raise ValueError(f"{path} holds {found}, not a list of {length} lists of class indices, one for each image")
+    for number, labels in enumerate(lists, start=1):
+        if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < num_classes for label in labels):
+            raise ValueError(
+                f"{path}, image {number}: {labels!r} is not a list of indices of the {num_classes} classes of the data"
+            )
+    return lists

@@ -8,8 +8,8 @@ under the same name is not noticed.
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,19 @@ Features = tuple[Tensor, Tensor]
 """Features (n, ...) float32 and labels (n, ...) int64."""
 
 
-@dataclass(frozen=True)
 class FeatureCache:
-    """Where features are kept, and what those of a model and its images depend on.
+    """Where features are kept, and what those of a model and its images depend on."""
 
-    Args:
-        directory: of the files; None keeps nothing.
-        facts: that tell one model, and one way of preparing images, from another; JSON.
-    """
+    def __init__(self, directory: Path | None = None, facts: Mapping[str, Any] | None = None) -> None:
+        """Nothing is read or written yet.
 
-    directory: Path | None
-    facts: Mapping[str, Any]
+        Args:
+            directory: of the files; None keeps nothing.
+            facts: that tell one model, and one way of preparing images, from another; JSON.
+        """
+        self.directory, self.facts = directory, facts or {}
+        self.seconds = 0.0  # spent on getting features
+        self.files: dict[str, str] = {}  # path -> "read", or "written" if there was none
 
     def get(self, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
         """The features of a data set from their file, else by `extract`, which all processes then call.
@@ -46,22 +48,26 @@ class FeatureCache:
             dataset: whose images.
             extract: computes them.
         """
-        if self.directory is None:
-            return extract()
+        started = time.monotonic()
+        features = extract() if self.directory is None else self._get(self.directory, kind, dataset, extract)
+        self.seconds += time.monotonic() - started
+        return features
+
+    def _get(self, directory: Path, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
         facts = {**self.facts, "features": kind, "dataset": type(dataset).__name__, "images": _digest_of(dataset)}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        path = self.directory / f"{kind}-{type(dataset).__name__}-{digest[:16]}.pth"
+        path = directory / f"{kind}-{type(dataset).__name__}-{digest[:16]}.pth"
         found = _read(path) if path.exists() else None
         if all(distributed.all_gather_object(found is not None)) and found is not None:
             logger.info("features of %d images: from %s", len(dataset), path)
+            self.files.setdefault(str(path), "read")
             return found
         features, labels = extract()
         if distributed.is_main():
-            _write(path, {"features": features.cpu(), "labels": labels.cpu(), "of": json.dumps(facts)})
+            content = {"features": features.cpu(), "labels": labels.cpu(), "of": json.dumps(facts)}
+            if _write(path, content):
+                self.files[str(path)] = "written"
         return features, labels
-
-
-NO_CACHE = FeatureCache(None, {})
 
 
 def _digest_of(dataset: ImageDataset) -> str:
@@ -88,12 +94,14 @@ def _read(path: Path) -> Features | None:
     return features, labels
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: Path, content: dict[str, Any]) -> bool:
+    """Whether that was possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # a full disk is no reason to lose the evaluation
         logger.warning("cannot keep the features: %s", error)
-    else:
-        logger.info("features kept in %s (%.0f MB)", path, path.stat().st_size / 1e6)
+        return False
+    logger.info("features kept in %s (%.0f MB)", path, path.stat().st_size / 1e6)
+    return True

@@ -6,16 +6,18 @@ Shapes: n images, B images of a batch, D feature width.
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import default_collate
 
 from dinov2 import distributed
 from dinov2.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader
-from dinov2.data.base import ImageDataset
-from dinov2.eval.feature_cache import NO_CACHE, FeatureCache
+from dinov2.data.base import ImageDataset, label_table
+from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.readable import ReadableOnly, collate_readable
 from dinov2.log import MetricLogger
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -60,6 +62,23 @@ class ModelWithIntermediateLayers(nn.Module):
         return cast(Sequence[tuple[Tensor, Tensor]], tokens)
 
 
+class ModelWithPooledTokens(nn.Module):
+    """All that linear classifiers look at: (B, L, 2, D) float32, class and mean patch token of each of L blocks."""
+
+    def __init__(self, model: ModelWithIntermediateLayers) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        blocks = [torch.stack([class_token, patches.mean(dim=1)], dim=1) for patches, class_token in self.model(images)]
+        return torch.stack(blocks, dim=1).float()
+
+
+def tokens_of_blocks(pooled: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pooled tokens (B, L, 2, D) in the form of `ModelWithIntermediateLayers`, their mean as the one patch token."""
+    return [(block[:, 1:], block[:, 0]) for block in pooled.unbind(dim=1)]
+
+
 def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
     """Autocast on this process's device; nothing for float32."""
     return torch.autocast(distributed.device().type, dtype=dtype, enabled=dtype != torch.float32)
@@ -73,22 +92,24 @@ def extract_features(
     gather_on_cpu: bool = False,
     *,
     autocast_dtype: torch.dtype = torch.float32,
-    cache: FeatureCache = NO_CACHE,
+    cache: FeatureCache | None = None,
+    kind: str = "class_token",
 ) -> tuple[Tensor, Tensor]:
     """Run a backbone over a data set, or read what that gave from the cache; each rank gets the whole result.
 
     Args:
-        model: images (B, 3, H, W) -> class tokens (B, D).
+        model: images (B, 3, H, W) -> features (B, ...).
         dataset: yields (image tensor, label); a label that is None becomes the position of the image.
         batch_size: per process; the ranks share the work.
         num_workers: data loader workers per process.
         gather_on_cpu: keep the result in host memory.
         autocast_dtype: precision of the model.
         cache: where features are kept.
+        kind: what the cache calls the features of this `model`.
 
     Returns:
-        Features (n, D) float32 and labels (n, ...) int64 in the order of the data set, without the images that cannot
-        be read.
+        Features (n, ...) float32 and labels (n,) int64 in the order of the data set, without the images that cannot
+        be read. Lists of labels are (n, longest list), filled up with -1.
 
     Raises:
         ValueError: if more than `MAX_BAD_SHARE` of the images cannot be read.
@@ -99,7 +120,7 @@ def extract_features(
             model, dataset, batch_size, num_workers, gather_on_cpu=gather_on_cpu, autocast_dtype=autocast_dtype
         )
 
-    features, labels = cache.get("class_token", dataset, compute)
+    features, labels = (cache or FeatureCache()).get(kind, dataset, compute)
     device = torch.device("cpu") if gather_on_cpu else distributed.device()
     return features.to(device), labels.to(device)
 
@@ -117,6 +138,8 @@ def _run_over(
     """See `extract_features`."""
     device = distributed.device()
     target_device = torch.device("cpu") if gather_on_cpu else device
+    all_labels = dataset.get_targets()
+    width = all_labels.shape[1] if all_labels is not None and all_labels.ndim > 1 else None
     loader = make_data_loader(
         dataset=ReadableOnly(DatasetWithEnumeratedTargets(dataset)),
         batch_size=batch_size,
@@ -124,12 +147,12 @@ def _run_over(
         shuffle=False,
         sampler_type=SamplerType.DISTRIBUTED,
         drop_last=False,
-        collate_fn=collate_readable,
+        collate_fn=partial(collate_readable, collate=partial(collate_enumerated, width=width)),
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
     model.eval()
-    features, labels = torch.empty(0), torch.empty(0)
+    features, labels, seen = torch.empty(0), torch.empty(0), torch.zeros(len(dataset), dtype=torch.bool)
     progress = MetricLogger("  ", is_main=distributed.is_main())
     for images, (index, targets) in progress.log_every(
         loader, 10, "Features:", batch_size=batch_size * distributed.world_size()
@@ -139,16 +162,25 @@ def _run_over(
         if not len(features):
             features = torch.zeros(len(dataset), *output.shape[1:], device=target_device)
             labels = torch.full((len(dataset), *targets.shape[1:]), -1, device=target_device)
+            seen = seen.to(target_device)
         gathered = [distributed.all_gather_varied(t.to(device)).to(target_device) for t in (index, output, targets)]
         # By position: images that were dealt twice to fill up the last batches land in the same place.
         features[gathered[0]] = gathered[1]
         labels[gathered[0]] = gathered[2]
-    return _readable_rows(features, labels)
+        seen[gathered[0]] = True
+    return _readable_rows(features, labels, seen)
 
 
-def _readable_rows(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def collate_enumerated(samples: Sequence[tuple[Tensor, tuple[int, Any]]], width: int | None = None) -> Any:
+    """Images (B, 3, H, W), and positions (B,) and labels (B,); lists of labels as (B, width), see `label_table`."""
+    images, targets = zip(*samples, strict=True)
+    positions, labels = zip(*targets, strict=True)
+    table = torch.tensor(labels) if width is None else torch.from_numpy(label_table(labels, width))
+    return default_collate(list(images)), (torch.tensor(positions), table)
+
+
+def _readable_rows(features: Tensor, labels: Tensor, readable: Tensor) -> tuple[Tensor, Tensor]:
     """The rows that were filled in."""
-    readable = labels.flatten(1).amax(dim=1) >= 0 if labels.ndim > 1 else labels >= 0
     num_bad = int((~readable).sum())
     if num_bad == 0:
         return features, labels

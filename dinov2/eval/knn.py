@@ -6,7 +6,8 @@ Shapes: n bank (training) images, Q queries, D feature width, C classes, K the l
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ from torch.nn import functional
 from dinov2 import distributed
 from dinov2.data.base import ImageDataset
 from dinov2.eval import setup
-from dinov2.eval.feature_cache import NO_CACHE, FeatureCache
+from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
 from dinov2.eval.metrics import MetricType, build_metric
-from dinov2.eval.results import write_results
+from dinov2.eval.results import as_table, run_facts, set_facts, write_results
 from dinov2.log import run_command
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ RESULTS_FILE = "results_eval_knn.json"
 # Similarities exist for this many queries times this many bank images at once (64 MiB).
 QUERY_BATCH = 256
 BANK_CHUNK = 65536
+
+TOPS = ("top-1", "top-5")
 
 Scores = dict[tuple[str, int], dict[str, float]]  # (bank name, k) -> {"top-1": fraction, ...}
 
@@ -248,7 +251,7 @@ def eval_knn(
     num_workers: int = 5,
     gather_on_cpu: bool = False,
     autocast_dtype: torch.dtype = torch.float32,
-    cache: FeatureCache = NO_CACHE,
+    cache: FeatureCache | None = None,
     **protocol: Any,
 ) -> Scores:
     """Extract the normalised class tokens of both sets and score them (`protocol`: see `eval_knn_on_features`)."""
@@ -262,48 +265,46 @@ def eval_knn(
     return eval_knn_on_features(*extract(train_dataset), *extract(val_dataset), **protocol)
 
 
-def eval_knn_with_model(
-    model: nn.Module,
-    *,
-    train_dataset_str: str,
-    val_dataset_str: str,
-    transform: Callable[..., Tensor],
-    **options: Any,
-) -> Scores:
-    """Score a model on data sets given as strings (`options`: see `eval_knn`), and log the scores in percent."""
-    train_dataset = setup.labelled_dataset(train_dataset_str, transform)
-    val_dataset = setup.labelled_dataset(val_dataset_str, transform)
-    setup.check_same_classes(train_dataset, val_dataset, val_dataset_str)
-    scores = eval_knn(model, train_dataset, val_dataset, **options)
+def log_scores(scores: Scores, val_dataset: ImageDataset) -> None:
+    """Log the scores in percent: the published lines, and a table."""
     for key, accuracies in scores.items():
         for top, accuracy in accuracies.items():
             logger.info("%s %s: %.2f", key, top.replace("top-", "Top "), 100 * accuracy)
-    return scores
+    facts = set_facts(val_dataset)
+    title = f"k-NN classification of {facts['images']} images of {facts['classes']} classes, accuracy in %"
+    rows = [[bank, k, *(100 * s[top] if top in s else None for top in TOPS)] for (bank, k), s in scores.items()]
+    logger.info("%s", as_table(title, ["bank", "k", *TOPS], rows))
 
 
 def main(args: argparse.Namespace) -> None:
     """Run the evaluation of the command line."""
+    started = time.monotonic()
     with distributed.session():
         cfg = setup.setup(args)
-        scores = eval_knn_with_model(
+        transform, cache = setup.eval_transform(args, cfg), setup.feature_cache(args, cfg)
+        train_dataset = setup.labelled_dataset(args.train_dataset, transform)
+        val_dataset = setup.labelled_dataset(args.val_dataset, transform)
+        setup.check_same_classes(train_dataset, val_dataset, args.val_dataset)
+        scores = eval_knn(
             setup.build_model_for_eval(cfg, args.pretrained_weights),
-            train_dataset_str=args.train_dataset,
-            val_dataset_str=args.val_dataset,
-            transform=setup.eval_transform(args, cfg),
+            train_dataset,
+            val_dataset,
             batch_size=args.batch_size,
             num_workers=args.num_workers,
             gather_on_cpu=args.gather_on_cpu,
             autocast_dtype=setup.get_autocast_dtype(cfg),
-            cache=setup.feature_cache(args, cfg),
+            cache=cache,
             nb_knn=args.nb_knn,
             temperature=args.temperature,
             n_per_class_list=args.n_per_class_list,
             n_tries=args.n_tries,
         )
-        percent: dict[str, dict[str, dict[str, float]]] = {}
+        log_scores(scores, val_dataset)
+        metrics: dict[str, dict[str, dict[str, float]]] = {}
         for (name, k), accuracies in scores.items():
-            percent.setdefault(name, {})[str(k)] = {top: 100 * value for top, value in accuracies.items()}
-        write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="knn", metrics=percent, args=args)
+            metrics.setdefault(name, {})[str(k)] = {top: 100 * value for top, value in accuracies.items()}
+        facts = run_facts({args.train_dataset: train_dataset, args.val_dataset: val_dataset}, cache, started)
+        write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="knn", metrics=metrics, args=args, **facts)
 
 
 if __name__ == "__main__":

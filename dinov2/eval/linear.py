@@ -6,6 +6,7 @@ The classifiers are described in `linear_heads`. The best of them is chosen on t
 import argparse
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from dinov2 import distributed
 from dinov2.config import Config
-from dinov2.data.transforms import make_classification_train_transform
+from dinov2.data.base import ImageDataset
 from dinov2.eval import setup
-from dinov2.eval.features import ModelWithIntermediateLayers, autocast
+from dinov2.eval.feature_cache import FeatureCache, Features
+from dinov2.eval.features import ModelWithIntermediateLayers, autocast, tokens_of_blocks
 from dinov2.eval.linear_checkpoint import FINAL, RUNNING, LinearCheckpointer, read_checkpoint
-from dinov2.eval.linear_data import EvalSet, make_eval_set, make_train_loader
+from dinov2.eval.linear_data import EvalSet, LinearSets, extract_tokens, make_sets, make_train_loader
 from dinov2.eval.linear_heads import (
     AllClassifiers,
     LinearClassifier,
@@ -37,7 +39,7 @@ from dinov2.eval.linear_heads import (
     setup_linear_classifiers,
 )
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
-from dinov2.eval.results import weights_fingerprint, write_results
+from dinov2.eval.results import as_table, run_facts, set_facts, weights_fingerprint, write_results
 from dinov2.log import MetricLogger, run_command
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -60,6 +62,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_linear.json"
 LAST_BLOCKS = (1, 4)
+SCORED_AT_ONCE = 1024  # images
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, 3, H, W), labels (B,)
@@ -106,19 +109,27 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 
 @torch.inference_mode()
 def evaluate_linear_classifiers(
-    feature_model: nn.Module, classifiers: Mapping[str, LinearClassifier], eval_set: EvalSet, num_classes: int
+    classifiers: Mapping[str, LinearClassifier], eval_set: EvalSet, features: Features, num_classes: int
 ) -> dict[str, Accuracies]:
-    """Accuracies of each classifier by name; `num_classes` is that of the training set."""
+    """Accuracies of each classifier by name.
+
+    Args:
+        classifiers: by name.
+        eval_set: what to measure.
+        features: this rank's tokens (n, L, 2, D) and labels of the set, see `extract_tokens`.
+        num_classes: of the training set.
+    """
     device, mapping = distributed.device(), eval_set.class_mapping
     width = num_classes if mapping is None else len(mapping)
     postprocessors = {name: LinearPostprocessor(classifier, mapping) for name, classifier in classifiers.items()}
     metrics = {name: build_metric(eval_set.metric_type, num_classes=width).to(device) for name in classifiers}
-    progress = MetricLogger("  ", is_main=distributed.is_main())
-    for images, targets in progress.log_every(eval_set.loader, 10, "Test:"):
-        features = feature_model(images.to(device, non_blocking=True))
-        targets = targets.to(device, non_blocking=True)
+    tokens, labels = features
+    if eval_set.metric_type is MetricType.IMAGENET_REAL_ACCURACY and labels.ndim == 1:
+        labels = labels[:, None]  # single labels are lists of one
+    for some_tokens, some_labels in zip(tokens.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True):
+        blocks, targets = tokens_of_blocks(some_tokens.to(device)), some_labels.to(device)
         for name, postprocessor in postprocessors.items():
-            metrics[name].update(**postprocessor(features, targets))
+            metrics[name].update(**postprocessor(blocks, targets))
     return {name: {top: value.tolist() for top, value in metric.compute().items()} for name, metric in metrics.items()}
 
 
@@ -128,13 +139,13 @@ def best_of(scores: Mapping[str, Accuracies]) -> str:
 
 
 def test_on_datasets(
-    feature_model: nn.Module,
     classifiers: Mapping[str, LinearClassifier],
     test_sets: Sequence[EvalSet],
+    tokens_of: Callable[[ImageDataset], Features],
     num_classes: int,
 ) -> list[dict[str, Accuracies]]:
     """Accuracies of each classifier by name, for each test set."""
-    return [evaluate_linear_classifiers(feature_model, classifiers, each, num_classes) for each in test_sets]
+    return [evaluate_linear_classifiers(classifiers, each, tokens_of(each.dataset), num_classes) for each in test_sets]
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -229,77 +240,71 @@ def validation_record(iteration: int, scores: Mapping[str, Accuracies]) -> dict[
 # --- The whole evaluation --------------------------------------------------------------------------------------------
 
 
-def run_eval_linear(model: DinoVisionTransformer, args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
+def run_eval_linear(
+    model: DinoVisionTransformer, sets: LinearSets, args: argparse.Namespace, cfg: Config, cache: FeatureCache
+) -> dict[str, Any]:
     """Train and test as the command line says; the metrics of the results file, accuracies in percent."""
     feature_model = ModelWithIntermediateLayers(
         model, min(max(LAST_BLOCKS), model.n_blocks), partial(autocast, setup.get_autocast_dtype(cfg))
     )
-    val_set, test_sets = build_eval_sets(args, setup.eval_transform(args, cfg))
-    if args.classifier_fpath:
+    tokens_of = partial(
+        extract_tokens, feature_model, batch_size=args.batch_size, num_workers=args.num_workers, cache=cache
+    )
+    validate = partial(evaluate_linear_classifiers, eval_set=sets.val, features=tokens_of(sets.val.dataset))
+    if sets.train is None:
         state = read_checkpoint(Path(args.classifier_fpath))
         classifiers = classifiers_from_state_dict(state["model"], args.classifier_fpath).to(distributed.device())
         history: list[dict[str, Any]] = []
         iteration = state.get("iteration", -1) + 1
     else:
-        classifiers, history = train_classifiers(feature_model, val_set, args, cfg)
+        classifiers, history = train_classifiers(feature_model, sets.train, validate, args, cfg)
         iteration = args.epochs * args.epoch_length
     named, num_classes = classifiers.by_name(), classifiers.num_classes
-    scores = evaluate_linear_classifiers(feature_model, named, val_set, num_classes)
+    scores = validate(named, num_classes=num_classes)
     history.append(validation_record(iteration, scores))
     best = best_of(scores)
-    tests = test_on_datasets(feature_model, {best: named[best]}, test_sets, num_classes)
+    tests = test_on_datasets({best: named[best]}, sets.tests, tokens_of, num_classes)
     results = {
         "best_classifier": {"name": best, **percent(scores[best])},
         "val": {name: percent(accuracies) for name, accuracies in scores.items()},
         "test": [
             {"dataset": test_set.name, "metric": test_set.metric_type.value, **percent(test[best])}
-            for test_set, test in zip(test_sets, tests, strict=True)
+            for test_set, test in zip(sets.tests, tests, strict=True)
         ],
         "history": history,
     }
-    logger.info("Test Results Dict %s", {key: results[key] for key in ("best_classifier", "test")})
+    log_results(results, sets)
     return results
 
 
-def build_eval_sets(args: argparse.Namespace, transform: Callable[..., Tensor]) -> tuple[EvalSet, list[EvalSet]]:
-    """The validation set and the test sets of the command line.
-
-    Raises:
-        ValueError: if there are not as many test metrics or class mappings as test sets.
-    """
-    make = partial(make_eval_set, transform=transform, batch_size=args.batch_size, num_workers=args.num_workers)
-    val_set = make(
-        args.val_dataset,
-        metric_type=MetricType(args.val_metric_type),
-        class_mapping_fpath=args.val_class_mapping_fpath,
-    )
-    datasets = args.test_datasets or []
-    metric_types = args.test_metric_types or [args.val_metric_type] * len(datasets)
-    mappings = args.test_class_mapping_fpaths or ["None"] * len(datasets)
-    for flag, values in (("--test-metric-types", metric_types), ("--test-class-mapping-fpaths", mappings)):
-        if len(values) != len(datasets):
-            raise ValueError(f"{flag} has {len(values)} values for {len(datasets)} --test-datasets")
-    tests = [
-        make(dataset, metric_type=MetricType(metric), class_mapping_fpath=None if mapping == "None" else mapping)
-        for dataset, metric, mapping in zip(datasets, metric_types, mappings, strict=True)
-    ]
-    return val_set, tests
+def log_results(results: dict[str, Any], sets: LinearSets) -> None:
+    """Log what was found: the published line, and a table."""
+    logger.info("Test Results Dict %s", {key: results[key] for key in ("best_classifier", "test")})
+    rows = []
+    for role, each, scores in zip(
+        ["validation", *["test"] * len(sets.tests)],
+        [sets.val, *sets.tests],
+        [results["best_classifier"], *results["test"]],
+        strict=True,
+    ):
+        images = set_facts(each.dataset)["images"]
+        rows.append([role, each.name, each.metric_type.value, images, scores["top-1"], scores.get("top-5")])
+    title = f"linear classification, best on validation: {results['best_classifier']['name']}, accuracy in %"
+    logger.info("%s", as_table(title, ["set", "data", "metric", "images", "top-1", "top-5"], rows))
 
 
 def train_classifiers(
-    feature_model: ModelWithIntermediateLayers, val_set: EvalSet, args: argparse.Namespace, cfg: Config
+    feature_model: ModelWithIntermediateLayers,
+    dataset: ImageDataset,
+    validate: Callable[..., dict[str, Accuracies]],
+    args: argparse.Namespace,
+    cfg: Config,
 ) -> tuple[AllClassifiers, list[dict[str, Any]]]:
-    """The trained grid, and the validations on the way."""
-    _, crop = setup.image_sizes(args, cfg)
-    transform = make_classification_train_transform(
-        crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
-    )
-    dataset = setup.labelled_dataset(args.train_dataset, transform)
-    if args.val_class_mapping_fpath is None:
-        setup.check_same_classes(dataset, setup.labelled_dataset(args.val_dataset, transform), args.val_dataset)
+    """The trained grid, and the validations on the way by `validate(classifiers, num_classes=...)`."""
     targets = dataset.get_targets()
     assert targets is not None, "labelled"
     num_classes = 1 + int(targets.max())
+    _, crop = setup.image_sizes(args, cfg)
     classifiers, param_groups = setup_linear_classifiers(
         feature_model(torch.zeros(1, 3, crop, crop, device=distributed.device())),
         [n for n in LAST_BLOCKS if n <= feature_model.n_last_blocks],
@@ -314,7 +319,7 @@ def train_classifiers(
         classifiers,
         param_groups,
         partial(make_train_loader, dataset=dataset, batch_size=args.batch_size, num_workers=args.num_workers),
-        partial(evaluate_linear_classifiers, feature_model, classifiers.by_name(), val_set, num_classes),
+        partial(validate, classifiers.by_name(), num_classes=num_classes),
         Plan(
             max_iter=args.epochs * args.epoch_length,
             eval_period=args.eval_period_iterations,
@@ -336,11 +341,14 @@ def train_classifiers(
 
 def main(args: argparse.Namespace) -> None:
     """Run the evaluation of the command line."""
+    started = time.monotonic()
     with distributed.session():
         cfg = setup.setup(args)
+        sets, cache = make_sets(args, cfg), setup.feature_cache(args, cfg)
         model = setup.build_model_for_eval(cfg, args.pretrained_weights)
-        metrics = run_eval_linear(model, args, cfg)
-        write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="linear", metrics=metrics, args=args)
+        metrics = run_eval_linear(model, sets, args, cfg, cache)
+        facts = run_facts(sets.by_name(args.train_dataset), cache, started)
+        write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="linear", metrics=metrics, args=args, **facts)
 
 
 if __name__ == "__main__":

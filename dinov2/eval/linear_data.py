@@ -1,27 +1,30 @@
 """Images of the linear evaluation: endless augmented ones to train on, sets to test on.
 
-Shapes: B images of a batch, C' classes of a test set.
+Shapes: n images of a set, L last blocks, D width of the backbone, C' classes of a test set.
 """
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2 import distributed
-from dinov2.data import SamplerType, make_data_loader
+from dinov2.config import Config
 from dinov2.data.base import ImageDataset
 from dinov2.data.randomness import seed_for
 from dinov2.data.samplers import GlobalOrderSampler
 from dinov2.data.stream import Place, PlaceBatches
+from dinov2.data.transforms import make_classification_train_transform
+from dinov2.eval.feature_cache import FeatureCache, Features
+from dinov2.eval.features import ModelWithIntermediateLayers, ModelWithPooledTokens, extract_features
 from dinov2.eval.metrics import MetricType
 from dinov2.eval.readable import ReadableOnly, collate_readable
-from dinov2.eval.setup import labelled_dataset
+from dinov2.eval.setup import check_same_classes, eval_transform, image_sizes, labelled_dataset
 
 
 class AugmentedTrainingSet(Dataset[tuple[Tensor, int]]):
@@ -67,7 +70,7 @@ class EvalSet(NamedTuple):
     """A labelled set to test classifiers on."""
 
     name: str  # dataset string
-    loader: DataLoader  # each image once, on one of the ranks
+    dataset: ImageDataset
     metric_type: MetricType
     class_mapping: Tensor | None  # (C',) int64, its classes among those trained on
 
@@ -76,31 +79,72 @@ def make_eval_set(
     dataset_str: str,
     transform: Callable[..., Tensor],
     *,
-    batch_size: int,
-    num_workers: int,
     metric_type: MetricType,
     class_mapping_fpath: str | None = None,
 ) -> EvalSet:
-    """The set of a dataset string, dealt to the ranks; a class mapping is read from a `.npy` file."""
+    """The set of a dataset string; a class mapping is read from a `.npy` file."""
     mapping = None
     if class_mapping_fpath is not None:
         mapping = torch.from_numpy(np.load(class_mapping_fpath).astype(np.int64)).to(distributed.device())
-    several_labels = metric_type is MetricType.IMAGENET_REAL_ACCURACY
-    loader = make_data_loader(
-        dataset=ReadableOnly(labelled_dataset(dataset_str, transform)),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        shuffle=False,
-        sampler_type=SamplerType.EPOCH,  # unlike DISTRIBUTED it does not fill up the last batches with duplicates
-        drop_last=False,
-        collate_fn=partial(collate_readable, collate=collate_label_lists) if several_labels else collate_readable,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+    several = metric_type is MetricType.IMAGENET_REAL_ACCURACY
+    return EvalSet(dataset_str, labelled_dataset(dataset_str, transform, several=several), metric_type, mapping)
+
+
+class LinearSets(NamedTuple):
+    """The data of a linear evaluation."""
+
+    train: ImageDataset | None  # None if nothing is trained
+    val: EvalSet
+    tests: list[EvalSet]
+
+    def by_name(self, train_name: str) -> dict[str, ImageDataset]:
+        """Each of them by its dataset string."""
+        train = {} if self.train is None else {train_name: self.train}
+        return train | {each.name: each.dataset for each in (self.val, *self.tests)}
+
+
+def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
+    """The sets of the command line.
+
+    Raises:
+        ValueError: if there are not as many test metrics or class mappings as test sets, or the validation set has
+            other classes than the training set and no class mapping.
+    """
+    make = partial(make_eval_set, transform=eval_transform(args, cfg))
+    datasets = args.test_datasets or []
+    metric_types = args.test_metric_types or [args.val_metric_type] * len(datasets)
+    mappings = args.test_class_mapping_fpaths or ["None"] * len(datasets)
+    for flag, values in (("--test-metric-types", metric_types), ("--test-class-mapping-fpaths", mappings)):
+        if len(values) != len(datasets):
+            raise ValueError(f"{flag} has {len(values)} values for {len(datasets)} --test-datasets")
+    val = make(
+        args.val_dataset,
+        metric_type=MetricType(args.val_metric_type),
+        class_mapping_fpath=args.val_class_mapping_fpath,
     )
-    return EvalSet(dataset_str, loader, metric_type, mapping)
+    tests = [
+        make(dataset, metric_type=MetricType(metric), class_mapping_fpath=None if mapping == "None" else mapping)
+        for dataset, metric, mapping in zip(datasets, metric_types, mappings, strict=True)
+    ]
+    if args.classifier_fpath:
+        return LinearSets(None, val, tests)
+    _, crop = image_sizes(args, cfg)
+    augmentation = make_classification_train_transform(
+        crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
+    )
+    train = labelled_dataset(args.train_dataset, augmentation)
+    if val.class_mapping is None:
+        check_same_classes(train, val.dataset, args.val_dataset)
+    return LinearSets(train, val, tests)
 
 
-def collate_label_lists(samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) and their lists of labels (B, longest list), the shorter ones filled up with -1."""
-    labels = [torch.as_tensor(target, dtype=torch.int64).reshape(-1) for _, target in samples]
-    return torch.stack([image for image, _ in samples]), pad_sequence(labels, batch_first=True, padding_value=-1)
+def extract_tokens(
+    model: ModelWithIntermediateLayers, dataset: ImageDataset, batch_size: int, num_workers: int, cache: FeatureCache
+) -> Features:
+    """This rank's share of a set: tokens (n, L, 2, D), see `ModelWithPooledTokens`, and labels, in host memory."""
+    pooled = ModelWithPooledTokens(model)
+    tokens, labels = extract_features(
+        pooled, dataset, batch_size, num_workers, gather_on_cpu=True, cache=cache, kind="last_blocks"
+    )
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    return tokens[mine].contiguous(), labels[mine]  # a copy if there are several ranks, so that the rest can go

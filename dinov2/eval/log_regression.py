@@ -6,9 +6,9 @@ Shapes: n training images, B test images, D feature width, C classes.
 import argparse
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Sequence
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from dinov2 import distributed
 from dinov2.data.base import ImageDataset
 from dinov2.eval import setup
-from dinov2.eval.feature_cache import NO_CACHE, FeatureCache
+from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
-from dinov2.eval.results import write_results
+from dinov2.eval.results import as_table, run_facts, set_facts, write_results
 from dinov2.log import run_command
 
 logger = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ def eval_log_regression_with_model(
     batch_size: int = 256,
     num_workers: int = 0,
     autocast_dtype: torch.dtype = torch.float32,
-    cache: FeatureCache = NO_CACHE,
+    cache: FeatureCache | None = None,
 ) -> dict[str, Any]:
     """Extract the class tokens of the sets (not normalised) and run `eval_log_regression` on them."""
     device = torch.device(train_features_device)
@@ -222,17 +222,31 @@ def eval_log_regression_with_model(
     return eval_log_regression(train, val, fitter=fitter, finetune=finetune, finetune_on_val=finetune_on_val)
 
 
+def log_scores(metrics: dict[str, Any], val_dataset: ImageDataset) -> None:
+    """Log the accuracies, in percent: the published lines, and a table."""
+    for top in [key for key in metrics if key.startswith("top-")]:
+        logger.info("%s: %s", top, np.round(metrics[top], 1))
+    facts = set_facts(val_dataset)
+    title = f"logistic regression on {facts['images']} images of {facts['classes']} classes, accuracy in %"
+    row = [f"{metrics['best_C']:.3g}", metrics["top-1"], metrics.get("top-5")]
+    logger.info("%s", as_table(title, ["best C", "top-1", "top-5"], [row]))
+
+
 def main(args: argparse.Namespace) -> None:
     """Run the evaluation of the command line."""
+    started = time.monotonic()
     with distributed.session():
         cfg = setup.setup(args)
-        dataset = partial(setup.labelled_dataset, transform=setup.eval_transform(args, cfg, RESIZE_SIZE))
-        setup.check_same_classes(dataset(args.train_dataset), dataset(args.val_dataset), args.val_dataset)
+        transform, cache = setup.eval_transform(args, cfg, RESIZE_SIZE), setup.feature_cache(args, cfg, RESIZE_SIZE)
+        names = (args.train_dataset, args.val_dataset, args.finetune_dataset_str)
+        sets = {name: setup.labelled_dataset(name, transform) for name in names if name}
+        for name, dataset in sets.items():
+            setup.check_same_classes(sets[args.train_dataset], dataset, name)
         results = eval_log_regression_with_model(
             setup.build_model_for_eval(cfg, args.pretrained_weights),
-            train_dataset=dataset(args.train_dataset),
-            val_dataset=dataset(args.val_dataset),
-            finetune_dataset=dataset(args.finetune_dataset_str) if args.finetune_dataset_str else None,
+            train_dataset=sets[args.train_dataset],
+            val_dataset=sets[args.val_dataset],
+            finetune_dataset=sets.get(args.finetune_dataset_str),
             finetune_on_val=args.finetune_on_val,
             metric_type=MetricType(args.metric_type),
             train_features_device=args.train_features_device,
@@ -241,13 +255,13 @@ def main(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             num_workers=args.num_workers,
             autocast_dtype=setup.get_autocast_dtype(cfg),
-            cache=setup.feature_cache(args, cfg, RESIZE_SIZE),
+            cache=cache,
         )
         if distributed.is_main():
             metrics = percent(results) | {"sweep": [percent(scores) for scores in results["sweep"]]}
-            for top in [key for key in metrics if key.startswith("top-")]:
-                logger.info("%s: %s", top, np.round(metrics[top], 1))
-            write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="log_regression", metrics=metrics, args=args)
+            log_scores(metrics, sets[args.val_dataset])
+            path, facts = Path(args.output_dir) / RESULTS_FILE, run_facts(sets, cache, started)
+            write_results(path, evaluation="log_regression", metrics=metrics, args=args, **facts)
 
 
 if __name__ == "__main__":

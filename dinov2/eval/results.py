@@ -6,22 +6,30 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from urllib.request import url2pathname
 
+import numpy as np
 import torch
 
 import dinov2
 from dinov2 import distributed
+from dinov2.data.base import ImageDataset
+from dinov2.eval.feature_cache import FeatureCache
 from dinov2.files import replacing
+from dinov2.models.download import cache_path
 
 logger = logging.getLogger(__name__)
 
 
-def write_results(path: Path, *, evaluation: str, metrics: Mapping[str, Any], args: argparse.Namespace) -> None:
+def write_results(
+    path: Path, *, evaluation: str, metrics: Mapping[str, Any], args: argparse.Namespace, **facts: Any
+) -> None:
     """Write the results on rank 0, in place of those of an earlier run.
 
     Args:
@@ -29,6 +37,7 @@ def write_results(path: Path, *, evaluation: str, metrics: Mapping[str, Any], ar
         evaluation: which one.
         metrics: what was measured; accuracies in percent.
         args: the command line, from which all settings are recorded.
+        facts: further entries, see `run_facts`.
     """
     if not distributed.is_main():
         return
@@ -36,6 +45,7 @@ def write_results(path: Path, *, evaluation: str, metrics: Mapping[str, Any], ar
         "evaluation": evaluation,
         "unit": "percent",
         "metrics": metrics,
+        **facts,
         "weights": weights_fingerprint(args.pretrained_weights),
         "settings": vars(args),
         "command": shlex.join(sys.argv),
@@ -50,13 +60,61 @@ def write_results(path: Path, *, evaluation: str, metrics: Mapping[str, Any], ar
 
 
 def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
-    """Where weights came from and the SHA-256 of the file (in the cache, for a URL); None for random weights."""
+    """Where weights came from and the SHA-256 of the file, or of all in a folder; None for random weights."""
     if path_or_url is None:
         return None
     url = urlparse(path_or_url)
     if url.scheme in ("http", "https"):
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url.path).name
+        path = cache_path(path_or_url)
     else:
-        path = Path(path_or_url.removeprefix("file://"))
-    with path.open("rb") as file:
-        return {"path": path_or_url, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        path = Path(url2pathname(url.path) if url.scheme == "file" else path_or_url)
+    digest = hashlib.sha256()
+    for part in sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return {"path": path_or_url, "sha256": digest.hexdigest()}
+
+
+def run_facts(sets: Mapping[str, ImageDataset], cache: FeatureCache, started: float) -> dict[str, Any]:
+    """What a results file says of the data sets, the feature files and the time.
+
+    Args:
+        sets: by dataset string.
+        cache: of the features, after use.
+        started: when the evaluation began, by `time.monotonic()`.
+    """
+    return {
+        "sets": {name: set_facts(dataset) for name, dataset in sets.items()},
+        "feature_files": cache.files,
+        "seconds": {
+            "features": round(cache.seconds, 2),
+            "rest": round(time.monotonic() - started - cache.seconds, 2),
+        },
+    }
+
+
+def set_facts(dataset: ImageDataset) -> dict[str, int]:
+    """Images that have labels, and the different classes among these."""
+    targets = dataset.get_targets()
+    if targets is None:
+        return {"images": len(dataset), "classes": 0}
+    labelled = targets >= 0
+    images = labelled.any(axis=1) if targets.ndim > 1 else labelled
+    return {"images": int(images.sum()), "classes": len(np.unique(targets[labelled]))}
+
+
+def as_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A title and aligned columns, accuracies in percent; of lists (one accuracy per class) the mean is shown."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, list):
+            value = float(np.mean(value))
+        return f"{value:.2f}" if isinstance(value, float) else "-" if value is None else str(value)
+
+    lines = [list(headings), *([cell(value) for value in row] for row in rows)]
+    columns = []
+    for texts, values in zip(zip(*lines, strict=True), zip(*rows, strict=True), strict=True):
+        width = max(map(len, texts))
+        words = all(isinstance(value, str) for value in values)
+        columns.append([text.ljust(width) if words else text.rjust(width) for text in texts])
+    return "\n".join([title, *("  ".join(["", *line]).rstrip() for line in zip(*columns, strict=True))])

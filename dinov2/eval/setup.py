@@ -14,7 +14,7 @@ from dinov2.config import DTYPES, Config
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.transforms import make_classification_eval_transform
-from dinov2.eval.feature_cache import NO_CACHE, FeatureCache
+from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.results import weights_fingerprint
 from dinov2.log import setup_logging
 from dinov2.models import build_model
@@ -155,7 +155,7 @@ def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size:
 def feature_cache(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> FeatureCache:
     """Where the features of the evaluated model are kept, and what they depend on besides the data set."""
     if args.feature_cache == "none":
-        return NO_CACHE
+        return FeatureCache()
     weights = weights_fingerprint(args.pretrained_weights)
     return FeatureCache(
         Path(args.feature_cache or Path(args.output_dir) / "features"),
@@ -184,15 +184,21 @@ def check_same_classes(train_dataset: ImageDataset, other: ImageDataset, other_n
         )
 
 
-def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor]) -> ImageDataset:
-    """The data set of a string, with images transformed.
+def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor], *, several: bool = False) -> ImageDataset:
+    """The data set of a string, with images transformed, and with one label per image unless `several` are fine, too.
 
     Raises:
-        ValueError: if it is empty or has no labels.
+        ValueError: if it is empty or has not such labels.
     """
     dataset = make_dataset(dataset_str=dataset_str, transform=transform)
     if len(dataset) == 0:
         raise ValueError(f"dataset {dataset_str!r} is empty")
-    if dataset.get_targets() is None:
+    targets = dataset.get_targets()
+    if targets is None or targets.max() < 0:  # lists may all be empty
         raise ValueError(f"dataset {dataset_str!r} has no labels, which this evaluation needs")
+    if targets.ndim > 1 and not several:
+        raise ValueError(
+            f"dataset {dataset_str!r} has lists of labels, which only the metric imagenet_real_accuracy "
+            "of the linear evaluation can take"
+        )
     return dataset

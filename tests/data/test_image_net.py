@@ -1,6 +1,7 @@
 """ImageNet in its real folder layout: dump_extra makes the tables that reading needs, for whole and partial copies."""
 
 import io
+import json
 import logging
 import pickle
 import shlex
@@ -198,3 +199,48 @@ def test_enumerated_targets_replace_none_in_items_only(root):
     dataset = DatasetWithEnumeratedTargets(dumped(root, TEST, transform=grey))
     assert dataset[0] == ([70] * 3, (0, 0))
     assert dataset.get_target(5) == (5, None)
+
+
+# --- Reassessed labels -----------------------------------------------------------------------------------------------
+
+
+def real_file(root, lists, total=50_000):
+    path = root.parent / "real.json"
+    path.write_text(json.dumps(lists + [[]] * (total - len(lists))))
+    return path
+
+
+def test_reassessed_labels_are_lists_by_the_number_of_the_image(root):
+    dumped(root, VAL)
+    path = real_file(root, [[1, 0]] + [[]] * 291 + [[1]])
+    dataset = make_dataset(dataset_str=f"ImageNet:split=VAL:root={root}:extra={root.parent / 'extra'}:real={path}")
+    assert [dataset.describe(i)[-13:] for i in (0, 1)] == ["00000293.JPEG", "00000001.JPEG"]
+    assert [target for _, target in dataset] == [[1], [1, 0]]
+    assert dataset.get_targets().tolist() == [[1, -1], [1, 0]]
+    assert pickle.loads(pickle.dumps(dataset)).get_target(1) == [1, 0]
+
+
+@pytest.mark.parametrize("split", [TRAIN, TEST])
+def test_only_val_has_reassessed_labels(root, split):
+    with pytest.raises(ValueError, match=f"of split VAL only, not of {split.name}"):
+        ImageNet(split=split, root=root, extra=root, real=root / "real.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[[0], ", "is no JSON file"),
+        ('{"a": 1}', "holds a dict, not a list of 50000 lists"),
+        ("[[0], [1]]", "holds a list of 2, not a list of 50000 lists of class indices, one for each image"),
+        (json.dumps([[0]] * 49_999 + [3]), "image 50000: 3 is not a list of indices of the 2 classes"),
+        (json.dumps([[0], [2]] + [[]] * 49_998), r"image 2: \[2\] is not a list of indices of the 2 classes"),
+        (json.dumps([["n01440764"]] + [[]] * 49_999), "image 1: .* is not a list of indices"),
+    ],
+)
+def test_files_of_something_else_are_named(root, content, message):
+    dumped(root, VAL)
+    path = root.parent / "real.json"
+    path.write_text(content)
+    dataset = ImageNet(split=VAL, root=root, extra=root.parent / "extra", real=path)
+    with pytest.raises(ValueError, match=message):
+        dataset.get_targets()

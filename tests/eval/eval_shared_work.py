@@ -10,11 +10,11 @@ import torch
 from eval_pictures import Pictures, tiny_backbone
 
 from dinov2 import distributed
-from dinov2.data import SamplerType, make_data_loader
+from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import ModelWithIntermediateLayers, extract_features
 from dinov2.eval.knn import eval_knn
 from dinov2.eval.linear import Plan, eval_linear, evaluate_linear_classifiers
-from dinov2.eval.linear_data import EvalSet, make_train_loader
+from dinov2.eval.linear_data import EvalSet, extract_tokens, make_train_loader
 from dinov2.eval.linear_heads import setup_linear_classifiers
 from dinov2.eval.log_regression import Fitter, Labelled, eval_log_regression
 from dinov2.eval.metrics import MetricType
@@ -29,25 +29,16 @@ def shared_work(folder: Path) -> dict[str, Any]:
         bank, queries, fitter=Fitter(num_classes=3), finetune_on_val=True, C_values=[1e-3, 1e-1, 1e1]
     )
 
-    rank, world_size = distributed.rank(), distributed.world_size()
+    world_size = distributed.world_size()
     batch_size = 4 // world_size
     tokens = ModelWithIntermediateLayers(model, 4)
     grid = setup_linear_classifiers(
         tokens(train[0][0][None]), [1, 4], [0.1], batch_size, num_classes=3, world_size=world_size
     )
     heads = grid.classifiers.by_name()
-    loader = make_data_loader(
-        dataset=val,
-        batch_size=2,
-        num_workers=0,
-        shuffle=False,
-        drop_last=False,
-        sampler_type=SamplerType.EPOCH,
-        rank=rank,
-        world_size=world_size,
-    )
-    val_set = EvalSet("val", loader, MetricType.MEAN_ACCURACY, class_mapping=None)
-    validate = partial(evaluate_linear_classifiers, tokens, heads, val_set, num_classes=3)
+    val_set = EvalSet("val", val, MetricType.MEAN_ACCURACY, class_mapping=None)
+    val_tokens = extract_tokens(tokens, val, 2, 0, FeatureCache(folder / "features"))
+    validate = partial(evaluate_linear_classifiers, heads, val_set, val_tokens, num_classes=3)
     eval_linear(
         tokens,
         grid.classifiers,
@@ -65,6 +56,7 @@ def shared_work(folder: Path) -> dict[str, Any]:
         "logreg": logreg,
         "heads": {name: head.linear.weight.tolist() for name, head in heads.items()},
         "linear": validate(),
+        "share": len(val_tokens[1]),
     }
 
 

@@ -93,6 +93,36 @@ def test_the_backbone_is_that_of_the_weights_and_frozen(small: Path, tmp_path: P
     assert dtype == torch.float32  # on the CPU, though the config says fp16
 
 
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        (["student.patch_size=4"], "student.patch_size"),
+        (["student.arch=vit_base", "student.embed_dim=48"], "student.arch"),
+        (["student.depth=3"], "unknown .*blocks.3."),
+        (["student.depth=5"], "missing .*blocks.4."),
+        (["student.ffn_layer=swiglufused"], "student.ffn_layer"),
+        (["student.num_register_tokens=2"], "student.num_register_tokens"),
+        (["student.layerscale=0"], "unknown .*blocks.0.ls1.gamma"),
+    ],
+)
+def test_a_config_of_another_network_is_an_error(small: Path, tmp_path: Path, overrides: list[str], hint: str) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(tiny_backbone().state_dict(), weights)
+    with pytest.raises(ValueError, match=f"(?s)weights.pth do not fit this backbone.*{hint}"):
+        setup.build_model_for_eval(config.load(small, overrides), str(weights))
+
+
+def test_positions_of_another_image_size_are_resampled_and_said_so(
+    small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(tiny_backbone().state_dict(), weights)
+    with caplog.at_level(logging.WARNING):
+        model = setup.build_model_for_eval(config.load(small, ["crops.global_crops_size=32"]), str(weights))
+    assert model.pos_embed.shape == (1, 1 + 4 * 4, 24)
+    assert "is for 2 x 2 patches, this model has 4 x 4: resampled" in caplog.text
+
+
 def test_an_untrained_network_is_that_of_the_seed(small: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, same, other = (
         setup.build_model_for_eval(config.load(small, [f"train.seed={seed}"]), None) for seed in (0, 0, 1)

@@ -14,8 +14,14 @@ from eval_pictures import Pictures, tiny_backbone
 from eval_shared_work import shared_work
 from torch.nn.functional import normalize
 
-from dinov2.eval.features import ModelWithIntermediateLayers, ModelWithNormalize, extract_features
-from dinov2.eval.linear_data import collate_label_lists
+from dinov2.eval.features import (
+    ModelWithIntermediateLayers,
+    ModelWithNormalize,
+    ModelWithPooledTokens,
+    extract_features,
+    tokens_of_blocks,
+)
+from dinov2.eval.linear_heads import create_linear_input
 from dinov2.eval.readable import collate_readable
 
 HERE = Path(__file__).resolve().parent
@@ -68,11 +74,32 @@ def test_tokens_of_the_last_blocks_are_frozen_and_go_from_shallow_to_deep() -> N
     assert not tokens[-1][1].requires_grad
 
 
-def test_lists_of_labels_are_filled_up_with_minus_one() -> None:
-    image = torch.zeros(3, 2, 2)
-    images, labels = collate_label_lists([(image, [4]), (image, [1, 2, 3]), (image, []), (image, 7)])
-    assert images.shape == (4, 3, 2, 2)
-    assert labels.tolist() == [[4, -1, -1], [1, 2, 3], [-1, -1, -1], [7, -1, -1]]
+def test_pooled_tokens_give_classifiers_the_same_input() -> None:
+    model = ModelWithIntermediateLayers(tiny_backbone(), 4)
+    images = torch.stack([Pictures(3)[i][0] for i in range(3)])
+    pooled = ModelWithPooledTokens(model)(images)
+    assert pooled.shape == (3, 4, 2, 24) and pooled.dtype == torch.float32
+    for n in (1, 4):
+        for avgpool in (False, True):
+            expected = create_linear_input(model(images), n, avgpool)
+            assert torch.equal(create_linear_input(tokens_of_blocks(pooled), n, avgpool), expected)
+
+
+class Relabelled(Pictures):
+    """Pictures with lists of labels: [0], [1, 2], [] ..."""
+
+    def get_target(self, index: int) -> list[int]:
+        return [[0], [1, 2], []][index % 3]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_lists_of_labels_are_filled_up_to_one_width_and_may_be_empty(num_workers: int) -> None:
+    pictures = Relabelled(200, broken=[4])
+    features, labels = extract_features(tiny_backbone(), pictures, 3, num_workers)
+    table = [[0, -1], [1, 2], [-1, -1]] * 67
+    assert pictures.get_targets().tolist() == table[:200]
+    assert labels.tolist() == table[:4] + table[5:200]
+    assert len(features) == 199
 
 
 def launch(folder: Path, world_size: int) -> list[dict]:
@@ -114,6 +141,7 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.tensor(results["features"]), torch.tensor(alone["features"]))
         assert results["knn"] == alone["knn"]
         assert results["linear"] == alone["linear"]
+        assert alone["share"] == 7 and first["share"] == 4 and second["share"] == 3
         for name, weight in alone["heads"].items():
             torch.testing.assert_close(torch.tensor(results["heads"][name]), torch.tensor(weight))
     assert first["logreg"] == alone["logreg"] and second["logreg"] == {}

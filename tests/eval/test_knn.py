@@ -134,7 +134,13 @@ def test_the_command_writes_scores_settings_and_hash(tmp_path: Path, capsys: pyt
     assert list(results["metrics"]["full"]) == ["3", "5"]
     top_1 = results["metrics"]["full"]["3"]["top-1"]
     assert 80 < top_1 <= 100  # the colours are easily told apart
-    assert f"('full', 3) Top 1: {top_1:.2f}" in capsys.readouterr().out
+    log = capsys.readouterr().out
+    assert f"('full', 3) Top 1: {top_1:.2f}" in log
+    table = log.rpartition("k-NN classification of 21 images of 3 classes, accuracy in %\n")[2].splitlines()
+    assert table[0].split() == ["bank", "k", "top-1", "top-5"]
+    assert table[1].split() == ["full", "3", f"{top_1:.2f}", "-"], "three classes have no top-5"
+    assert [facts["images"] for facts in results["sets"].values()] == [30, 21]
+    assert list(results["feature_files"].values()) == ["written", "written"]
     assert results["settings"]["nb_knn"] == [3, 5]
     assert results["weights"]["path"] == str(weights) and len(results["weights"]["sha256"]) == 64
     assert (tmp_path / "out" / "config.yaml").is_file()

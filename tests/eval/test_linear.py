@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_pictures import Pictures, command, tiny_backbone, to_tensor, write_pictures
+from eval_pictures import Pictures, command, draw, encoded, tiny_backbone, to_tensor, write_pictures
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from dinov2.eval import linear
+from dinov2.data.datasets import ImageNet
+from dinov2.eval import knn, linear, log_regression
 from dinov2.eval.features import ModelWithIntermediateLayers
 from dinov2.eval.linear import Plan, eval_linear
 from dinov2.eval.linear_data import make_train_loader
@@ -202,7 +203,7 @@ def run(folder: Path, **options: object) -> dict:
     return json.loads((folder / "out" / "results_eval_linear.json").read_text())
 
 
-def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path) -> None:
+def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = write_pictures(tmp_path / "other", 9, seed=5)
     np.save(tmp_path / "swapped.npy", np.array([1, 0, 2]))
     options = {
@@ -215,8 +216,21 @@ def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path) -> None:
         "test_metric_types": ["mean_accuracy", "imagenet_real_accuracy"],
         "test_class_mapping_fpaths": [str(tmp_path / "swapped.npy"), "None"],
     }
-    results = run(tmp_path, **options)["metrics"]
+    record = run(tmp_path, **options)
+    results = record["metrics"]
     assert len(results["val"]) == 8
+    assert [facts["images"] for facts in record["sets"].values()] == [30, 21, 9]
+    features = tmp_path / "out" / "features"
+    assert record["feature_files"] == {str(path): "written" for path in features.iterdir()}
+    assert len(record["feature_files"]) == 2, "validation and test set, each once"
+    assert record["seconds"]["features"] > 0 < record["seconds"]["rest"]
+    table = capsys.readouterr().out.rpartition("linear classification, best on validation: ")[2].splitlines()
+    assert table[0] == f"{results['best_classifier']['name']}, accuracy in %"
+    assert table[2].split()[0] == "validation" and table[2].split()[-3:-1] == [
+        "21",
+        f"{results['best_classifier']['top-1']:.2f}",
+    ]
+    assert [line.split()[0] for line in table[3:5]] == ["test", "test"]
     best = results["best_classifier"]
     assert 80 < best["top-1"] == max(scores["top-1"] for scores in results["val"].values())
     assert [record["iteration"] for record in results["history"]] == [20, 40]
@@ -236,10 +250,61 @@ def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path) -> None:
     assert swapped["val"].keys() == results["val"].keys()
     assert swapped["val"][best["name"]]["top-1"] < 50
     assert swapped["test"] == []
-    again = run(tmp_path, classifier_fpath=str(checkpoint))["metrics"]
-    assert again["val"] == results["val"]
+    again = run(tmp_path, classifier_fpath=str(checkpoint))
+    assert again["metrics"]["val"] == results["val"]
+    assert list(again["feature_files"].values()) == ["read"]
+    uncached = run(tmp_path, classifier_fpath=str(checkpoint), feature_cache="none")
+    assert uncached["metrics"]["val"] == results["val"] and uncached["feature_files"] == {}
 
 
 def test_lists_that_do_not_match_the_test_sets_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--test-metric-types has 1 values for 2 --test-datasets"):
         run(tmp_path, test_datasets=["ImageFolder:root=a", "ImageFolder:root=b"], test_metric_types=["mean_accuracy"])
+
+
+# --- ImageNet-ReaL ---------------------------------------------------------------------------------------------------
+
+
+def write_image_net(root: Path) -> None:
+    """ImageNet with three classes in its real layout: 21 validation images of the classes 0, 1, 2, 0, 1, ..."""
+    rng = np.random.default_rng(0)
+    class_ids = ("n01440764", "n01443537", "n02124075")
+    for number in range(1, 31):
+        label = (number - 1) % 3
+        names = [f"train/{class_ids[label]}/{class_ids[label]}_{number}.JPEG"]
+        names += [f"val/{class_ids[label]}/ILSVRC2012_val_{number:08d}.JPEG"] if number <= 21 else []
+        for name in names:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(encoded(draw(label, rng)))
+    (root / "labels.txt").write_text("".join(f"{class_id},{class_id}\n" for class_id in class_ids))
+    for split in (ImageNet.Split.TRAIN, ImageNet.Split.VAL):
+        ImageNet(split=split, root=root, extra=root).dump_extra()
+
+
+def test_reassessed_labels_count_with_any_right_one_and_without_unlabelled_images(tmp_path: Path) -> None:
+    root = tmp_path / "imagenet"
+    write_image_net(root)
+    train, val = (f"ImageNet:split={split}:root={root}:extra={root}" for split in ("TRAIN", "VAL"))
+    reals = []
+    for name, lists in {
+        "as before": [[0], [1], [2]] * 7,
+        "all wrong": [[1], [2], [0]] * 7,
+        "generous": [[], [1, 2, 0], [2, 1]] * 7,
+    }.items():
+        (tmp_path / name).write_text(json.dumps(lists + [[]] * (50_000 - 21)))
+        reals.append(f"{val}:real={tmp_path / name}")
+    options = {"epochs": 1, "epoch_length": 40, "batch_size": 8, "learning_rates": [0.1], "test_datasets": reals}
+    words = command(tmp_path, **options, test_metric_types=["imagenet_real_accuracy"] * 3)
+    words[words.index("--train-dataset") + 1], words[words.index("--val-dataset") + 1] = train, val
+    linear.main(linear.get_args_parser().parse_args(words))
+    results = json.loads((tmp_path / "out" / "results_eval_linear.json").read_text())
+    before, wrong, generous = (test["top-1"] for test in results["metrics"]["test"])
+    assert 80 < before == results["metrics"]["best_classifier"]["top-1"]
+    assert wrong <= 100 - before and generous >= 80
+    assert [results["sets"][name]["images"] for name in (val, *reals)] == [21, 21, 21, 14]
+
+    words = command(tmp_path)
+    words[words.index("--train-dataset") + 1], words[words.index("--val-dataset") + 1] = train, reals[0]
+    for evaluation in (knn, log_regression, linear):
+        with pytest.raises(ValueError, match="has lists of labels, which only the metric imagenet_real_accuracy"):
+            evaluation.main(evaluation.get_args_parser().parse_args(words))

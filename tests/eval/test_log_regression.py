@@ -96,7 +96,7 @@ def test_too_few_images_to_hold_some_out_are_an_error() -> None:
         eval_log_regression(data(9, 0), data(9, 1), fitter=Fitter(num_classes=4))
 
 
-def test_the_command_writes_percents_and_the_sweep(tmp_path: Path) -> None:
+def test_the_command_writes_percents_and_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     extra = write_pictures(tmp_path / "extra", 12, seed=3)
     words = command(tmp_path, finetune_dataset_str=extra, metric_type="mean_per_class_accuracy")
     log_regression.main(log_regression.get_args_parser().parse_args(words))
@@ -107,3 +107,13 @@ def test_the_command_writes_percents_and_the_sweep(tmp_path: Path) -> None:
     best = max(metrics["sweep"], key=lambda s: s["top-1"])
     assert metrics["best_C"] == best["C"]
     assert results["settings"]["metric_type"] == "mean_per_class_accuracy"
+    assert [facts["images"] for facts in results["sets"].values()] == [30, 21, 12]
+    assert list(results["feature_files"].values()) == ["written"] * 3
+    log = capsys.readouterr().out
+    table = log.rpartition("logistic regression on 21 images of 3 classes, accuracy in %\n")[2].splitlines()
+    assert table[0].split() == ["best", "C", "top-1", "top-5"]
+    assert table[1].split() == [f"{metrics['best_C']:.3g}", f"{metrics['top-1']:.2f}", "-"]
+
+    log_regression.main(log_regression.get_args_parser().parse_args(command(tmp_path, finetune_on_val=True)))
+    again = json.loads((tmp_path / "out" / "results_eval_log_regression.json").read_text())
+    assert len(again["sets"]) == 2 and list(again["feature_files"].values()) == ["read"] * 2

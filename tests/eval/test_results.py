@@ -3,12 +3,16 @@
 import argparse
 import hashlib
 import json
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from eval_pictures import Pictures
 
-from dinov2.eval.results import weights_fingerprint, write_results
+from dinov2.eval.feature_cache import FeatureCache
+from dinov2.eval.results import as_table, run_facts, set_facts, weights_fingerprint, write_results
+from dinov2.models.download import cache_path
 
 
 def test_results_replace_those_of_an_earlier_run(tmp_path: Path) -> None:
@@ -26,9 +30,51 @@ def test_the_fingerprint_is_the_hash_of_the_file_also_of_a_download(
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    path = tmp_path / "checkpoints" / "vits14.pth"
-    path.write_bytes(b"weights")
+    url, path = "https://example.org/a/weights.pth", tmp_path / "weights.pth"
+    for file in (path, cache_path(url)):
+        file.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
-    for source in (str(path), f"file://{path}", "https://example.org/dinov2/vits14.pth"):
+    for source in (str(path), path.as_uri(), url):
         assert weights_fingerprint(source) == {"path": source, "sha256": digest}
     assert weights_fingerprint(None) is None
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_all_its_files(tmp_path: Path) -> None:
+    (tmp_path / "model-1.safetensors").write_bytes(b"one")
+    (tmp_path / "model-2.safetensors").write_bytes(b"two")
+    before = weights_fingerprint(str(tmp_path))
+    assert before is not None and before["sha256"] == hashlib.sha256(b"onetwo").hexdigest()
+
+
+class SomeUnlabelled(Pictures):
+    """Three in four have labels: two classes in all."""
+
+    def get_target(self, index: int) -> list[int]:  # type: ignore[override]
+        return [[], [4], [4, 7], [7]][index % 4]
+
+
+def test_sets_files_and_times_are_recorded(tmp_path: Path) -> None:
+    assert set_facts(Pictures(10)) == {"images": 10, "classes": 3}
+    assert set_facts(SomeUnlabelled(8)) == {"images": 6, "classes": 2}
+    cache, pictures = FeatureCache(tmp_path), Pictures(4)
+    cache.get("a", pictures, lambda: (time.sleep(0.05), (torch.zeros(4, 2), torch.zeros(4)))[1])
+    facts = run_facts({"A": pictures}, cache, time.monotonic() - 1)
+    (file,) = tmp_path.iterdir()
+    assert facts["sets"] == {"A": {"images": 4, "classes": 3}}
+    assert facts["feature_files"] == {str(file): "written"}
+    assert facts["seconds"]["features"] >= 0.05 and 0.9 < sum(facts["seconds"].values()) < 5
+    for again, expected in ((cache, "written"), (FeatureCache(tmp_path), "read")):
+        again.get("a", pictures, lambda: pytest.fail("they are on disk"))
+        assert again.files == {str(file): expected}
+
+
+def test_tables_are_aligned() -> None:
+    table = as_table(
+        "k-NN", ["bank", "k", "top-1", "top-5"], [["full", 10, 97.123, None], ["b", 200, [50.0, 60.0], 9.0]]
+    )
+    assert table.splitlines() == [
+        "k-NN",
+        "  bank    k  top-1  top-5",
+        "  full   10  97.12      -",
+        "  b     200  55.00   9.00",
+    ]

@@ -18,8 +18,8 @@ def folder(root: Path, *classes: str) -> str:
 
 def test_a_missing_class_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    train = make_dataset(dataset_str=folder(tmp_path / "train", "cats", "dogs", "misc"))
-    val = make_dataset(dataset_str=folder(tmp_path / "val", "dogs", "misc"))
+    train = make_dataset(dataset_str=folder(tmp_path / "a" / "images", "cats", "dogs", "misc"))
+    val = make_dataset(dataset_str=folder(tmp_path / "b" / "images", "dogs", "misc"))
     with pytest.raises(ValueError, match="the validation set has other classes.*2 and 3 classes; not in both: cats"):
         check_same_classes(train, val, "the validation set")
     check_same_classes(train, train, "the training set itself")
