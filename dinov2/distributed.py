@@ -13,7 +13,7 @@ import random
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
@@ -349,6 +349,21 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     if is_enabled():
         dist.broadcast(result, source)
     return result
+
+
+@contextmanager
+def on_main(resource: AbstractContextManager[None]) -> Iterator[None]:
+    """Hold something on rank 0 alone; an OSError when it cannot be had is one for all processes."""
+    with ExitStack() as held:
+        refusal = None
+        if is_main():
+            try:
+                held.enter_context(resource)
+            except OSError as error:
+                refusal = error
+        if (why := all_gather_object(refusal)[0]) is not None:
+            raise why
+        yield
 
 
 def all_gather_object(value: Any) -> list[Any]:

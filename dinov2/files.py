@@ -1,6 +1,9 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and folders that one process has to itself."""
 
+import fcntl
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,3 +33,41 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def occupying(folder: Path, patience: float = 20.0) -> Iterator[None]:
+    """Keep a folder to this process: others that ask for it meanwhile, on any machine that sees it, are refused.
+
+    The lock ends with the process, however that ends. File systems without locks are not guarded.
+
+    Args:
+        folder: exists; a file `.lock` in it says who has it.
+        patience: seconds to wait for another process, which may be about to end.
+
+    Raises:
+        BlockingIOError: naming the other process, if it does not give the folder free.
+    """
+    with (folder / ".lock").open("a+") as lock:
+        deadline = time.monotonic() + patience
+        while not _locked(lock.fileno()):
+            if time.monotonic() > deadline:
+                lock.seek(0)
+                raise BlockingIOError(f"{folder} is in use by another run: {lock.read().strip()}")
+            time.sleep(0.2)
+        lock.truncate(0)
+        job = os.environ.get("SLURM_JOB_ID")
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", SLURM job {job}\n" if job else "\n"))
+        lock.flush()
+        yield
+
+
+def _locked(file: int) -> bool:
+    """Whether this process has the lock now. Unlike `flock` it is not shared with processes started from this one."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # the file system has no locks
+        return True
+    return True

@@ -141,7 +141,7 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
     except PermissionError:
         raise
     except Exception as error:  # on bytes they do not expect both readers fail in many ways, even with KeyError
-        text = f"{path}{remedy} is no checkpoint of plain tensors, or is truncated or damaged: {error}"
+        text = f"{path}{remedy} is no checkpoint of plain tensors, or is truncated or damaged: {_reason(error)}"
         raise ValueError(text) from error
 
 
@@ -158,6 +158,13 @@ def _read_folder(folder: Path, mapped: bool) -> object:
                 content |= tensors if isinstance(tensors, dict) else {}
             return content
     raise FileNotFoundError(f"no weights at {folder}: a folder without {' or '.join(_FILES_IN_FOLDERS)}")
+
+
+def _reason(error: Exception) -> str:
+    """What torch says is wrong with a file, without its advice to load it unsafely."""
+    text = str(error)
+    _, found, what = text.partition("WeightsUnpickler error: ")
+    return (what if found else text).partition("Re-running")[0].strip().partition("\n")[0]
 
 
 def import_safetensors() -> ModuleType:

@@ -7,6 +7,7 @@ finds its place by itself (`dinov2.distributed`).
 import argparse
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +24,7 @@ from dinov2.run.submission import (
     num_local_processes,
     per_slurm_node,
     uses_slurm,
+    warn_of_flags_without_effect,
 )
 from dinov2.run.task import Task
 
@@ -57,12 +59,14 @@ def launch(
         check_counts(submission)
         if not uses_slurm(submission):
             num_processes = num_local_processes(submission, torch.cuda.device_count())
+            warn_of_flags_without_effect(submission)
         elif dry_run:
             num_processes = per_slurm_node(submission)[1]
         else:
             return submit(task, submission, name)
     except (config.ConfigError, FileNotFoundError, LaunchError) as error:
-        parser.error(str(error))
+        sys.stderr.write(f"error: {error}\n")  # without the usage, which is long
+        raise SystemExit(2) from error
     if dry_run:
         task.args.world_size = submission.nodes * num_processes  # what it is to reckon with
         return run_command(lambda: run_here(task))

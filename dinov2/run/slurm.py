@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,16 @@ def _last_words(output_dir: str) -> list[str]:
     ]
 
 
+def _what_was_asked(submission: Submission, permitted: Limits) -> str:
+    """The request that sbatch did not take, and what to do."""
+    ngpus, tasks = per_slurm_node(submission)
+    cpus = partition.cpus_per_task(submission, permitted)
+    return (
+        f"asked for {submission.nodes} node(s), on each {ngpus} GPU(s) and {tasks} process(es) with {cpus} CPU(s); "
+        "--ngpus, --tasks-per-node and --cpus-per-task change that (--ngpus 0: no GPUs), --launcher local runs here"
+    )
+
+
 def submit(task: Task, submission: Submission, name: str) -> int:
     """Put the task into SLURM's queue and say where to look; the exit status.
 
@@ -173,6 +184,7 @@ def submit(task: Task, submission: Submission, name: str) -> int:
 
     task = task.with_output_dir(job_id=None)
     output_dir = task.args.output_dir
+    made = not Path(output_dir).exists()
     executor = submitit.AutoExecutor(
         folder=output_dir,
         cluster="slurm",
@@ -184,8 +196,9 @@ def submit(task: Task, submission: Submission, name: str) -> int:
     try:
         job = executor.submit(Job(task))
     except (FailedJobError, FailedSubmissionError) as error:
-        hint = "" if submission.ngpus == 0 else " (nodes without GPUs need --ngpus 0)"
-        raise LaunchError(f"sbatch refused the job: {error}{hint}") from error
+        if made:  # with what was to be submitted
+            shutil.rmtree(output_dir, ignore_errors=True)
+        raise LaunchError(f"sbatch refused the job: {error}\n{_what_was_asked(submission, permitted)}") from error
     folder = output_dir.replace("%j", job.job_id)
     logger.info("submitted job %s (%s)", job.job_id, name)
     logger.info("output: %s", folder)

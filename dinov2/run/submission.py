@@ -13,6 +13,12 @@ PUBLISHED_CPUS_PER_TASK = 10
 PUBLISHED_TIMEOUT = 2800  # minutes
 
 
+_SLURM_ONLY = (
+    *("timeout", "partition", "account", "qos", "constraint", "use_volta32"),
+    *("mem", "cpus_per_task", "comment", "exclude", "setup"),
+)
+
+
 class LaunchError(ValueError):
     """The task cannot be launched as asked; the message says what to do."""
 
@@ -119,6 +125,13 @@ def check_counts(submission: Submission) -> None:
         )
 
 
+def warn_of_flags_without_effect(submission: Submission) -> None:
+    """Name what was asked of SLURM when the task runs here."""
+    given = [f"--{name.replace('_', '-')}" for name in _SLURM_ONLY if getattr(submission, name)]
+    if given:
+        logger.warning("%s: for SLURM only, no effect here", ", ".join(given))
+
+
 def per_slurm_node(submission: Submission) -> tuple[int, int]:
     """How many GPUs to ask for, and how many processes to start, on each node of a SLURM job."""
     ngpus = submission.ngpus
@@ -146,6 +159,8 @@ def num_local_processes(submission: Submission, num_gpus: int) -> int:
         return submission.tasks_per_node or 1
     if submission.tasks_per_node is not None or (submission.launcher == "local" and submission.ngpus is not None):
         exactly = submission.tasks_per_node or submission.ngpus or 1
+        if num_gpus == 0:
+            logger.warning("no GPU here: running %d process(es) on the CPU, as with --ngpus 0", exactly)
         if 0 < num_gpus < exactly:
             flag = "--tasks-per-node" if submission.ngpus is None else "--ngpus"
             raise LaunchError(f"{flag} {exactly}: this machine has {num_gpus} GPU(s); --ngpus 0 runs on the CPU")

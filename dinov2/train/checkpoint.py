@@ -44,6 +44,7 @@ OUTPUTS = ("checkpoints", "eval", "training_metrics.json", "config.yaml")
 """What a run leaves in its folder, besides the log."""
 
 _UNFINISHED = ".unfinished"
+MESSAGE_LENGTH = 600
 
 
 class _Pending(NamedTuple):
@@ -235,7 +236,7 @@ def set_aside(output_dir: Path) -> None:
 
 
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
-    """Load networks and centres, but no optimizer, from a checkpoint folder or from a teacher dump.
+    """Load networks and centres, but no optimizer, from a checkpoint folder, the file of a whole one or a teacher dump.
 
     A teacher dump holds one network with its heads, which student and teacher then both start from.
 
@@ -250,15 +251,16 @@ def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
         except (Exception, CheckpointException) as error:  # a damaged file raises nearly anything
             raise ValueError(f"cannot load the model from {source}: {_root_cause(error)}") from error
     else:
-        network = read_state_dict(source)
-        for side in (model.student, model.teacher):
-            try:
-                side.load_state_dict(network)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{source} does not hold a whole network with heads, as teacher dumps of a run do "
-                    f"(for a backbone alone use student.pretrained_weights): {error}"
-                ) from error
+        state = read_state_dict(source)
+        whole = any(name.startswith("student.") for name in state)
+        try:
+            for module in (model,) if whole else (model.student, model.teacher):
+                module.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{source} does not hold a whole network with heads of this shape, as teacher dumps of a run do "
+                f"(for a backbone alone use student.pretrained_weights): {_shortened(error)}"
+            ) from error
     logger.info("loaded the model from %s", source)
 
 
@@ -298,7 +300,13 @@ def _root_cause(error: BaseException) -> str:
         return _root_cause(next(iter(error.failures.values()))[0])
     while (earlier := error.__cause__ or error.__context__) and not isinstance(error, (ValueError, OSError)):
         error = earlier
-    return f"{type(error).__name__}: {error}".strip()
+    return f"{type(error).__name__}: {_shortened(error)}".strip().rstrip(".")
+
+
+def _shortened(error: BaseException) -> str:
+    """The message of an error, without the long end of a list of names."""
+    text = str(error)
+    return text if len(text) < MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]} ..."
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ REPEATS = 1.0
 
 
 class Interruption:
-    """Catches the signals while the context is open; a second one acts at once.
+    """Catches the signals while the context is open; a second Ctrl-C acts at once.
 
     with Interruption() as interruption:
         for step in ...:
@@ -49,8 +49,9 @@ class Interruption:
         if not self.signum:
             self.signum, self._noted = signum, time.monotonic()
             name = signal.Signals(signum).name
-            logger.warning("%s: the run stops after this step with a checkpoint (once more: at once)", name)
-        elif time.monotonic() > self._noted + REPEATS:
+            again = " (once more: at once)" if signum == signal.SIGINT else ""
+            logger.warning("%s: the run stops after this step with a checkpoint%s", name, again)
+        elif signum == signal.SIGINT == self.signum and time.monotonic() > self._noted + REPEATS:
             signal.signal(signum, self._former[signum])
             signal.raise_signal(signum)
 

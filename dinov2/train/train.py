@@ -30,6 +30,7 @@ from dinov2.data.collate import Batch
 from dinov2.data.loader import SamplerType, make_train_loader, to_device
 from dinov2.data.masking import published_max_num_patches
 from dinov2.data.randomness import seed_for
+from dinov2.files import occupying
 from dinov2.log import MetricLogger, run_command, setup_logging, truncate_metrics
 from dinov2.train.checkpoint import (
     Checkpointer,
@@ -88,10 +89,11 @@ def main(args: argparse.Namespace) -> None:
             logger.warning("fp16 is slower than fp32 on a CPU: consider fp32 or bf16 in compute_precision")
         dataset = make_dataset(dataset_str=cfg.train.dataset_path)  # before the model: mistakes show at once
         model = SSLMetaArch(cfg).to(distributed.device())
-        if args.eval_only:
-            dump_teacher_only(cfg, model, resume=not args.no_resume)
-        else:
-            do_train(cfg, model, dataset, resume=not args.no_resume)
+        with distributed.on_main(occupying(output_dir)):
+            if args.eval_only:
+                dump_teacher_only(cfg, model, resume=not args.no_resume)
+            else:
+                do_train(cfg, model, dataset, resume=not args.no_resume)
 
 
 def with_run_values(cfg: Config, output_dir: Path, world_size: int) -> Config:
@@ -236,9 +238,9 @@ def resume_run(cfg: Config, latest: Path | None, checkpointer: Checkpointer, met
     config_file = Path(cfg.train.output_dir) / "config.yaml"
     start = images_seen = 0
     if latest is not None:
-        state = checkpointer.load(latest)
         if config_file.exists() and (changed := config.differences(config.load(config_file), cfg)):
             logger.warning("resuming with other settings than before: %s", "; ".join(changed))
+        state = checkpointer.load(latest)
         metrics.load_state_dict(state["metrics"])
         start, images_seen = state["iteration"] + 1, state["images_seen"]
     if distributed.is_main():

@@ -27,6 +27,7 @@ from dinov2.run.submission import (
     num_local_processes,
     per_slurm_node,
     uses_slurm,
+    warn_of_flags_without_effect,
 )
 from dinov2.run.task import Task
 
@@ -424,3 +425,8 @@ def test_a_job_of_two_tasks_through_submitit_is_one_group_and_resumes_when_resta
     facts = [read(tmp_path / "jobs" / result.stdout / f"rank{rank}.json") for rank in (0, 1)]
     assert [each["total"] for each in facts] == [3, 3]
     assert not any(each["args"]["no_resume"] for each in facts)
+
+
+def test_what_is_for_slurm_only_is_named_when_it_runs_here(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_flags_without_effect(dataclasses.replace(DEFAULT, partition="gpu", timeout=5))
+    assert caplog.messages == ["--timeout, --partition: for SLURM only, no effect here"]

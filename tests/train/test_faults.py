@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ from tiny import (
 )
 from torch import nn
 
+from dinov2.files import occupying
 from dinov2.log import setup_logging
+from dinov2.train import train
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.optim import build_optimizer
 from dinov2.train.ssl_meta_arch import Losses
@@ -330,3 +333,21 @@ def test_a_share_means_nothing_before_some_images_are_seen() -> None:
         guard.check([batch])
     with pytest.raises(OSError, match=r"3 of the first 200 images .*the last one was c.png"):
         guard.check([batch._replace(bad_images=("c.png",))])
+
+
+# --- Two runs in one folder ------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_until_the_other_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "occupying", partial(occupying, patience=0.3))
+    with start_train(tmp_path, "optim.epochs=100000", "train.checkpoint_period=2", "train.num_workers=1") as other:
+        while not checkpoints(tmp_path):
+            assert other.poll() is None, other.communicate()
+            time.sleep(0.01)
+        with pytest.raises(OSError, match=rf"{tmp_path} is in use by another run: process {other.pid} on "):
+            run_train(tmp_path)
+        other.kill()
+        other.communicate()
+    run_train(tmp_path, f"optim.epochs={checkpoints(tmp_path)[-1] // 2 + 2}")

@@ -8,6 +8,7 @@ from tiny import CENTERING, SEPARATE_HEADS, checkpoints, run_train, tensors, tin
 from torch import Tensor
 
 from dinov2 import config
+from dinov2.train import checkpoint_command
 from dinov2.train.checkpoint import load_training_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -58,6 +59,13 @@ def test_a_teacher_dump_gives_both_networks(trained: Path, tmp_path: Path) -> No
     started, teacher = model_in(tmp_path, 1), torch.load(dump(trained))["teacher"]
     for side in ("student", "teacher"):
         assert_equal({name: started[f"{side}.{name}"] for name in teacher}, teacher)
+
+
+def test_so_does_the_file_of_a_whole_checkpoint_with_its_student_and_centres(trained: Path, tmp_path: Path) -> None:
+    assert checkpoint_command.main(["convert", str(trained), str(tmp_path / "full.pth"), "--to", "full"]) == 0
+    model = tiny_model(CENTERING)
+    load_training_weights(model, tmp_path / "full.pth")
+    assert_equal(model.state_dict(), model_in(trained))
 
 
 def test_a_run_that_resumes_does_not_start_from_weights(trained: Path, tmp_path: Path) -> None:
