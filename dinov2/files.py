@@ -39,7 +39,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def occupying(folder: Path, patience: float = 20.0) -> Iterator[None]:
     """Keep a folder to this process: others that ask for it meanwhile, on any machine that sees it, are refused.
 
-    The lock ends with the process, however that ends. File systems without locks are not guarded.
+    The lock ends with the process, however that ends, but some network file systems keep it for a machine that has
+    crashed: a SLURM job that was requeued for that is let in. File systems without locks are not guarded.
 
     Args:
         folder: exists; a file `.lock` in it says who has it.
@@ -48,16 +49,21 @@ def occupying(folder: Path, patience: float = 20.0) -> Iterator[None]:
     Raises:
         BlockingIOError: naming the other process, if it does not give the folder free.
     """
-    with (folder / ".lock").open("a+") as lock:
+    path, job = folder / ".lock", f"SLURM job {os.environ.get('SLURM_JOB_ID', '(none)')}"
+    with path.open("a+") as lock:
         deadline = time.monotonic() + patience
         while not _locked(lock.fileno()):
+            lock.seek(0)
+            holder = lock.read().strip()
+            if holder.endswith(job) and "SLURM_JOB_ID" in os.environ:
+                break
             if time.monotonic() > deadline:
-                lock.seek(0)
-                raise BlockingIOError(f"{folder} is in use by another run: {lock.read().strip()}")
+                raise BlockingIOError(
+                    f"{folder} is in use by another run: {holder} (if that has ended, delete {path} and try again)"
+                )
             time.sleep(0.2)
         lock.truncate(0)
-        job = os.environ.get("SLURM_JOB_ID")
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}" + (f", SLURM job {job}\n" if job else "\n"))
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, {job}\n")
         lock.flush()
         yield
 

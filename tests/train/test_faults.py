@@ -348,6 +348,11 @@ def test_a_folder_in_use_is_refused_until_the_other_run_has_ended(
             time.sleep(0.01)
         with pytest.raises(OSError, match=rf"{tmp_path} is in use by another run: process {other.pid} on "):
             run_train(tmp_path)
+        with monkeypatch.context() as patch:  # a job that was requeued is let in: its former lock may have outlived it
+            patch.setenv("SLURM_JOB_ID", "7")
+            (tmp_path / ".lock").write_text("process 1 on a crashed machine, SLURM job 7\n")
+            with occupying(tmp_path, patience=0.3):
+                pass
         other.kill()
         other.communicate()
     run_train(tmp_path, f"optim.epochs={checkpoints(tmp_path)[-1] // 2 + 2}")
