@@ -210,6 +210,9 @@ def eval_knn_on_features(
             name, tries = "full", [score(train_features, train_labels, nb_knn)]
         else:
             name, tries = f"{n} per class", []
+            fewest = int(train_labels.bincount().min())
+            if fewest < n:
+                logger.warning("%d images per class: there are classes with %d only, of which all are taken", n, fewest)
             ks = sorted(k for k in {*nb_knn, n} if k <= n)
             for seed in range(n_tries):
                 index = few_shot_index(train_labels, n, seed).to(train_features.device)

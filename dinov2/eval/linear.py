@@ -331,6 +331,7 @@ def train_classifiers(
         run={
             "weights": weights and weights["sha256"],
             "training set": args.train_dataset,
+            "classes": setup.class_names(dataset),
             "images per iteration": args.batch_size * distributed.world_size(),
             "iterations": args.epochs * args.epoch_length,
             "learning rates": args.learning_rates,

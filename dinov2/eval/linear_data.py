@@ -6,6 +6,7 @@ Shapes: n images of a set, L last blocks, D width of the backbone, C' classes of
 import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +23,10 @@ from dinov2.data.stream import Place, PlaceBatches
 from dinov2.data.transforms import make_classification_train_transform
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, ModelWithPooledTokens, extract_features
+from dinov2.eval.linear_checkpoint import read_checkpoint
 from dinov2.eval.metrics import MetricType
 from dinov2.eval.readable import ReadableOnly, collate_readable
-from dinov2.eval.setup import check_same_classes, eval_transform, image_sizes, labelled_dataset
+from dinov2.eval.setup import check_classes, class_names, eval_transform, image_sizes, labelled_dataset
 
 
 class AugmentedTrainingSet(Dataset[tuple[Tensor, int]]):
@@ -87,7 +89,14 @@ def make_eval_set(
     if class_mapping_fpath is not None:
         mapping = torch.from_numpy(np.load(class_mapping_fpath).astype(np.int64)).to(distributed.device())
     several = metric_type is MetricType.IMAGENET_REAL_ACCURACY
-    return EvalSet(dataset_str, labelled_dataset(dataset_str, transform, several=several), metric_type, mapping)
+    dataset = labelled_dataset(dataset_str, transform, several=several)
+    targets = dataset.get_targets()
+    if several and targets is not None and targets.ndim == 1:
+        raise ValueError(
+            f"{metric_type.value} needs a list of labels per image, which {dataset_str!r} does not have "
+            "(ImageNet:split=VAL:root=...:extra=...:real=/path/real.json has)"
+        )
+    return EvalSet(dataset_str, dataset, metric_type, mapping)
 
 
 class LinearSets(NamedTuple):
@@ -107,8 +116,8 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
     """The sets of the command line.
 
     Raises:
-        ValueError: if there are not as many test metrics or class mappings as test sets, or the validation set has
-            other classes than the training set and no class mapping.
+        ValueError: if there are not as many test metrics or class mappings as test sets, or a set has other classes
+            than those trained on and no class mapping.
     """
     make = partial(make_eval_set, transform=eval_transform(args, cfg))
     datasets = args.test_datasets or []
@@ -127,15 +136,29 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
         for dataset, metric, mapping in zip(datasets, metric_types, mappings, strict=True)
     ]
     if args.classifier_fpath:
+        run = read_checkpoint(Path(args.classifier_fpath)).get("run") or {}
+        _check_classes(run.get("classes") or [], [val, *tests])
         return LinearSets(None, val, tests)
     _, crop = image_sizes(args, cfg)
     augmentation = make_classification_train_transform(
         crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
     )
     train = labelled_dataset(args.train_dataset, augmentation)
-    if val.class_mapping is None:
-        check_same_classes(train, val.dataset, args.val_dataset)
+    _check_classes(class_names(train), [val, *tests])
     return LinearSets(train, val, tests)
+
+
+def _check_classes(trained: list[str], sets: list[EvalSet]) -> None:
+    """Every label must mean the class that a classifier has learnt under it, unless a mapping says what it means."""
+    for each in sets:
+        mapping = None if each.class_mapping is None else each.class_mapping.tolist()
+        if mapping is None:
+            check_classes(trained, each.dataset, each.name)
+        elif trained and not all(0 <= index < len(trained) for index in mapping):
+            raise ValueError(
+                f"the class mapping of {each.name} has numbers from {min(mapping)} to {max(mapping)}, "
+                f"but there are {len(trained)} classes"
+            )
 
 
 def extract_tokens(

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -175,8 +175,18 @@ def check_same_classes(train_dataset: ImageDataset, other: ImageDataset, other_n
     Raises:
         ValueError: if both data sets name their classes and the names differ.
     """
-    mine, others = (list(getattr(dataset, "classes", None) or []) for dataset in (train_dataset, other))
-    if mine and others and mine != others:
+    check_classes(class_names(train_dataset), other, other_name)
+
+
+def class_names(dataset: ImageDataset) -> list[str]:
+    """The names of the classes by label; none if the data set does not tell."""
+    return list(getattr(dataset, "classes", None) or [])
+
+
+def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> None:
+    """As `check_same_classes`, with the names of the classes trained on."""
+    others = class_names(other)
+    if mine and others and list(mine) != others:
         different = ", ".join(map(str, sorted(set(mine) ^ set(others))[:6])) or "none, but their order differs"
         raise ValueError(
             f"{other_name} has other classes than the training images, so their labels mean different things: "

@@ -81,7 +81,10 @@ def make_backbone(
     Raises:
         ValueError: if there are no such weights, or they do not fit the settings.
     """
-    source = weights_source(Weights, weights, weights_url(arch, "pretrain", registers=registers))
+    published = weights_url(arch, "pretrain", registers=registers)
+    source = weights_source(Weights, weights, published)
+    if not pretrained and source != published:
+        raise ValueError(f"weights={str(weights)!r} are not loaded with pretrained=False: leave that out")
     model = build_model(arch, **{**published_settings(arch, registers=registers), **kwargs})
     return load_backbone(model, source) if pretrained else model
 

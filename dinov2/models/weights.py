@@ -141,7 +141,7 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
     except PermissionError:
         raise
     except Exception as error:  # on bytes they do not expect both readers fail in many ways, even with KeyError
-        text = f"{path}{remedy} is no checkpoint of plain tensors, or is truncated or damaged: {_reason(error)}"
+        text = f"{path}{remedy} is no checkpoint of plain tensors, or is truncated or damaged: {_reason(path, error)}"
         raise ValueError(text) from error
 
 
@@ -157,14 +157,25 @@ def _read_folder(folder: Path, mapped: bool) -> object:
                 tensors = read_file(folder / part, mapped=mapped)
                 content |= tensors if isinstance(tensors, dict) else {}
             return content
-    raise FileNotFoundError(f"no weights at {folder}: a folder without {' or '.join(_FILES_IN_FOLDERS)}")
+    hint = ""
+    if (folder / "checkpoints").exists() or (folder / ".metadata").exists():
+        hint = (
+            "; of a run take eval/training_*/teacher_checkpoint.pth, or make such a file: "
+            f"python -m dinov2.train.checkpoint convert {folder} teacher.pth --to teacher"
+        )
+    raise FileNotFoundError(f"no weights at {folder}: a folder without {' or '.join(_FILES_IN_FOLDERS)}{hint}")
 
 
-def _reason(error: Exception) -> str:
-    """What torch says is wrong with a file, without its advice to load it unsafely."""
-    text = str(error)
-    _, found, what = text.partition("WeightsUnpickler error: ")
-    return (what if found else text).partition("Re-running")[0].strip().partition("\n")[0]
+def _reason(path: Path, error: Exception) -> str:
+    """What is wrong with a file: what it begins with if that is text, else what torch says, without unsafe advice."""
+    with path.open("rb") as file:
+        head = file.read(24)
+    if not head:
+        return "it is empty"
+    if head.isascii() and head.decode().replace("\n", " ").isprintable():
+        return f"it begins with the text {head.decode()!r}"
+    _, found, what = str(error).partition("WeightsUnpickler error: ")
+    return (what if found else str(error)).partition("Re-running")[0].strip().partition("\n")[0]
 
 
 def import_safetensors() -> ModuleType:

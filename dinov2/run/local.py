@@ -1,6 +1,7 @@
 """Running a task on this machine: in this process, or in several that are started and watched."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -67,6 +68,7 @@ def run_local(task: Task, num_processes: int) -> int:
 
 def _process(task: Task, folder: Path) -> int:
     """What each of several processes does."""
+    multiprocessing.set_start_method(None, force=True)  # torch's elastic launch makes it `spawn`, slow for loaders
     os.setpgrp()  # Ctrl-C in a terminal then comes from the launcher alone, and once
     rank = int(os.environ["RANK"])
     try:

@@ -213,7 +213,7 @@ def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path, capsys: py
         "batch_size": 16,
         "learning_rates": [0.01, 0.1],
         "test_datasets": [other, other],
-        "test_metric_types": ["mean_accuracy", "imagenet_real_accuracy"],
+        "test_metric_types": ["mean_accuracy", "mean_per_class_accuracy"],
         "test_class_mapping_fpaths": [str(tmp_path / "swapped.npy"), "None"],
     }
     record = run(tmp_path, **options)
@@ -234,7 +234,7 @@ def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path, capsys: py
     best = results["best_classifier"]
     assert 80 < best["top-1"] == max(scores["top-1"] for scores in results["val"].values())
     assert [record["iteration"] for record in results["history"]] == [20, 40]
-    assert [test["metric"] for test in results["test"]] == ["mean_accuracy", "imagenet_real_accuracy"]
+    assert [test["metric"] for test in results["test"]] == ["mean_accuracy", "mean_per_class_accuracy"]
     assert results["test"][0]["top-1"] < 50 < results["test"][1]["top-1"]  # red is called green in the first
     checkpoint = tmp_path / "out" / "model_final.pth"
     before = checkpoint.read_bytes()
@@ -308,3 +308,28 @@ def test_reassessed_labels_count_with_any_right_one_and_without_unlabelled_image
     for evaluation in (knn, log_regression, linear):
         with pytest.raises(ValueError, match="has lists of labels, which only the metric imagenet_real_accuracy"):
             evaluation.main(evaluation.get_args_parser().parse_args(words))
+
+
+def test_sets_of_other_classes_are_refused_in_every_role(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_pictures(other, 6, seed=3)
+    (other / "b").rename(other / "yak")
+    trained = command(tmp_path / "a", epochs=1, epoch_length=2, batch_size=4, learning_rates=[0.1])
+    linear.main(linear.get_args_parser().parse_args(trained))
+    classifiers = tmp_path / "a" / "out" / "model_final.pth"
+    np.save(tmp_path / "map.npy", [0, 1, 9])
+    tested = ["--test-datasets", f"ImageFolder:root={other}"]
+    for words, message in (
+        ([*trained, *tested], "has other classes than the training images.*yak"),
+        (
+            [*trained, *tested, "--classifier-fpath", str(classifiers)],
+            "has other classes than the training images.*yak",
+        ),
+        ([*trained, *tested, "--test-class-mapping-fpaths", str(tmp_path / "map.npy")], "from 0 to 9, but there are 3"),
+        ([*trained, "--val-metric-type", "imagenet_real_accuracy"], "needs a list of labels per image.*real="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear.main(linear.get_args_parser().parse_args(words))
+    words = [*trained, "--classifier-fpath", str(classifiers), "--val-dataset", f"ImageFolder:root={other}"]
+    with pytest.raises(ValueError, match="has other classes than the training images"):
+        linear.main(linear.get_args_parser().parse_args(words))
