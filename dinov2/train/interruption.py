@@ -57,8 +57,10 @@ class Interruption:
 
     def requested(self) -> bool:
         """Whether any process was told to stop; to be asked by all of them after every step."""
-        self.signum = int(distributed.all_reduce_max(torch.tensor(self.signum)))
-        return self.signum != 0
+        agreed = int(distributed.all_reduce_max(torch.tensor(self.signum)))
+        if agreed:  # else leave it alone: a signal may have come while this process waited for the others
+            self.signum = agreed
+        return agreed != 0
 
     def leave(self) -> None:
         """End this process, now that everything is saved.

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 from tiny import assert_same_end, checkpoints, metrics, run_train
 
+from dinov2 import distributed
 from dinov2.train import interruption, train
 from dinov2.train.interruption import SIGNALS, Interruption
 
@@ -95,6 +97,21 @@ def test_nothing_is_requested_without_a_signal() -> None:
     with Interruption() as stop:
         assert not stop.requested()
         signal.raise_signal(signal.SIGTERM)
+        assert stop.requested()
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_reduce_max = distributed.all_reduce_max
+
+    def signalled_meanwhile(value: torch.Tensor) -> torch.Tensor:
+        agreed = all_reduce_max(value)
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGUSR2)
+        return agreed
+
+    monkeypatch.setattr(distributed, "all_reduce_max", signalled_meanwhile)
+    with Interruption() as stop:
+        assert not stop.requested(), "the others do not know yet"
         assert stop.requested()
 
 
