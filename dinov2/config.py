@@ -474,7 +474,7 @@ def _unknown(key: str, value: Any) -> str:
     return f"unknown key {key!r}; nearest known keys: {', '.join(sorted(_keys(), key=likeness, reverse=True)[:3])}"
 
 
-_SHARDED_OVER = {
+SHARDED_OVER = {
     "NO_SHARD": "nothing",
     "SHARD_GRAD_OP": "all processes",
     "FULL_SHARD": "all processes",
@@ -499,7 +499,7 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     for module in ("backbone", "dino_head", "ibot_head"):
         sides = cfg.compute_precision.student, cfg.compute_precision.teacher
         student, teacher = (getattr(side, module).sharding_strategy for side in sides)
-        if _SHARDED_OVER[student] != _SHARDED_OVER[teacher]:
+        if SHARDED_OVER[student] != SHARDED_OVER[teacher]:
             yield (
                 f"compute_precision.student.{module}.sharding_strategy = {student} and the teacher's, {teacher}, split "
                 f"weights in different ways, but the teacher is an average of the student's shards"

@@ -124,8 +124,6 @@ def evaluate_linear_classifiers(
     postprocessors = {name: LinearPostprocessor(classifier, mapping) for name, classifier in classifiers.items()}
     metrics = {name: build_metric(eval_set.metric_type, num_classes=width).to(device) for name in classifiers}
     tokens, labels = features
-    if eval_set.metric_type is MetricType.IMAGENET_REAL_ACCURACY and labels.ndim == 1:
-        labels = labels[:, None]  # single labels are lists of one
     for some_tokens, some_labels in zip(tokens.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True):
         blocks, targets = tokens_of_blocks(some_tokens.to(device)), some_labels.to(device)
         for name, postprocessor in postprocessors.items():

@@ -17,7 +17,7 @@ from dinov2.data.images import BadImageError
 from dinov2.models import build_model
 from dinov2.train.checkpoint import load_training_weights
 from dinov2.train.memory import estimate, masked_patches_per_image
-from dinov2.train.schedules import build_schedules
+from dinov2.train.schedules import build_schedules, global_batch_size
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
 PROCESSES_PER_MACHINE = 8
@@ -71,7 +71,7 @@ def _check_writable(folder: Path) -> None:
 
 def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> dict[str, str]:
     """What a person wants to know before starting: name -> value with its unit."""
-    batch = cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps * world_size
+    batch = global_batch_size(cfg, world_size)
     accumulated = f" x {cfg.train.accumulate_steps} micro-batches" if cfg.train.accumulate_steps > 1 else ""
     steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     parameters = {name: _num_parameters(module) for name, module in model.student.items()}

@@ -59,7 +59,7 @@ class Interruption:
         """Whether any process was told to stop; to be asked by all of them after every step."""
         agreed = int(distributed.all_reduce_max(torch.tensor(self.signum)))
         if agreed:  # else leave it alone: a signal may have come while this process waited for the others
-            self.signum = agreed
+            self.signum, self._noted = agreed, self._noted or time.monotonic()
         return agreed != 0
 
     def leave(self) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.config import DTYPES, Config, ModulePrecision
-from dinov2.train.parallel import local_tensors
+from dinov2.train.parallel import FREED_AFTER_FORWARD, local_tensors, num_shards, units_of_blocks
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
 STRATEGIES: tuple[str, ...] = get_args(get_type_hints(ModulePrecision)["sharding_strategy"])
@@ -95,10 +95,9 @@ def held_bytes(model: SSLMetaArch, optimizer: torch.optim.Optimizer) -> int:
 
 def sharding_units(network: nn.Module, block_chunks: int) -> list[list[Tensor]]:
     """The parameters that `parallelize` gathers and frees together: those outside of blocks, then block by block."""
-    blocks = list(getattr(network, "blocks", []))
-    size = max(len(blocks) // block_chunks, 1) if block_chunks else 1
-    chunks = [blocks[first : first + size] for first in range(0, len(blocks), size)]
-    units: list[list[Tensor]] = [[param for block in chunk for param in block.parameters()] for chunk in chunks]
+    units: list[list[Tensor]] = [
+        [param for block in unit for param in block.parameters()] for unit in units_of_blocks(network, block_chunks)
+    ]
     in_blocks = {id(param) for unit in units for param in unit}
     return [[param for param in network.parameters() if id(param) not in in_blocks], *units]
 
@@ -124,15 +123,13 @@ class _Network:
         per_machine: int,
     ) -> None:
         strategy = student.sharding_strategy
-        self.num_shards = {"NO_SHARD": 1, "HYBRID_SHARD": per_machine, "HYBRID_SHARD_ZERO2": per_machine}.get(
-            strategy, num_processes
-        )
+        self.num_shards = num_shards(strategy, num_processes, per_machine)
         self.alone = num_processes == 1
         self.machines = math.ceil(num_processes / per_machine)
         self.replicas = num_processes // self.num_shards
         self.units = [sum(_shard_numel(param, self.num_shards) for param in unit) * self.num_shards for unit in units]
         self.shard = sum(self.units) // self.num_shards
-        self.kept = self.alone or strategy not in ("FULL_SHARD", "HYBRID_SHARD")
+        self.kept = self.alone or strategy not in FREED_AFTER_FORWARD
         self.param_bytes = _itemsize(student.mixed_precision.param_dtype)
         self.teacher_bytes = _itemsize(teacher.mixed_precision.param_dtype)
         self.reduce_bytes = _itemsize(student.mixed_precision.reduce_dtype)

@@ -28,13 +28,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dinov2 import distributed
-from dinov2.config import DTYPES, ComputePrecision, ModulePrecision
+from dinov2.config import DTYPES, SHARDED_OVER, ComputePrecision, ModulePrecision
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
-_REPLICATED = ("NO_SHARD",)
-_WITHIN_MACHINES = ("HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
-_FREED_AFTER_FORWARD = ("FULL_SHARD", "HYBRID_SHARD")
+FREED_AFTER_FORWARD = ("FULL_SHARD", "HYBRID_SHARD")
 
 
 def parallelize(
@@ -75,9 +73,9 @@ def parallelize(
             for name, network in networks.items():
                 _start_alike(network)
                 how: ModulePrecision = getattr(precisions, name)
-                shards = _num_shards(how.sharding_strategy)
+                shards = num_shards(how.sharding_strategy, distributed.world_size(), distributed.local_world_size())
                 mesh = meshes[shards] = meshes.get(shards) or distributed.device_mesh(shards)
-                free = networks is teacher or how.sharding_strategy in _FREED_AFTER_FORWARD
+                free = networks is teacher or how.sharding_strategy in FREED_AFTER_FORWARD
                 _shard(network, how, mesh, block_chunks=block_chunks, reshard_after_forward=free)
 
 
@@ -101,10 +99,16 @@ def _start_alike(network: nn.Module) -> None:
         tensor.copy_(distributed.broadcast(tensor, source=0))
 
 
-def _num_shards(strategy: str) -> int:
-    if strategy in _REPLICATED:
-        return 1
-    return distributed.local_world_size() if strategy in _WITHIN_MACHINES else distributed.world_size()
+def num_shards(strategy: str, num_processes: int, processes_per_machine: int) -> int:
+    """Over how many processes a strategy splits a parameter."""
+    return {"nothing": 1, "a machine": processes_per_machine, "all processes": num_processes}[SHARDED_OVER[strategy]]
+
+
+def units_of_blocks(network: nn.Module, block_chunks: int) -> list[list[nn.Module]]:
+    """The blocks of a backbone that are gathered and freed together; none for a head."""
+    blocks = list(getattr(network, "blocks", []))
+    size = max(len(blocks) // block_chunks, 1) if block_chunks else 1
+    return [blocks[first : first + size] for first in range(0, len(blocks), size)]
 
 
 def _shard(
@@ -126,10 +130,7 @@ def _shard(
             cast_forward_inputs=False,  # autocast does, where it matters, as with one process
         ),
     }
-    blocks = list(getattr(network, "blocks", []))
-    size = max(len(blocks) // block_chunks, 1) if block_chunks else 1
-    for first in range(0, len(blocks), size):
-        unit = blocks[first : first + size]
+    for unit in units_of_blocks(network, block_chunks):
         fully_shard(unit if len(unit) > 1 else unit[0], **settings)
     fully_shard(network, **settings)
 

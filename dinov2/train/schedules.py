@@ -94,6 +94,11 @@ def build_schedules(cfg: Config, lr: float) -> Schedules:
     )
 
 
+def global_batch_size(cfg: Config, world_size: int) -> int:
+    """Images per optimizer step over all processes and micro-batches."""
+    return cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps * world_size
+
+
 def scale_lr(base_lr: float, rule: str, global_batch: int) -> float:
     """Peak learning rate for `global_batch` images per step.
 

@@ -45,7 +45,7 @@ from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.interruption import Interruption
 from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters
 from dinov2.train.parallel import parallelize
-from dinov2.train.schedules import build_schedules, scale_lr
+from dinov2.train.schedules import build_schedules, global_batch_size, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
 
 logger = logging.getLogger(__name__)
@@ -104,11 +104,6 @@ def with_run_values(cfg: Config, output_dir: Path, world_size: int) -> Config:
         optim=dataclasses.replace(cfg.optim, lr=lr),
         train=dataclasses.replace(cfg.train, output_dir=str(output_dir)),
     )
-
-
-def global_batch_size(cfg: Config, world_size: int) -> int:
-    """Images per optimizer step over all processes and micro-batches."""
-    return cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps * world_size
 
 
 def seed_everything(seed: int) -> None:

@@ -115,6 +115,14 @@ def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch: 
         assert stop.requested()
 
 
+def test_ctrl_c_that_another_process_got_first_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Interruption() as stop:
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "all_reduce_max", lambda value: torch.tensor(int(signal.SIGINT)))
+            assert stop.requested()
+        signal.raise_signal(signal.SIGINT)  # here it comes later, while the checkpoint is being written
+
+
 def test_training_goes_on_while_a_checkpoint_is_written_which_nobody_sees_before_it_is_whole(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
