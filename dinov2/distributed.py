@@ -309,6 +309,11 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return _all_reduce(tensor, dist.ReduceOp.SUM)
 
 
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """The mean over processes: any shape -> the same shape."""
+    return all_reduce_sum(tensor) / world_size()
+
+
 def all_reduce_max(tensor: Tensor) -> Tensor:
     """The elementwise maximum over processes: any shape -> the same shape."""
     return _all_reduce(tensor, dist.ReduceOp.MAX)

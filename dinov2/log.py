@@ -1,7 +1,8 @@
 """What a run says: log lines on the console and in files, smoothed meters, metrics as JSON lines.
 
 Meters take floats or 0-d tensors. Tensors are kept as they are until a number is needed, so that logging every step
-does not make the CPU wait for the GPU every step; then they are all fetched together.
+makes neither the CPU wait for the GPU nor the processes for each other every step; then they are all averaged over the
+processes, where that was asked for, and fetched together.
 """
 
 import json
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -130,18 +131,30 @@ class SmoothedValue:
     Args:
         window_size: how many values the median, the average and the maximum look at.
         fmt: text form; may use median, avg, global_avg, max and value.
+        mean_over_processes: applied to the tensors before they become numbers; then all processes must ask for numbers
+            at the same time.
     """
 
-    def __init__(self, window_size: int = 20, fmt: str = "{median:.4f} ({global_avg:.4f})") -> None:
+    def __init__(
+        self,
+        window_size: int = 20,
+        fmt: str = "{median:.4f} ({global_avg:.4f})",
+        mean_over_processes: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.fmt = fmt
+        self.mean_over_processes = mean_over_processes
         self._window: deque[float] = deque(maxlen=window_size)
         self._count = 0
         self._total = 0.0
-        self._pending: list[tuple[float | Tensor, int]] = []
+        self._pending: list[_Value] = []
 
-    def update(self, value: float | Tensor, num: int = 1) -> None:
-        """Add a number or a tensor of one element, which counts `num` times in the total."""
-        self._pending.append((value.detach().reshape(()) if isinstance(value, Tensor) else float(value), num))
+    def update(self, value: float | Tensor, num: int = 1, *, only_finite: bool = False) -> None:
+        """Add a number or a tensor of one element, which counts `num` times in the total.
+
+        With `only_finite` it is left out if it is not finite: it would stay in the total for good.
+        """
+        number = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+        self._pending.append(_Value(number, num, only_finite))
 
     @property
     def window(self) -> Sequence[float]:
@@ -196,18 +209,34 @@ class SmoothedValue:
         )
 
 
+class _Value(NamedTuple):
+    """What was given to a meter."""
+
+    number: float | Tensor
+    count: int
+    only_finite: bool
+
+
 def _settle(meters: Iterable[SmoothedValue]) -> None:
-    """Turn the tensors waiting in some meters into numbers, with one wait for the device."""
+    """Turn the tensors waiting in some meters into numbers, with one wait for the device and the other processes."""
     meters = list(meters)
-    values = [value for meter in meters for value, _ in meter._pending]
-    remote = [value.double() for value in values if isinstance(value, Tensor) and not value.is_cpu]
-    fetched = iter(torch.stack(remote).tolist() if remote else [])
+    waiting: dict[tuple[Any, torch.device], list[Tensor]] = {}
     for meter in meters:
-        for value, num in meter._pending:
-            number = float(value) if not isinstance(value, Tensor) or value.is_cpu else next(fetched)
-            meter._window.append(number)
-            meter._count += num
-            meter._total += number * num
+        for number, _, _ in meter._pending:
+            if isinstance(number, Tensor):
+                waiting.setdefault((meter.mean_over_processes, number.device), []).append(number)
+    fetched: dict[int, float] = {}
+    for (mean, _), tensors in waiting.items():
+        values = torch.stack([tensor.double() for tensor in tensors])
+        fetched |= zip(map(id, tensors), (mean(values) if mean else values).tolist(), strict=True)
+    for meter in meters:
+        for number, count, only_finite in meter._pending:
+            value = fetched[id(number)] if isinstance(number, Tensor) else number
+            if only_finite and not math.isfinite(value):
+                continue
+            meter._window.append(value)
+            meter._count += count
+            meter._total += value * count
         meter._pending.clear()
 
 
@@ -239,19 +268,34 @@ class MetricLogger:
         delimiter: between the parts of a printed line.
         output_file: every printed line is also appended here as a JSON object.
         is_main: whether this is the process that writes the file and shows the progress bar.
+        mean_over_processes: applied to tensors before they become numbers; then all processes must print together.
     """
 
-    def __init__(self, delimiter: str = "\t", output_file: str | Path | None = None, *, is_main: bool = True) -> None:
+    def __init__(
+        self,
+        delimiter: str = "\t",
+        output_file: str | Path | None = None,
+        *,
+        is_main: bool = True,
+        mean_over_processes: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         self.meters: dict[str, SmoothedValue] = {}
         self.delimiter = delimiter
         self.output_file = Path(output_file) if output_file is not None and is_main else None
         self.is_main = is_main
+        self.mean_over_processes = mean_over_processes
         self._end: Callable[[], None] | None = None
 
-    def update(self, **values: float | Tensor) -> None:
-        """Add a number or a tensor of one element to each named meter; meters appear on first use."""
+    def update(self, *, only_finite: bool = False, **values: float | Tensor) -> None:
+        """Add a number or a tensor of one element to each named meter; meters appear on first use.
+
+        With `only_finite` those that are not finite are left out.
+        """
         for name, value in values.items():
-            self.meters.setdefault(name, SmoothedValue(fmt=_FOUR_DIGITS)).update(value)
+            self.meters.setdefault(name, self._meter()).update(value, only_finite=only_finite)
+
+    def _meter(self) -> SmoothedValue:
+        return SmoothedValue(fmt=_FOUR_DIGITS, mean_over_processes=self.mean_over_processes)
 
     def __getattr__(self, name: str) -> SmoothedValue:
         if name != "meters" and name in self.meters:
@@ -268,7 +312,7 @@ class MetricLogger:
         return {name: meter.state_dict() for name, meter in self.meters.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.meters = {name: SmoothedValue(fmt=_FOUR_DIGITS) for name in state}
+        self.meters = {name: self._meter() for name in state}
         for name, meter in self.meters.items():
             meter.load_state_dict(state[name])
 

@@ -135,20 +135,29 @@ def test_a_nan_shows_in_the_median() -> None:
     assert math.isnan(meter.median)
 
 
-def test_tensors_are_not_read_before_a_number_is_needed() -> None:
-    class Counted(torch.Tensor):
-        reads = 0
+def test_tensors_meet_those_of_other_processes_once_and_only_when_a_number_is_needed() -> None:
+    meetings = []
 
-        def __float__(self) -> float:
-            Counted.reads += 1
-            return super().__float__()
+    def mean_with_another(mine: torch.Tensor) -> torch.Tensor:  # whose values are all 6
+        meetings.append(len(mine))
+        return (mine + 6) / 2
 
+    meters = MetricLogger(mean_over_processes=mean_with_another)
+    for step in range(5):
+        meters.update(loss=torch.tensor(2.0, requires_grad=True), norm=torch.tensor(4.0), lr=0.1 * step)
+    assert meetings == []
+    text = str(meters)
+    assert meetings == [10], "all in one; numbers that are no tensors are the same everywhere"
+    assert text == "loss: 4 (4)\tnorm: 5 (5)\tlr: 0.2 (0.2)"
+
+
+def test_values_that_are_not_finite_are_left_out_where_that_is_asked_for() -> None:
     meters = MetricLogger()
-    for _ in range(5):
-        meters.update(loss=torch.tensor(2.0, requires_grad=True).as_subclass(Counted))
-    assert Counted.reads == 0
-    assert meters.loss.global_avg == 2.0
-    assert Counted.reads == 5
+    for value in (1.0, math.nan, math.inf, 3.0):
+        meters.update(loss=torch.tensor(value), only_finite=True)
+        meters.update(seen=torch.tensor(value))
+    assert (meters.loss.window, meters.loss.count, meters.loss.total) == ([1.0, 3.0], 2, 4.0)
+    assert meters.seen.count == 4 and math.isnan(meters.seen.median)
 
 
 @pytest.mark.gpu

@@ -42,7 +42,7 @@ class DINOHead(nn.Module):
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose row k is `weight_g[k] * weight_v[k] / |weight_v[k]|` (arXiv 1602.07868).
 
-    The gains start at 1 and are trained. Written out here because PyTorch's legacy weight norm, whose parameter
+    The gains start at 1 and are trained. A module of its own because PyTorch's legacy weight norm, whose parameter
     names the published checkpoints use, is deprecated.
     """
 
@@ -59,7 +59,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., bottleneck) -> (..., K)."""
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, dim=0))  # the operator of nn.utils
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int, nlayers: int, *, use_bn: bool, bias: bool) -> nn.Module:

@@ -7,9 +7,11 @@ Legend: R rows of this process (class or masked patch tokens), K prototypes.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dinov2.distributed import all_reduce_max, all_reduce_sum
@@ -31,18 +33,22 @@ def sinkhorn_knopp_in_pieces(pieces: Sequence[Tensor], temperature: float, n_ite
     """One balanced assignment of the rows of all micro-batches and processes: scores (R_i, K) each -> (R_i, K) each.
 
     Alternates, in float32, between giving every prototype the same total and every row the same total; the
-    published constants (1 / K, 1 / rows) cancel and are left out. Each prototype's greatest score is subtracted first:
-    the first division cancels it, and `exp` cannot overflow. Scores more than 87 below it are raised to that, so that
-    no row sums to zero. Pieces may have different numbers of rows, even none.
+    published constants (1 / K, 1 / rows) cancel and are left out. What is iterated are the factors of the rows and of
+    the prototypes, the assignment is read only. Each prototype's greatest score is subtracted first: the first division
+    cancels it, and `exp` cannot overflow. Scores more than 87 below it are raised to that, so that no row sums to zero.
+    Pieces may have different numbers of rows, even none.
     """
     assignments = [scores.float() / temperature for scores in pieces]
     greatest = all_reduce_max(torch.stack([_column_max(scores) for scores in assignments]).amax(dim=0))
     assignments = [scores.sub_(greatest).clamp_(min=-87.0).exp_() for scores in assignments]
+    row_factors = [assignment.new_ones(len(assignment)) for assignment in assignments]
     for _ in range(n_iterations):
-        columns = all_reduce_sum(torch.stack([assignment.sum(dim=0) for assignment in assignments]).sum(dim=0))
-        for assignment in assignments:
-            assignment /= columns
-            assignment /= assignment.sum(dim=1, keepdim=True)
+        totals = [rows @ assignment for rows, assignment in zip(row_factors, assignments, strict=True)]
+        column_factors = all_reduce_sum(torch.stack(totals).sum(dim=0)).reciprocal_()
+        column_factors /= column_factors.mean()  # any common factor cancels; this one keeps all factors in range
+        row_factors = [(assignment @ column_factors).reciprocal() for assignment in assignments]
+    for rows, assignment in zip(row_factors, assignments, strict=True):
+        assignment.mul_(rows[:, None]).mul_(column_factors)
     return assignments
 
 
@@ -52,8 +58,49 @@ def _column_max(scores: Tensor) -> Tensor:
 
 
 def soft_cross_entropy(scores: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each row in float32: student scores (R, K), targets (R, K) -> (R,)."""
-    return F.cross_entropy(scores.float() / temperature, probabilities, reduction="none")
+    """Cross-entropy of each row in float32: student scores (R, K), targets (R, K) -> (R,).
+
+    Targets are constants and may sum to anything. Neither the softmax nor float32 scores are ever kept.
+    """
+    losses: Tensor = _SoftCrossEntropy.apply(scores, probabilities, temperature)
+    return losses
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """sum(t) logsumexp(z) - t . z for every row, z = scores / temperature; its gradient is sum(t) softmax(z) - t.
+
+    Rows are treated in pieces that stay in a processor's cache; only the log-sum-exp is kept for the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
+        norms, masses, losses = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
+        for rows in _pieces(scores):
+            z, targets = scores[rows].float() / temperature, probabilities[rows].float()
+            torch.logsumexp(z, dim=1, out=norms[rows])
+            torch.sum(targets, dim=1, out=masses[rows])
+            torch.sub(masses[rows] * norms[rows], torch.linalg.vecdot(targets, z), out=losses[rows])
+        ctx.save_for_backward(scores, probabilities, norms, masses)
+        ctx.temperature = temperature
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        scores, probabilities, norms, masses = ctx.saved_tensors
+        upstream = upstream / ctx.temperature
+        gradient = torch.empty_like(scores)
+        for rows in _pieces(scores):
+            softmax = (scores[rows].float() / ctx.temperature - norms[rows, None]).exp_()
+            difference = softmax.mul_(masses[rows, None]).sub_(probabilities[rows])
+            gradient[rows] = difference.mul_(upstream[rows, None])
+        return gradient, None, None
+
+
+def _pieces(scores: Tensor) -> list[slice]:
+    """Slices of the rows of (R, K) scores, of half a million numbers each on a CPU and many more elsewhere."""
+    size = max((2**19 if scores.is_cpu else 2**27) // max(scores.shape[1], 1), 1)
+    return [slice(first, first + size) for first in range(0, len(scores), size)]
 
 
 @torch.no_grad()

@@ -211,7 +211,7 @@ class Checkpointer:
         for name, param in self.model.named_parameters():
             if f"optimizer.{name}.step" in stored:
                 moments = {key: torch.zeros_like(param, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[param] = {"step": torch.tensor(0.0), **moments}
+                self.optimizer.state[param] = {"step": torch.tensor(0.0, device=param.device), **moments}
 
     def _delete_old(self) -> None:
         folders = complete_checkpoints(self.directory)

@@ -1,7 +1,9 @@
 """What stops a run before it does harm: losses or gradients that are not finite, too many unreadable images."""
 
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,40 +14,69 @@ from dinov2.data.collate import Batch
 logger = logging.getLogger(__name__)
 
 
+class _Verdict(NamedTuple):
+    """Which values of a step were not finite on any process."""
+
+    names: tuple[str, ...]
+    broken: Tensor  # of 0 and 1, on the CPU once `arrived`
+    arrived: torch.cuda.Event | None  # None: it has
+
+
 class NonFiniteGuard:
-    """Tells whether a step may be taken, on all processes alike; raises after `max_in_a_row` refusals in a row."""
+    """Refuses steps whose losses or gradients are not finite, on all processes alike, and stops after too many.
+
+    The refusal is a number on the device, for `optim.step_unless`. What it was about is told one step later, so that
+    the processor never waits for the step that the device is working on.
+
+    Args:
+        max_in_a_row: refusals in a row that end the run.
+    """
 
     def __init__(self, max_in_a_row: int) -> None:
         self.max_in_a_row = max_in_a_row
         self.in_a_row = 0
+        self._untold: deque[_Verdict] = deque()
 
-    def accepts(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor], loss_scale: float) -> bool:
-        """Whether every loss term and the gradient of every sub-module are finite; to be asked before the step.
+    def refused(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> Tensor:
+        """1 if any loss term, or the gradient of any sub-module, is not finite on any process, else 0; a scalar."""
+        values = {f"loss {name}": value for name, value in terms.items()}
+        values |= {f"gradient of {name}": value for name, value in norms.items()}
+        broken = torch.stack([(~value.detach().isfinite()).any().float() for value in values.values()])
+        broken = distributed.all_reduce_max(broken)
+        self._untold.append(_Verdict(tuple(values), *_fetch(broken)))
+        return broken.amax()
 
-        A gradient that overflows now and then is how a gradient scaler finds its scale: refused, but not counted as
-        long as the losses are finite and the scaler can lower the scale (1 without a scaler) to a sensible one.
+    def tell(self, scaler: torch.amp.GradScaler, *, all_steps: bool = False) -> None:
+        """Log the refusals of the steps before the latest one, or of `all_steps`.
+
+        A gradient that overflows now and then is how a gradient scaler finds its scale: it does not count as long as
+        the losses are finite and the scaler can lower the scale (1 without a scaler) to a sensible one.
 
         Raises:
             FloatingPointError: if too many steps in a row were refused.
         """
-        losses = {f"loss {name}": value for name, value in terms.items()}
-        gradients = {f"gradient of {name}": value for name, value in norms.items()}
-        culprits = _culprits(losses | gradients)
+        while len(self._untold) > (0 if all_steps else 1):
+            verdict = self._untold.popleft()
+            if verdict.arrived is not None:
+                verdict.arrived.synchronize()
+            self._judge([name for name, bad in zip(verdict.names, verdict.broken.tolist(), strict=True) if bad], scaler)
+
+    def _judge(self, culprits: Sequence[str], scaler: torch.amp.GradScaler) -> None:
         if not culprits:
             self.in_a_row = 0
-            return True
-        if loss_scale > 1 and not any(culprit.startswith("loss") for culprit in culprits):
-            logger.info("step skipped by the gradient scaler at %g: %s", loss_scale, ", ".join(culprits))
-            return False
+            return
+        named = ", ".join(culprits)
+        if scaler.get_scale() > 1 and not any(culprit.startswith("loss") for culprit in culprits):
+            logger.info("step skipped by the gradient scaler, whose scale is now %g: %s", scaler.get_scale(), named)
+            return
         self.in_a_row += 1
-        logger.warning("step skipped, not finite: %s (%d in a row)", ", ".join(culprits), self.in_a_row)
+        logger.warning("step skipped, not finite: %s (%d in a row)", named, self.in_a_row)
         if self.in_a_row >= self.max_in_a_row:
             raise FloatingPointError(
-                f"{self.in_a_row} steps in a row were not finite ({', '.join(culprits)}); weights and checkpoints are "
+                f"{self.in_a_row} steps in a row were not finite ({named}); weights and checkpoints are "
                 f"those of the last good step. Usual cures: a lower optim.base_lr, a longer optim.warmup_epochs, "
                 f"bf16 or fp32 instead of fp16 (train.max_nonfinite_steps={self.max_in_a_row} sets the patience)"
             )
-        return False
 
 
 class BadImageGuard:
@@ -77,8 +108,11 @@ class BadImageGuard:
             )
 
 
-def _culprits(values: Mapping[str, Tensor]) -> list[str]:
-    """Names of the values that are not finite on any process: one reduction and one look for all of them."""
-    broken = torch.stack([(~value.detach().isfinite()).any().float() for value in values.values()])
-    flags = distributed.all_reduce_max(broken).tolist()
-    return [name for name, flag in zip(values, flags, strict=True) if flag]
+def _fetch(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Begin to copy values to the CPU; the event says when they are there."""
+    if not values.is_cuda:
+        return values, None
+    copy = values.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return copy, arrived

@@ -63,7 +63,7 @@ def fuse_params_groups(
     fused: dict[tuple[Any, ...], ParamGroup] = {}
     for group in all_params_groups:
         identity = tuple(group[key] for key in keys)
-        joined = fused.setdefault(identity, {**{key: group[key] for key in keys}, "params": [], "foreach": True})
+        joined = fused.setdefault(identity, {**{key: group[key] for key in keys}, "params": []})
         joined["params"].append(group["params"])
     return list(fused.values())
 
@@ -71,11 +71,24 @@ def fuse_params_groups(
 def build_optimizer(
     student: nn.ModuleDict, *, betas: tuple[float, float], lr_decay_rate: float, patch_embed_lr_mult: float
 ) -> torch.optim.AdamW:
-    """AdamW over the groups of every sub-module; `set_hyperparameters` gives it its rates before each step."""
+    """AdamW over the groups of every sub-module; `set_hyperparameters` gives it its rates before each step.
+
+    The fused one: it reads and writes every number once, and can be told on the device not to (see `step_unless`).
+    """
     groups = []
     for module in student.values():
         groups += fuse_params_groups(get_params_groups_with_decay(module, lr_decay_rate, patch_embed_lr_mult))
-    return torch.optim.AdamW(groups, betas=betas)
+    return torch.optim.AdamW(groups, betas=betas, fused=True)
+
+
+def step_unless(refused: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """A step of a fused optimizer that changes nothing, not even its count of steps, where `refused` (scalar) is 1.
+
+    By the means that gradient scalers use: the device decides, and nobody waits for it.
+    """
+    optimizer.found_inf = refused  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, now: StepValues) -> None:
@@ -102,5 +115,4 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, 
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters or this process's shards of them."""
     averages, latest = local_tensors(teacher.parameters()), local_tensors(student.parameters())
-    torch._foreach_mul_(averages, momentum)
-    torch._foreach_add_(averages, latest, alpha=1 - momentum)
+    torch._foreach_lerp_(averages, latest, 1 - momentum)

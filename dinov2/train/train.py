@@ -43,7 +43,7 @@ from dinov2.train.checkpoint import (
 from dinov2.train.dry_run import dry_run
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.interruption import Interruption
-from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters
+from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters, step_unless
 from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import build_schedules, global_batch_size, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
@@ -150,7 +150,12 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         keep=cfg.train.checkpoint_keep,
         keep_every=cfg.train.checkpoint_keep_every,
     )
-    metrics = MetricLogger("  ", output_dir / "training_metrics.json", is_main=distributed.is_main())
+    metrics = MetricLogger(
+        "  ",
+        output_dir / "training_metrics.json",
+        is_main=distributed.is_main(),
+        mean_over_processes=distributed.all_reduce_mean,
+    )
     start, images_seen = resume_run(cfg, latest, checkpointer, metrics)
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
@@ -165,13 +170,14 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             now = schedules.at(step)
             set_hyperparameters(optimizer, now)
             losses = forward_backward(model, batches, now.teacher_temp, scaler, seed=cfg.train.seed, step=step)
-            if clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite):
-                ema_update(model.teacher, model.student, now.momentum)
+            clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite)
+            ema_update(model.teacher, model.student, now.momentum)
+            nonfinite.tell(scaler, all_steps=step == total_steps - 1)
             bad_images.check(batches)
             images_seen += global_batch
             metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
-            if nonfinite.in_a_row == 0:  # what is not finite would stay in the averages for good
-                metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu), **displayed(losses, cfg))
+            metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu))
+            metrics.update(**displayed(losses, cfg), only_finite=True)
             metrics.end_iteration()
             if is_due(step, cfg.evaluation.eval_period_iterations, last_step=total_steps - 1):
                 save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")
@@ -214,15 +220,12 @@ def clip_and_step(
     scaler: torch.amp.GradScaler,
     max_norm: float | None,
     guard: NonFiniteGuard,
-) -> bool:
-    """Clipping per sub-module, optimizer step. False if the step was skipped for a value not finite."""
+) -> None:
+    """Clipping per sub-module, optimizer step; it changes nothing if a loss or a gradient is not finite."""
     scaler.unscale_(optimizer)
     norms = clip_gradients(student, max_norm)
-    accepted = guard.accepts(losses.terms, norms, scaler.get_scale())
-    if accepted or scaler.is_enabled():  # the scaler itself leaves out a step with overflown gradients
-        scaler.step(optimizer)
-        scaler.update()
-    return accepted
+    step_unless(guard.refused(losses.terms, norms), optimizer)
+    scaler.update()
 
 
 def resume_run(cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger) -> tuple[int, int]:
@@ -276,11 +279,9 @@ def build_loader(cfg: Config, dataset: ImageDataset, images_seen: int) -> Iterab
 
 
 def displayed(losses: Losses, cfg: Config) -> dict[str, torch.Tensor]:
-    """The losses as logged: the optimised terms and their sum, or what the release shows, averaged over processes."""
+    """The losses as logged: the optimised terms and their sum, or what the release shows."""
     terms = losses.published if cfg.train.log_published_losses else losses.terms
-    values = torch.stack([value.float() for value in terms.values()])
-    values = distributed.all_reduce_sum(values) / distributed.world_size()
-    return {"total_loss": values.sum(), **dict(zip(terms, values.unbind(), strict=True))}
+    return {"total_loss": torch.stack(list(terms.values())).sum(), **terms}
 
 
 def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:

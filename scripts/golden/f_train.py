@@ -246,9 +246,9 @@ class _NormsKept(NonFiniteGuard):
 
     norms: Mapping[str, Tensor]
 
-    def accepts(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor], loss_scale: float) -> bool:
+    def refused(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> Tensor:
         self.norms = norms
-        return super().accepts(terms, norms, loss_scale)
+        return super().refused(terms, norms)
 
 
 def _train(path: Path, rank: int) -> Results:
@@ -276,6 +276,7 @@ def _train(path: Path, rank: int) -> Results:
         losses = forward_backward(model, micro_batches, now.teacher_temp, scaler, seed=cfg.train.seed, step=step)
         clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, guard)
         ema_update(model.teacher, model.student, now.momentum)
+        guard.tell(scaler, all_steps=True)
         iterations.append(now._asdict() | _numbers(losses, guard))
     return {
         "it0": it0,

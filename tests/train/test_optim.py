@@ -19,6 +19,7 @@ from dinov2.train.optim import (
     get_params_groups_with_decay,
     get_vit_lr_decay_rate,
     set_hyperparameters,
+    step_unless,
 )
 from dinov2.train.schedules import StepValues
 
@@ -111,7 +112,7 @@ def test_fused_groups_come_in_order_of_appearance_and_hold_every_parameter_once(
     owners = [owner[id(group["params"][0])] for group in optimizer.param_groups]
     assert owners == ["backbone"] * (len(owners) - 6) + ["dino_head"] * 3 + ["ibot_head"] * 3
     assert optimizer.param_groups[0]["params"][0] is model.student_backbone.cls_token
-    assert all(group["foreach"] and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
+    assert all(group["fused"] and group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
@@ -171,6 +172,21 @@ def test_a_head_that_gets_no_gradient_is_not_measured() -> None:
     model(random_batch(), teacher_temp=0.05).total.backward()
     assert set(model.student) == {"backbone", "dino_head", "ibot_head"}
     assert set(clip_gradients(model.student, 3.0)) == {"backbone", "ibot_head"}
+
+
+def test_a_refused_step_changes_nothing_and_the_next_one_goes_on_as_if_it_had_not_been() -> None:
+    def run(*refusals: float) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer = nn.ModuleDict({"head": nn.Linear(3, 2)})
+        optimizer = build_optimizer(layer, betas=(0.9, 0.99), lr_decay_rate=1.0, patch_embed_lr_mult=1.0)
+        for refused in refusals:
+            layer["head"](torch.ones(1, 3)).square().sum().backward()
+            step_unless(torch.tensor(refused), optimizer)
+            layer.zero_grad()
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        return [param.detach().clone() for param in layer.parameters()] + states
+
+    assert all(map(torch.equal, run(0.0, 1.0, 0.0, 1.0), run(0.0, 0.0)))
 
 
 @given(momentum=st.floats(0, 1))
