@@ -213,7 +213,7 @@ class _Value(NamedTuple):
     """What was given to a meter."""
 
     number: float | Tensor
-    count: int
+    times: int
     only_finite: bool
 
 
@@ -230,13 +230,13 @@ def _settle(meters: Iterable[SmoothedValue]) -> None:
         values = torch.stack([tensor.double() for tensor in tensors])
         fetched |= zip(map(id, tensors), (mean(values) if mean else values).tolist(), strict=True)
     for meter in meters:
-        for number, count, only_finite in meter._pending:
+        for number, times, only_finite in meter._pending:
             value = fetched[id(number)] if isinstance(number, Tensor) else number
             if only_finite and not math.isfinite(value):
                 continue
             meter._window.append(value)
-            meter._count += count
-            meter._total += value * count
+            meter._count += times
+            meter._total += value * times
         meter._pending.clear()
 
 

@@ -1,88 +1,262 @@
 #!/usr/bin/env python
-"""Time of a whole training step against a plain version of the same step, both in one run; prints JSON.
+"""Time of a whole training step, phase by phase, against a plain version of the same step in one run; prints JSON.
 
-The plain version sends global and local crops through the backbone in two forward passes and through the head in
-three, and masks dropped residuals instead of skipping their work. Steps of both sides alternate, so that what else the
-machine does hits both alike; the ratio of the medians is the figure to quote, not the seconds.
+The plain version is what one writes first: eager, two forward passes of the backbone and three of the head, residuals
+masked instead of skipped, a cross-entropy per pair of crops, Sinkhorn-Knopp that rewrites its matrix, AdamW and the
+moving average parameter by parameter. Both start from the same weights and must agree on the first loss. Steps of both
+sides alternate, so that what else the machine does hits both alike; the ratio is the figure to quote, not the seconds.
 
-    OMP_NUM_THREADS=2 python scripts/bench_step.py --batch-size 4 --drop-path 0.3
+    OMP_NUM_THREADS=2 python scripts/bench_step.py --batch-size 4
+    OMP_NUM_THREADS=2 python scripts/bench_step.py --batch-size 16 --precision bf16
+    python scripts/bench_step.py --config-file train/vitl16_short --batch-size 64 --precision bf16 --no-plain
+    python scripts/bench_step.py --batch-size 16 train.dataset_path=ImageFolder:root=/my/images --with-data
 """
 
 import argparse
+import contextlib
+import dataclasses
+import itertools
 import json
+import math
+import os
 import platform
 import random
+import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2 import config
+from dinov2.config import Config
+from dinov2.data import make_dataset
 from dinov2.data.augment import MultiCrop
 from dinov2.data.collate import Batch, collate_data_and_cast
 from dinov2.data.loader import to_device
 from dinov2.data.masking import MaskingGenerator, published_max_num_patches
 from dinov2.layers import block
-from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters
+from dinov2.loss import DINOLoss, iBOTPatchLoss
+from dinov2.train.guards import NonFiniteGuard
+from dinov2.train.optim import (
+    build_optimizer,
+    ema_update,
+    fuse_params_groups,
+    get_params_groups_with_decay,
+    set_hyperparameters,
+)
+from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import StepValues
-from dinov2.train.ssl_meta_arch import Predictions, SSLMetaArch
+from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets
+from dinov2.train.train import build_loader, clip_and_step, uses_fp16
 
 NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4)
-
-
-class PlainArch(SSLMetaArch):
-    """The same objective, one forward pass per kind of crop."""
-
-    def predictions(self, batch: Batch) -> Predictions:
-        backbone, head = self.student["backbone"], self.student["dino_head"]
-        with self._precision("student", "backbone"):
-            on_global = backbone(batch.global_crops, batch.masks, is_training=True)
-            on_local = backbone(batch.local_crops, is_training=True)
-            patches = on_global["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch.mask_index)
-            global_cls, local_cls = on_global["x_norm_clstoken"], on_local["x_norm_clstoken"]
-            return Predictions(head(global_cls), head(local_cls), head(patches), global_cls)
+PHASES = ("data", "teacher", "student forward", "losses", "backward", "optimizer", "moving average")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="vit_small")
-    parser.add_argument("--patch-size", type=int, default=14)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--drop-path", type=float, default=0.0)
-    parser.add_argument("--precision", choices=sorted(config.DTYPES), default="fp32")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after one warm-up step")
+    parser.add_argument("--config-file", help="recipe to time; default: 2 x 224 + 8 x 98 crops, no stochastic depth")
+    parser.add_argument("--arch", help="student.arch; default vit_small where no --config-file is given")
+    parser.add_argument("--patch-size", type=int, help="student.patch_size; default 14 where no --config-file is given")
+    parser.add_argument("--batch-size", type=int, help="train.batch_size_per_gpu; default 4 without --config-file")
+    parser.add_argument("--drop-path", type=float, help="student.drop_path_rate; default 0 without --config-file")
+    parser.add_argument("--precision", choices=sorted(config.DTYPES), default="fp32", help="of our side")
+    parser.add_argument("--plain-precision", choices=sorted(config.DTYPES), default="fp32", help="of the plain side")
+    parser.add_argument("--attention", default="auto", help="student.attention_backend of our side")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of our side")
+    parser.add_argument("--no-plain", action="store_true", help="time our side only")
+    parser.add_argument("--with-data", action="store_true", help="load train.dataset_path instead of repeating a batch")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after two to warm up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides of both sides")
     return parser
 
 
-def make_config(args: argparse.Namespace) -> config.Config:
-    """The default recipe with 2 x 224 + 8 x 98 crops (96 for patch 16) at the asked precision."""
+def make_config(args: argparse.Namespace, precision: str) -> Config:
+    """The recipe at one precision."""
+    alone = args.config_file is None  # the defaults that the project's figures are quoted for
+    values = {
+        "student.arch": args.arch or (alone and "vit_small"),
+        "student.patch_size": args.patch_size or (alone and 14),
+        "student.drop_path_rate": args.drop_path if args.drop_path is not None else 0.0 if alone else False,
+        "train.batch_size_per_gpu": args.batch_size or (alone and 4),
+        "crops.local_crops_size": alone and (98 if (args.patch_size or 14) == 14 else 96),
+    }
     modules = [f"{side}.{name}" for side in ("student", "teacher") for name in ("backbone", "dino_head", "ibot_head")]
     return config.load(
-        None,
-        [f"compute_precision.{module}.mixed_precision.param_dtype={args.precision}" for module in modules]
-        + [
-            f"student.arch={args.arch}",
-            f"student.patch_size={args.patch_size}",
-            f"student.drop_path_rate={args.drop_path}",
-            f"train.batch_size_per_gpu={args.batch_size}",
-            f"crops.local_crops_size={98 if args.patch_size == 14 else 96}",
-        ],
+        args.config_file,
+        [f"{key}={value}" for key, value in values.items() if value is not False]
+        + [f"compute_precision.{module}.mixed_precision.param_dtype={precision}" for module in modules]
+        + args.opts,
     )
 
 
-def make_batch(cfg: config.Config) -> Batch:
+# --- The plain side --------------------------------------------------------------------------------------------------
+
+
+class PlainArch(SSLMetaArch):
+    """The same objective, written down without a thought for speed."""
+
+    def predictions(self, batch: Batch) -> Predictions:
+        backbone, head = self.student["backbone"], self.student["dino_head"]
+        with self._precision("student", "backbone") as dtype:
+            on_global = backbone(batch.global_crops.to(dtype), batch.masks, is_training=True)
+            on_local = backbone(batch.local_crops.to(dtype), is_training=True)
+            patches = on_global["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch.mask_index)
+            global_cls, local_cls = on_global["x_norm_clstoken"], on_local["x_norm_clstoken"]
+            return Predictions(head(global_cls), head(local_cls), head(patches), global_cls)
+
+    @torch.no_grad()
+    def targets(self, batches: Any, teacher_temp: float) -> list[Targets]:
+        [batch] = batches
+        with self._precision("teacher", "backbone") as dtype:
+            features = self.teacher["backbone"](batch.global_crops.to(dtype), is_training=True)
+            patches = features["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch.mask_index)
+            cls = torch.cat(features["x_norm_clstoken"].chunk(2)[::-1])
+            cls_scores, patch_scores = self.teacher["dino_head"](cls), self.teacher["dino_head"](patches)
+        scores: list[tuple[DINOLoss | iBOTPatchLoss, Tensor]] = [
+            (self.dino_loss, cls_scores),
+            (self.ibot_patch_loss, patch_scores),
+        ]
+        if self.cfg.train.centering == "sinkhorn_knopp":
+            cls, patch = (_sinkhorn(found, teacher_temp) for _, found in scores)
+        else:
+            cls, patch = (loss.softmax_center_teacher(found, teacher_temp) for loss, found in scores)
+            for loss, found in scores:
+                loss.update_center(found)
+        return [Targets(torch.stack(cls.chunk(2)), patch)]
+
+    def losses(self, batch: Batch, targets: Targets, predictions: Predictions) -> Losses:
+        assert predictions.global_cls is not None and predictions.local_cls is not None and targets.cls is not None
+        views, num_local = targets.cls.unbind(), len(batch.local_crops) * 2 // len(batch.global_crops)
+        pairs = itertools.product(predictions.local_cls.chunk(num_local), views)
+        local = torch.stack([_cross_entropy(scores, view).mean() for scores, view in pairs]).sum()
+        facing = _cross_entropy(predictions.global_cls, targets.cls.flatten(0, 1)).mean() * 2
+        koleo = torch.stack([self.koleo_loss(part) for part in predictions.features.chunk(2)]).sum()
+        assert predictions.patch is not None and targets.patch is not None
+        patches = (_cross_entropy(predictions.patch, targets.patch) * batch.mask_weight).sum() / len(batch.masks)
+        total = (local + facing) / (2 * num_local + 2) + self.cfg.dino.koleo_loss_weight * koleo + patches
+        return Losses(total, {"all": total}, {})
+
+
+def _sinkhorn(scores: Tensor, temperature: float) -> Tensor:
+    q = (scores.float() / temperature).exp().t()
+    num_prototypes, num_rows = q.shape
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(dim=1, keepdim=True)
+        q /= num_prototypes
+        q /= q.sum(dim=0, keepdim=True)
+        q /= num_rows
+    return (q * num_rows).t()
+
+
+def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    return -(targets * F.log_softmax(scores.float() / 0.1, dim=-1)).sum(dim=-1)
+
+
+@torch.no_grad()
+def _plain_moving_average(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    for average, latest in zip(teacher.parameters(), student.parameters(), strict=True):
+        average.mul_(momentum).add_(latest, alpha=1 - momentum)
+
+
+def _plain_optimizer(student: nn.ModuleDict) -> torch.optim.AdamW:
+    groups = [fuse_params_groups(get_params_groups_with_decay(module, 0.9, 0.2)) for module in student.values()]
+    return torch.optim.AdamW(sum(groups, []))
+
+
+# --- The step --------------------------------------------------------------------------------------------------------
+
+
+class Side:
+    """A model with its optimizer that takes steps, ours or plain."""
+
+    def __init__(self, cfg: Config, device: torch.device, *, plain: bool, compiled: bool = False) -> None:
+        torch.manual_seed(0)
+        self.cfg, self.device, self.plain = cfg, device, plain
+        self.model = (PlainArch if plain else SSLMetaArch)(cfg).to(device).train()
+        if not plain:
+            parallelize(
+                self.model.student,
+                self.model.teacher,
+                cfg.compute_precision,
+                activation_checkpointing=cfg.train.activation_checkpointing,
+                compile_blocks=compiled or cfg.train.compile,
+            )
+        self.optimizer = (
+            _plain_optimizer(self.model.student)
+            if plain
+            else build_optimizer(self.model.student, betas=(0.9, 0.999), lr_decay_rate=0.9, patch_embed_lr_mult=0.2)
+        )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=uses_fp16(cfg))
+        self.guard = NonFiniteGuard(3)
+
+    def step(self, batches: Iterator[Batch], lap: Callable[[str], None]) -> Tensor:
+        """One training step, all of it; `lap` is called at the end of each phase."""
+        model, micro_batches = self.model, [next(batches) for _ in range(self.cfg.train.accumulate_steps)]
+        lap("data")
+        with self._way_of_dropping():
+            set_hyperparameters(self.optimizer, NOW)
+            model.student.zero_grad(set_to_none=True)
+            all_targets = model.targets(micro_batches, NOW.teacher_temp)
+            lap("teacher")
+            for batch, targets in zip(micro_batches, all_targets, strict=True):
+                predictions = model.predictions(batch)
+                lap("student forward")
+                losses = model.losses(batch, targets, predictions)
+                lap("losses")
+                self.scaler.scale(losses.total / len(micro_batches)).backward()
+                del predictions
+                lap("backward")
+        if self.plain:
+            self.scaler.unscale_(self.optimizer)
+            for module in model.student.values():
+                nn.utils.clip_grad_norm_(module.parameters(), 3.0)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            clip_and_step(losses.detach(), model.student, self.optimizer, self.scaler, 3.0, self.guard)
+        lap("optimizer")
+        (_plain_moving_average if self.plain else ema_update)(model.teacher, model.student, NOW.momentum)
+        if not self.plain:
+            self.guard.tell(self.scaler)
+        lap("moving average")
+        return losses.total.detach()
+
+    @contextlib.contextmanager
+    def _way_of_dropping(self) -> Iterator[None]:
+        """The plain side masks residuals at any rate."""
+        threshold = block.SUBSET_THRESHOLD
+        block.SUBSET_THRESHOLD = 1.0 if self.plain else threshold
+        yield
+        block.SUBSET_THRESHOLD = threshold
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def make_batch(cfg: Config, device: str = "cpu") -> Batch:
     """Random pixels with real masks."""
     size, patch = cfg.crops.global_crops_size, cfg.student.patch_size
+
+    def noise(side: int) -> Tensor:
+        return torch.randn(3, side, side)
+
     crops = [
         MultiCrop(
-            (torch.randn(3, size, size), torch.randn(3, size, size)),
-            tuple(torch.randn(3, cfg.crops.local_crops_size, cfg.crops.local_crops_size) for _ in range(8)),
+            (noise(size), noise(size)),
+            tuple(noise(cfg.crops.local_crops_size) for _ in range(cfg.crops.local_crops_number)),
         )
         for _ in range(cfg.train.batch_size_per_gpu)
     ]
@@ -90,60 +264,124 @@ def make_batch(cfg: config.Config) -> Batch:
         crops,
         mask_ratio_tuple=cfg.ibot.mask_ratio_min_max,
         mask_probability=cfg.ibot.mask_sample_probability,
-        dtype=torch.float32,
+        dtype=config.DTYPES[cfg.compute_precision.student.backbone.mixed_precision.param_dtype],
         n_tokens=(size // patch) ** 2,
         mask_generator=MaskingGenerator(size // patch, max_num_patches=published_max_num_patches(size, patch)),
         rng=random.Random(0),
     )
 
 
-def make_step(arch: type[SSLMetaArch], cfg: config.Config, batch: Batch, device: torch.device) -> Callable[[], None]:
-    """One training step of a model of its own, all of it: forward, backward, clipping, AdamW, teacher."""
-    torch.manual_seed(0)
-    model = arch(cfg).to(device).train()
-    optimizer = build_optimizer(model.student, betas=(0.9, 0.999), lr_decay_rate=0.9, patch_embed_lr_mult=0.2)
-    precision = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+# --- What is measured ------------------------------------------------------------------------------------------------
 
-    def step() -> None:
-        set_hyperparameters(optimizer, NOW)
-        optimizer.zero_grad()
-        scaler.scale(model(batch, NOW.teacher_temp).total).backward()
-        scaler.unscale_(optimizer)
-        clip_gradients(model.student, 3.0)
-        scaler.step(optimizer)
-        scaler.update()
-        ema_update(model.teacher, model.student, NOW.momentum)
+
+class _WithoutNumbers(SSLMetaArch):
+    """For the meta device, which knows no autocast."""
+
+    @contextlib.contextmanager
+    def _precision(self, side: str, module: str) -> Iterator[torch.dtype]:
+        yield torch.float32
+
+
+def flops_of_step(cfg: Config) -> int:
+    """Floating-point operations of the matrix products and attention of one step, teacher and gradients included."""
+    student, dino = (
+        dataclasses.replace(cfg.student, attention_backend="sdpa"),
+        dataclasses.replace(cfg.dino, koleo_loss_weight=0.0),  # autocast again, and next to nothing
+    )
+    cfg = dataclasses.replace(cfg, student=student, dino=dino)
+    batch = Batch._make(x.to("meta") if isinstance(x, Tensor) else x for x in make_batch(cfg))
+    with torch.device("meta"):
+        model = _WithoutNumbers(cfg).train()
+        with FlopCounterMode(display=False) as counter:
+            model(batch, NOW.teacher_temp).total.backward()
+    return counter.get_total_flops() * cfg.train.accumulate_steps
+
+
+def product_flops(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of one large matrix product, the best of several."""
+    side, repeats = (8192, 20) if device.type == "cuda" else (1536, 5)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(repeats):
+            a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 * repeats / best
 
-    return step
+
+def phases_of(side: Side, batches: Iterator[Batch]) -> dict[str, float]:
+    """Milliseconds of each phase in one step, which waits for the device after each."""
+    times = dict.fromkeys(PHASES, 0.0)
+    last = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal last
+        side.synchronize()
+        times[name] += (time.perf_counter() - last) * 1000
+        last = time.perf_counter()
+
+    side.step(batches, lap)
+    return times
 
 
 def main() -> None:
-    args = get_args_parser().parse_args()
+    args = get_args_parser().parse_intermixed_args()
     device = torch.device(args.device)
-    cfg = make_config(args)
-    batch = next(iter(to_device([make_batch(cfg)], device)))
-    sides = {"ours": make_step(SSLMetaArch, cfg, batch, device), "plain": make_step(PlainArch, cfg, batch, device)}
+    torch.set_float32_matmul_precision("high")  # as in training
+    cfg, plain_cfg = make_config(args, args.precision), make_config(args, args.plain_precision)
+    cfg = dataclasses.replace(cfg, student=dataclasses.replace(cfg.student, attention_backend=args.attention))
+    source = build_loader(cfg, make_dataset(dataset_str=cfg.train.dataset_path), 0) if args.with_data else None
+    batches = iter(to_device(source or itertools.repeat(make_batch(cfg)), device))
+    sides = {"ours": Side(cfg, device, plain=False, compiled=args.compile)}
+    if not args.no_plain:
+        sides["plain"] = Side(plain_cfg, device, plain=True)
+    memory: dict[str, int] = {}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(args.steps + 1):
-        for name, step in sides.items():
-            block.SUBSET_THRESHOLD = 0.1 if name == "ours" else 1.0
+    first: dict[str, float] = {}
+    for index in range(-2, args.steps):
+        for name, side in sides.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            side.synchronize()
             started = time.perf_counter()
-            step()
-            if index > 0:
+            loss = side.step(batches, lambda _: None)
+            side.synchronize()
+            if index >= 0:
                 seconds[name].append(time.perf_counter() - started)
+            first.setdefault(name, loss.item())
+            if not math.isclose(first[name], first["ours"], rel_tol=1e-4 if args.precision == "fp32" else 1e-2):
+                raise RuntimeError(f"the two sides do not compute the same loss: {first}")
+            if device.type == "cuda":
+                memory[name] = torch.cuda.max_memory_allocated(device)
+    phases: dict[str, dict[str, float]] = {}
+    for name, side in sides.items():
+        runs = [phases_of(side, batches) for _ in range(min(args.steps, 3))]
+        phases[name] = {phase: round(statistics.median(run[phase] for run in runs), 2) for phase in PHASES}
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    record = {
+    flops, product = flops_of_step(cfg), product_flops(config.DTYPES[args.precision], device)
+    images = cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps
+    record: dict[str, Any] = {
         **vars(args),
-        "seconds_per_step": medians,
-        "images_per_second": args.batch_size / medians["ours"],
-        "ratio_ours_to_plain": medians["ours"] / medians["plain"],
+        "seconds_per_step": {name: {"median": medians[name], "all": times} for name, times in seconds.items()},
+        "images_per_second": {name: images / median for name, median in medians.items()},
+        "milliseconds_per_phase": phases,
+        "first_loss": first,
+        "flops_per_step": flops,
+        "matrix_product_flops_per_second": product,
+        "model_flops_utilisation": flops / medians["ours"] / product,
+        "peak_memory_bytes": memory or {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
     }
+    if "plain" in sides:
+        rounds = [ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
+        record["ratio"] = statistics.median(rounds)
+        record["ratio_per_round"] = rounds
+        record["ratio_means"] = "median over rounds of seconds of our step / seconds of the plain step; lower is better"
     print(json.dumps(record, indent=2))
 
 

@@ -54,11 +54,15 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path)
         self.sample_drop_ratio = drop_path
 
-    def forward(self, x: Tensor | Sequence[Tensor], segments: Segments | None = None) -> Tensor | list[Tensor]:
+    def forward(
+        self, x: Tensor | Sequence[Tensor], segments: Segments | None = None, rows: Tensor | None = None
+    ) -> Tensor | list[Tensor]:
         """Every sequence attends to itself; the result has the form of the input.
 
         Args:
             x: one batch (B, N, D); or packed tokens (T, D) with their `segments`; or a list of batches (b_k, n_k, D).
+            rows: with packed tokens, the only ones that are wanted: the feed-forward network skips the others, and the
+                result is (len(rows), D).
         """
         if not isinstance(x, Tensor):
             tokens, segments = pack(x)
@@ -66,14 +70,18 @@ class Block(nn.Module):
         if segments is None and self._skips_work():
             tokens, segments = pack([x])
             return self._forward_tokens(tokens, segments).view_as(x)
-        return self._forward_tokens(x, segments)
+        return self._forward_tokens(x, segments, rows)
 
-    def _forward_tokens(self, x: Tensor, segments: Segments | None) -> Tensor:
+    def _forward_tokens(self, x: Tensor, segments: Segments | None, rows: Tensor | None = None) -> Tensor:
         """One batch (B, N, D) without segments, or packed tokens (T, D) with them."""
         if segments is not None and self.training and self.sample_drop_ratio > 0:
             x = self._add_to_subset(x, segments, lambda part, kept: self.ls1(self._attention(part, kept)))
-            return self._add_to_subset(x, segments, lambda part, _: self.ls2(self._ffn(part)))
+            if rows is None:
+                return self._add_to_subset(x, segments, lambda part, _: self.ls2(self._ffn(part)))
+            x, factors = x.index_select(0, rows), self._factors(x, segments).index_select(0, rows)
+            return x + self.ls2(self._ffn(x)) * factors
         x = self._add(x, self._attention(x, segments), self.ls1, self.drop_path1)
+        x = x if rows is None else x.index_select(0, rows)
         return self._add(x, self._ffn(x), self.ls2, self.drop_path2)
 
     def _add(self, x: Tensor, residual: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
@@ -97,8 +105,8 @@ class Block(nn.Module):
         """Compute the residual of a random subset of the sequences only, scaled to keep its mean (paper, section 5)."""
         rows, scales, kept, start = [], [], [], 0
         for count, length in segments:
-            keep = max(int(count * (1 - self.sample_drop_ratio)), 1)
-            chosen = torch.randperm(count, device=x.device)[:keep]
+            chosen = self._draw(count, x.device)
+            keep = len(chosen)
             rows.append((start + chosen[:, None] * length + torch.arange(length, device=x.device)).flatten())
             scales.append(x.new_full((keep * length, 1), count / keep))
             kept.append((keep, length))
@@ -106,6 +114,20 @@ class Block(nn.Module):
         index = torch.cat(rows)
         added = residual(x.index_select(0, index), tuple(kept)).to(x.dtype) * torch.cat(scales)
         return x.index_add(0, index, added)
+
+    def _factors(self, x: Tensor, segments: Segments) -> Tensor:
+        """What such a subset's residuals are multiplied by, and 0 for the other tokens: (T, 1)."""
+        factors = []
+        for count, length in segments:
+            chosen = self._draw(count, x.device)
+            of_sequences = x.new_zeros(count).index_fill(0, chosen, count / len(chosen))
+            factors.append(of_sequences.repeat_interleave(length, output_size=count * length))
+        return torch.cat(factors)[:, None]
+
+    def _draw(self, count: int, device: torch.device) -> Tensor:
+        """The sequences of a group whose residual is computed."""
+        keep = max(int(count * (1 - self.sample_drop_ratio)), 1)
+        return torch.randperm(count, device=device)[:keep]
 
 
 NestedTensorBlock = Block

@@ -37,7 +37,8 @@ class DINOLoss(nn.Module):
 
         To be called after the targets are made.
         """
-        total = torch.stack([scores.float().sum(dim=0, keepdim=True) for scores in teacher_outputs]).sum(dim=0)
+        sums = [scores.sum(dim=0, keepdim=True, dtype=torch.float32) for scores in teacher_outputs]
+        total = torch.stack(sums).sum(dim=0)
         rows = total.new_tensor(float(sum(map(len, teacher_outputs))))
         total, rows = all_reduce_sum(total), all_reduce_sum(rows)
         self.center.copy_(updated_center(self.center, total / rows, self.center_momentum))

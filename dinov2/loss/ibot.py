@@ -38,7 +38,9 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the published name)
         Takes (..., M, K) scores per micro-batch. One without masked patches does not count; if none has any, the
         centre stays.
         """
-        means = [scores.float().flatten(0, -2).mean(dim=0) for scores in teacher_patch_tokens if scores.numel()]
+        means = [
+            scores.flatten(0, -2).mean(dim=0, dtype=torch.float32) for scores in teacher_patch_tokens if scores.numel()
+        ]
         total = torch.stack([torch.zeros_like(self.center.flatten()), *means]).sum(dim=0)
         num_means = all_reduce_sum(total.new_tensor(float(len(means))))
         batch_mean = all_reduce_sum(total) / num_means  # not finite if there is none, which leaves the centre alone
@@ -73,9 +75,8 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the published name)
         if masks_weight is None:
             per_crop = student_masks_flat.sum(dim=-1, keepdim=True).clamp(min=1)
             masks_weight = (1.0 / per_crop).expand_as(student_masks_flat)[student_masks_flat]
-        loss = soft_cross_entropy(
-            student_patch_tokens_masked[:n_masked_patches],
-            teacher_patch_tokens_masked[:n_masked_patches],
-            self.student_temp,
-        )
+        scores, targets = student_patch_tokens_masked, teacher_patch_tokens_masked
+        if n_masked_patches is not None:  # not as [:None], whose gradient fills a matrix with zeros first
+            scores, targets = scores[:n_masked_patches], targets[:n_masked_patches]
+        loss = soft_cross_entropy(scores, targets, self.student_temp)
         return (loss * masks_weight[:n_masked_patches]).sum() / len(student_masks_flat)

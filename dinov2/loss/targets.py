@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from dinov2.distributed import all_reduce_max, all_reduce_sum
 
@@ -20,7 +19,10 @@ from dinov2.distributed import all_reduce_max, all_reduce_sum
 @torch.no_grad()
 def softmax_centering(scores: Tensor, center: Tensor, temperature: float) -> Tensor:
     """Softmax of the centred scores in float32: (R, K), center broadcastable -> (R, K), rows sum to 1."""
-    return F.softmax((scores.float() - center) / temperature, dim=-1)
+    targets = torch.empty_like(scores, dtype=torch.float32)
+    for rows in _pieces(scores):
+        torch.softmax((scores[rows] - center).div_(temperature), dim=-1, out=targets[rows])
+    return targets
 
 
 def sinkhorn_knopp(scores: Tensor, temperature: float, n_iterations: int = 3) -> Tensor:
@@ -98,8 +100,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def _pieces(scores: Tensor) -> list[slice]:
-    """Slices of the rows of (R, K) scores, of half a million numbers each on a CPU and many more elsewhere."""
-    size = max((2**19 if scores.is_cpu else 2**27) // max(scores.shape[1], 1), 1)
+    """Slices of the rows of (R, K) scores that fit in the cache of a CPU; elsewhere they only bound the memory."""
+    size = max((2**19 if scores.is_cpu else 2**27) // max(scores[0:1].numel(), 1), 1)
     return [slice(first, first + size) for first in range(0, len(scores), size)]
 
 

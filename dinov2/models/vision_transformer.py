@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.layers import Block, Mlp, PatchEmbed, SwiGLUFFN, pack, unpack
+from dinov2.layers.packing import Segments
 from dinov2.models.positions import resample_positions
 
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -159,35 +160,70 @@ class DinoVisionTransformer(nn.Module):
         return x
 
     def forward_features(
-        self, x: Tensor | Sequence[Tensor], masks: Tensor | None | Sequence[Tensor | None] = None
+        self,
+        x: Tensor | Sequence[Tensor],
+        masks: Tensor | None | Sequence[Tensor | None] = None,
+        patches: Sequence[Tensor] | None = None,
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """Features of a batch of images, or of several batches of different sizes in one packed pass.
 
         Args:
             x: (B, C, H, W), or a list of such.
             masks: (B, n) bool or None; for a list of batches a list.
+            patches: with a list of batches, the patches that are wanted, see `forward_features_list`.
 
         Returns:
             For each batch a dict: `x_norm_clstoken` (B, D), `x_norm_regtokens` (B, R, D), `x_norm_patchtokens`
             (B, n, D), `x_prenorm` (B, 1 + R + n, D, before the last norm), `masks`.
         """
         if not isinstance(x, Tensor):
-            return self.forward_features_list(x, masks or [None] * len(x))  # type: ignore[arg-type]
+            return self.forward_features_list(x, masks or [None] * len(x), patches)  # type: ignore[arg-type]
         tokens = self.prepare_tokens_with_masks(x, masks)  # type: ignore[arg-type]
         for block in self.blocks:
             tokens = block(tokens)
         return self._features(tokens, masks)
 
     def forward_features_list(
-        self, x_list: Sequence[Tensor], masks_list: Sequence[Tensor | None]
+        self,
+        x_list: Sequence[Tensor],
+        masks_list: Sequence[Tensor | None],
+        patches_list: Sequence[Tensor] | None = None,
     ) -> list[dict[str, Any]]:
-        """Features of several batches of different sizes, whose tokens travel packed through the blocks."""
+        """Features of several batches of different sizes, whose tokens travel packed through the blocks.
+
+        Args:
+            x_list: batches (B, C, H, W).
+            masks_list: (B, n) bool or None for each.
+            patches_list: which of its B * n patches are wanted of each batch, (M,) indices. The last block then
+                computes nothing that serves the others only, and the features are `x_norm_clstoken` (B, D),
+                `x_norm_patchtokens` (M, D), and `masks`.
+        """
         tokens, segments = pack(
             [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
         )
+        if patches_list is not None:
+            return self._some_features(tokens, segments, masks_list, patches_list)
         for block in self.blocks:
             tokens = block(tokens, segments)
         return [self._features(group, masks) for group, masks in zip(unpack(tokens, segments), masks_list, strict=True)]
+
+    def _some_features(
+        self, tokens: Tensor, segments: Segments, masks_list: Sequence[Tensor | None], patches_list: Sequence[Tensor]
+    ) -> list[dict[str, Any]]:
+        rows, start, first_patch = [], 0, 1 + self.num_register_tokens
+        for (count, length), patches in zip(segments, patches_list, strict=True):
+            image, patch = patches // (length - first_patch), patches % (length - first_patch)
+            rows.append(start + length * torch.arange(count, device=tokens.device))  # class tokens
+            rows.append(start + length * image + first_patch + patch)
+            start += count * length
+        *blocks, last = self.blocks
+        for block in blocks:
+            tokens = block(tokens, segments)
+        wanted = self.norm(last(tokens, segments, torch.cat(rows))).split([len(part) for part in rows])
+        return [
+            {"x_norm_clstoken": cls, "x_norm_patchtokens": patches, "masks": masks}
+            for cls, patches, masks in zip(wanted[::2], wanted[1::2], masks_list, strict=True)
+        ]
 
     def _features(self, tokens: Tensor, masks: Any) -> dict[str, Any]:
         x_norm = self.norm(tokens)
@@ -245,10 +281,10 @@ class DinoVisionTransformer(nn.Module):
         return wanted
 
     def forward(
-        self, x: Any, masks: Any = None, is_training: bool = False
+        self, x: Any, masks: Any = None, is_training: bool = False, patches: Sequence[Tensor] | None = None
     ) -> Tensor | dict[str, Any] | list[dict[str, Any]]:
         """The normalised class token (B, D) through `head` (the identity), or with `is_training` all features."""
-        features: Any = self.forward_features(x, masks)
+        features: Any = self.forward_features(x, masks, patches)
         return features if is_training else self.head(features["x_norm_clstoken"])
 
 

@@ -155,11 +155,11 @@ class SSLMetaArch(nn.Module):
 
     def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         with self._precision("teacher", "backbone") as dtype:
-            features = self.teacher["backbone"](batch.global_crops.to(dtype), is_training=True)
+            crops = [batch.global_crops.to(dtype)]
+            [features] = self.teacher["backbone"](crops, patches=[batch.mask_index], is_training=True)
         # Swap the crops: row b of crop 0 now faces the class token of crop 1, which is what its student must predict.
         cls_tokens = torch.cat(features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)[::-1])
-        patch_tokens = features["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch.mask_index)
-        cls, _, patch = self._heads("teacher", cls_tokens, None, patch_tokens)
+        cls, _, patch = self._heads("teacher", cls_tokens, None, features["x_norm_patchtokens"])
         return cls, patch
 
     def predictions(self, batch: Batch) -> Predictions:
@@ -167,12 +167,16 @@ class SSLMetaArch(nn.Module):
         has_locals = len(batch.local_crops) > 0
         crops = [batch.global_crops, batch.local_crops] if has_locals else [batch.global_crops]
         masks = [batch.masks if self.use_ibot else None, None][: len(crops)]
+        patches = [batch.mask_index, batch.mask_index[:0]][: len(crops)]  # of local crops the class token only
         with self._precision("student", "backbone") as dtype:
-            features = self.student["backbone"]([crop.to(dtype) for crop in crops], masks, is_training=True)
+            features = self.student["backbone"](
+                [crop.to(dtype) for crop in crops], masks, patches=patches, is_training=True
+            )
         global_cls = features[0]["x_norm_clstoken"]
         local_cls = features[1]["x_norm_clstoken"] if has_locals else None
-        patch_tokens = features[0]["x_norm_patchtokens"].flatten(0, 1).index_select(0, batch.mask_index)
-        return Predictions(*self._heads("student", global_cls, local_cls, patch_tokens), global_cls)
+        return Predictions(
+            *self._heads("student", global_cls, local_cls, features[0]["x_norm_patchtokens"]), global_cls
+        )
 
     def _heads(
         self, side: str, global_cls: Tensor, local_cls: Tensor | None, patch_tokens: Tensor

@@ -293,6 +293,36 @@ def test_gradients_of_a_list_are_those_of_each_batch_and_reach_every_parameter()
         assert gradient.any(), name
 
 
+@pytest.mark.parametrize("drop_path_rate", [0.0, 0.4])
+def test_features_and_gradients_of_wanted_patches_are_those_among_all(drop_path_rate: float) -> None:
+    model = small_vit(num_register_tokens=2, drop_path_rate=drop_path_rate, drop_path_uniform=True).double()
+    crops = [images(4, 3, 8, 8).double(), images(5, 3, 4, 4).double()]
+    wanted = [torch.tensor([3, 60, 17, 16]), torch.tensor([], dtype=torch.int64)]
+
+    def tokens_and_gradients(patches: list[Tensor] | None) -> list[Tensor]:
+        torch.manual_seed(1)  # of stochastic depth
+        tokens = []
+        for features, index in zip(model(crops, is_training=True, patches=patches), wanted, strict=True):
+            found = features["x_norm_patchtokens"]
+            tokens += [features["x_norm_clstoken"], found if patches else found.flatten(0, 1)[index]]
+        return tokens + list(
+            torch.autograd.grad(torch.cat(tokens).sin().sum(), list(model.parameters()), materialize_grads=True)
+        )
+
+    torch.testing.assert_close(tokens_and_gradients(wanted), tokens_and_gradients(None))
+
+
+def test_what_serves_unwanted_patches_only_is_not_computed() -> None:
+    model = small_vit()
+    rows: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0].shape[:-1].numel()))
+    model(
+        [images(2, 3, 8, 8), images(5, 3, 4, 4)], is_training=True, patches=[torch.tensor([3, 30]), torch.tensor([4])]
+    )
+    assert rows == [2 * 17 + 5 * 5, (2 + 2) + (5 + 1)]
+
+
 def test_a_list_needs_a_mask_or_none_for_each_batch() -> None:
     with pytest.raises(ValueError, match="zip"):
         small_vit().forward_features([images(2, 3, 8, 8), images(2, 3, 4, 4)], [None])
