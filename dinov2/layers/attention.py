@@ -133,9 +133,14 @@ def _sequence_ends(segments: Segments, device: torch.device) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def best_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """The first backend of the table above that computes attention and its gradient for such inputs."""
+    return _find_backend(device_type, dtype, head_dim)
+
+
+@functools.cache
+def _find_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     here = f"{device_type}, {dtype}, {head_dim} channels per head"
     if device_type == "cuda":
         for name in ["varlen"] if "XFORMERS_DISABLED" in os.environ else ["xformers", "varlen"]:

@@ -15,6 +15,7 @@ gathers its weights once per step or once more in the backward pass:
 The teacher has no backward pass, so that it always frees its weights after use. With one process nothing is sharded.
 """
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -63,7 +64,10 @@ def parallelize(
         for block in _blocks(student):
             _recompute(block, selective=activation_checkpointing == "selective")
     if compile_blocks:
-        for block in [*_blocks(student), *_blocks(teacher)]:
+        blocks = [*_blocks(student), *_blocks(teacher)]
+        dynamo: Any = importlib.import_module("torch._dynamo")
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * len(blocks))  # rates of depth may differ
+        for block in blocks:
             block.compile()
     if distributed.is_enabled():
         # It warns of in-place operations on the features, which are views. There are none.

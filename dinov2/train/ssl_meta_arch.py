@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dinov2.config import DTYPES, Config, backbone_arguments
 from dinov2.data.collate import Batch
@@ -156,10 +157,11 @@ class SSLMetaArch(nn.Module):
     def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         with self._precision("teacher", "backbone") as dtype:
             crops = [batch.global_crops.to(dtype)]
-            [features] = self.teacher["backbone"](crops, patches=[batch.mask_index], is_training=True)
+            [features] = self.teacher["backbone"](crops, patches=[_padded_mask_index(batch)], is_training=True)
         # Swap the crops: row b of crop 0 now faces the class token of crop 1, which is what its student must predict.
         cls_tokens = torch.cat(features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)[::-1])
-        cls, _, patch = self._heads("teacher", cls_tokens, None, features["x_norm_patchtokens"])
+        patch_tokens = features["x_norm_patchtokens"][: len(batch.mask_index)]
+        cls, _, patch = self._heads("teacher", cls_tokens, None, patch_tokens)
         return cls, patch
 
     def predictions(self, batch: Batch) -> Predictions:
@@ -167,16 +169,15 @@ class SSLMetaArch(nn.Module):
         has_locals = len(batch.local_crops) > 0
         crops = [batch.global_crops, batch.local_crops] if has_locals else [batch.global_crops]
         masks = [batch.masks if self.use_ibot else None, None][: len(crops)]
-        patches = [batch.mask_index, batch.mask_index[:0]][: len(crops)]  # of local crops the class token only
+        patches = [_padded_mask_index(batch), batch.mask_index[:0]][: len(crops)]  # of local crops the class token only
         with self._precision("student", "backbone") as dtype:
             features = self.student["backbone"](
                 [crop.to(dtype) for crop in crops], masks, patches=patches, is_training=True
             )
         global_cls = features[0]["x_norm_clstoken"]
         local_cls = features[1]["x_norm_clstoken"] if has_locals else None
-        return Predictions(
-            *self._heads("student", global_cls, local_cls, features[0]["x_norm_patchtokens"]), global_cls
-        )
+        patch_tokens = features[0]["x_norm_patchtokens"][: len(batch.mask_index)]
+        return Predictions(*self._heads("student", global_cls, local_cls, patch_tokens), global_cls)
 
     def _heads(
         self, side: str, global_cls: Tensor, local_cls: Tensor | None, patch_tokens: Tensor
@@ -246,3 +247,8 @@ class SSLMetaArch(nn.Module):
         dtype = DTYPES[getattr(networks, module).mixed_precision.param_dtype]
         with torch.autocast(self.dino_loss.center.device.type, dtype, enabled=dtype != torch.float32):
             yield dtype
+
+
+def _padded_mask_index(batch: Batch) -> Tensor:
+    """The masked patches and some that will be left out: their number must not vary for compiled blocks."""
+    return F.pad(batch.mask_index, (0, batch.upperbound - len(batch.mask_index)))
