@@ -133,7 +133,6 @@ def _sequence_ends(segments: Segments, device: torch.device) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
-@torch.compiler.assume_constant_result
 def best_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """The first backend of the table above that computes attention and its gradient for such inputs."""
     return _find_backend(device_type, dtype, head_dim)

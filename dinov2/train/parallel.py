@@ -17,7 +17,7 @@ The teacher has no backward pass, so that it always frees its weights after use.
 
 import importlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dinov2 import distributed
 from dinov2.config import DTYPES, SHARDED_OVER, ComputePrecision, ModulePrecision
+from dinov2.layers.attention import best_backend
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
@@ -64,11 +65,7 @@ def parallelize(
         for block in _blocks(student):
             _recompute(block, selective=activation_checkpointing == "selective")
     if compile_blocks:
-        blocks = [*_blocks(student), *_blocks(teacher)]
-        dynamo: Any = importlib.import_module("torch._dynamo")
-        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * len(blocks))  # rates of depth may differ
-        for block in blocks:
-            block.compile()
+        _compile([*_blocks(student), *_blocks(teacher)])
     if distributed.is_enabled():
         # It warns of in-place operations on the features, which are views. There are none.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -95,6 +92,15 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def _blocks(networks: nn.ModuleDict) -> list[nn.Module]:
     return list(cast(nn.ModuleList, networks["backbone"].blocks))
+
+
+def _compile(blocks: Sequence[nn.Module]) -> None:
+    """Compile each block; one program serves all that differ in weights only, for any number of masked patches."""
+    torch.compiler.assume_constant_result(best_backend)  # marks it; not where it is defined, as that loads the compiler
+    dynamo: Any = importlib.import_module("torch._dynamo")
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * len(blocks))  # rates of depth may differ
+    for block in blocks:
+        block.compile()
 
 
 def _start_alike(network: nn.Module) -> None:
