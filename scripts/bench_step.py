@@ -3,11 +3,12 @@
 
 The plain version is what one writes first: eager, two forward passes of the backbone and three of the head, residuals
 masked instead of skipped, a cross-entropy per pair of crops, Sinkhorn-Knopp that rewrites its matrix, AdamW and the
-moving average parameter by parameter. Both start from the same weights and must agree on the first loss. Steps of both
-sides alternate, so that what else the machine does hits both alike; the ratio is the figure to quote, not the seconds.
+moving average parameter by parameter. Both start from the same weights and must agree on the first loss (where nothing
+is dropped: they draw that differently). Steps of both sides alternate, so that what else the machine does hits both
+alike; the ratio is the figure to quote, not the seconds.
 
-    OMP_NUM_THREADS=2 python scripts/bench_step.py --batch-size 4
-    OMP_NUM_THREADS=2 python scripts/bench_step.py --batch-size 16 --precision bf16
+    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python scripts/bench_step.py --batch-size 4
+    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python scripts/bench_step.py --batch-size 16 --precision bf16
     python scripts/bench_step.py --config-file train/vitl16_short --batch-size 64 --precision bf16 --no-plain
     python scripts/bench_step.py --batch-size 16 train.dataset_path=ImageFolder:root=/my/images --with-data
 """
@@ -352,7 +353,8 @@ def main() -> None:
             if index >= 0:
                 seconds[name].append(time.perf_counter() - started)
             first.setdefault(name, loss.item())
-            if not math.isclose(first[name], first["ours"], rel_tol=1e-4 if args.precision == "fp32" else 1e-2):
+            tolerance = 1e-4 if args.precision == args.plain_precision == "fp32" else 1e-2
+            if cfg.student.drop_path_rate == 0 and not math.isclose(first[name], first["ours"], rel_tol=tolerance):
                 raise RuntimeError(f"the two sides do not compute the same loss: {first}")
             if device.type == "cuda":
                 memory[name] = torch.cuda.max_memory_allocated(device)
