@@ -214,6 +214,7 @@ class Augmentation:
     blur_probabilities: tuple[Probability, Probability, Probability]
     blur_sigma: PositiveRange
     solarize_probability: Probability
+    implementation: Literal["tensor", "pil"]
     mean: tuple[Real, Real, Real]
     std: tuple[Positive, Positive, Positive]
 

@@ -136,6 +136,7 @@ OUR_DEFAULTS = {
     "augmentation.blur_probabilities": [0.0, 0.9, 0.5],
     "augmentation.blur_sigma": [0.1, 2.0],
     "augmentation.solarize_probability": 0.2,
+    "augmentation.implementation": "tensor",
     "augmentation.mean": [0.485, 0.456, 0.406],
     "augmentation.std": [0.229, 0.224, 0.225],
 }
