@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pillow
 
-from dinov2.data.colours import SMALLEST_BLURRED, normalize, recolour
+from dinov2.data.colours import SMALLEST_BLURRED, recolour
 from dinov2.data.images import Picture
 from dinov2.data.transforms import BLUR_KERNEL, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from dinov2.data.views import NEUTRAL_FACTORS, View, Views, ViewSampler, possible_reduction
@@ -87,12 +87,13 @@ class DataAugmentationDINO:
             raise ValueError(f"no implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
         blur_global_1, blur_global_2, blur_local = blur_probabilities
         blur = [blur_global_1, blur_global_2] + [blur_local] * local_crops_number
+        self.global_side, self.local_side = global_crops_size, local_crops_size
         self.sides = [global_crops_size] * 2 + [local_crops_size] * local_crops_number
         for side, probability in zip(self.sides, blur, strict=True):
             if probability > 0 and side < SMALLEST_BLURRED:
                 raise ValueError(f"crops of {side} pixels cannot be blurred; they need at least {SMALLEST_BLURRED}")
         self.implementation = implementation
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))  # in levels
         self.sampler = ViewSampler(
             scale=[global_crops_scale] * 2 + [local_crops_scale] * local_crops_number,
             aspect_ratio=aspect_ratio,
@@ -125,7 +126,7 @@ class DataAugmentationDINO:
     def carry_out(self, image: Image.Image, views: Views) -> MultiCrop:
         """The crops that were drawn."""
         crops = IMPLEMENTATIONS[self.implementation](image, zip(views.rows(), self.sides, strict=True))
-        first, second, *local_crops = (normalize(crop, self.mean, self.std)[0] for crop in crops)
+        first, second, *local_crops = (crop[0].sub_(self.mean).div_(self.std) for crop in crops)
         return MultiCrop((first, second), tuple(local_crops))
 
 

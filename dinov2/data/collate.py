@@ -51,13 +51,32 @@ def collate_data_and_cast(
     global_crops = torch.stack([sample.global_crops[i] for i in range(2) for sample in samples]).to(dtype)
     num_local = len(samples[0].local_crops)
     local_crops = [sample.local_crops[i] for i in range(num_local) for sample in samples]
-    masks, upperbound = draw_masks(
+    batch = make_masks(
         len(global_crops), mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
+    )
+    return batch._replace(
+        global_crops=global_crops,
+        local_crops=torch.stack(local_crops).to(dtype) if local_crops else global_crops[:0],
+    )
+
+
+def make_masks(
+    num_crops: int,
+    mask_ratio_tuple: tuple[float, float],
+    mask_probability: float,
+    *,
+    n_tokens: int,
+    mask_generator: MaskingGenerator,
+    rng: random.Random,
+) -> Batch:
+    """A batch that has everything but its ``num_crops`` global and its local crops. Arguments as above."""
+    masks, upperbound = draw_masks(
+        num_crops, mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
     )
     weight = 1 / masks.sum(-1, keepdim=True).clamp(min=1)
     return Batch(
-        global_crops=global_crops,
-        local_crops=torch.stack(local_crops).to(dtype) if local_crops else global_crops[:0],
+        global_crops=torch.empty(0),
+        local_crops=torch.empty(0),
         masks=masks,
         mask_index=masks.flatten().nonzero().flatten(),
         mask_weight=weight.expand_as(masks)[masks],

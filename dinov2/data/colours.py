@@ -31,12 +31,12 @@ def recolour(crop: Tensor, view: View) -> Tensor:
         if factor == NEUTRAL_FACTORS[operation]:
             continue
         if operation == HUE:
-            crop = turn_hue(crop, hue_shift(factor))
+            crop = turn_hue(crop, torch.tensor(hue_centres(factor)).view(1, 3, 1, 1))
         elif operation == BRIGHTNESS:
             crop = _levels(crop.mul_(factor), factor)
         else:
-            gray = gray_of(crop)
-            crop = blend(crop, gray.mean((2, 3), keepdim=True) if operation == CONTRAST else gray, factor)
+            base = gray_of(crop.mean((2, 3), keepdim=True) if operation == CONTRAST else crop)
+            crop = blend(crop, base, factor)
     if view.gray:
         crop = gray_of(crop)  # one channel until the end
     if view.sigma > 0:
@@ -61,34 +61,34 @@ def blend(crops: Tensor, base: Tensor, factor: float | Tensor) -> Tensor:
     return _levels(crops.lerp_(base, 1 - factor), factor)
 
 
-def turn_hue(crops: Tensor, shift: float | Tensor) -> Tensor:
-    """Adds ``shift``, in sixths of a turn, to the hue of crops (n, 3, S, S).
+def turn_hue(crops: Tensor, centres: Tensor) -> Tensor:
+    """Moves red, green and blue to other hues, and every colour of crops (n, 3, S, S) with them.
 
-    With chroma = greatest - least of the channels, the distance of the hue from red, in sixths, is
-    2 + (green + blue - red - greatest) / chroma, on green's side where green > blue. The other way, a channel lies
+    With chroma = greatest - least of the channels, the distance of a hue from red, in sixths of a turn, is
+    2 + (green + blue - red - greatest) / chroma; it is counted positive on green's side. The other way, a channel lies
     chroma * clamp(2 - distance of the hue from the channel's, 0, 1) above the least.
+
+    Args:
+        crops: as always.
+        centres: (n, 3, 1, 1), the hues of the channels, see `hue_centres`.
     """
     red, green, blue = crops.split(1, 1)
     greatest = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
     chroma = greatest - least
     hue = (green + blue).sub_(red).sub_(greatest).div_(chroma.clamp(min=1e-6)).add_(2)
-    hue = hue.copysign_(green - blue).add_(shift)
-    hue.sub_((hue * (1 / 6)).floor_(), alpha=6)  # into [0, 6)
-    turned = torch.empty_like(crops)
-    red, green, blue = turned.split(1, 1)
-    torch.sub(hue, 3, out=red).abs_().sub_(1)
-    torch.sub(hue, 2, out=green).abs_().neg_().add_(2)
-    torch.sub(hue, 4, out=blue).abs_().neg_().add_(2)
-    return turned.clamp_(0, 1).mul_(chroma).add_(least)
+    hue.copysign_(green - blue)
+    # 2 - distance = | |difference| - 3 | - 1, for a difference of two hues in [-3, 3]
+    return (hue - centres).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(least)
 
 
-def hue_shift(factor: float) -> float:
-    """A hue factor, in turns, as the shift for `turn_hue` that torchvision makes of it on PIL images.
+def hue_centres(factor: float) -> list[float]:
+    """The hues that red, green and blue have before they are turned by a hue factor, in sixths of a turn, in [-3, 3].
 
-    Their hue has 256 steps; it is shifted by 255 times the factor, without the fraction.
+    As torchvision turns PIL images, whose hue has 256 steps: by 255 times the factor, without the fraction.
     """
-    return 6 * math.trunc(255 * factor) / 256
+    shift = 6 * math.trunc(255 * factor) / 256
+    return [(centre - shift + 3) % 6 - 3 for centre in (0, 2, 4)]
 
 
 def blur(crops: Tensor, weights: Sequence[float] | Sequence[Tensor]) -> Tensor:
@@ -119,13 +119,6 @@ def blur_weights(sigma: float) -> list[float]:
 def solarize(crops: Tensor) -> Tensor:
     """Inverts levels of 128 and more."""
     return torch.minimum(crops, 255 - crops)
-
-
-def normalize(crops: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Levels of crops (n, 3, S, S) -> mean 0 and deviation 1 in each channel, in place."""
-    for channel, centre, width in zip(crops.unbind(1), mean, std, strict=True):
-        channel.sub_(255 * centre).div_(255 * width)
-    return crops
 
 
 def _levels(blended: Tensor, factor: float | Tensor) -> Tensor:

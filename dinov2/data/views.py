@@ -42,7 +42,7 @@ class Views(NamedTuple):
     sigma: np.ndarray  # (n,) float64: blur in pixels, 0 = none
     solarize: np.ndarray  # (n,) bool
 
-    def take(self, which: slice | Sequence[int]) -> "Views":
+    def take(self, which: slice | np.ndarray) -> "Views":
         """Some of the crops."""
         return Views(*(values[which] for values in self))
 

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dinov2.data import colours
-from dinov2.data.augment import IMPLEMENTATIONS, DataAugmentationDINO, tensor_crops
+from dinov2.data.augment import IMPLEMENTATIONS, DataAugmentationDINO
 from dinov2.data.transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -84,8 +83,9 @@ def _compare_operations(recording: Recording, comparison: Comparison, case: dict
     for name in recording.names(prefix):
         operation, *position = name.removeprefix(prefix).split(".")
         if operation == "normalized":
-            levels = next(tensor_crops(crop, [(_nothing((0, 0, side, side)), side)]))
-            comparison.tensor(name, colours.normalize(levels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)[0])
+            augmentation = DataAugmentationDINO((1.0, 1.0), (1.0, 1.0), 0, side)
+            views = Views(*(np.array([value] * 2) for value in _nothing((0, 0, side, side))))
+            comparison.tensor(name, augmentation.carry_out(crop, views).global_crops[0])
             continue
         factors = [factor for key, values in case["ops"].items() if key.startswith(operation) for factor in values]
         if operation == "resized_crop":
