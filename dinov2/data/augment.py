@@ -156,7 +156,7 @@ def pil_crops(image: Image.Image, views: Iterable[tuple[View, int]]) -> Iterator
             crop = pillow.gaussian_blur(crop, BLUR_KERNEL, [view.sigma, view.sigma])
         if view.solarize:
             crop = pillow.solarize(crop, 128)
-        yield pillow.pil_to_tensor(crop)[None].float()
+        yield pillow.pil_to_tensor(crop)[None].to(torch.float32, memory_format=torch.contiguous_format)
 
 
 _JITTER = (pillow.adjust_brightness, pillow.adjust_contrast, pillow.adjust_saturation, pillow.adjust_hue)

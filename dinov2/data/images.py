@@ -64,12 +64,13 @@ class _JpegPicture(Picture):
 
     def __init__(self, data: bytes, opened: Image.Image) -> None:
         self._data = data
+        self._opened: Image.Image | None = opened  # until it is decoded, which can be done once
         width, height = opened.size
         self.size = (height, width) if _orientation(opened) in _SIDEWAYS else (width, height)
 
     def load(self, reduction: int = 1) -> Image.Image:
         with _decoding(self._data):
-            image = Image.open(io.BytesIO(self._data))
+            image, self._opened = self._opened or Image.open(io.BytesIO(self._data)), None
             if reduction > 1:
                 image.draft(None, (max(image.width // reduction, 1), max(image.height // reduction, 1)))
             image.load()

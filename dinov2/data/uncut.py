@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data.augment import DataAugmentationDINO
-from dinov2.data.collate import Batch
+from dinov2.data.collate import Batch, shared_tensor
 from dinov2.data.colours import BLUR_RADIUS, blend, blur, blur_weights, gray_of, hue_centres, solarize, turn_hue
 from dinov2.data.images import Picture
 from dinov2.data.views import CONTRAST, HUE, NEUTRAL_FACTORS, SATURATION, Views, stack_views
 
-_PART_SIDES = 2**13  # pixels, of the pictures cut together: their number times their longest side; bounds the memory
+_PART_SIDES = 2**14  # pixels, of the pictures cut together: their number times their longest side; bounds the memory
 
 
 class UncutPicture(NamedTuple):
@@ -73,10 +73,11 @@ class UncutAugmentation:
 
 def pack(pictures: Sequence[UncutPicture], batch: Batch, crop_format: CropFormat) -> UncutBatch:
     """The pictures of a batch in one buffer, and ``batch`` with everything but the crops."""
-    pixels = np.concatenate([picture.pixels.reshape(-1) for picture in pictures])
+    pixels = shared_tensor([sum(picture.pixels.size for picture in pictures)], torch.uint8)
+    np.concatenate([picture.pixels.reshape(-1) for picture in pictures], out=pixels.numpy())
     return UncutBatch(
         batch,
-        torch.from_numpy(pixels),
+        pixels,
         np.array([picture.pixels.shape[:2] for picture in pictures]),
         stack_views([picture.views for picture in pictures]),
         crop_format,
