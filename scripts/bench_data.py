@@ -1,6 +1,6 @@
 """How fast do crops come from JPEG files? Plain torchvision on PIL against ours, sides alternating; prints JSON.
 
-    python scripts/bench_data.py [--pictures FOLDER] [--size 500 375] [--repeats 9] [--workers 0 1 2]
+    python scripts/bench_data.py [--pictures FOLDER] [--size 500 375] [--repeats 15] [--workers 0 1 2]
 
 Each image gives 2 global and 8 local crops with the published augmentations, normalised and stacked. Four sides:
 
@@ -31,7 +31,6 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path from a clone: make the package importable
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -157,7 +156,7 @@ def make_sides(global_size: int, local_size: int) -> dict[str, Callable[[bytes],
         "pil": lambda data: stacked(pil(open_picture(data))),
         "tensor": lambda data: stacked(tensor(open_picture(data))),
         "device worker": lambda data: pack([uncut(open_picture(data))], NO_CROPS, crop_format),
-        "decoding alone": lambda data: open_picture(data).load(),
+        "decoding alone": lambda data: open_picture(data).pixels(),
     }
 
 
@@ -273,14 +272,11 @@ def compare_pixels(files: list[bytes], args: argparse.Namespace, draws: int = 4)
                 )
                 for implementation in ("tensor", "pil")
             )  # fmt: skip
-            image = open_picture(data).load()
             torch.manual_seed(seed)
-            _, views = pil.draw(image)  # of the whole image: what decoding at a smaller scale changes is left out
-            packed = pack(
-                [UncutPicture(np.asarray(image), views)], NO_CROPS, UncutAugmentation(tensor).crop_format(torch.float32)
-            )
+            pixels, views = pil.draw(open_picture(data))  # which decodes at full scale
+            packed = pack([UncutPicture(pixels, views)], NO_CROPS, UncutAugmentation(tensor).crop_format(torch.float32))
             on_device = cut(packed)
-            for key, crops in (("pil", pil.carry_out(image, views)), ("tensor", tensor.carry_out(image, views))):
+            for key, crops in (("pil", pil.carry_out(pixels, views)), ("tensor", tensor.carry_out(pixels, views))):
                 made[key].append(torch.cat([crop.flatten() for crop in (*crops.global_crops, *crops.local_crops)]))
             made["device"].append(torch.cat([on_device.global_crops.flatten(), on_device.local_crops.flatten()]))
         result[name] = {
@@ -300,10 +296,10 @@ def main() -> None:
     )
     parser.add_argument("--global-size", type=int, default=224)
     parser.add_argument("--local-size", type=int, default=98)
-    parser.add_argument("--repeats", type=int, default=9, help="of each side, after one to warm up")
+    parser.add_argument("--repeats", type=int, default=15, help="of each side, after one to warm up")
     parser.add_argument("--workers", type=int, nargs="*", default=(0, 1, 2), help="numbers to try with the loader")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=3, help="timed through the loader, four times as many of ours")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batches", type=int, default=2, help="timed through the loader, four times as many of ours")
     parser.add_argument("--loader-repeats", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -110,8 +110,8 @@ class DataAugmentationDINO:
         """Draws from torch's CPU generator, once."""
         return self.carry_out(*self.draw(image))
 
-    def draw(self, image: Image.Image | Picture) -> tuple[Image.Image, Views]:
-        """The decoded image, smaller if its crops allow it, and what is to be done to it.
+    def draw(self, image: Image.Image | Picture) -> tuple[np.ndarray, Views]:
+        """The pixels (height, width, 3) of the image, fewer if its crops allow it, and what is to be done to them.
 
         Raises:
             ImageDecodeError: truncated or corrupt data.
@@ -120,29 +120,31 @@ class DataAugmentationDINO:
         seed = int(torch.randint(2**63 - 1, ()))
         views = self.sampler.draw(*picture.size, np.random.default_rng(seed))
         reduction = 1 if self.implementation == "pil" else possible_reduction(views, self.sides)
-        loaded = picture.load(reduction)
-        return loaded, views if reduction == 1 else views.reduced(reduction, *loaded.size)
+        pixels = picture.pixels(reduction)
+        height, width, _ = pixels.shape
+        return pixels, views if reduction == 1 else views.reduced(reduction, width, height)
 
-    def carry_out(self, image: Image.Image, views: Views) -> MultiCrop:
+    def carry_out(self, pixels: np.ndarray, views: Views) -> MultiCrop:
         """The crops that were drawn."""
-        crops = IMPLEMENTATIONS[self.implementation](image, zip(views.rows(), self.sides, strict=True))
+        crops = IMPLEMENTATIONS[self.implementation](pixels, zip(views.rows(), self.sides, strict=True))
         first, second, *local_crops = (crop[0].sub_(self.mean).div_(self.std) for crop in crops)
         return MultiCrop((first, second), tuple(local_crops))
 
 
-def tensor_crops(image: Image.Image, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:
+def tensor_crops(pixels: np.ndarray, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:
     """Crops (1, 3, side, side) of levels, float32: resampled in 8 bits, as by Pillow, then recoloured in float32."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     for view, side in views:
         top, left, height, width = view.box
-        box = pixels[:, :, top : top + height, left : left + width]
+        box = image[:, :, top : top + height, left : left + width]
         crop = interpolate(box, (side, side), mode="bicubic", antialias=True)
         crop = crop.flip(3) if view.flip else crop
         yield recolour(crop.to(torch.float32, memory_format=torch.contiguous_format), view)
 
 
-def pil_crops(image: Image.Image, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:
+def pil_crops(pixels: np.ndarray, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:
     """The same by the operations of torchvision on PIL images, one after the other."""
+    image = Image.fromarray(pixels)
     for view, side in views:
         crop = pillow.resized_crop(image, *view.box, [side, side], InterpolationMode.BICUBIC)
         if view.flip:
@@ -160,7 +162,7 @@ def pil_crops(image: Image.Image, views: Iterable[tuple[View, int]]) -> Iterator
 
 
 _JITTER = (pillow.adjust_brightness, pillow.adjust_contrast, pillow.adjust_saturation, pillow.adjust_hue)
-IMPLEMENTATIONS: dict[str, Callable[[Image.Image, Iterable[tuple[View, int]]], Iterator[Tensor]]] = {
+IMPLEMENTATIONS: dict[str, Callable[[np.ndarray, Iterable[tuple[View, int]]], Iterator[Tensor]]] = {
     "tensor": tensor_crops,
     "pil": pil_crops,
 }

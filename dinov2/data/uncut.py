@@ -61,8 +61,7 @@ class UncutAugmentation:
         self.augmentation = augmentation
 
     def __call__(self, image: Image.Image | Picture) -> UncutPicture:
-        loaded, views = self.augmentation.draw(image)
-        return UncutPicture(np.asarray(loaded), views)
+        return UncutPicture(*self.augmentation.draw(image))
 
     def crop_format(self, dtype: torch.dtype) -> CropFormat:
         """What the augmentation makes of the crops."""

@@ -85,7 +85,7 @@ def _compare_operations(recording: Recording, comparison: Comparison, case: dict
         if operation == "normalized":
             augmentation = DataAugmentationDINO((1.0, 1.0), (1.0, 1.0), 0, side)
             views = Views(*(np.array([value] * 2) for value in _nothing((0, 0, side, side))))
-            comparison.tensor(name, augmentation.carry_out(crop, views).global_crops[0])
+            comparison.tensor(name, augmentation.carry_out(np.array(crop), views).global_crops[0])
             continue
         factors = [factor for key, values in case["ops"].items() if key.startswith(operation) for factor in values]
         if operation == "resized_crop":
@@ -97,7 +97,7 @@ def _compare_operations(recording: Recording, comparison: Comparison, case: dict
             source, view = crop, _with(_nothing((0, 0, side, side)), operation, factor)
         for implementation, make_crops in IMPLEMENTATIONS.items():
             hue_in_8_bits = implementation == "tensor" and operation in ("adjust_hue", "chain")
-            (result,) = make_crops(source, [(view, side)])
+            (result,) = make_crops(np.array(source), [(view, side)])
             comparison.levels(name, result[0].permute(1, 2, 0), allowed=HUE_LEVELS if hue_in_8_bits else ONE_LEVEL)
 
 
@@ -159,9 +159,9 @@ def _draw(augmentation: DataAugmentationDINO, image: Image.Image) -> tuple[Views
     """What was drawn for many augmentations of an image, (draws, crops of an image), and the crops of each view."""
     drawn, crops = [], []
     for _ in range(DRAWS_PER_IMAGE):
-        loaded, views = augmentation.draw(image)
+        pixels, views = augmentation.draw(image)
         drawn.append(Views(*(values[None] for values in views)))
-        made = augmentation.carry_out(loaded, views)
+        made = augmentation.carry_out(pixels, views)
         crops.append([*made.global_crops, *made.local_crops][: len(VIEWS)])
     return stack_views(drawn), {name: torch.stack([crop[which] for crop in crops]) for name, which in VIEWS.items()}
 

@@ -111,7 +111,7 @@ def photo(width: int = 160, height: int = 120) -> Image.Image:
 
 
 def levels(implementation: str, image: Image.Image, view: View, side: int) -> np.ndarray:
-    (crop,) = IMPLEMENTATIONS[implementation](image, [(view, side)])
+    (crop,) = IMPLEMENTATIONS[implementation](np.array(image), [(view, side)])
     assert crop.shape == (1, 3, side, side) and crop.dtype == torch.float32
     return crop[0].numpy()
 

@@ -141,6 +141,27 @@ def test_a_smaller_picture_is_the_same_picture(file_format, orientation):
         assert np.abs(np.asarray(smaller, int) - np.asarray(expected, int)).mean() < 3
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}])
+def test_pixels_are_those_of_pillow(mode, options):
+    data = encode(colours().resize((163, 201)).convert(mode), "JPEG", **options)
+    pixels = open_picture(data).pixels()
+    assert pixels.flags.writeable and pixels.flags.c_contiguous
+    assert np.array_equal(pixels, np.asarray(open_picture(data).load()))
+
+
+def test_without_torchvisions_decoder_pillow_decodes(monkeypatch):
+    data = encode(colours(), "JPEG")
+    fast = open_picture(data).pixels()
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    assert np.array_equal(open_picture(data).pixels(), fast)
+
+
+def test_pixels_of_a_file_that_is_cut_off_are_the_same_error():
+    with pytest.raises(ImageDecodeError, match="truncated"):
+        open_picture(encode(colours(), "JPEG")[:-40]).pixels()
+
+
 def test_only_the_header_of_a_jpeg_is_needed_to_open_it():
     data = encode(colours(), "JPEG")[:-40]
     assert open_picture(data).size == (16, 24)
