@@ -128,6 +128,7 @@ class Train:
     saveckp_freq: int
     seed: Count
     num_workers: Count
+    augment_on: Literal["cpu", "device"]
     OFFICIAL_EPOCH_LENGTH: Size
     cache_dataset: bool
     centering: Literal["centering", "sinkhorn_knopp"]
@@ -214,6 +215,7 @@ class Augmentation:
     blur_probabilities: tuple[Probability, Probability, Probability]
     blur_sigma: PositiveRange
     solarize_probability: Probability
+    implementation: Literal["tensor", "pil"]
     mean: tuple[Real, Real, Real]
     std: tuple[Positive, Positive, Positive]
 
@@ -492,6 +494,8 @@ def _contradictions(cfg: Config) -> Iterator[str]:
     for key, size in sizes.items():
         if size % cfg.student.patch_size:
             yield f"{key} = {size} is not a multiple of student.patch_size = {cfg.student.patch_size}"
+    if cfg.train.augment_on == "device" and cfg.augmentation.implementation == "pil":
+        yield "train.augment_on = device does not go with augmentation.implementation = pil, which needs the CPU"
     if cfg.ibot.loss_weight > 0 and cfg.ibot.mask_sample_probability == 0:
         yield "ibot.mask_sample_probability = 0 leaves nothing for ibot.loss_weight > 0"
     if cfg.ibot.loss_weight > 0 and max(cfg.ibot.mask_ratio_min_max) == 0:

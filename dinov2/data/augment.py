@@ -1,19 +1,25 @@
 """The multi-crop augmentation of training: one image -> two global and L local crops.
 
+Everything random is drawn first (`dinov2.data.views`) and then carried out by one of several implementations.
+
 Legend: G, S side of a global and a local crop; L number of local crops.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
+from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as pillow
 
-from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, GaussianBlur, ToNormalizedTensor
-
-_SOLARIZE_THRESHOLD = 128  # of 8-bit pixels
+from dinov2.data.colours import SMALLEST_BLURRED, recolour
+from dinov2.data.images import Picture
+from dinov2.data.transforms import BLUR_KERNEL, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from dinov2.data.views import NEUTRAL_FACTORS, View, Views, ViewSampler, possible_reduction
 
 
 class MultiCrop(NamedTuple):
@@ -24,10 +30,10 @@ class MultiCrop(NamedTuple):
 
 
 class DataAugmentationDINO:
-    """RGB image -> MultiCrop. Every crop draws its own geometry and colours, from torch's CPU generator.
+    """RGB image -> MultiCrop. Every crop draws its own geometry and colours.
 
     The order is: resized crop (bicubic), flip, colour jitter, grayscale, blur, solarize (second global crop only),
-    normalisation. An operation with probability 0 is left out.
+    normalisation.
 
     The blur probabilities are those in effect in the released code, whose blur was applied with probability 1 - p;
     the paper's are (1.0, 0.1, 0.5).
@@ -48,7 +54,14 @@ class DataAugmentationDINO:
         mean: subtracted per channel, in [0, 1].
         std: divided by per channel.
         aspect_ratio: range of width / height of a crop.
+        implementation: "tensor", or "pil": every operation by torchvision on PIL images, as the released code does it,
+            and several times slower. The same draws, and the same pixels but for rounding and the resampling kernels.
+
+    Raises:
+        ValueError: an unknown implementation, or crops too small to be blurred.
     """
+
+    opens_pictures = True  # which can then be decoded at a smaller scale, see `AugmentedDataset`
 
     def __init__(
         self,
@@ -68,31 +81,88 @@ class DataAugmentationDINO:
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         aspect_ratio: Sequence[float] = (3 / 4, 4 / 3),
+        implementation: str = "tensor",
     ) -> None:
-        self.local_crops_number = local_crops_number
-        brightness, contrast, saturation, hue = color_jitter
-        sigma_min, sigma_max = blur_sigma
-
-        def view(size: int, scale: Sequence[float], blur: float, solarize: float) -> transforms.Compose:
-            crop = transforms.RandomResizedCrop(
-                size, scale=tuple(scale), ratio=tuple(aspect_ratio), interpolation=InterpolationMode.BICUBIC
-            )
-            jitter = transforms.ColorJitter(brightness, contrast, saturation, hue)
-            maybe: list[tuple[float, Callable[[Any], Any]]] = [
-                (flip_probability, transforms.RandomHorizontalFlip(flip_probability)),
-                (color_jitter_probability, transforms.RandomApply([jitter], color_jitter_probability)),
-                (grayscale_probability, transforms.RandomGrayscale(grayscale_probability)),
-                (blur, GaussianBlur(p=blur, radius_min=sigma_min, radius_max=sigma_max)),
-                (solarize, transforms.RandomSolarize(_SOLARIZE_THRESHOLD, solarize)),
-            ]
-            kept = [operation for probability, operation in maybe if probability > 0]
-            return transforms.Compose([crop, *kept, ToNormalizedTensor(mean, std)])
-
+        if implementation not in IMPLEMENTATIONS:
+            raise ValueError(f"no implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
         blur_global_1, blur_global_2, blur_local = blur_probabilities
-        self.global_view_1 = view(global_crops_size, global_crops_scale, blur_global_1, solarize=0.0)
-        self.global_view_2 = view(global_crops_size, global_crops_scale, blur_global_2, solarize_probability)
-        self.local_view = view(local_crops_size, local_crops_scale, blur_local, solarize=0.0)
+        blur = [blur_global_1, blur_global_2] + [blur_local] * local_crops_number
+        self.global_side, self.local_side = global_crops_size, local_crops_size
+        self.sides = [global_crops_size] * 2 + [local_crops_size] * local_crops_number
+        for side, probability in zip(self.sides, blur, strict=True):
+            if probability > 0 and side < SMALLEST_BLURRED:
+                raise ValueError(f"crops of {side} pixels cannot be blurred; they need at least {SMALLEST_BLURRED}")
+        self.implementation = implementation
+        self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))  # in levels
+        self.sampler = ViewSampler(
+            scale=[global_crops_scale] * 2 + [local_crops_scale] * local_crops_number,
+            aspect_ratio=aspect_ratio,
+            flip=flip_probability,
+            color_jitter=color_jitter,
+            jitter=color_jitter_probability,
+            gray=grayscale_probability,
+            blur=blur,
+            blur_sigma=blur_sigma,
+            solarize=[0.0, solarize_probability] + [0.0] * local_crops_number,
+        )
 
-    def __call__(self, image: Image.Image) -> MultiCrop:
-        global_crops = (self.global_view_1(image), self.global_view_2(image))
-        return MultiCrop(global_crops, tuple(self.local_view(image) for _ in range(self.local_crops_number)))
+    def __call__(self, image: Image.Image | Picture) -> MultiCrop:
+        """Draws from torch's CPU generator, once."""
+        return self.carry_out(*self.draw(image))
+
+    def draw(self, image: Image.Image | Picture) -> tuple[np.ndarray, Views]:
+        """The pixels (height, width, 3) of the image, fewer if its crops allow it, and what is to be done to them.
+
+        Raises:
+            ImageDecodeError: truncated or corrupt data.
+        """
+        picture = Picture(image) if isinstance(image, Image.Image) else image
+        seed = int(torch.randint(2**63 - 1, ()))
+        views = self.sampler.draw(*picture.size, np.random.default_rng(seed))
+        reduction = 1 if self.implementation == "pil" else possible_reduction(views, self.sides)
+        pixels = picture.pixels(reduction)
+        height, width, _ = pixels.shape
+        return pixels, views if reduction == 1 else views.reduced(reduction, width, height)
+
+    def carry_out(self, pixels: np.ndarray, views: Views) -> MultiCrop:
+        """The crops that were drawn."""
+        crops = IMPLEMENTATIONS[self.implementation](pixels, zip(views.rows(), self.sides, strict=True))
+        first, second, *local_crops = (crop[0].sub_(self.mean).div_(self.std) for crop in crops)
+        return MultiCrop((first, second), tuple(local_crops))
+
+
+def tensor_crops(pixels: np.ndarray, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:
+    """Crops (1, 3, side, side) of levels, float32: resampled in 8 bits, as by Pillow, then recoloured in float32."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    for view, side in views:
+        top, left, height, width = view.box
+        box = image[:, :, top : top + height, left : left + width]
+        crop = interpolate(box, (side, side), mode="bicubic", antialias=True)
+        crop = crop.flip(3) if view.flip else crop
+        yield recolour(crop.to(torch.float32, memory_format=torch.contiguous_format), view)
+
+
+def pil_crops(pixels: np.ndarray, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:
+    """The same by the operations of torchvision on PIL images, one after the other."""
+    image = Image.fromarray(pixels)
+    for view, side in views:
+        crop = pillow.resized_crop(image, *view.box, [side, side], InterpolationMode.BICUBIC)
+        if view.flip:
+            crop = pillow.hflip(crop)
+        for operation in view.order:
+            if view.factors[operation] != NEUTRAL_FACTORS[operation]:
+                crop = _JITTER[operation](crop, view.factors[operation])
+        if view.gray:
+            crop = pillow.rgb_to_grayscale(crop, num_output_channels=3)
+        if view.sigma > 0:
+            crop = pillow.gaussian_blur(crop, BLUR_KERNEL, [view.sigma, view.sigma])
+        if view.solarize:
+            crop = pillow.solarize(crop, 128)
+        yield pillow.pil_to_tensor(crop)[None].to(torch.float32, memory_format=torch.contiguous_format)
+
+
+_JITTER = (pillow.adjust_brightness, pillow.adjust_contrast, pillow.adjust_saturation, pillow.adjust_hue)
+IMPLEMENTATIONS: dict[str, Callable[[np.ndarray, Iterable[tuple[View, int]]], Iterator[Tensor]]] = {
+    "tensor": tensor_crops,
+    "pil": pil_crops,
+}

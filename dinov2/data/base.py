@@ -1,14 +1,15 @@
 """What every data set of pictures has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dinov2.data.images import BadImageError, decode_image
+from dinov2.data.images import BadImageError, Picture, open_picture
 
 
 def label_table(lists: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
@@ -69,17 +70,25 @@ class ImageDataset(Dataset, ABC):
         """Where the picture of sample `index` comes from, for messages."""
         return f"{type(self).__name__} sample {index}"
 
+    def open_image(self, index: int) -> Picture:
+        """The picture of sample `index`, decoded as late as possible, not transformed. What it takes to read it fails
+        here or when it is loaded.
+
+        Raises:
+            BadImageError: it cannot be read; names the index and the file, the cause is chained.
+        """
+        with self._naming(index):
+            return open_picture(self.get_image_data(index))
+
     def get_image(self, index: int) -> Image.Image:
         """The picture of sample `index`, RGB, not transformed.
 
         Raises:
             BadImageError: it cannot be read or decoded; names the index and the file, the cause is chained.
         """
-        path = self.describe(index)
-        try:
-            return decode_image(self.get_image_data(index))
-        except Exception as error:
-            raise BadImageError(f"cannot read the image of sample {index} ({path}): {error}", path=path) from error
+        picture = self.open_image(index)
+        with self._naming(index):
+            return picture.load()
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         """Picture and target of sample `index`, both transformed.
@@ -98,3 +107,12 @@ class ImageDataset(Dataset, ABC):
         if self.target_transform is not None:
             target = self.target_transform(target)
         return image, target
+
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Turns any error into one that says which sample it was."""
+        path = self.describe(index)
+        try:
+            yield
+        except Exception as error:
+            raise BadImageError(f"cannot read the image of sample {index} ({path}): {error}", path=path) from error

@@ -4,12 +4,14 @@ Legend: B images of the batch; G, S side of a global and a local crop; L local c
 crop; M masked patches of the batch.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from dinov2.data.augment import MultiCrop
 from dinov2.data.masking import MaskingGenerator
@@ -48,16 +50,50 @@ def collate_data_and_cast(
         mask_generator: draws one mask.
         rng: source of all randomness here.
     """
-    global_crops = torch.stack([sample.global_crops[i] for i in range(2) for sample in samples]).to(dtype)
+    global_crops = _stacked([sample.global_crops[i] for i in range(2) for sample in samples], dtype)
     num_local = len(samples[0].local_crops)
     local_crops = [sample.local_crops[i] for i in range(num_local) for sample in samples]
-    masks, upperbound = draw_masks(
+    batch = make_masks(
         len(global_crops), mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
+    )
+    return batch._replace(
+        global_crops=global_crops,
+        local_crops=_stacked(local_crops, dtype) if local_crops else global_crops[:0],
+    )
+
+
+def shared_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised; in a process that loads for another one, in memory that both share: it need not be copied."""
+    if get_worker_info() is None:
+        return torch.empty(*shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, torch.Size(shape))  # type: ignore[call-overload]
+
+
+def _stacked(crops: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    stacked = shared_tensor((len(crops), *crops[0].shape), dtype)
+    for row, crop in zip(stacked, crops, strict=True):
+        row.copy_(crop)
+    return stacked
+
+
+def make_masks(
+    num_crops: int,
+    mask_ratio_tuple: tuple[float, float],
+    mask_probability: float,
+    *,
+    n_tokens: int,
+    mask_generator: MaskingGenerator,
+    rng: random.Random,
+) -> Batch:
+    """A batch that has everything but its ``num_crops`` global and its local crops. Arguments as above."""
+    masks, upperbound = draw_masks(
+        num_crops, mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
     )
     weight = 1 / masks.sum(-1, keepdim=True).clamp(min=1)
     return Batch(
-        global_crops=global_crops,
-        local_crops=torch.stack(local_crops).to(dtype) if local_crops else global_crops[:0],
+        global_crops=torch.empty(0),
+        local_crops=torch.empty(0),
         masks=masks,
         mask_index=masks.flatten().nonzero().flatten(),
         mask_weight=weight.expand_as(masks)[masks],

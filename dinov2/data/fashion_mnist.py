@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.base import ImageDataset
-from dinov2.data.images import encode_png
+from dinov2.data.images import Picture, encode_png
 
 
 class FashionMNISTSplit(Enum):
@@ -65,8 +65,10 @@ class FashionMNIST(ImageDataset):
     def describe(self, index: int) -> str:
         return f"FashionMNIST {self.split.name} image {index}"
 
-    def get_image(self, index: int) -> Image.Image:
-        return Image.fromarray(self._images[index]).convert("RGB")  # no detour over get_image_data, five times slower
+    def open_image(self, index: int) -> Picture:
+        return Picture(
+            Image.fromarray(self._images[index]).convert("RGB")
+        )  # no detour over get_image_data, five times slower
 
     def get_image_data(self, index: int) -> bytes:
         """Sample `index` as a grey PNG file."""

@@ -7,12 +7,11 @@ from enum import Enum
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from dinov2.data.augment import MultiCrop
+from dinov2.data.augment import DataAugmentationDINO, MultiCrop
 from dinov2.data.collate import Batch
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.samplers import (
@@ -23,6 +22,7 @@ from dinov2.data.samplers import (
     ShardedInfiniteSampler,
 )
 from dinov2.data.stream import AugmentedDataset, PlaceBatches, StreamCollate
+from dinov2.data.uncut import UncutAugmentation, UncutBatch, cut
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def make_data_loader(
 def make_train_loader(
     dataset: Dataset,
     *,
-    augmentation: Callable[[Image.Image], MultiCrop],
+    augmentation: Callable[[Any], MultiCrop],
     batch_size: int,
     num_workers: int,
     seed: int,
@@ -124,11 +124,12 @@ def make_train_loader(
     mask_ratio_tuple: tuple[float, float],
     mask_probability: float,
     dtype: torch.dtype = torch.float32,
+    augment_on: str = "cpu",
     sampler: SamplerType = SamplerType.GLOBAL_ORDER,
     start_position: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterable[Batch]:
+) -> Iterable[Batch] | Iterable[UncutBatch]:
     """Endless batches of one rank, beginning where ``start_position`` images have been used by all ranks together.
 
     A batch depends neither on ``num_workers`` nor on where the loader started. With GLOBAL_ORDER the images at a
@@ -144,12 +145,17 @@ def make_train_loader(
         mask_ratio_tuple: smallest and largest share of a masked crop's patches.
         mask_probability: share of the global crops that get a mask; 0 when iBOT is off.
         dtype: of the crops.
+        augment_on: "cpu", or "device": the loader gives whole pictures and what was drawn for them, and `to_device`
+            makes the crops there; with a DataAugmentationDINO whose implementation is not "pil".
         sampler: order of the images; the finite types go on with their next epoch.
         start_position: images used before, when a run is resumed. Only GLOBAL_ORDER neither repeats nor leaves out
             any when ``world_size`` has changed; the other samplers skip what each rank would have had.
         rank: of this process.
         world_size: number of processes.
     """
+    if augment_on not in ("cpu", "device"):
+        raise ValueError(f"cannot augment on {augment_on!r}; it is cpu or device")
+    uncut = _uncut(augmentation) if augment_on == "device" else None
     indices = _make_sampler(
         sampler,
         sample_count=_num_samples(dataset),
@@ -169,9 +175,10 @@ def make_train_loader(
         mask_ratio_tuple=mask_ratio_tuple,
         mask_probability=mask_probability,
         dtype=dtype,
+        crop_format=uncut.crop_format(dtype) if uncut else None,
     )
     return DataLoader(
-        AugmentedDataset(dataset, augmentation, seed),
+        AugmentedDataset(dataset, uncut or augmentation, seed),
         batch_sampler=PlaceBatches(
             indices, batch_size=batch_size, start_position=start_position, rank=rank, world_size=world_size
         ),
@@ -194,8 +201,17 @@ def outlive_signals(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
-def to_device(loader: Iterable[Batch], device: torch.device) -> Generator[Batch]:
-    """The batches of a loader on a device; on CUDA each is copied while the one before it is at work.
+def _uncut(augmentation: Callable[[Any], MultiCrop]) -> UncutAugmentation:
+    if not isinstance(augmentation, DataAugmentationDINO) or augmentation.implementation == "pil":
+        made_by = getattr(augmentation, "implementation", type(augmentation).__name__)
+        raise ValueError(
+            f"augment_on='device' is for DataAugmentationDINO with the tensor implementation, not {made_by}"
+        )
+    return UncutAugmentation(augmentation)
+
+
+def to_device(loader: Iterable[Batch] | Iterable[UncutBatch], device: torch.device) -> Generator[Batch]:
+    """The batches of a loader on a device, with their crops; on CUDA while the one before is at work.
 
     Closing the generator ends the processes of the loader.
     """
@@ -204,7 +220,7 @@ def to_device(loader: Iterable[Batch], device: torch.device) -> Generator[Batch]
     return (_move(batch, device) for batch in loader)
 
 
-def _to_cuda(loader: Iterable[Batch], device: torch.device) -> Generator[Batch]:
+def _to_cuda(loader: Iterable[Batch] | Iterable[UncutBatch], device: torch.device) -> Generator[Batch]:
     copies = torch.cuda.Stream(device)
     ahead = None
     for batch in loader:
@@ -217,7 +233,10 @@ def _to_cuda(loader: Iterable[Batch], device: torch.device) -> Generator[Batch]:
         yield ahead
 
 
-def _move(batch: Batch, device: torch.device) -> Batch:
+def _move(batch: Batch | UncutBatch, device: torch.device) -> Batch:
+    if isinstance(batch, UncutBatch):
+        pixels = batch.pixels.to(device, non_blocking=True)
+        return cut(batch._replace(pixels=pixels, batch=_move(batch.batch, device)))
     moved = Batch._make(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
     return moved._replace(bad_images=tuple(moved.bad_images))  # which pinning the memory turned into a list
 

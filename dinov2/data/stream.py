@@ -7,19 +7,21 @@ number of processes: the positions continue where the others stopped.
 """
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
 from dinov2.data.augment import MultiCrop
-from dinov2.data.collate import Batch, collate_data_and_cast
-from dinov2.data.images import BadImageError
+from dinov2.data.base import ImageDataset
+from dinov2.data.collate import Batch, collate_data_and_cast, make_masks
+from dinov2.data.images import BadImageError, ImageDecodeError
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.randomness import seed_for
+from dinov2.data.uncut import CropFormat, UncutBatch, UncutPicture, pack
 
 _MAX_REPLACEMENTS = 10  # tried for one image that cannot be read
 
@@ -35,7 +37,7 @@ class Sample(NamedTuple):
     """One augmented image."""
 
     position: int
-    crops: MultiCrop
+    crops: MultiCrop | UncutPicture
     bad_images: tuple[str, ...]  # images that could not be read and that this one replaces
 
 
@@ -71,38 +73,56 @@ class AugmentedDataset(Dataset[Sample]):
 
     Args:
         dataset: item i is (PIL image, anything); raises BadImageError for an image that cannot be read.
-        augmentation: draws from torch's CPU generator, which is seeded here for each position and left as it was.
+        augmentation: draws from torch's CPU generator, which is seeded here for each position and left as it was. If
+            it has a true attribute `opens_pictures` it is given a `Picture` wherever the data set can open one.
         seed: of the run.
     """
 
-    def __init__(self, dataset: Dataset, augmentation: Callable[[Image.Image], MultiCrop], seed: int) -> None:
+    def __init__(self, dataset: Dataset, augmentation: Callable[[Any], MultiCrop | UncutPicture], seed: int) -> None:
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
+        self.opens = getattr(augmentation, "opens_pictures", False) and _gives_plain_pictures(dataset)
 
     def __getitem__(self, place: Place) -> Sample:
-        image, bad_images = self._read(place)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_for(self.seed, "augment", place.position))
-            return Sample(place.position, self.augmentation(image), bad_images)
-
-    def _read(self, place: Place) -> tuple[Image.Image, tuple[str, ...]]:
         bad_images: list[str] = []
         index = place.sample
         for attempt in range(_MAX_REPLACEMENTS + 1):
             try:
-                image, _ = self.dataset[index]
+                return Sample(place.position, self._augmented(index, place.position), tuple(bad_images))
             except BadImageError as error:
                 bad_images.append(error.path or str(error))
                 rng = random.Random(seed_for(self.seed, "replacement", place.position, attempt))
                 index = rng.randrange(len(self.dataset))  # type: ignore[arg-type]
-            else:
-                return image, tuple(bad_images)
         raise OSError(f"{len(bad_images)} images drawn in a row cannot be read: {', '.join(bad_images)}")
+
+    def _augmented(self, index: int, position: int) -> MultiCrop | UncutPicture:
+        image = self.dataset.open_image(index) if self.opens else self.dataset[index][0]  # type: ignore[attr-defined]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed_for(self.seed, "augment", position))
+            try:
+                return self.augmentation(image)
+            except ImageDecodeError as error:  # of a picture that was opened but cannot be decoded
+                path = self.dataset.describe(index) if self.opens else ""  # type: ignore[attr-defined]
+                raise BadImageError(f"cannot read the image of sample {index}: {error}", path=path) from error
+
+
+def _gives_plain_pictures(dataset: Dataset) -> bool:
+    """Whether `dataset[i]` is just the picture that `dataset.open_image(i)` opens."""
+    return (
+        isinstance(dataset, ImageDataset)
+        and dataset.transforms is None
+        and dataset.transform is None
+        and type(dataset).__getitem__ is ImageDataset.__getitem__
+        and type(dataset).get_image is ImageDataset.get_image
+    )
 
 
 class StreamCollate:
-    """Samples of one batch -> Batch, masked by (seed, position of the first sample). Arguments as in `collate`."""
+    """Samples of one batch -> Batch, masked by (seed, position of the first sample). Arguments as in `collate`.
+
+    With a ``crop_format`` the samples are uncut pictures, and so is the batch.
+    """
 
     def __init__(
         self,
@@ -112,22 +132,25 @@ class StreamCollate:
         mask_ratio_tuple: tuple[float, float],
         mask_probability: float,
         dtype: torch.dtype,
+        crop_format: CropFormat | None = None,
     ) -> None:
         self.seed = seed
         self.mask_generator = mask_generator
         self.mask_ratio_tuple = mask_ratio_tuple
         self.mask_probability = mask_probability
         self.dtype = dtype
+        self.crop_format = crop_format
 
-    def __call__(self, samples: list[Sample]) -> Batch:
-        height, width = self.mask_generator.get_shape()
-        batch = collate_data_and_cast(
-            [sample.crops for sample in samples],
-            mask_ratio_tuple=self.mask_ratio_tuple,
-            mask_probability=self.mask_probability,
-            dtype=self.dtype,
-            n_tokens=height * width,
-            mask_generator=self.mask_generator,
-            rng=random.Random(seed_for(self.seed, "mask", samples[0].position)),
-        )
-        return batch._replace(bad_images=tuple(path for sample in samples for path in sample.bad_images))
+    def __call__(self, samples: list[Sample]) -> Batch | UncutBatch:
+        crops: list[Any] = [sample.crops for sample in samples]
+        bad_images = tuple(path for sample in samples for path in sample.bad_images)
+        masking: dict[str, Any] = {
+            "mask_ratio_tuple": self.mask_ratio_tuple,
+            "mask_probability": self.mask_probability,
+            "n_tokens": math.prod(self.mask_generator.get_shape()),
+            "mask_generator": self.mask_generator,
+            "rng": random.Random(seed_for(self.seed, "mask", samples[0].position)),
+        }
+        if self.crop_format is None:
+            return collate_data_and_cast(crops, dtype=self.dtype, **masking)._replace(bad_images=bad_images)
+        return pack(crops, make_masks(2 * len(crops), **masking)._replace(bad_images=bad_images), self.crop_format)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dinov2.data.base import ImageDataset
 from dinov2.data.file_list import PathTable
-from dinov2.data.images import encode_png
+from dinov2.data.images import Picture, encode_png
 from dinov2.data.torchvision_sources import SOURCES, Arrays, Pairs, Source
 
 logger = logging.getLogger(__name__)
@@ -88,10 +88,10 @@ class TorchvisionSet(ImageDataset):
             return os.path.join(self.root, self._images[index])
         return f"{self.name} {self.split or ''} image {index}".replace("  ", " ")
 
-    def get_image(self, index: int) -> Image.Image:
+    def open_image(self, index: int) -> Picture:
         if isinstance(self._images, np.ndarray):  # no detour over a file, several times slower
-            return Image.fromarray(self._images[index]).convert("RGB")
-        return super().get_image(index)
+            return Picture(Image.fromarray(self._images[index]).convert("RGB"))
+        return super().open_image(index)
 
     def get_image_data(self, index: int) -> bytes:
         """The file of sample `index`; where there is none, the picture as a PNG file."""

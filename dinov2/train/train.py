@@ -30,6 +30,7 @@ from dinov2.data.collate import Batch
 from dinov2.data.loader import SamplerType, make_train_loader, to_device
 from dinov2.data.masking import published_max_num_patches
 from dinov2.data.randomness import seed_for
+from dinov2.data.uncut import UncutBatch
 from dinov2.files import occupying
 from dinov2.log import MetricLogger, run_command, setup_logging, truncate_metrics
 from dinov2.train.checkpoint import (
@@ -247,8 +248,8 @@ def resume_run(cfg: Config, latest: Path | None, checkpointer: Checkpointer, met
     return start, images_seen
 
 
-def build_loader(cfg: Config, dataset: ImageDataset, images_seen: int) -> Iterable[Batch]:
-    """Endless micro-batches of this process, continuing where `images_seen` have been used by all."""
+def build_loader(cfg: Config, dataset: ImageDataset, images_seen: int) -> Iterable[Batch] | Iterable[UncutBatch]:
+    """Endless micro-batches of this process, continuing where `images_seen` have been used by all; for `to_device`."""
     crops, patch_size = cfg.crops, cfg.student.patch_size
     augmentation = DataAugmentationDINO(
         crops.global_crops_scale,
@@ -264,6 +265,7 @@ def build_loader(cfg: Config, dataset: ImageDataset, images_seen: int) -> Iterab
         augmentation=augmentation,
         batch_size=cfg.train.batch_size_per_gpu,
         num_workers=cfg.train.num_workers,
+        augment_on=cfg.train.augment_on,
         sampler=SamplerType[cfg.train.sampler],
         seed=cfg.train.seed,
         start_position=images_seen,

@@ -132,7 +132,7 @@ class Comparison:
         difference = ours.double() - theirs.double()
         worst = difference.abs().max().item()
         self._measure(worst, (difference.norm() / theirs.double().norm().clamp(min=1e-12)).item(), 0.0)
-        self.levels_allowed = allowed
+        self.levels_allowed = max(allowed, self.levels_allowed or 0.0)
         self._note(name, f"abs {worst:.2e} (allowed {allowed:g})", failed=not worst <= allowed)
 
     def statistic(self, label: str, ours: float, theirs: float, standard_error: float) -> None:

@@ -2,47 +2,45 @@
 
 Ours draws from other generators than the released code, so whole pipelines can only be compared in statistics. They
 are of fewer draws than the recorded ones; both sides' standard errors enter the comparison.
+
+Two implementations carry out the same draws: "pil", by the operations that the released code calls, and "tensor", the
+default, in float32. Both are compared with the recording, operation by operation and in the statistics of their crops;
+how often operations are drawn, their factors and the boxes are the draws' own.
 """
 
-import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose, InterpolationMode
-from torchvision.transforms import functional as operations
 
-from dinov2.data import transforms
-from dinov2.data.augment import DataAugmentationDINO
+from dinov2.data.augment import IMPLEMENTATIONS, DataAugmentationDINO
 from dinov2.data.transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
-    ToNormalizedTensor,
-    gaussian_blur,
     make_classification_eval_transform,
 )
+from dinov2.data.views import BRIGHTNESS, CONTRAST, HUE, NEUTRAL_FACTORS, SATURATION, View, Views, stack_views
 from scripts.golden.comparison import Comparison
 from scripts.golden.recording import Recording
 
 DRAWS_PER_IMAGE = 300
 GEOMETRY_DRAWS = 4000
 STATISTICS_SEED = 20240607
-ONE_LEVEL = 1.0  # of 255: the blur is ours, not Pillow's
 
-# Name in the recording -> where our pipelines look the operation up.
-DRAWN_OPERATIONS = {
-    "hflip": (operations, "hflip"),
-    "adjust_brightness": (operations, "adjust_brightness"),
-    "adjust_contrast": (operations, "adjust_contrast"),
-    "adjust_saturation": (operations, "adjust_saturation"),
-    "adjust_hue": (operations, "adjust_hue"),
-    "rgb_to_grayscale": (operations, "rgb_to_grayscale"),
-    "gaussian_blur": (transforms, "gaussian_blur"),
-    "solarize": (operations, "solarize"),
+# Of 255. Pillow's and torch's resampling round their weights in different ways.
+ONE_LEVEL = 1.0
+# Pillow turns the hue in 8 bits: a step of its 256 is worth 6 levels of the steepest channel, which float32 does not
+# round to.
+HUE_LEVELS = 8.0
+
+VIEWS = {"global1": 0, "global2": 1, "local": 2}  # name in the recording -> which of the crops
+JITTER = {
+    "adjust_brightness": BRIGHTNESS,
+    "adjust_contrast": CONTRAST,
+    "adjust_saturation": SATURATION,
+    "adjust_hue": HUE,
 }
 
 
@@ -52,91 +50,94 @@ def replay_augment(recording: Recording, comparison: Comparison) -> None:
         _compare_operations(recording, comparison, case, images[f"image{case['image']}"])
     _compare_eval_transforms(recording, comparison, images)
     sizes = recording.json["sizes"]
-    augmentation = DataAugmentationDINO(
-        sizes["global_scale"],
-        sizes["local_scale"],
-        sizes["n_local"],
-        global_crops_size=sizes["global_size"],
-        local_crops_size=sizes["local_size"],
-    )
     torch.manual_seed(STATISTICS_SEED)
-    crops = augmentation(images["image0"])
-    comparison.exact("local crops", len(crops.local_crops), sizes["n_local"])
-    views = {
-        "global1": augmentation.global_view_1,
-        "global2": augmentation.global_view_2,
-        "local": augmentation.local_view,
-    }
-    for name, recorded in recording.json["statistics"].items():
-        _compare_view(comparison, name, views[name], images, recorded)
+    for implementation in IMPLEMENTATIONS:
+        augmentation = DataAugmentationDINO(
+            sizes["global_scale"],
+            sizes["local_scale"],
+            sizes["n_local"],
+            global_crops_size=sizes["global_size"],
+            local_crops_size=sizes["local_size"],
+            implementation=implementation,
+        )
+        comparison.exact("local crops", len(augmentation(images["image0"]).local_crops), sizes["n_local"])
+        drawn = {name: _draw(augmentation, image) for name, image in images.items()}
+        for name, recorded in recording.json["statistics"].items():
+            _compare_view(comparison, implementation, name, drawn, recorded)
     for name, recorded in recording.json["crop_geometry"].items():
-        _compare_geometry(comparison, name, views["local" if name == "local" else "global1"], recorded)
+        _compare_geometry(comparison, name, augmentation, recorded)
 
 
 def _image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def _pixels(image: Image.Image) -> Tensor:
-    """RGB image -> (H, W, 3) uint8."""
-    return operations.pil_to_tensor(image.convert("RGB")).permute(1, 2, 0)
-
-
 # --- Deterministic ---------------------------------------------------------------------------------------------------
 
 
 def _compare_operations(recording: Recording, comparison: Comparison, case: dict[str, Any], image: Image.Image) -> None:
-    prefix = f"det{case['index']}."
+    """Every operation on the recorded crop, and all of them in a chain on the image, by both implementations."""
+    prefix, side = f"det{case['index']}.", case["size"]
+    crop = _image(recording.tensors[f"{prefix}resized_crop"])
     box = (case["top"], case["left"], case["height"], case["width"])
-    side = [case["size"], case["size"]]
-    crop = operations.resized_crop(image, *box, side, InterpolationMode.BICUBIC, antialias=True)
     for name in recording.names(prefix):
         operation, *position = name.removeprefix(prefix).split(".")
         if operation == "normalized":
-            comparison.tensor(name, ToNormalizedTensor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)(crop))
+            augmentation = DataAugmentationDINO((1.0, 1.0), (1.0, 1.0), 0, side)
+            views = Views(*(np.array([value] * 2) for value in _nothing((0, 0, side, side))))
+            comparison.tensor(name, augmentation.carry_out(np.array(crop), views).global_crops[0])
             continue
+        factors = [factor for key, values in case["ops"].items() if key.startswith(operation) for factor in values]
         if operation == "resized_crop":
-            result = crop
+            source, view = image, _nothing(box)
         elif operation == "chain":
-            result = _chain(crop, case["chain"])
+            source, view = image, _chain(_nothing(box), case["chain"])
         else:
-            factors = [factor for key, values in case["ops"].items() if key.startswith(operation) for factor in values]
-            result = _apply(crop, operation, factors[int(position[0])] if position else None)
-        comparison.levels(name, _pixels(result), allowed=ONE_LEVEL)
+            factor = factors[int(position[0])] if position else 0.0
+            source, view = crop, _with(_nothing((0, 0, side, side)), operation, factor)
+        for implementation, make_crops in IMPLEMENTATIONS.items():
+            hue_in_8_bits = implementation == "tensor" and operation in ("adjust_hue", "chain")
+            (result,) = make_crops(np.array(source), [(view, side)])
+            comparison.levels(name, result[0].permute(1, 2, 0), allowed=HUE_LEVELS if hue_in_8_bits else ONE_LEVEL)
 
 
-def _apply(image: Image.Image, operation: str, factor: float | None = None) -> Image.Image:
-    if threshold := re.fullmatch(r"solarize(\d+)", operation):
-        return operations.solarize(image, int(threshold[1]))
-    simple: dict[str, Callable[..., Image.Image]] = {
-        "hflip": operations.hflip,
-        "grayscale": lambda image: operations.rgb_to_grayscale(image, num_output_channels=3),
-        "gaussian_blur": gaussian_blur,
-        "adjust_brightness": operations.adjust_brightness,
-        "adjust_contrast": operations.adjust_contrast,
-        "adjust_saturation": operations.adjust_saturation,
-        "adjust_hue": operations.adjust_hue,
-    }
-    return simple[operation](image) if factor is None else simple[operation](image, factor)
+def _nothing(box: tuple[int, int, int, int]) -> View:
+    return View(box, False, (BRIGHTNESS, CONTRAST, SATURATION, HUE), NEUTRAL_FACTORS, False, 0.0, False)
 
 
-def _chain(crop: Image.Image, text: str) -> Image.Image:
-    """Applies a recorded chain such as "resized_crop, hflip, contrast 1.2, blur sigma 1.3 kernel 9, solarize 128"."""
-    image = crop
+def _with(view: View, operation: str, factor: float) -> View:
+    """The view with one more operation, in the words of the recording; the last operation of the jitter comes last."""
+    match operation:
+        case "hflip":
+            return view._replace(flip=True)
+        case "grayscale":
+            return view._replace(gray=True)
+        case "gaussian_blur":
+            return view._replace(sigma=factor)
+        case "solarize128":
+            return view._replace(solarize=True)
+    which = JITTER[operation]
+    order = (*(other for other in view.order if other != which), which)
+    factors = tuple(factor if i == which else other for i, other in enumerate(view.factors))
+    return View(view.box, view.flip, order, factors, view.gray, view.sigma, view.solarize)  # type: ignore[arg-type]
+
+
+def _chain(view: View, text: str) -> View:
+    """The view of a recorded chain: "resized_crop, hflip, contrast 1.2, blur sigma 1.3 kernel 9, solarize 128"."""
     for step in text.split(", "):
         words = step.split()
         match words[0]:
             case "resized_crop":
                 continue
             case "blur":
-                image = gaussian_blur(image, float(words[2]))
+                view = _with(view, "gaussian_blur", float(words[2]))
             case "solarize":
-                image = _apply(image, f"solarize{words[1]}")
+                view = _with(view, f"solarize{words[1]}", 0.0)
             case "brightness" | "contrast" | "saturation" | "hue":
-                image = _apply(image, f"adjust_{words[0]}", float(words[1]))
+                view = _with(view, f"adjust_{words[0]}", float(words[1]))
             case _:
-                image = _apply(image, words[0])
-    return image
+                view = _with(view, words[0], 0.0)
+    return view
 
 
 def _compare_eval_transforms(recording: Recording, comparison: Comparison, images: dict[str, Image.Image]) -> None:
@@ -154,43 +155,55 @@ def _compare_eval_transforms(recording: Recording, comparison: Comparison, image
 # --- Statistics ------------------------------------------------------------------------------------------------------
 
 
+def _draw(augmentation: DataAugmentationDINO, image: Image.Image) -> tuple[Views, dict[str, Tensor]]:
+    """What was drawn for many augmentations of an image, (draws, crops of an image), and the crops of each view."""
+    drawn, crops = [], []
+    for _ in range(DRAWS_PER_IMAGE):
+        pixels, views = augmentation.draw(image)
+        drawn.append(Views(*(values[None] for values in views)))
+        made = augmentation.carry_out(pixels, views)
+        crops.append([*made.global_crops, *made.local_crops][: len(VIEWS)])
+    return stack_views(drawn), {name: torch.stack([crop[which] for crop in crops]) for name, which in VIEWS.items()}
+
+
 def _compare_view(
-    comparison: Comparison, name: str, view: Compose, images: dict[str, Image.Image], recorded: dict[str, Any]
+    comparison: Comparison,
+    implementation: str,
+    name: str,
+    drawn: dict[str, tuple[Views, dict[str, Tensor]]],
+    recorded: dict[str, Any],
 ) -> None:
     draws = recorded["draws_per_image"]
-    with _operations_seen() as seen:
-        for image_name, theirs in recorded["per_image"].items():
-            ours = _crop_statistics(torch.stack([view(images[image_name]) for _ in range(DRAWS_PER_IMAGE)]))
-            for key, mean in theirs["mean"].items():
-                label = f"{name}, {image_name}: {key}"
-                comparison.mean(label, ours[key], mean, theirs["std"][key], draws)
-                comparison.spread(f"{label}, spread", ours[key], theirs["std"][key], draws)
+    for image_name, theirs in recorded["per_image"].items():
+        ours = _crop_statistics(drawn[image_name][1][name])
+        for key, mean in theirs["mean"].items():
+            label = f"{implementation}, {name}, {image_name}: {key}"
+            comparison.mean(label, ours[key], mean, theirs["std"][key], draws)
+            comparison.spread(f"{label}, spread", ours[key], theirs["std"][key], draws)
     recorded_draws = draws * len(recorded["per_image"])
-    our_draws = DRAWS_PER_IMAGE * len(recorded["per_image"])
+    views = stack_views([Views(*(values[:, VIEWS[name]] for values in drawn[image][0])) for image in drawn])
+    happened = {
+        "hflip": views.flip,
+        **{operation: views.factors[:, which] != NEUTRAL_FACTORS[which] for operation, which in JITTER.items()},
+        "rgb_to_grayscale": views.gray,
+        "gaussian_blur": views.sigma > 0,
+        "solarize": views.solarize,
+    }
     for operation, share in recorded["op_frequency"].items():
-        happened = torch.arange(our_draws) < len(seen[operation])
-        comparison.share(f"{name}: share of {operation}", happened, share, recorded_draws)
+        comparison.share(
+            f"{implementation}, {name}: share of {operation}",
+            torch.from_numpy(happened[operation]),
+            share,
+            recorded_draws,
+        )
     for factor, theirs in recorded["factor_stats"].items():
         operation = "gaussian_blur" if factor == "sigma" else factor
-        values = torch.tensor([call.args[1] for call in seen[operation]])
+        drawn_factors = views.sigma if factor == "sigma" else views.factors[:, JITTER[factor]]
+        values = torch.from_numpy(drawn_factors[happened[operation]])
         times = round(recorded["op_frequency"][operation] * recorded_draws)
-        comparison.mean(f"{name}: {factor}", values, theirs["mean"], theirs["std"], times)
-        comparison.spread(f"{name}: {factor}, spread", values, theirs["std"], times)
+        comparison.mean(f"{implementation}, {name}: {factor}", values, theirs["mean"], theirs["std"], times)
+        comparison.spread(f"{implementation}, {name}: {factor}, spread", values, theirs["std"], times)
         comparison.leave_out("smallest and largest of many draws", count=2)
-
-
-@contextmanager
-def _operations_seen() -> Iterator[dict[str, list[Any]]]:
-    """Lists the calls of every drawn operation while they do their work as usual."""
-    with ExitStack() as stack:
-        spies = {
-            name: stack.enter_context(mock.patch.object(home, attribute, wraps=getattr(home, attribute)))
-            for name, (home, attribute) in DRAWN_OPERATIONS.items()
-        }
-        seen: dict[str, list[Any]] = {name: [] for name in spies}
-        yield seen
-        for name, spy in spies.items():
-            seen[name] += spy.call_args_list
 
 
 def _crop_statistics(crops: Tensor) -> dict[str, Tensor]:
@@ -207,13 +220,15 @@ def _crop_statistics(crops: Tensor) -> dict[str, Tensor]:
     return statistics
 
 
-def _compare_geometry(comparison: Comparison, name: str, view: Compose, recorded: dict[str, Any]) -> None:
-    crop = view.transforms[0]
+def _compare_geometry(
+    comparison: Comparison, name: str, augmentation: DataAugmentationDINO, recorded: dict[str, Any]
+) -> None:
+    which = VIEWS["local" if name == "local" else "global1"]
+    rng = np.random.default_rng(STATISTICS_SEED)
     for size, theirs in recorded.items():
         width, height = (int(number) for number in size.split("x"))
-        image = Image.new("RGB", (width, height))
-        boxes = [crop.get_params(image, crop.scale, crop.ratio) for _ in range(GEOMETRY_DRAWS)]
-        top, left, rows, columns = torch.tensor(boxes, dtype=torch.float64).unbind(1)
+        boxes = [augmentation.sampler.draw(width, height, rng).boxes[which] for _ in range(GEOMETRY_DRAWS)]
+        top, left, rows, columns = torch.from_numpy(np.array(boxes)).double().unbind(1)
         ours = {
             "area_fraction": rows * columns / (height * width),
             "aspect_w_over_h": columns / rows,

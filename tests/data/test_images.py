@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from dinov2.data.images import BadImageError, ImageDecodeError, decode_image
+from dinov2.data.images import BadImageError, ImageDecodeError, decode_image, open_picture
 
 RAMP = np.linspace(0, 1, 24 * 16).reshape(24, 16)  # a grey picture, in [0, 1]
 
@@ -124,6 +124,49 @@ def test_exif_orientation_is_applied_once(orientation, file_format):
 @pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff"])
 def test_a_broken_exif_block_does_not_lose_the_picture(exif):
     assert difference(encode(colours(), "JPEG", exif=exif, quality=95, subsampling=0), colours()) < 12
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_a_smaller_picture_is_the_same_picture(file_format, orientation):
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](np.asarray(colours().resize((160, 241))))))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture = open_picture(encode(stored, file_format, exif=exif, **({"quality": 95} if file_format == "JPEG" else {})))
+    assert picture.size == picture.load().size == (160, 241)
+    for reduction, size in ((2, (80, 121)), (4, (40, 61)), (8, (20, 31))):
+        smaller = picture.load(reduction)
+        assert smaller.mode == "RGB" and smaller.size == size
+        expected = picture.load().resize(size, Image.Resampling.BOX)
+        assert np.abs(np.asarray(smaller, int) - np.asarray(expected, int)).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}])
+def test_pixels_are_those_of_pillow(mode, options):
+    data = encode(colours().resize((163, 201)).convert(mode), "JPEG", **options)
+    pixels = open_picture(data).pixels()
+    assert pixels.flags.writeable and pixels.flags.c_contiguous
+    assert np.array_equal(pixels, np.asarray(open_picture(data).load()))
+
+
+def test_without_torchvisions_decoder_pillow_decodes(monkeypatch):
+    data = encode(colours(), "JPEG")
+    fast = open_picture(data).pixels()
+    monkeypatch.delattr("torchvision.io.decode_jpeg")
+    assert np.array_equal(open_picture(data).pixels(), fast)
+
+
+def test_pixels_of_a_file_that_is_cut_off_are_the_same_error():
+    with pytest.raises(ImageDecodeError, match="truncated"):
+        open_picture(encode(colours(), "JPEG")[:-40]).pixels()
+
+
+def test_only_the_header_of_a_jpeg_is_needed_to_open_it():
+    data = encode(colours(), "JPEG")[:-40]
+    assert open_picture(data).size == (16, 24)
+    with pytest.raises(ImageDecodeError, match="truncated"):
+        open_picture(data).load()
 
 
 def huge_png():

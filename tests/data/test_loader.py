@@ -1,5 +1,6 @@
 """The training stream depends on seed and position only; images that cannot be read are replaced and reported."""
 
+import io
 import itertools
 import logging
 import os
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov2.data.augment import DataAugmentationDINO
+from dinov2.data.base import ImageDataset
 from dinov2.data.collate import Batch
 from dinov2.data.images import BadImageError
 from dinov2.data.loader import SamplerType, make_data_loader, make_train_loader, to_device
@@ -209,6 +211,93 @@ def test_a_killed_worker_is_an_error_that_says_so() -> None:
         train_batches(1, KillsItsProcess(), num_workers=1)
 
 
+class Files(ImageDataset):
+    """JPEG files of noise; those in `cut_off` end in the middle, which shows when they are decoded."""
+
+    def __init__(self, count: int = 20, cut_off: tuple[int, ...] = (), **transforms: Any) -> None:
+        super().__init__(**transforms)
+        self.count = count
+        self.cut_off = cut_off
+
+    def __len__(self) -> int:
+        return self.count
+
+    def get_image_data(self, index: int) -> bytes:
+        file = io.BytesIO()
+        Pictures()[index][0].resize((150, 120)).save(file, "JPEG")
+        return file.getvalue()[: -300 if index in self.cut_off else None]
+
+    def get_target(self, index: int) -> int:
+        return index
+
+    def describe(self, index: int) -> str:
+        return f"file/{index}.jpg"
+
+
+@pytest.mark.parametrize("augment_on", ["cpu", "device"])
+def test_files_that_are_cut_off_are_replaced_and_named(augment_on: str) -> None:
+    batches = train_batches(7, Files(20, cut_off=(3, 11)), augment_on=augment_on)
+    batches = list(to_device(batches, torch.device("cpu")))
+    assert {path for batch in batches for path in batch.bad_images} == {"file/3.jpg", "file/11.jpg"}
+    assert all(batch.global_crops.shape == (6, 3, 16, 16) for batch in batches)
+
+
+def test_a_transform_of_the_data_set_is_applied_first() -> None:
+    class Inverted(Files):
+        def get_image(self, index: int) -> Image.Image:
+            return ImageOps.invert(super().get_image(index))
+
+    plain = train_batches(1, Files())[0].global_crops
+    assert same([train_batches(1, Files(transform=ImageOps.invert))[0].global_crops], [inverted(Files())])
+    assert same([train_batches(1, Inverted())[0].global_crops], [inverted(Files())])
+    assert not same([plain], [inverted(Files())])
+
+
+def inverted(dataset: Files) -> Tensor:
+    pictures = [(ImageOps.invert(dataset.get_image(index)), index) for index in range(len(dataset))]
+    return train_batches(1, pictures)[0].global_crops  # type: ignore[arg-type]
+
+
+# ---- augmentation on the device ----
+
+
+def device_batches(num_steps: int, dataset: Dataset | None = None, **changes: Any) -> list[Batch]:
+    return list(to_device(train_batches(num_steps, dataset, augment_on="device", **changes), torch.device("cpu")))
+
+
+def test_the_device_makes_the_same_batches() -> None:
+    for on_cpu, on_device in zip(train_batches(4, Files()), device_batches(4, Files()), strict=True):
+        assert same(on_cpu[2:], on_device[2:])
+        for a, b in zip(on_cpu[:2], on_device[:2], strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            assert (a - b).abs().mean() < 0.01  # half a level
+
+
+def test_uncut_batches_depend_neither_on_workers_nor_on_restarts_nor_on_ranks() -> None:
+    whole = device_batches(6)
+    assert all_same(device_batches(6, num_workers=2), whole)
+    assert all_same(device_batches(4, num_workers=1, start_position=2 * 3), whole[2:])
+    one = device_batches(2, batch_size=4)
+    ranks = [device_batches(2, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+    for step, batch in enumerate(one):
+        parts = [rank[step].global_crops.unflatten(0, (2, 2)) for rank in ranks]
+        assert torch.allclose(torch.cat(parts, dim=1), batch.global_crops.unflatten(0, (2, 4)), atol=0.02)
+
+
+def test_uncut_batches_without_local_crops_and_in_half_precision() -> None:
+    only_global = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 0, 16, 8)
+    (batch,) = device_batches(1, augmentation=only_global, dtype=torch.bfloat16)
+    assert batch.global_crops.dtype == torch.bfloat16 and batch.local_crops.shape == (0, 3, 16, 16)
+
+
+def test_what_cannot_be_left_to_the_device_is_refused() -> None:
+    pil = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, 16, 8, implementation="pil")
+    with pytest.raises(ValueError, match="not pil"):
+        train_batches(1, augmentation=pil, augment_on="device")
+    with pytest.raises(ValueError, match="cpu or device"):
+        train_batches(1, augment_on="gpu")
+
+
 # ---- to the device ----
 
 
@@ -227,8 +316,9 @@ def test_batches_are_taken_from_the_loader_when_they_are_asked_for() -> None:
 
 
 @pytest.mark.gpu
-def test_on_cuda_all_batches_arrive_in_order() -> None:
-    settings: dict[str, Any] = {"num_workers": 2, "dataset": Pictures(20, bad=(3,))}
+@pytest.mark.parametrize("augment_on", ["cpu", "device"])
+def test_on_cuda_all_batches_arrive_in_order(augment_on: str) -> None:
+    settings: dict[str, Any] = {"num_workers": 2, "dataset": Pictures(20, bad=(3,)), "augment_on": augment_on}
     expected = train_batches(8, **settings)
     device = torch.device("cuda")
     arrived = []
@@ -238,7 +328,10 @@ def test_on_cuda_all_batches_arrive_in_order() -> None:
     assert all(x.is_cuda for batch in arrived for x in batch if isinstance(x, Tensor))
     assert all(isinstance(batch.bad_images, tuple) for batch in arrived)
     cpu = [Batch._make(x.cpu() if isinstance(x, Tensor) else x for x in batch) for batch in arrived]
-    assert all_same(cpu, [batch._replace(bad_images=tuple(batch.bad_images)) for batch in expected])
+    expected = list(to_device(expected, torch.device("cpu")))
+    assert all(same(a[2:], b[2:]) for a, b in zip(cpu, expected, strict=True))
+    for a, b in zip(cpu, expected, strict=True):
+        assert torch.allclose(a.global_crops, b.global_crops, atol=0.0 if augment_on == "cpu" else 0.2)
 
 
 # ---- the plain loader ----
