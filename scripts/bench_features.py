@@ -1,18 +1,20 @@
-"""How fast are features? Our backbone against timm's and transformers' DINOv2, sides alternating; prints JSON.
+"""How fast are features? Our extraction against timm's and transformers' DINOv2, sides alternating; prints JSON.
 
-    python scripts/bench_features.py [--arch vit_small] [--size 224] [--batch-size 32] [--repeats 5]
+    python scripts/bench_features.py [--arch vit_small] [--size 224] [--batch-size 32] [--precision fp32] [--rounds 7]
 
-All three are the same network with random weights, in evaluation mode without gradients, and give the class token.
-`ratio` is the peer's time over ours: above 1 we are faster. Needs timm and transformers.
+All are the same network with random weights, in evaluation mode without gradients, and give the class tokens of one
+batch; `ours` as the evaluations compute them, on a CPU a few images at a time. To tell what comes from that, it is also
+timed in one pass and the others in the same slices. `ratio` is [median, least, most] over the rounds of a side's time /
+ours in the same round: above 1 we are faster; `ratio_of_work` is the same of CPU seconds, which other programs disturb
+less (with OMP_NUM_THREADS=1; a GPU makes them meaningless). Needs timm and transformers.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -22,9 +24,9 @@ import torch
 from torch import Tensor
 
 from dinov2.config import DTYPES
+from dinov2.eval.features import run_model
 from dinov2.models import build_model
-
-Extract = Callable[[Tensor], Tensor]  # (B, 3, H, W) -> (B, D)
+from scripts.side_by_side import alternate, hardware, ratios
 
 
 def ours(arch: str, size: int) -> torch.nn.Module:
@@ -38,20 +40,25 @@ def timms(arch: str, size: int) -> torch.nn.Module:
     return timm.create_model(f"vit_{name}_patch14_dinov2", pretrained=False, img_size=size, num_classes=0)
 
 
-def transformers_(arch: str, size: int) -> torch.nn.Module:
-    from transformers import Dinov2Config, Dinov2Model
+class Transformers(torch.nn.Module):
+    def __init__(self, arch: str, size: int) -> None:
+        from transformers import Dinov2Config, Dinov2Model
 
-    backbone = build_model(arch, img_size=size, patch_size=14)
-    return Dinov2Model(
-        Dinov2Config(
-            hidden_size=backbone.embed_dim,
-            num_hidden_layers=backbone.n_blocks,
-            num_attention_heads=backbone.num_heads,
-            image_size=size,
-            patch_size=14,
-            use_swiglu_ffn=arch == "vit_giant2",
+        super().__init__()
+        backbone = build_model(arch, img_size=size, patch_size=14)
+        self.model = Dinov2Model(
+            Dinov2Config(
+                hidden_size=backbone.embed_dim,
+                num_hidden_layers=backbone.n_blocks,
+                num_attention_heads=backbone.num_heads,
+                image_size=size,
+                patch_size=14,
+                use_swiglu_ffn=arch == "vit_giant2",
+            )
         )
-    )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images).pooler_output
 
 
 def main() -> None:
@@ -59,42 +66,38 @@ def main() -> None:
     parser.add_argument("--arch", default="vit_small", choices=("vit_small", "vit_base", "vit_large", "vit_giant2"))
     parser.add_argument("--size", type=int, default=224, help="pixels, a multiple of 14")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="by autocast")
-    parser.add_argument("--repeats", type=int, default=5, help="timed batches of each side, after one warm-up")
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="fp32", help="of all sides, by autocast")
+    parser.add_argument("--rounds", type=int, default=7, help="each times every side once, after one of warm-up")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[args.precision]
     images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
     models = {
         name: build(args.arch, args.size).to(device).eval()
-        for name, build in (("ours", ours), ("timm", timms), ("transformers", transformers_))
+        for name, build in (("ours", ours), ("timm", timms), ("transformers", Transformers))
     }
-    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    dtype = DTYPES[args.precision]
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(args.repeats + 1):
-        for name, model in models.items():
-            with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                started = time.perf_counter()
-                model(images)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    calls: dict[str, Callable[[Tensor], Tensor]] = {
+        "ours": partial(run_model, models["ours"]),
+        **{name: models[name] for name in ("timm", "transformers")},
+    }
+    if device.type == "cpu":
+        calls["ours, in one pass"] = models["ours"]
+        calls |= {f"{name}, in slices": partial(run_model, models[name]) for name in ("timm", "transformers")}
+
+    def extract(call: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return call(images)
+
+    seconds = alternate({name: partial(extract, call) for name, call in calls.items()}, args.rounds, device)
+    medians = {name: statistics.median(times) for name, times in seconds.wall.items()}
     record = {
-        "arch": args.arch,
-        "size": args.size,
-        "batch_size": args.batch_size,
-        "precision": args.precision,
-        "parameters": counts,
+        **vars(args),
+        "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "images_per_s": {name: round(args.batch_size / median, 2) for name, median in medians.items()},
-        "ratio": {
-            name: round(statistics.median(p / o for p, o in zip(seconds[name], seconds["ours"], strict=True)), 3)
-            for name in ("timm", "transformers")
+        **{
+            key: {f"{name} / ours": ratios(times[name], times["ours"]) for name in calls if name != "ours"}
+            for key, times in (("ratio", seconds.wall), ("ratio_of_work", seconds.work))
         },
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
+        **hardware(device),
     }
     sys.stdout.write(json.dumps(record, indent=2) + "\n")
 

@@ -1,18 +1,27 @@
-"""How fast is k-NN? Our classifier against a bare matrix product with top-k, sides alternating; prints JSON.
+"""How fast is k-NN? Our classifier against other searches of the nearest, sides alternating; prints JSON.
 
-    python scripts/bench_knn.py [--bank 200000] [--queries 10000] [--width 384] [--repeats 3]
+    python scripts/bench_knn.py [--bank 200000] [--queries 2000] [--width 384] [--rounds 5]
 
-Both find the k nearest of a bank for every query, the bare version in blocks of queries against the whole bank; ours
-also votes. Peak memory is that of the process while each side runs, above what the features themselves take.
+All find the 200 nearest of a bank for every query, by brute force; ours also votes for four values of k.
+
+    bare       PyTorch: matrix product and top-k, 256 queries at a time against the whole bank
+    sklearn    `NearestNeighbors(algorithm="brute")` of scikit-learn; on the CPU
+    faiss      `IndexFlatIP`, if faiss is installed; on the CPU
+
+`ratio` is [median, least, most] over the rounds of our time / the side's in the same round: below 1 we are faster.
+`ratio_of_work` is the same of CPU seconds, which other programs disturb less (with OMP_NUM_THREADS=1; not on a GPU).
+`found_by_both` is the share of the nearest that the side finds like we do, of 64 queries; the rest are ties but for
+rounding. Extra memory is what ours takes of the host at its peak, beyond the features (Linux).
 """
 
 import argparse
+import importlib
+import importlib.util
 import json
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -22,27 +31,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dinov2.eval.knn import KnnModule
+from dinov2.eval.knn import QUERY_BATCH, KnnModule
+from scripts.bench_memory import peak, reset_peak
+from scripts.side_by_side import alternate, hardware, ratios
 
 K = 200
 NUM_CLASSES = 1000
-ROWS = 256  # queries at once
+CHECKED = 64  # queries
+
+Search = Callable[[Tensor], Tensor]  # queries (Q, D) -> positions of the nearest (Q, K)
 
 
-def bare(bank: Tensor, queries: Tensor) -> Tensor:
-    """Similarities of the nearest: (Q, K)."""
-    return torch.cat([(part @ bank.T).topk(K, dim=1).values for part in queries.split(ROWS)])
+def bare(bank: Tensor) -> Search:
+    return lambda queries: torch.cat([(part @ bank.T).topk(K, dim=1).indices for part in queries.split(QUERY_BATCH)])
 
 
-def seconds(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def sklearn(bank: Tensor) -> Search:
+    from sklearn.neighbors import NearestNeighbors
+
+    index = NearestNeighbors(n_neighbors=K, algorithm="brute").fit(bank.numpy())
+    return lambda queries: torch.from_numpy(index.kneighbors(queries.numpy(), return_distance=False))
+
+
+def faiss(bank: Tensor) -> Search:
+    library = importlib.import_module("faiss")
+    library.omp_set_num_threads(torch.get_num_threads())
+    index = library.IndexFlatIP(bank.shape[1])
+    index.add(bank.numpy())
+    return lambda queries: torch.from_numpy(index.search(queries.numpy(), K)[1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="k-NN against a bare matrix product and top-k")
-    for name, default in (("bank", 200_000), ("queries", 10_000), ("width", 384), ("repeats", 3)):
+    parser = argparse.ArgumentParser(description="k-NN against other searches by brute force")
+    for name, default in (("bank", 200_000), ("queries", 2000), ("width", 384), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,30 +74,46 @@ def main() -> None:
     knn = KnnModule(bank, labels, [10, 20, 100, K], 0.07, device, NUM_CLASSES)
 
     def ours() -> None:
-        for part in queries.split(ROWS * 16):
-            knn(part)
+        sims, nearest = knn.neighbours(queries)
+        for part in zip(sims.split(QUERY_BATCH), nearest.split(QUERY_BATCH), strict=True):
+            knn.votes(*part)
 
-    ours_s, bare_s = [], []
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(args.repeats):
-        ours_s.append(seconds(ours))
-        if len(ours_s) == 1:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-        bare_s.append(seconds(lambda: bare(bank, queries)))
+    before = reset_peak()
+    ours()
+    memory = peak() - before
+    searches = {"bare": bare(bank)}
+    if device.type == "cpu":
+        searches["sklearn"] = sklearn(bank)
+        if importlib.util.find_spec("faiss"):
+            searches["faiss"] = faiss(bank)
+    positions = KnnModule(bank, torch.arange(args.bank, device=device), [K], 0.07, device)
+    _, expected = positions.neighbours(queries[:CHECKED])
+    found = {name: share_in_both(expected, search(queries[:CHECKED])) for name, search in searches.items()}
+
+    sides: dict[str, Callable[[], object]] = {
+        "ours": ours,
+        **{name: partial(search, queries) for name, search in searches.items()},
+    }
+    seconds = alternate(sides, args.rounds, device)
     record = {
-        "bank": args.bank,
-        "queries": args.queries,
-        "width": args.width,
+        **vars(args),
         "k": K,
-        "ours_s": round(statistics.median(ours_s), 3),
-        "bare_s": round(statistics.median(bare_s), 3),
-        "ratio": round(statistics.median(o / b for o, b in zip(ours_s, bare_s, strict=True)), 3),
-        "ours_extra_memory_mb": round(memory / 1024),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),
+        "seconds": {name: round(statistics.median(times), 3) for name, times in seconds.wall.items()},
+        **{
+            key: {f"ours / {name}": ratios(times["ours"], times[name]) for name in searches}
+            for key, times in (("ratio", seconds.wall), ("ratio_of_work", seconds.work))
+        },
+        "found_by_both": found,
+        "ours_extra_memory_mb": round(memory / 2**20),
+        **hardware(device),
     }
     sys.stdout.write(json.dumps(record, indent=2) + "\n")
+
+
+def share_in_both(a: Tensor, b: Tensor) -> float:
+    """Of positions (Q, K) that are distinct in each row."""
+    shared = sum(len(set(x) & set(y)) for x, y in zip(a.tolist(), b.tolist(), strict=True))
+    return round(shared / a.numel(), 4)
 
 
 if __name__ == "__main__":

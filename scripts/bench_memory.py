@@ -39,6 +39,7 @@ from dinov2 import config, distributed
 from dinov2.config import Config
 from dinov2.data.augment import MultiCrop
 from dinov2.data.collate import Batch, collate_data_and_cast
+from dinov2.data.loader import to_device
 from dinov2.data.masking import MaskingGenerator
 from dinov2.train.guards import NonFiniteGuard
 from dinov2.train.memory import STRATEGIES, Estimate, estimate, held_bytes
@@ -162,7 +163,7 @@ class Run:
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        self.model = SSLMetaArch(cfg).train()
+        self.model = SSLMetaArch(cfg).to(distributed.device()).train()
         parallelize(
             self.model.student,
             self.model.teacher,
@@ -173,7 +174,7 @@ class Run:
         self.optimizer = build_optimizer(
             self.model.student, betas=(0.9, 0.999), lr_decay_rate=0.9, patch_embed_lr_mult=0.2
         )
-        self.batches = [make_batch(cfg)] * cfg.train.accumulate_steps
+        self.batches = [*to_device([make_batch(cfg)], distributed.device())] * cfg.train.accumulate_steps
 
     def train(self, steps: int) -> None:
         """All that a step of the training does with weights and gradients."""

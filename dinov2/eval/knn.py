@@ -35,6 +35,7 @@ RESULTS_FILE = "results_eval_knn.json"
 # Similarities exist for this many queries times this many bank images at once (64 MiB).
 QUERY_BATCH = 256
 BANK_CHUNK = 65536
+GROUP = 16  # similarities, of which only the largest is compared at first
 
 TOPS = ("top-1", "top-5")
 
@@ -122,16 +123,20 @@ class KnnModule(nn.Module):
         labels = torch.zeros_like(sims, dtype=torch.int64)
         mean = self.features.mean(dim=0).to(self.device, torch.float32)
         queries = queries - mean
+        memory = queries.new_empty(min(QUERY_BATCH, len(queries)) * min(BANK_CHUNK, len(self.labels)))
         for start in range(0, len(self.labels), BANK_CHUNK):
             bank = self.features[start : start + BANK_CHUNK].to(self.device, torch.float32) - mean
-            offset = bank.square().sum(dim=1) / -2
+            offset = torch.linalg.vector_norm(bank, dim=1).square() / -2
             bank_labels = self.labels[start : start + BANK_CHUNK].to(self.device)
             for first in range(0, len(queries), QUERY_BATCH):
                 rows = slice(first, first + QUERY_BATCH)
+                part = queries[rows]
+                found = memory[: len(part) * len(bank)].view(len(part), len(bank))
                 with torch.autocast(self.device.type, enabled=False):  # half precision makes ties
-                    near = torch.addmm(offset, queries[rows], bank.T).topk(min(largest_k, len(bank)), dim=1)
-                candidates = torch.cat([labels[rows], bank_labels[near.indices]], dim=1)
-                best = torch.cat([sims[rows], near.values], dim=1).topk(largest_k, dim=1)
+                    torch.addmm(offset, part, bank.T, out=found)
+                values, positions = _largest(found, min(largest_k, len(bank)))
+                candidates = torch.cat([labels[rows], bank_labels[positions]], dim=1)
+                best = torch.cat([sims[rows], values], dim=1).topk(largest_k, dim=1)
                 sims[rows] = best.values
                 labels[rows] = candidates.gather(1, best.indices)
         return sims, labels
@@ -144,6 +149,22 @@ class KnnModule(nn.Module):
         weights = functional.softmax(sims / self.temperature, dim=1)
         empty = weights.new_zeros(len(weights), self.num_classes)
         return {k: empty.scatter_add(1, labels[:, :k], weights[:, :k]) for k in self.nb_knn}
+
+
+def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their positions: (Q, n) -> (Q, k), (Q, k); what `topk` gives, faster.
+
+    With the columns in groups, the k largest are in the k groups whose largest members are the largest.
+    """
+    num_groups, rest = divmod(sims.shape[1], GROUP)
+    if rest or num_groups <= 2 * k:
+        largest = sims.topk(k, dim=1)
+        return largest.values, largest.indices
+    groups = sims.view(len(sims), GROUP, num_groups).amax(dim=1).topk(k, dim=1, sorted=False).indices
+    members = torch.arange(GROUP, device=sims.device) * num_groups
+    positions = (groups[:, None] + members[:, None]).flatten(1)
+    largest = sims.gather(1, positions).topk(k, dim=1)
+    return largest.values, positions.gather(1, largest.indices)
 
 
 def _possible_ks(nb_knn: Sequence[int], bank_size: int) -> list[int]:

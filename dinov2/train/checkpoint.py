@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dinov2 import distributed
 from dinov2.files import replacing
@@ -60,8 +61,9 @@ class _Pending(NamedTuple):
 class Checkpointer:
     """Saves and restores the state of a run.
 
-    Tensors are copied to CPU memory while training waits, and written by a thread while it goes on. Each process
-    writes its own shards. A run may be resumed on another number of processes: shards are put together as needed.
+    Tensors are copied to CPU memory while training waits, and written by a thread while it goes on. The memory is kept
+    for the next checkpoint: to get new pages takes longer than to fill them. Each process writes its own shards. A run
+    may be resumed on another number of processes: shards are put together as needed.
 
     Args:
         directory: folder of the checkpoints.
@@ -93,6 +95,11 @@ class Checkpointer:
         self.keep = keep
         self.keep_every = keep_every
         self._group = distributed.cpu_group()  # the writing thread's own
+        self._copies = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+            )
+        )
         self._pending: _Pending | None = None
 
     def __enter__(self) -> "Checkpointer":
@@ -137,6 +144,7 @@ class Checkpointer:
             written = dcp.async_save(
                 self._tensors(),
                 storage_writer=dcp.FileSystemWriter(unfinished),
+                async_stager=self._copies,
                 process_group=self._group,
                 no_dist=not distributed.is_enabled(),
             )

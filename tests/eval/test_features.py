@@ -14,11 +14,13 @@ from eval_pictures import Pictures, tiny_backbone
 from eval_shared_work import shared_work
 from torch.nn.functional import normalize
 
+from dinov2.eval import features as features_module
 from dinov2.eval.features import (
     ModelWithIntermediateLayers,
     ModelWithNormalize,
     ModelWithPooledTokens,
     extract_features,
+    run_model,
     tokens_of_blocks,
 )
 from dinov2.eval.linear_heads import create_linear_input
@@ -36,6 +38,21 @@ def test_features_are_those_of_the_model_in_the_order_of_the_data(batch_size: in
     assert labels.tolist() == pictures.labels.tolist()
     normalised, _ = extract_features(ModelWithNormalize(model), pictures, batch_size, num_workers)
     torch.testing.assert_close(normalised, normalize(model(images), dim=1))
+
+
+def test_a_cpu_runs_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, sizes = torch.stack([Pictures(5)[i][0] for i in range(5)]), []
+    monkeypatch.setattr(features_module, "CPU_PIXELS", 2 * images[0, 0].numel() + 1)
+
+    def model(part: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(part))
+        return part.flatten(1)
+
+    assert torch.equal(run_model(model, images), images.flatten(1))
+    assert sizes == [2, 2, 1]
+    monkeypatch.setattr(features_module, "CPU_PIXELS", 1)
+    assert torch.equal(run_model(model, images[:2]), images[:2].flatten(1))
+    assert sizes[3:] == [1, 1], "one at least"
 
 
 def test_autocast_is_for_the_model_only() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dinov2.eval import knn
-from dinov2.eval.knn import KnnModule, eval_knn_on_features, few_shot_index
+from dinov2.eval.knn import KnnModule, _largest, eval_knn_on_features, few_shot_index
 
 CPU = torch.device("cpu")
 NUM_CLASSES, TEMPERATURE = 4, 0.07
@@ -50,6 +50,14 @@ def test_votes_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch, chunk: 
     for k, result in votes.items():
         torch.testing.assert_close(result.double(), brute_force(bank, labels, queries, k, 20), rtol=0, atol=1e-5)
     torch.testing.assert_close(votes[20].sum(dim=1), torch.ones(12))
+
+
+@pytest.mark.parametrize(("width", "k"), [(640, 5), (641, 5), (640, 20), (16, 16)])
+def test_the_largest_are_those_of_topk(width: int, k: int) -> None:
+    sims = torch.randn(7, width, generator=torch.Generator().manual_seed(0))
+    values, positions = _largest(sims, k)
+    assert torch.equal(values, sims.topk(k, dim=1).values)
+    assert torch.equal(sims.gather(1, positions), values)
 
 
 def test_autocast_does_not_reach_the_similarities() -> None:

@@ -1,0 +1,75 @@
+"""Each benchmark runs on tiny sizes, and its record has the ratios that it promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["student.embed_dim=32", "student.num_heads=2", "dino.head_hidden_dim=32", "dino.head_n_prototypes=16"]
+
+
+def record_of(script: str, *words: str) -> dict[str, Any]:
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, f"scripts/{script}.py", *words]
+    result = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    record: dict[str, Any] = json.loads(result.stdout)
+    assert record["threads"] == 1
+    assert {"device", "torch"} <= record.keys()
+    return record
+
+
+def is_spread(values: list[float]) -> bool:
+    """Median, least, most of times or their ratios."""
+    median, least, most = values
+    return 0 < least <= median <= most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_checkpoint_and_what_it_costs(num_processes: int) -> None:
+    words = ["--arch=vit_small", f"--processes={num_processes}", "--rounds=2", "--steps=1", "--every=50", *TINY]
+    record = record_of("bench_checkpoint", *words)
+    assert record["processes"] == num_processes
+    assert record["checkpoint_bytes"] > 100_000
+    for name in ("step", "stands_still", "waited", "plain_save", "resume", "plain_read"):
+        assert is_spread(record[name]), name
+    share, added, step = (record[name] for name in ("share_of_time", "added", "step"))
+    assert min(added[1:]) / max(step) / 50 <= share[0] + 1e-3
+    assert all(is_spread(ratio) for name, ratio in record["ratio"].items() if name != "added / plain_save")
+
+
+def test_ways_to_attend() -> None:
+    words = ["--images=1", "--global-tokens=5", "--local-tokens=3", "--rounds=2", "--precision=fp32,bf16"]
+    record = record_of("bench_attention", *words)
+    ways = {"sdpa", "xformers", "varlen", "dense mask", "padded", "nested", "flex"}
+    for result in record["results"].values():
+        assert result["milliseconds"].keys() | result["not_run"].keys() == ways
+        assert {"sdpa", "dense mask", "padded", "nested"} <= result["milliseconds"].keys(), result["not_run"]
+        assert result["ratio"]["sdpa / sdpa"] == [1, 1, 1]
+        assert all(map(is_spread, result["ratio"].values()))
+    assert max(record["results"]["fp32"]["difference"].values()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_features(precision: str) -> None:
+    record = record_of("bench_features", "--size=28", "--batch-size=2", "--rounds=2", f"--precision={precision}")
+    for ratio in (record["ratio"], record["ratio_of_work"]):
+        assert {"timm / ours", "transformers / ours"} <= ratio.keys()
+        assert all(map(is_spread, ratio.values()))
+    parameters = record["parameters"]
+    assert parameters["ours"] == parameters["transformers"] == parameters["timm"] + 384, "timm has no mask token"
+
+
+def test_nearest_neighbours() -> None:
+    record = record_of("bench_knn", "--bank=8000", "--queries=300", "--width=16", "--rounds=2")
+    for ratio in (record["ratio"], record["ratio_of_work"]):
+        assert {"ours / bare", "ours / sklearn"} <= ratio.keys()
+        assert all(map(is_spread, ratio.values()))
+    assert min(record["found_by_both"].values()) > 0.999
