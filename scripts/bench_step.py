@@ -19,14 +19,13 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import platform
 import random
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,7 @@ from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets
 from dinov2.train.train import build_loader, clip_and_step, uses_fp16
+from scripts.side_by_side import alternate, hardware, ratios, spread
 
 NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4)
 PHASES = ("data", "teacher", "student forward", "losses", "backward", "optimizer", "moving average")
@@ -76,7 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="compile the blocks of our side")
     parser.add_argument("--no-plain", action="store_true", help="time our side only")
     parser.add_argument("--with-data", action="store_true", help="load train.dataset_path instead of repeating a batch")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each side, after two to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, after two to warm up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides of both sides")
     return parser
@@ -339,35 +339,32 @@ def main() -> None:
     sides = {"ours": Side(cfg, device, plain=False, compiled=args.compile)}
     if not args.no_plain:
         sides["plain"] = Side(plain_cfg, device, plain=True)
+    first = {name: side.step(batches, lambda _: None).item() for name, side in sides.items()}
+    tolerance = 1e-4 if args.precision == args.plain_precision == "fp32" else 1e-2
+    if cfg.student.drop_path_rate == 0 and not math.isclose(
+        min(first.values()), max(first.values()), rel_tol=tolerance
+    ):
+        raise RuntimeError(f"the two sides do not compute the same loss: {first}")
     memory: dict[str, int] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    first: dict[str, float] = {}
-    for index in range(-2, args.steps):
-        for name, side in sides.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            side.synchronize()
-            started = time.perf_counter()
-            loss = side.step(batches, lambda _: None)
-            side.synchronize()
-            if index >= 0:
-                seconds[name].append(time.perf_counter() - started)
-            first.setdefault(name, loss.item())
-            tolerance = 1e-4 if args.precision == args.plain_precision == "fp32" else 1e-2
-            if cfg.student.drop_path_rate == 0 and not math.isclose(first[name], first["ours"], rel_tol=tolerance):
-                raise RuntimeError(f"the two sides do not compute the same loss: {first}")
-            if device.type == "cuda":
-                memory[name] = torch.cuda.max_memory_allocated(device)
+
+    def take_step(name: str) -> None:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        sides[name].step(batches, lambda _: None)
+        if device.type == "cuda":
+            memory[name] = torch.cuda.max_memory_allocated(device)
+
+    seconds = alternate({name: partial(take_step, name) for name in sides}, args.rounds, device)
     phases: dict[str, dict[str, float]] = {}
     for name, side in sides.items():
-        runs = [phases_of(side, batches) for _ in range(min(args.steps, 3))]
+        runs = [phases_of(side, batches) for _ in range(min(args.rounds, 3))]
         phases[name] = {phase: round(statistics.median(run[phase] for run in runs), 2) for phase in PHASES}
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = {name: statistics.median(times) for name, times in seconds.wall.items()}
     flops, product = flops_of_step(cfg), product_flops(config.DTYPES[args.precision], device)
     images = cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps
     record: dict[str, Any] = {
         **vars(args),
-        "seconds_per_step": {name: {"median": medians[name], "all": times} for name, times in seconds.items()},
+        "seconds_per_step": {name: spread(times) for name, times in seconds.wall.items()},
         "images_per_second": {name: images / median for name, median in medians.items()},
         "milliseconds_per_phase": phases,
         "first_loss": first,
@@ -375,15 +372,12 @@ def main() -> None:
         "matrix_product_flops_per_second": product,
         "model_flops_utilisation": flops / medians["ours"] / product,
         "peak_memory_bytes": memory or {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
-        "threads": torch.get_num_threads(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores",
+        **hardware(device),
     }
     if "plain" in sides:
-        rounds = [ours / plain for ours, plain in zip(seconds["ours"], seconds["plain"], strict=True)]
-        record["ratio"] = statistics.median(rounds)
-        record["ratio_per_round"] = rounds
-        record["ratio_means"] = "median over rounds of seconds of our step / seconds of the plain step; lower is better"
+        record["ratio"] = {"ours / plain": ratios(seconds.wall["ours"], seconds.wall["plain"])}
+        record["ratio_of_work"] = {"ours / plain": ratios(seconds.work["ours"], seconds.work["plain"])}
+        record["ratio_means"] = "wall time (work: CPU time) of our step / of the plain one; [median, least, most]"
     print(json.dumps(record, indent=2))
 
 

@@ -44,6 +44,22 @@ def test_a_checkpoint_and_what_it_costs(num_processes: int) -> None:
     assert all(is_spread(ratio) for name, ratio in record["ratio"].items() if name != "added / plain_save")
 
 
+def test_a_step_and_its_phases() -> None:
+    words = [
+        "--batch-size=2",
+        "--rounds=2",
+        "student.depth=1",
+        "crops.global_crops_size=28",
+        "crops.local_crops_size=14",
+    ]
+    record = record_of("bench_step", *words, *TINY)
+    assert all(is_spread(ratio) for ratio in record["ratio"].values())
+    assert all(min(times.values()) > 0 for times in record["milliseconds_per_phase"].values())
+    assert 0 < record["model_flops_utilisation"] < 1
+    tokens, width, prototypes = 2 * 2 * 5 + 2 * 8 * 2, 32, 16
+    assert record["flops_per_step"] > 3 * 2 * tokens * 12 * width**2 + 2 * width * prototypes, "of the student's blocks"
+
+
 def test_ways_to_attend() -> None:
     words = ["--images=1", "--global-tokens=5", "--local-tokens=3", "--rounds=2", "--precision=fp32,bf16"]
     record = record_of("bench_attention", *words)
