@@ -16,6 +16,7 @@ from scripts.quickstart_report import latest_teacher
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     "optim.epochs=1",
+    "optim.warmup_epochs=0",
     "train.OFFICIAL_EPOCH_LENGTH=3",
     "train.batch_size_per_gpu=8",
     "student.depth=1",

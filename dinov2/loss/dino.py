@@ -39,7 +39,7 @@ class DINOLoss(nn.Module):
         """
         sums = [scores.sum(dim=0, keepdim=True, dtype=torch.float32) for scores in teacher_outputs]
         total = torch.stack(sums).sum(dim=0)
-        rows = total.new_tensor(float(sum(map(len, teacher_outputs))))
+        rows = total.new_full((), sum(map(len, teacher_outputs)))
         total, rows = all_reduce_sum(total), all_reduce_sum(rows)
         self.center.copy_(updated_center(self.center, total / rows, self.center_momentum))
 

@@ -42,7 +42,7 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the published name)
             scores.flatten(0, -2).mean(dim=0, dtype=torch.float32) for scores in teacher_patch_tokens if scores.numel()
         ]
         total = torch.stack([torch.zeros_like(self.center.flatten()), *means]).sum(dim=0)
-        num_means = all_reduce_sum(total.new_tensor(float(len(means))))
+        num_means = all_reduce_sum(total.new_full((), len(means)))
         batch_mean = all_reduce_sum(total) / num_means  # not finite if there is none, which leaves the centre alone
         self.center.copy_(updated_center(self.center, batch_mean.view_as(self.center), self.center_momentum))
 

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinov2.data.collate import Batch
+from dinov2.train.guards import NonFiniteGuard
+from dinov2.train.optim import build_optimizer, ema_update
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch
+from dinov2.train.train import clip_and_step, forward_backward
 
 TEACHER_TEMP = 0.05
 NO_DROP_PATH = "student.drop_path_rate=0"
@@ -311,3 +314,22 @@ def test_every_network_may_have_a_precision_of_its_own(heads: list[str]) -> None
         choice = [precision(*place, dtype) for place, dtype in zip(places, dtypes, strict=True)]
         choice += [precision("student", "ibot_head", dtypes[1]), precision("teacher", "ibot_head", dtypes[3])]
         assert losses_of(tiny_model(*choice, *heads), batch).total.isfinite(), dtypes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_step_on_a_gpu_never_waits_for_it(centering: str, dtype: str) -> None:
+    model = tiny_model(f"train.centering={centering}", "student.drop_path_rate=0.3", *all_in(dtype)).cuda().train()
+    optimizer = build_optimizer(model.student, betas=(0.9, 0.99), lr_decay_rate=0.9, patch_embed_lr_mult=0.2)
+    scaler, guard = torch.amp.GradScaler("cuda", enabled=dtype == "fp16"), NonFiniteGuard(3)
+    batch = Batch._make(x.cuda() if isinstance(x, Tensor) else x for x in random_batch())
+    for step in range(3):
+        torch.cuda.set_sync_debug_mode("error" if step > 0 else "default")  # the first step fills caches
+        try:
+            losses = forward_backward(model, [batch], 0.05, scaler, seed=0, step=step)
+            clip_and_step(losses, model.student, optimizer, scaler, 3.0, guard)
+            ema_update(model.teacher, model.student, 0.99)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    guard.tell(scaler, all_steps=True)
