@@ -33,6 +33,7 @@ from dinov2.data.randomness import seed_for
 from dinov2.data.uncut import UncutBatch
 from dinov2.files import occupying
 from dinov2.log import MetricLogger, run_command, setup_logging, truncate_metrics
+from dinov2.train.allocation import keep_freed_memory
 from dinov2.train.checkpoint import (
     Checkpointer,
     latest_checkpoint,
@@ -86,8 +87,10 @@ def main(args: argparse.Namespace) -> None:
         seed_everything(cfg.train.seed)
         torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it, as published
         logger.info("%d process(es), device %s, output %s", distributed.world_size(), distributed.device(), output_dir)
-        if uses_fp16(cfg) and distributed.device().type == "cpu":
-            logger.warning("fp16 is slower than fp32 on a CPU: consider fp32 or bf16 in compute_precision")
+        if distributed.device().type == "cpu":
+            keep_freed_memory()
+            if uses_fp16(cfg):
+                logger.warning("fp16 is slower than fp32 on a CPU: consider fp32 or bf16 in compute_precision")
         dataset = make_dataset(dataset_str=cfg.train.dataset_path)  # before the model: mistakes show at once
         model = SSLMetaArch(cfg).to(distributed.device())
         with distributed.on_main(occupying(output_dir)):
