@@ -69,33 +69,32 @@ def soft_cross_entropy(scores: Tensor, probabilities: Tensor, temperature: float
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """sum(t) logsumexp(z) - t . z for every row, z = scores / temperature; its gradient is sum(t) softmax(z) - t.
+    """-t . log softmax(z) for every row, z = scores / temperature; its gradient is sum(t) softmax(z) - t.
 
-    Rows are treated in pieces that stay in a processor's cache; only the log-sum-exp is kept for the gradient.
+    Rows are treated in pieces that stay in a processor's cache; for the gradient the softmax is computed anew.
     """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-        norms, masses, losses = (scores.new_empty(len(scores), dtype=torch.float32) for _ in range(3))
+        losses = scores.new_empty(len(scores), dtype=torch.float32)
         for rows in _pieces(scores):
-            z, targets = scores[rows].float() / temperature, probabilities[rows].float()
-            torch.logsumexp(z, dim=1, out=norms[rows])
-            torch.sum(targets, dim=1, out=masses[rows])
-            torch.sub(masses[rows] * norms[rows], torch.linalg.vecdot(targets, z), out=losses[rows])
-        ctx.save_for_backward(scores, probabilities, norms, masses)
+            logarithms = torch.log_softmax(scores[rows].float() / temperature, dim=1)
+            torch.sum(logarithms.mul_(probabilities[rows]), dim=1, out=losses[rows])
+        ctx.save_for_backward(scores, probabilities)
         ctx.temperature = temperature
-        return losses
+        return losses.neg_()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        scores, probabilities, norms, masses = ctx.saved_tensors
-        upstream = upstream / ctx.temperature
+        scores, probabilities = ctx.saved_tensors
+        upstream = upstream[:, None] / ctx.temperature
         gradient = torch.empty_like(scores)
         for rows in _pieces(scores):
-            softmax = (scores[rows].float() / ctx.temperature - norms[rows, None]).exp_()
-            difference = softmax.mul_(masses[rows, None]).sub_(probabilities[rows])
-            gradient[rows] = difference.mul_(upstream[rows, None])
+            targets = probabilities[rows]
+            softmax = torch.softmax(scores[rows].float() / ctx.temperature, dim=1)
+            difference = softmax.mul_(targets.sum(dim=1, keepdim=True)).sub_(targets)
+            torch.mul(difference, upstream[rows], out=gradient[rows])
         return gradient, None, None
 
 
