@@ -55,6 +55,20 @@ def test_packed_attention_is_that_of_each_sequence() -> None:
             torch.testing.assert_close(result, naive(attention, sequence))
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 4e-3)], ids=str)
+def test_half_precision_with_a_gradient_is_close_to_double(dtype: torch.dtype, tolerance: float) -> None:
+    def output_and_gradient(attention: Attention) -> list[Tensor]:
+        weight = attention.qkv.weight
+        tokens, segments = pack([group.to(weight.dtype) for group in groups_of(24, torch.float64)])
+        output = attention(tokens, segments)
+        return [output, *torch.autograd.grad(output.double().sin().sum(), weight)]
+
+    ours, exact = output_and_gradient(attention_of().to(dtype)), output_and_gradient(attention_of().double())
+    for half, value in zip(ours, exact, strict=True):
+        assert half.dtype == dtype
+        assert (half.double() - value).norm() < tolerance * value.norm()
+
+
 def test_packed_gradients_are_those_of_each_sequence() -> None:
     attention = attention_of().double()
     groups = groups_of(24, torch.float64)
