@@ -304,7 +304,7 @@ class MetricLogger:
 
     def __str__(self) -> str:
         _settle(self.meters.values())
-        return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
+        return self.delimiter.join(f"{name}: {meter if meter.count else 'none'}" for name, meter in self.meters.items())
 
     def state_dict(self) -> dict[str, Any]:
         """The meters: a run that resumes with them prints the lines that an uninterrupted one would."""
@@ -380,7 +380,7 @@ class MetricLogger:
             return
         logger.info("%s", self._line(loop, index))
         if self.output_file is not None:
-            medians = {name: meter.median for name, meter in self.meters.items()}
+            medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
             times = {"iter_time": loop.iter_time.avg, "data_time": loop.data_time.avg}
             append_json(self.output_file, {"iteration": index, **times, **medians})
 

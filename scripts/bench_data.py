@@ -127,7 +127,9 @@ def make_files(folder: Path | None, size: tuple[int, int]) -> list[bytes]:
 
         images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     else:
-        images = [open_picture(path.read_bytes()).load() for path in sorted(folder.iterdir()) if path.is_file()]
+        images = [open_picture(path.read_bytes()).load() for path in sorted(folder.rglob("*")) if path.is_file()]
+        if not images:
+            raise SystemExit(f"error: no pictures in {folder}")
     files = []
     for image in images:
         file = io.BytesIO()
@@ -289,7 +291,11 @@ def compare_pixels(files: list[bytes], args: argparse.Namespace, draws: int = 4)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="crops from JPEG files against plain torchvision on PIL images")
-    parser.add_argument("--pictures", type=Path, help="folder of one's own pictures")
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        help="folder of one's own pictures; default: scikit-learn's",
+    )
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width and height of the files")
     parser.add_argument(
         "--large-size", type=int, nargs=2, default=(4000, 3000), help="of the large files; 0 0 for none"

@@ -73,9 +73,10 @@ class NonFiniteGuard:
         logger.warning("step skipped, not finite: %s (%d in a row)", named, self.in_a_row)
         if self.in_a_row >= self.max_in_a_row:
             raise FloatingPointError(
-                f"{self.in_a_row} steps in a row were not finite ({named}); weights and checkpoints are "
-                f"those of the last good step. Usual cures: a lower optim.base_lr, a longer optim.warmup_epochs, "
-                f"bf16 or fp32 instead of fp16 (train.max_nonfinite_steps={self.max_in_a_row} sets the patience)"
+                f"{self.in_a_row} steps in a row were not finite ({named}); no weight has moved since the last good "
+                f"one. Usual cures: a lower optim.base_lr, a longer optim.warmup_epochs, bf16 or fp32 instead of fp16, "
+                f"and without the newest checkpoint if its weights are ruined already "
+                f"(train.max_nonfinite_steps={self.max_in_a_row} sets the patience)"
             )
 
 

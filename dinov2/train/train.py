@@ -186,7 +186,8 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             if is_due(step, cfg.evaluation.eval_period_iterations, last_step=total_steps - 1):
                 save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")
             stopping = interruption.requested()
-            if stopping or checkpointer.is_due(step):
+            healthy = nonfinite.in_a_row == 0 or step == total_steps - 1  # else older checkpoints are worth more
+            if stopping or (healthy and checkpointer.is_due(step)):
                 checkpointer.save(step, {"images_seen": images_seen, "metrics": metrics.state_dict()})
             checkpointer.finish(wait=stopping)
             if stopping:

@@ -192,6 +192,15 @@ def test_losses_that_are_not_finite_stop_the_run_and_harm_nothing(
     assert_same_end(tmp_path, tmp_path / "straight", LAST)
 
 
+def test_refused_steps_push_no_checkpoint_out_and_are_no_losses_of_zero(tmp_path: Path) -> None:
+    settings = ["train.checkpoint_period=1", "train.log_period=1", "train.max_nonfinite_steps=8"]
+    with pytest.raises(FloatingPointError, match="8 steps in a row"):
+        run_train(tmp_path, *settings, BLINDING, "optim.epochs=20", "evaluation.eval_period_iterations=0")
+    assert checkpoints(tmp_path) == [0], "from before the first refusal was known"
+    lines = metrics(tmp_path)
+    assert len(lines) == 8 and not any("total_loss" in line for line in lines)
+
+
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
 def test_refused_steps_leave_student_moments_and_centres_as_they_are(centering: str, tmp_path: Path) -> None:
     settings = ["optim.epochs=2", f"train.centering={centering}"]
