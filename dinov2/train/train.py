@@ -164,6 +164,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
     global_batch = global_batch_size(cfg, distributed.world_size())
+    due = False  # whether a checkpoint is, put off while steps are refused
     logger.info("%d of %d steps are done; %d images each", start, total_steps, global_batch)
     loading = closing(to_device(build_loader(cfg, dataset, images_seen), device))  # its processes end with the loop
     with loading as micro_batches, checkpointer, Interruption() as interruption:
@@ -186,8 +187,10 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             if is_due(step, cfg.evaluation.eval_period_iterations, last_step=total_steps - 1):
                 save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")
             stopping = interruption.requested()
+            due = due or checkpointer.is_due(step)
             healthy = nonfinite.in_a_row == 0 or step == total_steps - 1  # else older checkpoints are worth more
-            if stopping or (healthy and checkpointer.is_due(step)):
+            if stopping or (due and healthy):
+                due = False
                 checkpointer.save(step, {"images_seen": images_seen, "metrics": metrics.state_dict()})
             checkpointer.finish(wait=stopping)
             if stopping:

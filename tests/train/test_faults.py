@@ -1,5 +1,6 @@
 """What goes wrong on real machines: a run is killed, the disk is full, losses are not finite, images are broken."""
 
+import itertools
 import logging
 import os
 import resource
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +37,7 @@ from dinov2.log import setup_logging
 from dinov2.train import train
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.optim import build_optimizer
-from dinov2.train.ssl_meta_arch import Losses
+from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch
 from dinov2.train.train import clip_and_step
 
 LAST = 7
@@ -199,6 +201,22 @@ def test_refused_steps_push_no_checkpoint_out_and_are_no_losses_of_zero(tmp_path
     assert checkpoints(tmp_path) == [0], "from before the first refusal was known"
     lines = metrics(tmp_path)
     assert len(lines) == 8 and not any("total_loss" in line for line in lines)
+
+
+def test_a_checkpoint_that_is_due_among_refused_steps_comes_with_the_next_good_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = SSLMetaArch.losses
+    num_steps = itertools.count()
+
+    def losses(self: SSLMetaArch, *args: Any) -> Losses:
+        found = genuine(self, *args)
+        factor = NAN if next(num_steps) in (2, 3) else 1.0
+        return Losses(found.total * factor, {name: value * factor for name, value in found.terms.items()}, {})
+
+    monkeypatch.setattr(SSLMetaArch, "losses", losses)
+    run_train(tmp_path, "train.checkpoint_period=4", "train.checkpoint_keep=9", "optim.epochs=4")
+    assert checkpoints(tmp_path) == [5, 7], "due after step 3; that step 4 was good is known after step 5"
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
