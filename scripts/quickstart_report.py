@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from dinov2 import config
+from dinov2.analysis.pca import pca_colours, to_pictures
 from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.transforms import ToNormalizedTensor, make_classification_eval_transform
@@ -87,7 +88,7 @@ def draw_features(networks: Mapping[str, DinoVisionTransformer], cfg: Config, va
     rows = {"image": images}
     for name, network in networks.items():
         tokens = visualize.patch_tokens(network, tensors, shifts=cfg.student.patch_size)
-        rows[name] = visualize.to_pictures(visualize.pca_colours(tokens))
+        rows[name] = to_pictures(pca_colours(tokens))
     title = "Patch features: their first three principal components as red, green and blue, one basis per network"
     visualize.contact_sheet(rows, title=title, headings=dataset.classes, columns=len(dataset.classes)).save(output)
 

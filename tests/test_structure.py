@@ -16,6 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom: downward only. Modules of one layer may import each other.
 MAY_IMPORT = {
     "files": set(),
+    "analysis": set(),
     "config": {"files"},
     "distributed": set(),
     "log": {"files"},
@@ -25,8 +26,8 @@ MAY_IMPORT = {
     "data": {"files"},
     "loss": {"distributed"},
     "hub": {"models"},
-    "train": {"config", "data", "distributed", "files", "layers", "log", "loss", "models"},
-    "eval": {"config", "data", "distributed", "files", "log", "models"},
+    "train": {"config", "data", "distributed", "files", "layers", "log", "loss", "models", "analysis"},
+    "eval": {"config", "data", "distributed", "files", "log", "models", "analysis"},
     "run": {"config", "distributed", "files", "log", "train", "eval"},
 }
 
@@ -34,13 +35,14 @@ MAY_IMPORT = {
 MAY_NEED = {
     "hub": {"torch"},
     "layers": {"torch"},
+    "analysis": {"torch", "PIL"},
     "loss": {"torch"},
     "models": {"torch"},
     "data": {"torch", "torchvision", "numpy", "PIL"},
 }
 
 # Imported only inside the functions that use them.
-OPTIONAL = {"xformers", "submitit", "matplotlib", "sklearn", "cuml", "cupy", "tensorboard", "wandb"}
+OPTIONAL = {"xformers", "submitit", "matplotlib", "sklearn", "cuml", "cupy", "tensorboard", "wandb", "av"}
 
 
 def layer_of(path: Path) -> str:

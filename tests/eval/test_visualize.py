@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from dinov2.analysis import pca
 from dinov2.eval import visualize
 from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -34,7 +35,7 @@ def object_on_background(left: int, top: int) -> Tensor:
 def test_components_are_those_of_scikit_learn_up_to_sign() -> None:
     features = torch.randn(300, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) + 5
     reference = PCA(n_components=3, svd_solver="full").fit(features.numpy())
-    ours = visualize.principal_components(features, 3)
+    ours = pca.principal_components(features, 3)
     torch.testing.assert_close(ours.variances, torch.from_numpy(reference.explained_variance_))
     signs = (ours.axes * torch.from_numpy(reference.components_)).sum(dim=1, keepdim=True).sign()
     torch.testing.assert_close(ours.axes, signs * torch.from_numpy(reference.components_))
@@ -44,13 +45,13 @@ def test_components_are_those_of_scikit_learn_up_to_sign() -> None:
 
 def test_the_order_of_the_features_does_not_turn_the_signs() -> None:
     features = torch.randn(50, 6)
-    axes = visualize.principal_components(features, 3).axes
-    torch.testing.assert_close(axes, visualize.principal_components(features.flip(0), 3).axes)
+    axes = pca.principal_components(features, 3).axes
+    torch.testing.assert_close(axes, pca.principal_components(features.flip(0), 3).axes)
 
 
 def test_shifted_views_of_one_object_get_matching_colours() -> None:
     views = torch.stack([object_on_background(0, 1), object_on_background(3, 4)])
-    colours = visualize.pca_colours(visualize.patch_tokens(tiny_vit(), views))
+    colours = pca.pca_colours(visualize.patch_tokens(tiny_vit(), views))
     one, other = colours[0, 1:5, 0:4], colours[1, 4:8, 3:7]
     assert (one - other).abs().mean() < 0.1 * one.flatten(0, 1).std(dim=0).mean()
 
@@ -92,12 +93,12 @@ def test_the_foreground_is_the_object_whatever_the_sign_of_the_features(sign: in
     is_object[0, 1:4, 2:5] = is_object[1, 3:6, 1:5] = True  # one of them touches the border
     direction = torch.randn(8)
     tokens = sign * torch.where(is_object[..., None], direction, -direction) + 0.1 * torch.randn(2, 6, 6, 8)
-    assert torch.equal(visualize.foreground_mask(tokens), is_object)
+    assert torch.equal(pca.foreground_mask(tokens), is_object)
 
 
 def test_colours_use_the_whole_range_of_the_foreground_and_leave_the_rest_black() -> None:
     tokens, foreground = torch.randn(2, 5, 5, 8), torch.rand(2, 5, 5) < 0.5
-    colours = visualize.pca_colours(tokens, foreground)
+    colours = pca.pca_colours(tokens, foreground)
     low, high = colours[foreground].aminmax(dim=0)
     assert (colours[~foreground] == 0).all() and (low == 0).all() and (high == 1).all()
 
@@ -105,8 +106,8 @@ def test_colours_use_the_whole_range_of_the_foreground_and_leave_the_rest_black(
 @pytest.mark.parametrize("foreground", [None, torch.zeros(2, 4, 4, dtype=torch.bool)])
 def test_features_that_do_not_vary_give_black(foreground: Tensor | None) -> None:
     tokens = torch.randn(16).expand(2, 4, 4, 16)
-    assert (visualize.pca_colours(tokens, foreground) == 0).all()
-    assert not visualize.foreground_mask(torch.zeros(2, 1, 1, 16)).any()
+    assert (pca.pca_colours(tokens, foreground) == 0).all()
+    assert not pca.foreground_mask(torch.zeros(2, 1, 1, 16)).any()
 
 
 def test_contact_sheet_shows_every_picture_in_its_cell() -> None:
