@@ -226,6 +226,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    tensorboard: bool
+    wandb_project: str
+    wandb_name: str
+    wandb_mode: Literal["online", "offline"]
+
+
+@dataclass(frozen=True)
 class Config:
     MODEL: Weights
     compute_precision: ComputePrecision
@@ -238,6 +246,7 @@ class Config:
     crops: Crops
     augmentation: Augmentation
     evaluation: Evaluation
+    tracking: Tracking
 
 
 # --- Loading and saving ----------------------------------------------------------------------------------------------

@@ -269,6 +269,7 @@ class MetricLogger:
         output_file: every printed line is also appended here as a JSON object.
         is_main: whether this is the process that writes the file and shows the progress bar.
         mean_over_processes: applied to tensors before they become numbers; then all processes must print together.
+        on_record: called by the main process with each of these objects, too; may be set later.
     """
 
     def __init__(
@@ -278,12 +279,14 @@ class MetricLogger:
         *,
         is_main: bool = True,
         mean_over_processes: Callable[[Tensor], Tensor] | None = None,
+        on_record: Sequence[Callable[[Mapping[str, float]], None]] = (),
     ) -> None:
         self.meters: dict[str, SmoothedValue] = {}
         self.delimiter = delimiter
         self.output_file = Path(output_file) if output_file is not None and is_main else None
         self.is_main = is_main
         self.mean_over_processes = mean_over_processes
+        self.on_record = on_record
         self._end: Callable[[], None] | None = None
 
     def update(self, *, only_finite: bool = False, **values: float | Tensor) -> None:
@@ -379,10 +382,14 @@ class MetricLogger:
         if index % loop.print_freq != 0 and index != loop.iterations[-1]:
             return
         logger.info("%s", self._line(loop, index))
-        if self.output_file is not None:
+        if self.is_main and (self.output_file is not None or self.on_record):
             medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
             times = {"iter_time": loop.iter_time.avg, "data_time": loop.data_time.avg}
-            append_json(self.output_file, {"iteration": index, **times, **medians})
+            record = {"iteration": index, **times, **medians}
+            if self.output_file is not None:
+                append_json(self.output_file, record)
+            for tell in self.on_record:
+                tell(record)
 
     def _line(self, loop: _Loop, index: int) -> str:
         stop, remaining = loop.iterations.stop, loop.iterations[-1] - index
