@@ -23,7 +23,7 @@ Record = Mapping[str, float]
 Tracker = Callable[[Record], None]
 
 PATIENCE = 30.0
-"""Seconds that Weights & Biases has at the end for what is not uploaded yet. It is on disk: `wandb sync` does the rest."""
+"""Seconds that Weights & Biases may take to begin, and at the end to upload; the rest is on disk, for `wandb sync`."""
 
 
 def check_trackers(*, tensorboard: bool, wandb_project: str) -> None:
@@ -154,19 +154,24 @@ def _wandb(
             dir=str(output_dir),
             config=dict(config),
             # Our console stays ours, and a dead network keeps nobody waiting.
-            settings=wandb.Settings(silent=True, console="off", login_timeout=PATIENCE, finish_timeout=PATIENCE),
+            settings=wandb.Settings(
+                silent=True, console="off", login_timeout=PATIENCE, init_timeout=PATIENCE, finish_timeout=PATIENCE
+            ),
         )
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         raise ValueError(f"Weights & Biases: {error} (or set tracking.wandb_mode=offline)") from error
     finally:
-        sys.excepthook, sys.exit = hooks  # type: ignore[assignment]  # it is told below how the run ends
-    logger.info("Weights & Biases: %s", run.url or run.dir)
+        sys.excepthook, sys.exit = hooks  # how the run ends is told below
+    logger.info("Weights & Biases: %s", run.dir if mode == "offline" else run.url)
     failed = True
     try:
         yield lambda record: run.log(by_group(record), step=int(record["iteration"]))
         failed = False
     finally:
-        run.finish(exit_code=int(failed))
+        try:
+            run.finish(exit_code=int(failed))
+        finally:
+            wandb.teardown()  # its process ends now and not at the exit of ours
 
 
 def _run_id(path: Path) -> str:
