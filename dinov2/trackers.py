@@ -23,7 +23,7 @@ Record = Mapping[str, float]
 Tracker = Callable[[Record], None]
 
 PATIENCE = 30.0
-"""Seconds that Weights & Biases may take to begin, and at the end to upload; the rest is on disk, for `wandb sync`."""
+"""Seconds that Weights & Biases may take to begin, and at the end to upload; the rest is on disk for `wandb sync`."""
 
 
 def check_trackers(*, tensorboard: bool, wandb_project: str) -> None:
@@ -143,35 +143,37 @@ def _wandb(
 ) -> Iterator[Tracker]:
     import wandb
 
-    hooks = sys.excepthook, sys.exit
+    failed = True
     try:
-        run = wandb.init(
-            project=project,
-            name=name or output_dir.name,
-            id=_run_id(output_dir / "wandb_run_id"),
-            resume="allow",  # go on with that id if there is such a run
-            mode=mode,
-            dir=str(output_dir),
-            config=dict(config),
-            # Our console stays ours, and a dead network keeps nobody waiting.
-            settings=wandb.Settings(
-                silent=True, console="off", login_timeout=PATIENCE, init_timeout=PATIENCE, finish_timeout=PATIENCE
-            ),
-        )
+        with _exit_hooks_kept():
+            wandb.setup(wandb.Settings(silent=True))  # it neither prints nor asks for a password
+            run = wandb.init(
+                project=project,
+                name=name or output_dir.name,
+                id=_run_id(output_dir / "wandb_run_id"),
+                resume="allow",  # go on with that id if there is such a run
+                mode=mode,
+                dir=str(output_dir),
+                config=dict(config),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=PATIENCE, finish_timeout=PATIENCE),
+            )
+        logger.info("Weights & Biases: %s", run.dir if mode == "offline" else run.url)
+        yield lambda record: run.log(by_group(record), step=int(record["iteration"]))
+        failed = False
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         raise ValueError(f"Weights & Biases: {error} (or set tracking.wandb_mode=offline)") from error
     finally:
-        sys.excepthook, sys.exit = hooks  # how the run ends is told below
-    logger.info("Weights & Biases: %s", run.dir if mode == "offline" else run.url)
-    failed = True
+        wandb.teardown(exit_code=int(failed))  # uploads, and ends the process that does it
+
+
+@contextmanager
+def _exit_hooks_kept() -> Iterator[None]:
+    """Undo what wandb does to them: tracebacks show once, and `wandb.teardown` is told how the run ended."""
+    hooks = sys.excepthook, sys.exit
     try:
-        yield lambda record: run.log(by_group(record), step=int(record["iteration"]))
-        failed = False
+        yield
     finally:
-        try:
-            run.finish(exit_code=int(failed))
-        finally:
-            wandb.teardown()  # its process ends now and not at the exit of ours
+        sys.excepthook, sys.exit = hooks
 
 
 def _run_id(path: Path) -> str:
