@@ -101,15 +101,19 @@ def test_it_runs_with_a_released_model_and_images_of_ones_own(
     torch.save(dinov2_vits14(pretrained=False).state_dict(), tmp_path / "dinov2_vits14" / "dinov2_vits14_pretrain.pth")
     source = make_dataset(dataset_str="FashionMNIST:split=VAL")
     for index in range(6):
-        path = tmp_path / "images" / source.get_class_name(index)[:4].strip() / f"{index}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        source.get_image(index).resize((64, 48)).save(path)
+        for folder in ("known/" + source.get_class_name(index)[:4].strip(), "new"):  # the new ones without labels
+            path = tmp_path / folder / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source.get_image(index).resize((64, 48)).save(path)
 
-    images = f"ImageFolder:root={tmp_path / 'images'}"
-    done = run_with(MODEL="dinov2_vits14", KNOWN=images, NEW=images)
+    done = run_with(
+        MODEL="dinov2_vits14",
+        KNOWN=f"ImageFolder:root={tmp_path / 'known'}",
+        NEW=f"ImageFolder:root={tmp_path / 'new'}",
+    )
     text = texts_of(done)
     assert "22.1 million parameters; patches of 14 pixels; a feature has 384 numbers" in text
     assert "patch tokens (1, 256, 384)" in text
     assert "(torch.Size([6, 384]), torch.Size([6, 384]))" in text
-    assert "of 6 images right" in text
+    assert "no labels" in text
     assert len(pictures_of(done)) == 2
