@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -41,6 +42,21 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 """Errors about what a person gave: a config, a file, a value, a full disk. Their message says all; others are ours."""
 
 
+class _ShortLine(logging.Formatter):
+    """17:55:51 message; with the level where it is not mere information."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        shown = copy(record)
+        if hasattr(record, "in_short"):
+            shown.msg, shown.args = record.in_short, ()
+        if record.levelno > logging.INFO:
+            shown.msg, shown.args = f"{record.levelname} {shown.getMessage()}", ()
+        return super().format(shown)
+
+
 class _Console(logging.Handler):
     """Lines on standard output, above the progress bar when there is one.
 
@@ -52,8 +68,6 @@ class _Console(logging.Handler):
         try:
             if hasattr(record, "last_words"):
                 tqdm.write(record.last_words, file=sys.stderr)
-            elif hasattr(record, "in_short"):
-                tqdm.write(record.in_short, file=sys.stdout)
             elif not hasattr(record, "only_in_file"):
                 tqdm.write(self.format(record), file=sys.stdout)
         except Exception:
@@ -101,7 +115,8 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
         root.removeHandler(old)
         old.close()
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+        in_file = isinstance(handler, _LogFile)
+        handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT) if in_file else _ShortLine())
         root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(True)
@@ -436,7 +451,7 @@ class MetricLogger:
         left = _clock(loop.elapsed()[1] * (loop.iterations[-1] - index))
         facts = [*speed, f"data wait {data_time / iter_time:.0%}", f"{left} left"]
         stop = loop.iterations.stop
-        heading = f"{time.strftime('%H:%M:%S')} {loop.header} {index:{len(str(stop))}d}/{stop}"
+        heading = f"{loop.header} {index:{len(str(stop))}d}/{stop}"
         return " | ".join([heading, *(["  ".join(values)] if values else []), "  ".join(facts)])
 
 
