@@ -290,7 +290,7 @@ class MetricLogger:
         hidden: meters that the console does not show.
 
     Attributes:
-        listeners: are called with each record that goes to the file, in the process that writes it.
+        listeners: are called with each such record, in the main process.
     """
 
     def __init__(
@@ -419,14 +419,16 @@ class MetricLogger:
         if not (self._line_is_due or notes):
             return
         logger.info("%s", self._line(loop, index), extra={"in_short": self._short_line(loop, index)})
-        iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
+        if not self.is_main:
+            return
+        medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
+        times = {"iter_time": loop.iter_time.avg, "data_time": loop.data_time.avg}
+        data_wait = {"data_wait": times["data_time"] / times["iter_time"]}
+        record = {"iteration": index, **times, **medians, **data_wait, **notes}
         if self.output_file is not None:
-            medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
-            times = {"iter_time": iter_time, "data_time": data_time}
-            record = {"iteration": index, **times, **medians, "data_wait": data_time / iter_time, **notes}
             append_json(self.output_file, record)
-            for listener in self.listeners:
-                listener(record)
+        for listener in self.listeners:
+            listener(record)
 
     def _line(self, loop: _Loop, index: int) -> str:
         stop, remaining = loop.iterations.stop, loop.iterations[-1] - index

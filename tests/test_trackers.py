@@ -41,7 +41,9 @@ def test_trackers_are_given_what_the_metrics_file_is_given(tmp_path: Path) -> No
             metrics.update(total_loss=float(step))
     assert [record["iteration"] for record in records] == [0, 2, 4] * 2
     assert records[:3] == [json.loads(line) for line in path.read_text().splitlines()]
-    list(MetricLogger(is_main=False, on_record=[records.append]).log_every([0], 1))
+    metrics = MetricLogger(is_main=False)
+    metrics.listeners = [records.append]
+    list(metrics.log_every([0], 1))
     assert len(records) == 6, "other processes than the main one tell nobody"
 
 
