@@ -141,7 +141,7 @@ class LostRank(Rule):
 
 
 class LostLoss(Rule):
-    """The loss goes back up."""
+    """The loss goes back up, and not because targets get richer, which is what centring does to them at first."""
 
     kind = "diverging"
     advice = (
@@ -150,21 +150,30 @@ class LostLoss(Rule):
     )
     patience = 5
     LOST, WON = 0.5, 0.02
+    INFORMATION_LOST = 0.6
 
     def __init__(self) -> None:
         self.first: float | None = None
         self.lowest = math.inf
+        self.most = 0.0
 
     def judge(self, record: Record) -> str | None:
-        loss = record.get("total_loss")
-        if loss is None:
+        loss, information = record.get("total_loss"), record.get("cls_target_information")
+        if loss is None or information is None:
             return None
         self.first = loss if self.first is None else self.first
-        self.lowest = min(self.lowest, loss)
+        self.lowest, self.most = min(self.lowest, loss), max(self.most, information)
         won, lost = self.first - self.lowest, loss - self.lowest
-        if won < self.WON * abs(self.first) or lost < self.LOST * won:
+        if (
+            won < self.WON * abs(self.first)
+            or lost < self.LOST * won
+            or information > self.INFORMATION_LOST * self.most
+        ):
             return ""
-        return f"the loss fell from {self.first:.2f} to {self.lowest:.2f} and is at {loss:.2f} again"
+        return (
+            f"the loss fell from {self.first:.2f} to {self.lowest:.2f} and is at {loss:.2f} again, while targets tell "
+            f"ever less about their images"
+        )
 
 
 class Exploding(Rule):

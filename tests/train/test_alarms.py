@@ -57,7 +57,7 @@ def test_an_empty_run_and_one_without_health_raise_none() -> None:
         ("collapse", {"cls_target_information": 0.01}),
         ("collapse", {"probe_cls_rank_me": 3.0}),
         ("collapse", {"probe_distinct_images": 1.0}),
-        ("diverging", {"total_loss": 7.5}),
+        ("diverging", {"total_loss": 7.5, "cls_target_information": 0.2}),
         ("diverging", {"probe_patch_norm": 900.0, "probe_patch_rank_me": 30.0}),
         ("dense features decaying", {"probe_patch_similarity": 0.7}),
         ("starved by data", {"data_wait": 0.6}),
@@ -82,6 +82,10 @@ def test_a_bad_line_or_two_are_no_alarm() -> None:
     records = run()
     records[20:22] = [{**line, "data_wait": 0.9, "total_loss": 8.0} for line in records[20:22]]
     assert find_alarms(records) == []
+
+
+def test_a_loss_that_rises_with_richer_targets_is_none() -> None:
+    assert find_alarms(run(20, total_loss=7.5, cls_target_information=1.5)) == []
 
 
 def test_an_alarm_is_over_when_its_sign_is_gone_and_may_come_again() -> None:
