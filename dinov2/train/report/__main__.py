@@ -6,7 +6,6 @@ The runs may be finished, stopped or still going. Whether a run is healthy stand
 """
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from dinov2.files import replacing
 from dinov2.log import run_command
-from dinov2.train.report.page import page
-from dinov2.train.report.run import read_runs
-
-logger = logging.getLogger(__name__)
+from dinov2.train.report.page import write_report
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -31,30 +26,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def write_report(folders: Sequence[Path], output: Path | None = None, title: str | None = None) -> Path:
-    """Write the page about some runs; returns its file.
-
-    Args:
-        folders: output folders of trainings.
-        output: the file; default: `report.html` in the first folder.
-        title: of the page; default: the names of the folders.
-
-    Raises:
-        FileNotFoundError: a folder is none that a training wrote.
-    """
-    runs = read_runs(folders)
-    output = output or folders[0] / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(output) as file:
-        file.write(page(runs, title).encode())
-    logger.info("report: %s", output)
-    return output
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
     args = get_args_parser().parse_args(argv)
-    return run_command(lambda: write_report(args.folders, args.output, args.title) and 0)
+    return run_command(lambda: report(args))
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write what the command line asks for; the exit status."""
+    write_report(args.folders, args.output, args.title)
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from dinov2.train.report.numbers import number
+from dinov2.train.report.numbers import short
 
 WIDTH, HEIGHT = 360, 196  # units of the drawing, about pixels
-LEFT, RIGHT, TOP, BOTTOM = 44, 52, 12, 26  # around the plot
+LEFT, RIGHT, TOP, BOTTOM = 44, 62, 12, 26  # around the plot
 FONT = 11
 MAX_POINTS = 600  # of a line
 MARKED = 25  # a line of so many points shows them
@@ -77,7 +77,8 @@ def chart(lines: Sequence[Line], label: str, *, spans: Sequence[Span] = (), step
 
 def swatch(style: int) -> str:
     """A piece of a line, for a legend."""
-    return f'<svg class="swatch" viewBox="0 0 30 8" width="30" height="8" aria-hidden="true"><path {_look(style)} d="M0 4H30"/></svg>'
+    box = 'viewBox="0 0 30 8" width="30" height="8"'
+    return f'<svg class="swatch" {box} aria-hidden="true"><path {_look(style)} d="M0 4H30"/></svg>'
 
 
 # --- Axes ------------------------------------------------------------------------------------------------------------
@@ -129,15 +130,19 @@ def tick_text(value: float) -> str:
 
 def _grid(x: Axis, y: Axis) -> str:
     parts = []
-    for value in ticks(y.low, y.high, 4, log=y.log):
+    for value in ticks(y.low, y.high, 5, log=y.log):
         at = y.at(value)
         parts.append(f'<path class="grid" d="M{x.start} {at:.1f}H{x.end}"/>')
-        parts.append(f'<text class="tick" x="{x.start - 6}" y="{at + 4:.1f}" text-anchor="end">{tick_text(value)}</text>')
+        parts.append(
+            f'<text class="tick" x="{x.start - 6}" y="{at + 4:.1f}" text-anchor="end">{tick_text(value)}</text>'
+        )
     parts.append(f'<path class="axis" d="M{x.start} {y.start}H{x.end}"/>')
     for value in ticks(x.low, x.high, 4):
         at = x.at(value)
         parts.append(f'<path class="axis" d="M{at:.1f} {y.start}v4"/>')
-        parts.append(f'<text class="tick" x="{at:.1f}" y="{y.start + 17}" text-anchor="middle">{tick_text(value)}</text>')
+        parts.append(
+            f'<text class="tick" x="{at:.1f}" y="{y.start + 17}" text-anchor="middle">{tick_text(value)}</text>'
+        )
     return "".join(parts)
 
 
@@ -145,7 +150,7 @@ def _grid(x: Axis, y: Axis) -> str:
 
 
 def _look(style: int) -> str:
-    dashes = DASHES[style % len(DASHES)]
+    dashes = DASHES[(style + style // NUM_STYLES) % len(DASHES)]
     return f'class="line line-{style % NUM_STYLES}"' + (f' stroke-dasharray="{dashes}"' if dashes else "")
 
 
@@ -155,7 +160,9 @@ def _curve(line: Line, x: Axis, y: Axis) -> str:
     curve = f'<path {_look(line.style)} d="{path}"/>' if len(points) > 1 else ""
     if len(points) > MARKED:
         return curve
-    return curve + "".join(f'<circle class="dot-{line.style % NUM_STYLES}" cx="{a:.1f}" cy="{b:.1f}" r="2.2"/>' for a, b in points)
+    return curve + "".join(
+        f'<circle class="dot-{line.style % NUM_STYLES}" cx="{a:.1f}" cy="{b:.1f}" r="2.2"/>' for a, b in points
+    )
 
 
 def thinned(points: Points, most: int) -> Points:
@@ -175,8 +182,10 @@ def _end_labels(lines: Sequence[Line], x: Axis, y: Axis) -> str:
     ends = [y.at(line.points[-1][1]) + 4 for line in lines]
     parts = []
     for line, at in zip(lines, pushed_apart(ends, FONT + 1, TOP + 4, HEIGHT - BOTTOM), strict=True):
-        text = f"{line.tag} {number(line.points[-1][1])}".strip()
-        parts.append(f'<text class="end text-{line.style % NUM_STYLES}" x="{x.end + 5}" y="{at:.1f}">{escape(text)}</text>')
+        text = f"{line.tag} {short(line.points[-1][1])}".strip()
+        parts.append(
+            f'<text class="end text-{line.style % NUM_STYLES}" x="{x.end + 5}" y="{at:.1f}">{escape(text)}</text>'
+        )
     return "".join(parts)
 
 

@@ -15,9 +15,20 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def short(value: float) -> str:
+    """As `number`, with three digits where four are long: 0.09992 -> 0.0999, 0.9996 -> 0.9996."""
+    text = number(value)
+    return text if len(text) <= 6 or abs(value) >= 1000 else number(float(f"{value:.3g}"))
+
+
 def percent(value: float) -> str:
-    """82.3999 -> 82.4 %"""
-    return f"{value:.1f} %"
+    """82.3999 -> 82.4 %, which stays on one line."""
+    return f"{value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def measured(value: float) -> str:
+    """A result of an evaluation with two decimals: 83 -> 83.00; small numbers, which are settings, as `number`."""
+    return f"{value:.2f}" if abs(value) >= 0.1 else number(value)
 
 
 def duration(seconds: float) -> str:

@@ -43,8 +43,8 @@ def _probed(ending: str) -> tuple[Curve, Curve]:
 GROUPS = (
     Group(
         "Losses",
-        "Does the student learn to predict the teacher? The loss falls fast, then slowly. It may rise for a while as the "
-        "teacher's targets sharpen, and a low loss alone does not mean good features.",
+        "Does the student learn to predict the teacher? The loss falls fast, then slowly. It may rise for a while as "
+        "the teacher's targets sharpen, and a low loss alone does not mean good features.",
         (
             Panel("Total loss", "What is optimised: the weighted sum of the terms.", (Curve("total_loss"),)),
             Panel(

@@ -6,7 +6,7 @@ Shapes: n images, h x w patches, D feature width.
 import base64
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +53,9 @@ def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
         found = pca_colours(tokens)
         later = next(reversed(colours.values())) if colours else reference
         colours[step] = aligned(found, later) if later is not None and later.shape == found.shape else found
-    images = [] if run.images is None else [Image.fromarray(each.transpose(1, 2, 0)) for each in run.images[:MAX_IMAGES]]
+    images = (
+        [] if run.images is None else [Image.fromarray(each.transpose(1, 2, 0)) for each in run.images[:MAX_IMAGES]]
+    )
     return Gallery(
         images=[data_uri(shrunk(image)) for image in images],
         steps={step: [data_uri(picture) for picture in to_pictures(colours[step])] for step in sorted(colours)},
@@ -125,11 +127,10 @@ def data_uri(image: Image.Image) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def galleries(runs: Sequence[Run]) -> Mapping[str, Gallery]:
-    """The pictures of several runs, by name, in the colours of the first one where the patches are the same."""
-    found: dict[str, Gallery] = {}
-    reference: Tensor | None = None
+def galleries(runs: Sequence[Run]) -> list[Gallery]:
+    """The pictures of several runs, in the colours of the first one as far as the patches are the same."""
+    found: list[Gallery] = []
     for run in runs:
-        found[run.name] = gallery(run, reference)
-        reference = reference if reference is not None else found[run.name].colours
+        references = [each.colours for each in found if each.colours is not None]
+        found.append(gallery(run, references[0] if references else None))
     return found

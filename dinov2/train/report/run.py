@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,6 +50,7 @@ class Run:
     """A run, read."""
 
     name: str  # short, differs from those of the other runs on the page
+    tag: str  # A, B, ...; empty if it is the only run on the page
     config: Config | None
     config_text: str  # as in the file
     records: Sequence[Record]  # one for each logged step, by iteration; finite numbers only
@@ -62,9 +64,14 @@ class Run:
     notes: Sequence[str]  # what could not be read
 
     @property
+    def title(self) -> str:
+        """The name, with its tag."""
+        return f"{self.tag}: {self.name}" if self.tag else self.name
+
+    @property
     def total_steps(self) -> int | None:
         """Steps of the whole run."""
-        return self.config and self.config.optim.epochs * self.config.train.OFFICIAL_EPOCH_LENGTH
+        return None if (cfg := self.config) is None else cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
 
     @property
     def steps_done(self) -> int:
@@ -108,7 +115,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     Raises:
         FileNotFoundError: a folder is none that a training wrote, naming what was looked for.
     """
-    return [read_run(folder, name) for folder, name in zip(folders, short_names(folders), strict=True)]
+    names = short_names(folders)
+    tags = [ascii_uppercase[index] if index < 26 else str(index + 1) for index in range(len(folders))]
+    if len(folders) == 1:
+        tags = [""]
+    return [read_run(*each) for each in zip(folders, names, tags, strict=True)]
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -121,7 +132,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(each[-1:]) for each in parts]  # one folder given twice
 
 
-def read_run(folder: Path, name: str) -> Run:
+def read_run(folder: Path, name: str, tag: str = "") -> Run:
     """Read one run, finished or not.
 
     Raises:
@@ -136,6 +147,7 @@ def read_run(folder: Path, name: str) -> Run:
     records = read_records(metrics, notes)
     return Run(
         name=name,
+        tag=tag,
         config=cfg,
         config_text=text,
         records=records,
@@ -216,7 +228,7 @@ def measurements_of(results: Mapping[str, Any]) -> list[Measurement]:
 
 def _numbers(metrics: Any, evaluation: str, prefix: tuple[str, ...] = ()) -> list[tuple[str, float]]:
     """Numbers in nested mappings, named by the keys on the way; of a list of numbers the mean."""
-    if isinstance(metrics, bool) or isinstance(metrics, str) or metrics is None:
+    if isinstance(metrics, bool | str | None):
         return []
     if isinstance(metrics, int | float):
         return [(", ".join(prefix), float(metrics))]

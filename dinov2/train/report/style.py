@@ -21,6 +21,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 17px/1.55 v
 main, header, footer { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
 header { padding-top: 48px; }
 h1, h2, h3, h4 { line-height: 1.2; font-weight: 600; margin: 0; text-wrap: balance; }
+.kind { font: 14px/1.3 var(--figures); color: var(--soft); margin: 0 0 4px; }
 h1 { font-size: 34px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
 h2 { font-size: 24px; margin: 56px 0 8px; padding-top: 14px; border-top: 1px solid var(--rule); }
 h3 { font-size: 19px; margin: 32px 0 2px; }
@@ -51,7 +52,8 @@ nav a { margin-right: 16px; }
 .tiles dd { margin: 0; font: 500 26px/1.25 var(--figures); font-variant-numeric: tabular-nums; }
 .tiles dd small { font-size: 14px; color: var(--soft); font-weight: 400; }
 
-.alarm { border: 1px solid var(--rule); border-left: 5px solid var(--bad); padding: 12px 18px; margin: 14px 0; }
+.alarm { border: 1px solid var(--rule); border-left: 5px solid var(--bad); padding: 12px 18px; margin: 14px 0;
+  max-width: 800px; }
 .alarm.over { border-left-color: var(--rule); }
 .alarm h3 { margin: 0 0 4px; }
 .alarm h3 small { font: 14px var(--figures); color: var(--soft); }
@@ -60,23 +62,24 @@ nav a { margin-right: 16px; }
 table { border-collapse: collapse; margin: 12px 0; font: 14px/1.4 var(--figures); font-variant-numeric: tabular-nums; }
 caption { text-align: left; font: 15px/1.4 var(--text); padding-bottom: 6px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 22px 5px 0; border-bottom: 1px solid var(--rule);
-  overflow-wrap: anywhere; min-width: 4.5em; }
+  overflow-wrap: anywhere; }
+th:first-child { min-width: 7em; }
 thead th { font-weight: 600; border-bottom: 1.5px solid var(--ink); }
 tbody th { font-weight: 400; color: var(--soft); }
 .number { text-align: right; white-space: nowrap; }
 td.other { font-weight: 600; }
 
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 26px 28px;
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 0 28px;
   margin: 14px 0; }
+.panel { display: grid; grid-row: span 3; grid-template-rows: subgrid; gap: 4px; padding-bottom: 24px; }
 figure { margin: 0; min-width: 0; }
 .panel figcaption { font-size: 14px; line-height: 1.4; }
-.panel h4 { color: var(--ink); display: flex; flex-wrap: wrap; gap: 2px 12px; align-items: baseline; }
-.legend { font: 13px/1.4 var(--figures); color: var(--ink); font-weight: 400; display: inline-flex; flex-wrap: wrap;
-  gap: 2px 16px; }
+.panel > div { display: flex; flex-wrap: wrap; gap: 2px 14px; align-items: baseline; align-self: end; }
+.legend { font: 13px/1.4 var(--figures); display: flex; flex-wrap: wrap; gap: 2px 16px; }
 .legend span { display: inline-flex; align-items: center; gap: 6px; overflow-wrap: anywhere; }
 .swatch { flex: none; }
 .runs { position: sticky; top: 0; background: var(--paper); padding: 8px 0; border-bottom: 1px solid var(--rule);
-  z-index: 1; display: flex; }
+  z-index: 1; }
 .chart { display: block; width: 100%; height: auto; font-family: var(--figures); font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: butt; }
 .grid { stroke: var(--rule); stroke-width: 0.8; }
@@ -121,7 +124,7 @@ footer { margin-top: 64px; padding-top: 14px; padding-bottom: 40px; color: var(-
   th, td { padding-right: 12px; }
 }
 @media print {
-  :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --rule: #bbb; --faint: #fff;
+  :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; --faint: #fff;
     --good: #000; --unclear: #000; --bad: #000; --shade: #000;
     --c0: #123f7a; --c1: #9a3d08; --c2: #1d5e38; --c3: #66307c; --c4: #6e5700; --c5: #333; }
   @page { size: A4; margin: 14mm; }
@@ -133,8 +136,9 @@ footer { margin-top: 64px; padding-top: 14px; padding-bottom: 40px; color: var(-
   .verdict h2 { font-size: 17pt; }
   h2, h3, caption, .question { break-after: avoid; }
   figure, .alarm, .verdict, .row, tr, pre { break-inside: avoid; }
-  .panels { grid-template-columns: 1fr 1fr 1fr; gap: 14pt 14pt; }
-  .panel figcaption { font-size: 8.5pt; }
+  .panels { grid-template-columns: 1fr 1fr; gap: 0 22pt; }
+  .panel { padding-bottom: 12pt; }
+  .panel figcaption { font-size: 9pt; }
   .runs { position: static; }
   .scroll { overflow: visible; }
   table { font-size: 9pt; max-width: 100%; }

@@ -72,8 +72,9 @@ def _alarms(run: Run) -> str:
     if run.alarms:
         current = sum(not alarm.over for alarm in run.alarms)
         over = len(run.alarms) - current
-        counts = [f"{current} alarm(s) now"] * bool(current) + [f"{over} that passed"] * bool(over)
-        return f"{' and '.join(counts)}: what was seen, and what to do, is below.".capitalize()
+        now = f"{current} alarm{'s' if current > 1 else ''}" if current else ""
+        then = f"{over} {'earlier ' if current else 'alarm' + 's' * (over > 1) + ' '}that passed" if over else ""
+        return f"{' and '.join(filter(None, (now, then)))}: what was seen, and what to do, is below."
     return "No alarms." if any(run.series(key) for key in HEALTH_KEYS) else ""
 
 
@@ -83,10 +84,11 @@ def _loss(run: Run) -> str:
         return ""
     first, last = change
     if last < first:
-        return f"The loss fell from {number(first)} to {number(last)}."
+        but = ", but it can fall while features get worse" if any(not alarm.over for alarm in run.alarms) else ""
+        return f"The loss fell from {number(first)} to {number(last)}{but}."
     return (
-        f"The loss went from {number(first)} to {number(last)}. It may rise for a while, as the teacher's targets become "
-        f"harder, but not to the end."
+        f"The loss went from {number(first)} to {number(last)}. It may rise for a while, as the teacher's targets "
+        f"sharpen, but should fall in the end."
     )
 
 
@@ -102,7 +104,9 @@ def _accuracy(run: Run) -> list[str]:
             f"k-NN accuracy, the share of images whose class is that of the most similar others, {word} from "
             f"{percent(first)} at step {start:,.0f}{untrained} to {percent(last)} at step {end:,.0f}."
         )
-    tested = {each.name.partition(",")[0]: each.value for each in reversed(run.measurements) if each.evaluation == "knn"}
+    tested = {
+        each.name.partition(",")[0]: each.value for each in reversed(run.measurements) if each.evaluation == "knn"
+    }
     if {"trained", "untrained"} <= tested.keys():
         pixels = f", raw pixels {percent(tested['raw pixels'])}" if "raw pixels" in tested else ""
         sentences.append(
@@ -118,13 +122,13 @@ def _rank(run: Run) -> str:
         return ""
     first, last = change
     word = "up" if last > first else "down"
-    return f"The image features use about {number(last)} dimensions, {word} from {number(first)}."
+    return f"The features of whole images use about {last:.3g} dimensions, {word} from {first:.3g}."
 
 
 def _best(run: Run) -> str:
     if run.best is None:
         return ""
-    value = f"k-NN {percent(run.best.value)}" if run.best.signal == "knn" else f"effective rank {number(run.best.value)}"
+    value = f"k-NN {percent(run.best.value)}" if run.best.signal == "knn" else f"effective rank {run.best.value:.3g}"
     return f"The best teacher is that of step {run.best.iteration:,} ({value}): eval/best."
 
 
