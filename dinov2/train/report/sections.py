@@ -102,8 +102,8 @@ def pictures(runs: Sequence[Run]) -> str:
         return "<p>The run has kept no patch features (folder <code>health</code>), so there are no pictures.</p>"
     intro = (
         "<p>The same images over training, and below each what the teacher's patch features are like: their first "
-        "three principal components as red, green and blue. Patches that are alike to the network have like colours, in all "
-        "images of a row. Noise, or colours that follow the place in the image alone, become parts of things.</p>"
+        "three principal components as red, green and blue. Patches that are alike to the network have like colours, "
+        "in all images of a row. Noise, or colours that follow the place in the image alone, become parts of things.</p>"
         '<p class="soft">Every row has components of its own. Their signs and order, which are arbitrary, are chosen '
         "to agree with the row below, so that colours can be followed upwards from the last step.</p>"
     )
