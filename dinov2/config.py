@@ -226,6 +226,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Health:
+    period: Count
+    probe_images: Size
+    knn_period: Count | None
+    knn_images: Size
+    knn_dataset: str
+
+
+@dataclass(frozen=True)
 class Config:
     MODEL: Weights
     compute_precision: ComputePrecision
@@ -238,6 +247,7 @@ class Config:
     crops: Crops
     augmentation: Augmentation
     evaluation: Evaluation
+    health: Health
 
 
 # --- Loading and saving ----------------------------------------------------------------------------------------------

@@ -45,12 +45,15 @@ class _Console(logging.Handler):
     """Lines on standard output, above the progress bar when there is one.
 
     The `last_words` of a record, which end a command, go to standard error instead; what is `only_in_file` is left out.
+    A record that is `in_short` is shown so, the whole of it is in the file.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             if hasattr(record, "last_words"):
                 tqdm.write(record.last_words, file=sys.stderr)
+            elif hasattr(record, "in_short"):
+                tqdm.write(record.in_short, file=sys.stdout)
             elif not hasattr(record, "only_in_file"):
                 tqdm.write(self.format(record), file=sys.stdout)
         except Exception:
@@ -269,6 +272,10 @@ class MetricLogger:
         output_file: every printed line is also appended here as a JSON object.
         is_main: whether this is the process that writes the file and shows the progress bar.
         mean_over_processes: applied to tensors before they become numbers; then all processes must print together.
+        hidden: meters that the console does not show.
+
+    Attributes:
+        listeners: are called with each record that goes to the file, in the process that writes it.
     """
 
     def __init__(
@@ -278,12 +285,17 @@ class MetricLogger:
         *,
         is_main: bool = True,
         mean_over_processes: Callable[[Tensor], Tensor] | None = None,
+        hidden: Sequence[str] = (),
     ) -> None:
         self.meters: dict[str, SmoothedValue] = {}
         self.delimiter = delimiter
         self.output_file = Path(output_file) if output_file is not None and is_main else None
         self.is_main = is_main
         self.mean_over_processes = mean_over_processes
+        self.hidden = hidden
+        self.listeners: list[Callable[[Mapping[str, float]], object]] = []
+        self._notes: dict[str, float] = {}
+        self._line_is_due = False
         self._end: Callable[[], None] | None = None
 
     def update(self, *, only_finite: bool = False, **values: float | Tensor) -> None:
@@ -293,6 +305,17 @@ class MetricLogger:
         """
         for name, value in values.items():
             self.meters.setdefault(name, self._meter()).update(value, only_finite=only_finite)
+
+    def note(self, **values: float) -> None:
+        """Put numbers of this very iteration into its record, not smoothed, those that are finite; it is printed then.
+
+        They are the same on all processes.
+        """
+        self._notes |= {name: value for name, value in values.items() if math.isfinite(value)}
+
+    def line_is_due(self) -> bool:
+        """Whether the current iteration of `log_every` is one that is printed in any case."""
+        return self._line_is_due
 
     def _meter(self) -> SmoothedValue:
         return SmoothedValue(fmt=_FOUR_DIGITS, mean_over_processes=self.mean_over_processes)
@@ -357,6 +380,7 @@ class MetricLogger:
                 except StopIteration:
                     break
                 self._end = partial(self._end_iteration, loop, index, asked, time.perf_counter())
+                self._line_is_due = index % print_freq == 0 or index == loop.iterations[-1]
                 yield item
                 self.end_iteration()
                 bar.update()
@@ -376,13 +400,18 @@ class MetricLogger:
     def _end_iteration(self, loop: _Loop, index: int, asked: float, received: float) -> None:
         loop.data_time.update(received - asked)
         loop.iter_time.update(time.perf_counter() - asked)
-        if index % loop.print_freq != 0 and index != loop.iterations[-1]:
+        notes, self._notes = self._notes, {}
+        if not (self._line_is_due or notes):
             return
-        logger.info("%s", self._line(loop, index))
+        logger.info("%s", self._line(loop, index), extra={"in_short": self._short_line(loop, index)})
+        iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
         if self.output_file is not None:
             medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
-            times = {"iter_time": loop.iter_time.avg, "data_time": loop.data_time.avg}
-            append_json(self.output_file, {"iteration": index, **times, **medians})
+            times = {"iter_time": iter_time, "data_time": data_time, "data_wait": data_time / iter_time}
+            record = {"iteration": index, **times, **medians, **notes}
+            append_json(self.output_file, record)
+            for listener in self.listeners:
+                listener(record)
 
     def _line(self, loop: _Loop, index: int) -> str:
         stop, remaining = loop.iterations.stop, loop.iterations[-1] - index
@@ -397,6 +426,18 @@ class MetricLogger:
         if torch.cuda.is_available():
             parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
         return self.delimiter.join(parts).strip()
+
+    def _short_line(self, loop: _Loop, index: int) -> str:
+        """What a person at the console wants to know: medians without their names' common words, speed, time left."""
+        iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
+        shown = {name: meter.median for name, meter in self.meters.items() if meter.count and name not in self.hidden}
+        values = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in shown.items()]
+        speed = [f"{loop.batch_size / iter_time:.4g} images/s"] if loop.batch_size is not None else []
+        left = _clock(loop.elapsed()[1] * (loop.iterations[-1] - index))
+        facts = [*speed, f"data wait {data_time / iter_time:.0%}", f"{left} left"]
+        stop = loop.iterations.stop
+        heading = f"{time.strftime('%H:%M:%S')} {loop.header} {index:{len(str(stop))}d}/{stop}"
+        return " | ".join([heading, *(["  ".join(values)] if values else []), "  ".join(facts)])
 
 
 def _clock(seconds: float) -> str:
@@ -417,6 +458,13 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise OSError(error.errno, f"cannot write the metrics: {error.strerror}", str(path)) from error
+
+
+def read_records(path: str | Path) -> list[dict[str, float]]:
+    """The lines of a metrics file, without one torn by a crash; none if there is no file."""
+    path = Path(path)
+    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if math.isfinite(_iteration_of(line))]
 
 
 def truncate_metrics(path: str | Path, before_iteration: int) -> None:

@@ -1,20 +1,297 @@
-"""Stand-in until the real one is merged."""
+"""What a run's numbers mean: alarms in plain words, each with what to do about it.
 
+Every rule hears the records of `training_metrics.json` one after the other and finds something or not. An alarm begins
+when it has found something in `patience` records in a row that it could judge, and is over with the first one in which
+it does not. Rules compare a run with itself: what numbers are normal depends on recipe, data and size. The limits were
+chosen on small runs, healthy ones and such made to fail in known ways (`tests/train/test_alarms.py`).
+"""
+
+import logging
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+logger = logging.getLogger(__name__)
+
+Record = Mapping[str, float]
+
 
 class Alarm(NamedTuple):
-    """One thing that went wrong, from `first` to `last`."""
+    """Something is wrong with a run, or was."""
+
+    kind: str  # collapse | diverging | starved by data | dense features decaying
+    first: int  # iteration of the first record that says so
+    last: int  # and of the last one
+    over: bool  # whether a later record no longer does
+    finding: str  # what was seen
+    advice: str  # what to do
+
+
+class Rule(ABC):
+    """One sign of one kind of failure. `judge` may keep what it needs of former records."""
 
     kind: str
-    first: int
-    last: int
-    over: bool
-    finding: str
     advice: str
+    patience: int
+
+    @abstractmethod
+    def judge(self, record: Record) -> str | None:
+        """What is wrong, in words; '' if nothing is, None if this record cannot tell."""
 
 
-def find_alarms(records: Sequence[Mapping[str, float]]) -> list[Alarm]:
-    """None."""
-    return []
+class FewPrototypes(Rule):
+    """All images of a batch are assigned to very few prototypes."""
+
+    kind = "collapse"
+    advice = (
+        "The targets hardly tell images apart. Usual causes: the teacher's outputs are not centred or balanced (try "
+        "train.centering=sinkhorn_knopp), teacher.teacher_temp too low, or optim.base_lr too high."
+    )
+    patience = 5
+    LIMIT = 0.25  # of the entropy that there could be; two of 128 prototypes: 0.14
+
+    def __init__(self, targets: str) -> None:
+        self.targets = targets
+
+    def judge(self, record: Record) -> str | None:
+        perplexity, capacity = (record.get(f"{self.targets}_target_{name}") for name in ("perplexity", "capacity"))
+        if perplexity is None or capacity is None or capacity < math.log(MIN_ROWS):
+            return None
+        if math.log(max(perplexity, 1.0)) >= self.LIMIT * capacity:
+            return ""
+        share = record.get(f"{self.targets}_largest_prototype", math.nan)
+        return (
+            f"the {WORDS[self.targets]} targets of a whole batch are spread over {perplexity:.1f} prototypes; "
+            f"{share:.0%} of the rows have the same largest one"
+        )
+
+
+class AlikeTargets(Rule):
+    """Targets say next to nothing about their image, though they did, or though the warm-up is over."""
+
+    kind = "collapse"
+    advice = (
+        "Different images get the same target, so that there is nothing to learn. Look at the data first (is it one "
+        "image over and over?), then lower optim.base_lr, raise optim.warmup_epochs, and check that there are not many "
+        "more prototypes (dino.head_n_prototypes) than rows in a batch."
+    )
+    patience = 5
+    LIMIT = 0.01  # of the information that there could be
+
+    def __init__(self) -> None:
+        self.warm_up = WarmUp()
+        self.most = 0.0
+
+    def judge(self, record: Record) -> str | None:
+        information, capacity = record.get("cls_target_information"), record.get("cls_target_capacity")
+        warm = self.warm_up.is_over(record)
+        if information is None or capacity is None or capacity < math.log(MIN_ROWS):
+            return None
+        share = information / capacity
+        self.most = max(self.most, share)
+        if share >= self.LIMIT or not (warm or self.most > 5 * self.LIMIT):
+            return ""
+        return f"the targets tell {information:.3f} of at most {capacity:.1f} nats about which image they are of"
+
+
+class LostRank(Rule):
+    """The features of different images lie in ever fewer directions."""
+
+    kind = "collapse"
+    advice = (
+        "Features of different images become alike. Go back to eval/best or to a checkpoint before this began, with a "
+        "lower optim.base_lr or a higher teacher momentum (teacher.momentum_teacher); check that "
+        "dino.koleo_loss_weight is not 0 and that the images are not near duplicates."
+    )
+    patience = 3
+    LOST, ALL_ALIKE = 0.4, 1.5
+
+    def __init__(self) -> None:
+        self.warm_up = WarmUp()
+        self.highest = 0.0
+
+    def judge(self, record: Record) -> str | None:
+        warm, rank = self.warm_up.is_over(record), record.get("probe_cls_rank_me")
+        if rank is None:
+            return None
+        self.highest = max(self.highest, rank)
+        if rank < self.LOST * self.highest:
+            return f"the effective rank of the class tokens (RankMe) fell from {self.highest:.1f} to {rank:.1f}"
+        if warm and rank < self.ALL_ALIKE:
+            return f"the class tokens of different images are all but the same: effective rank (RankMe) {rank:.2f}"
+        return ""
+
+
+class LostLoss(Rule):
+    """The loss goes back up."""
+
+    kind = "diverging"
+    advice = (
+        "The optimisation runs away. Lower optim.base_lr (by 3 to 10) or raise optim.warmup_epochs, mind that "
+        "optim.scaling_rule fits your batch, set optim.clip_grad, prefer bf16 to fp16; go back to a checkpoint before it."
+    )
+    patience = 5
+    LOST, WON = 0.5, 0.02
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.lowest = math.inf
+
+    def judge(self, record: Record) -> str | None:
+        loss = record.get("total_loss")
+        if loss is None:
+            return None
+        self.first = loss if self.first is None else self.first
+        self.lowest = min(self.lowest, loss)
+        won, lost = self.first - self.lowest, loss - self.lowest
+        if won < self.WON * abs(self.first) or lost < self.LOST * won:
+            return ""
+        return f"the loss fell from {self.first:.2f} to {self.lowest:.2f} and is at {loss:.2f} again"
+
+
+class Exploding(Rule):
+    """Tokens grow without becoming better."""
+
+    kind = "diverging"
+    advice = LostLoss.advice
+    patience = 2
+    GROWN, LOST = 5.0, 0.6
+
+    def __init__(self) -> None:
+        self.smallest, self.highest = math.inf, 0.0
+
+    def judge(self, record: Record) -> str | None:
+        norm, rank = record.get("probe_patch_norm"), record.get("probe_patch_rank_me")
+        if norm is None or rank is None:
+            return None
+        self.smallest, self.highest = min(self.smallest, norm), max(self.highest, rank)
+        if norm < self.GROWN * self.smallest or rank > self.LOST * self.highest:
+            return ""
+        return (
+            f"patch tokens grew from a length of {self.smallest:.3g} to {norm:.3g} while their effective rank fell "
+            f"from {self.highest:.0f} to {rank:.0f}"
+        )
+
+
+class DecayingPatches(Rule):
+    """Patches of an image become alike while its class token stays good."""
+
+    kind = "dense features decaying"
+    advice = (
+        "Class tokens may still get better, but segmentation, depth and matching will get worse. Known of long runs of "
+        "large models. Use an earlier teacher for dense tasks; a higher ibot.loss_weight, registers "
+        "(student.num_register_tokens=4) or a shorter schedule help."
+    )
+    patience = 3
+    RISEN = 0.25  # of the way from its lowest value to 1
+
+    def __init__(self) -> None:
+        self.lowest, self.highest_rank = 1.0, 0.0
+
+    def judge(self, record: Record) -> str | None:
+        similarity, rank = record.get("probe_patch_similarity"), record.get("probe_cls_rank_me")
+        if similarity is None or rank is None:
+            return None
+        self.lowest, self.highest_rank = min(self.lowest, similarity), max(self.highest_rank, rank)
+        rising = similarity > self.lowest + self.RISEN * (1 - self.lowest)
+        if not rising or rank < LostRank.LOST * self.highest_rank:  # then all decay
+            return ""
+        return f"the mean similarity of two patches of an image rose from {self.lowest:.2f} to {similarity:.2f}"
+
+
+class Starved(Rule):
+    """Steps wait for their images."""
+
+    kind = "starved by data"
+    advice = (
+        "Give the loading more processes (train.num_workers) or cores, put the images on a faster disk or store them "
+        "smaller, or let the device cut the crops (train.augment_on=device)."
+    )
+    patience = 5
+    LIMIT = 0.4
+
+    def judge(self, record: Record) -> str | None:
+        share = record.get("data_wait")
+        if share is None:
+            return None
+        if share < self.LIMIT:
+            return ""
+        return (
+            f"{share:.0%} of the time goes into waiting for images ({record.get('data_time', math.nan):.2f} s a step)"
+        )
+
+
+class WarmUp:
+    """Whether the learning rate has begun to fall: before that a network may not have learnt a thing yet."""
+
+    def __init__(self) -> None:
+        self.highest = 0.0
+
+    def is_over(self, record: Record) -> bool:
+        lr = record.get("lr", 0.0)
+        self.highest = max(self.highest, lr)
+        return lr < self.highest
+
+
+MIN_ROWS = 16  # of targets; fewer can be alike by chance
+WORDS = {"cls": "class", "patch": "patch"}
+
+
+class AlarmBell:
+    """Hears the records of a run and tells of alarms that begin or end.
+
+    Args:
+        history: the records so far, of which nothing is told; alarms that have begun there go on.
+    """
+
+    def __init__(self, history: Sequence[Record] = ()) -> None:
+        self.alarms: list[Alarm] = []
+        self._rules = [
+            *(FewPrototypes("cls"), FewPrototypes("patch"), AlikeTargets(), LostRank()),
+            *(LostLoss(), Exploding(), DecayingPatches(), Starved()),
+        ]
+        self._began: dict[Rule, list[int]] = {}  # iterations of the records in a row, until there is an alarm
+        self._ringing: dict[Rule, int] = {}  # the position of the alarm
+        for record in history:
+            self._take(record)
+
+    def hear(self, record: Record) -> None:
+        """Take in a record; what begins or ends with it is logged."""
+        for alarm in self._take(record):
+            if alarm.over:
+                logger.info("alarm over, since step %d: %s", int(record["iteration"]), alarm.kind)
+            else:
+                logger.warning("ALARM, %s: since step %d %s. %s", alarm.kind, alarm.first, alarm.finding, alarm.advice)
+
+    def _take(self, record: Record) -> list[Alarm]:
+        return [alarm for rule in self._rules for alarm in self._apply(rule, record)]
+
+    def _apply(self, rule: Rule, record: Record) -> list[Alarm]:
+        """The alarm of a rule, if it begins or ends with this record."""
+        finding, step = rule.judge(record), int(record["iteration"])
+        if finding is None:
+            return []
+        position = self._ringing.get(rule)
+        if not finding:
+            self._began.pop(rule, None)
+            if position is None:
+                return []
+            del self._ringing[rule]
+            self.alarms[position] = self.alarms[position]._replace(over=True)
+            return [self.alarms[position]]
+        if position is not None:
+            self.alarms[position] = self.alarms[position]._replace(last=step, finding=finding)
+            return []
+        steps = self._began.setdefault(rule, [])
+        steps.append(step)
+        if len(steps) < rule.patience:
+            return []
+        self._ringing[rule] = len(self.alarms)
+        self.alarms.append(Alarm(rule.kind, steps[0], step, False, finding, rule.advice))
+        return self.alarms[-1:]
+
+
+def find_alarms(records: Sequence[Record]) -> list[Alarm]:
+    """The alarms of a run, in the order in which they began."""
+    return sorted(AlarmBell(records).alarms, key=lambda alarm: alarm.first)

@@ -114,3 +114,8 @@ def scale_lr(base_lr: float, rule: str, global_batch: int) -> float:
     if rule not in factors:
         raise ValueError(f"unknown optim.scaling_rule {rule!r}; known: {', '.join(factors)}")
     return base_lr * factors[rule]
+
+
+def is_due(step: int, period: int, last_step: int) -> bool:
+    """Whether something done every `period` steps and at the end follows `step`; never if the period is 0 or less."""
+    return period > 0 and ((step + 1) % period == 0 or step == last_step)

@@ -32,8 +32,10 @@ from dinov2.data.masking import published_max_num_patches
 from dinov2.data.randomness import seed_for
 from dinov2.data.uncut import UncutBatch
 from dinov2.files import occupying
-from dinov2.log import MetricLogger, run_command, setup_logging, truncate_metrics
+from dinov2.log import MetricLogger, read_records, run_command, setup_logging, truncate_metrics
+from dinov2.train.alarms import AlarmBell
 from dinov2.train.allocation import keep_freed_memory
+from dinov2.train.best_teacher import rate_teacher
 from dinov2.train.checkpoint import (
     Checkpointer,
     latest_checkpoint,
@@ -44,10 +46,11 @@ from dinov2.train.checkpoint import (
 )
 from dinov2.train.dry_run import dry_run
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
+from dinov2.train.health import HealthPanel, TargetWatch
 from dinov2.train.interruption import Interruption
 from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters, step_unless
 from dinov2.train.parallel import parallelize
-from dinov2.train.schedules import build_schedules, global_batch_size, scale_lr
+from dinov2.train.schedules import build_schedules, global_batch_size, is_due, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
 
 logger = logging.getLogger(__name__)
@@ -159,8 +162,11 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         output_dir / "training_metrics.json",
         is_main=distributed.is_main(),
         mean_over_processes=distributed.all_reduce_mean,
+        hidden=("wd", "mom", "last_layer_lr", "current_batch_size"),
     )
     start, images_seen = resume_run(cfg, latest, checkpointer, metrics)
+    panel = HealthPanel(cfg, model, dataset, last_step=total_steps - 1)
+    metrics.listeners.append(AlarmBell(read_records(output_dir / "training_metrics.json")).hear)
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
     global_batch = global_batch_size(cfg, distributed.world_size())
@@ -174,8 +180,9 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         ):
             now = schedules.at(step)
             set_hyperparameters(optimizer, now)
-            losses = forward_backward(model, batches, now.teacher_temp, scaler, seed=cfg.train.seed, step=step)
-            clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite)
+            watch = panel.watch(step, line_is_due=metrics.line_is_due())
+            losses = forward_backward(model, batches, now.teacher_temp, scaler, watch, seed=cfg.train.seed, step=step)
+            norms = clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite)
             ema_update(model.teacher, model.student, now.momentum)
             nonfinite.tell(scaler, all_steps=step == total_steps - 1)
             bad_images.check(batches)
@@ -183,9 +190,14 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
             metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu))
             metrics.update(**displayed(losses, cfg), only_finite=True)
+            measured = panel.measured(step, watch, norms)
+            metrics.note(**measured)
             metrics.end_iteration()
             if is_due(step, cfg.evaluation.eval_period_iterations, last_step=total_steps - 1):
-                save_teacher(model.teacher, output_dir / "eval" / f"training_{step}" / "teacher_checkpoint.pth")
+                folder = output_dir / "eval" / f"training_{step}"
+                save_teacher(model.teacher, folder / "teacher_checkpoint.pth")
+                if distributed.is_main():
+                    rate_teacher(folder, step, measured)
             stopping = interruption.requested()
             due = due or checkpointer.is_due(step)
             healthy = nonfinite.in_a_row == 0 or step == total_steps - 1  # else older checkpoints are worth more
@@ -202,11 +214,12 @@ def forward_backward(
     batches: Sequence[Batch],
     teacher_temp: float,
     scaler: torch.amp.GradScaler,
+    watch: TargetWatch | None = None,
     *,
     seed: int,
     step: int,
 ) -> Losses:
-    """The losses of a step, averaged over its micro-batches, and their gradient.
+    """The losses of a step, averaged over its micro-batches, and their gradient; `watch` sees the targets.
 
     The targets of all micro-batches are made together. Each is then treated as that of a process of its own.
     """
@@ -215,7 +228,10 @@ def forward_backward(
     for micro, (batch, targets) in enumerate(zip(batches, model.targets(batches, teacher_temp), strict=True)):
         place = micro * distributed.world_size() + distributed.rank()
         torch.manual_seed(seed_for(seed, f"drop path of rank {place}", step))
-        part = model.losses(batch, targets, model.predictions(batch))
+        predictions = model.predictions(batch)
+        part = model.losses(batch, targets, predictions)
+        if watch is not None:
+            watch.add(targets, predictions)
         scaler.scale(part.total / len(batches)).backward()
         losses.append(part.detach())
     return mean_losses(losses)
@@ -228,12 +244,17 @@ def clip_and_step(
     scaler: torch.amp.GradScaler,
     max_norm: float | None,
     guard: NonFiniteGuard,
-) -> None:
-    """Clipping per sub-module, optimizer step; it changes nothing if a loss or a gradient is not finite."""
+) -> dict[str, torch.Tensor]:
+    """Clipping per sub-module, optimizer step; it changes nothing if a loss or a gradient is not finite.
+
+    Returns:
+        The norms of the gradient before clipping, by sub-module.
+    """
     scaler.unscale_(optimizer)
     norms = clip_gradients(student, max_norm)
     step_unless(guard.refused(losses.terms, norms), optimizer)
     scaler.update()
+    return norms
 
 
 def resume_run(cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger) -> tuple[int, int]:
@@ -318,11 +339,6 @@ def uses_fp16(cfg: Config) -> bool:
     student = cfg.compute_precision.student
     dtypes = {module.mixed_precision.param_dtype for module in (student.backbone, student.dino_head, student.ibot_head)}
     return cfg.compute_precision.grad_scaler and "fp16" in dtypes
-
-
-def is_due(step: int, period: int, last_step: int) -> bool:
-    """Whether something done every `period` steps and at the end follows `step`; never if the period is 0 or less."""
-    return period > 0 and ((step + 1) % period == 0 or step == last_step)
 
 
 if __name__ == "__main__":

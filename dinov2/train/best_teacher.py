@@ -1,0 +1,66 @@
+"""Which of a run's teachers to use: `eval/best` is a link to the best of the folders `eval/training_<iteration>`.
+
+Each has a `health.json` that says by what it is judged: k-NN accuracy where the run has labels, else RankMe of class
+tokens, which goes along with accuracy on many data sets (Garrido et al. 2022, arXiv 2210.02885) but is no measurement
+of it.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from dinov2.files import replacing
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = ("knn", "probe_cls_rank_me")
+"""What teachers are judged by, the first that is there."""
+
+
+class Rating(NamedTuple):
+    """How good a teacher is; larger is better."""
+
+    iteration: int
+    signal: str
+    value: float
+
+
+def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float]) -> None:
+    """Write the rating of the teacher in `eval/training_<iteration>`, and let `eval/best` point to the best so far.
+
+    Args:
+        folder: that of the teacher.
+        iteration: after which it was written.
+        measured: of that iteration, with one of `SIGNALS`; without any there is no rating.
+
+    Raises:
+        OSError: if the rating cannot be written. Where there are no links that is only said.
+    """
+    signal = next((name for name in SIGNALS if name in measured), None)
+    if signal is None:
+        return
+    with replacing(folder / "health.json") as file:
+        file.write(json.dumps(Rating(iteration, signal, measured[signal])._asdict()).encode())
+    rated = {path.parent: _read(path) for path in folder.parent.glob("training_*/health.json")}
+    comparable = {place: rating for place, rating in rated.items() if rating and rating.signal == signal}
+    best = max(comparable, key=lambda place: (comparable[place].value, comparable[place].iteration))
+    link, made = folder.parent / "best", folder.parent / ".best"
+    try:
+        made.unlink(missing_ok=True)
+        made.symlink_to(best.name, target_is_directory=True)
+        os.replace(made, link)
+    except OSError as error:
+        logger.warning("cannot make the link %s to %s: %s", link, best.name, error)
+    logger.info("best teacher so far: %s (%s %.4g)", best, signal, comparable[best].value)
+
+
+def _read(path: Path) -> Rating | None:
+    """The rating in a file; None if it is damaged."""
+    try:
+        return Rating(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        logger.warning("%s is damaged and left out", path)
+        return None

@@ -1,0 +1,194 @@
+"""The same images through the teacher again and again: are its features getting better, worse, or all alike?
+
+A look costs some tens of forward passes, every `health.period` steps. Images are read once, before the run starts.
+
+Shapes: n images, N patches each, D width.
+"""
+
+import logging
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from dinov2 import distributed
+from dinov2.analysis.features import leave_one_out_accuracy, patch_similarity, rank_me
+from dinov2.config import Config
+from dinov2.data import make_dataset
+from dinov2.data.base import ImageDataset
+from dinov2.data.images import BadImageError
+from dinov2.files import replacing
+from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+PICTURED = 8  # images whose patch tokens are kept
+MAX_PATCHES = 1024  # whose rank is measured
+MIN_PER_CLASS = 16  # images; of more classes than that allows only some are taken
+TRIES = 20  # images in a row that may be unreadable
+
+
+class _Images(NamedTuple):
+    """Images that the processes share out among themselves."""
+
+    pixels: Tensor  # (share, 3, G, G) uint8, of this process
+    positions: Tensor  # (n,) int64, in the data set, of all processes
+
+
+class Probe:
+    """Fixed images of the run, labelled ones if there are any, and what the teacher makes of them.
+
+    All processes must call the methods together.
+
+    Args:
+        cfg: of the run; `health` says how many images, of which data set, and how often they are looked at.
+        model: whose teacher it is.
+        dataset: that is trained on.
+
+    Raises:
+        ValueError: if `health.knn_dataset` has no labels that k-NN could use.
+        BadImageError: if one image after the other cannot be read.
+    """
+
+    def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset) -> None:
+        self.cfg = cfg
+        self.model = model
+        count = min(max(cfg.health.probe_images, 2), len(dataset))
+        self.images = self._read(dataset, _spread(np.arange(len(dataset)), count))
+        self.labelled: tuple[_Images, Tensor] | None = None
+        if cfg.health.knn_period != 0 and cfg.health.knn_dataset != "none":
+            self.labelled = self._labelled(dataset)
+
+    def _labelled(self, dataset: ImageDataset) -> tuple[_Images, Tensor] | None:
+        """Images for k-NN and their labels (n,), from 0; None if the data set trained on has none."""
+        named = self.cfg.health.knn_dataset
+        if named:
+            dataset = make_dataset(dataset_str=named)
+        targets = dataset.get_targets()
+        if targets is None or targets.ndim > 1 or len(np.unique(targets[targets >= 0])) < 2:
+            if named:
+                raise ValueError(
+                    f"health.knn_dataset={named!r} needs labels of two classes at least, one for an image, which it "
+                    "does not have; none switches k-NN off"
+                )
+            return None
+        images = self._read(dataset, _of_some_classes(targets, self.cfg.health.knn_images))
+        classes, labels = np.unique(targets[images.positions], return_inverse=True)
+        logger.info("health: k-NN on %d images of %d classes", len(labels), len(classes))
+        return images, torch.from_numpy(labels)
+
+    def _read(self, dataset: ImageDataset, positions: np.ndarray) -> _Images:
+        """This process's share of the images at some positions; for unreadable ones those that follow."""
+        side = self.cfg.crops.global_crops_size
+        resize = v2.Resize(side, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        to_pixels = v2.Compose([resize, v2.CenterCrop(side), v2.PILToTensor()])
+        mine = np.array_split(positions, distributed.world_size())[distributed.rank()]
+        pixels, found = torch.empty(len(mine), 3, side, side, dtype=torch.uint8), []
+        for row, position in enumerate(mine.tolist()):
+            image, where = _first_readable(dataset, position)
+            pixels[row] = to_pixels(image)
+            found.append(where)
+        return _Images(pixels, torch.tensor(sum(distributed.all_gather_object(found), []), dtype=torch.int64))
+
+    @torch.no_grad()
+    def _features(self, images: _Images) -> dict[str, Tensor]:
+        """The teacher's features of some images in order, on all processes, `x_norm_clstoken` and so on: (n, ..., D).
+
+        All processes run it as often, on as many images, as in training if that is compiled: zeros fill them up.
+        """
+        share = math.ceil(len(images.positions) / distributed.world_size())
+        in_training = NUM_GLOBAL_CROPS * self.cfg.train.batch_size_per_gpu
+        at_once = in_training if self.cfg.train.compile else min(in_training, share)
+        device = distributed.device()
+        mean = torch.tensor(self.cfg.augmentation.mean).view(3, 1, 1)
+        std = torch.tensor(self.cfg.augmentation.std).view(3, 1, 1)
+        parts: dict[str, list[Tensor]] = {}
+        for first in range(0, share, at_once):
+            pixels = images.pixels[first : first + at_once]
+            crops = torch.zeros(at_once, *pixels.shape[1:])
+            crops[: len(pixels)] = (pixels / 255 - mean) / std
+            for name, value in self.model.teacher_features(crops.to(device)).items():
+                parts.setdefault(name, []).append(value[: len(pixels)])
+        return {name: distributed.all_gather_varied(torch.cat(values)) for name, values in parts.items()}
+
+    def look(self) -> dict[str, float]:
+        """The state of the features, by name.
+
+        `probe_cls_rank_me`, `probe_patch_rank_me`: effective ranks. `probe_patch_similarity`: mean cosine of two
+        patches of an image. `probe_cls_norm`, `probe_patch_norm`, `probe_patch_norm_max`: lengths of tokens before the
+        final norm: means, and the mean over images of the largest.
+        """
+        features = self._features(self.images)
+        patches, before_norm = features["x_norm_patchtokens"], features["x_prenorm"].norm(dim=-1)
+        patch_norms = before_norm[:, -patches.shape[1] :]  # after class token and registers
+        flat = patches.flatten(0, 1)
+        return {
+            "probe_cls_rank_me": rank_me(features["x_norm_clstoken"]),
+            "probe_patch_rank_me": rank_me(flat[:: math.ceil(len(flat) / MAX_PATCHES)]),
+            "probe_patch_similarity": patch_similarity(patches),
+            "probe_cls_norm": before_norm[:, 0].mean().item(),
+            "probe_patch_norm": patch_norms.mean().item(),
+            "probe_patch_norm_max": patch_norms.amax(dim=1).mean().item(),
+        }
+
+    def knn(self) -> dict[str, float]:
+        """`knn`, the leave-one-out accuracy of class tokens in percent; empty without labels."""
+        if self.labelled is None:
+            return {}
+        images, labels = self.labelled
+        features = self._features(images)["x_norm_clstoken"].cpu()
+        return {"knn": 100 * leave_one_out_accuracy(features, labels)}
+
+    def save_pictured(self, folder: Path, step: int) -> None:
+        """Keep what pictures of the features at this step need: `patch_tokens_<step>.npy` (n, h, w, D) float16.
+
+        And, once, the images they are of: `images.npz` with `images` (n, 3, G, G) uint8.
+
+        Raises:
+            OSError: if they cannot be written.
+        """
+        chosen = _spread(np.arange(len(self.images.positions)), PICTURED)
+        tokens = self._features(self.images)["x_norm_patchtokens"][chosen]
+        pixels = distributed.all_gather_varied(self.images.pixels.to(distributed.device()))[chosen].cpu()
+        if not distributed.is_main():
+            return
+        side = math.isqrt(tokens.shape[1])
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "images.npz") as file:
+            np.savez_compressed(file, images=pixels.numpy())
+        with replacing(folder / f"patch_tokens_{step:07d}.npy") as file:
+            np.save(file, tokens.unflatten(1, (side, side)).half().cpu().numpy())
+
+
+def _spread(positions: np.ndarray, count: int) -> np.ndarray:
+    """So many of the positions, evenly spread; all if there are no more."""
+    count = min(count, len(positions))
+    return positions[np.arange(count) * len(positions) // max(count, 1)]
+
+
+def _of_some_classes(targets: np.ndarray, count: int) -> np.ndarray:
+    """Positions of about `count` images: as many of each class, of as many classes as get `MIN_PER_CLASS`."""
+    classes = np.unique(targets[targets >= 0])
+    classes = _spread(classes, max(count // MIN_PER_CLASS, 2))
+    return np.concatenate([_spread(np.flatnonzero(targets == each), count // len(classes)) for each in classes])
+
+
+def _first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, int]:
+    """The image at the position, or the first after it that can be read, and where that was.
+
+    Raises:
+        BadImageError: if `TRIES` images in a row cannot.
+    """
+    for tried in range(TRIES):
+        index = (position + tried) % len(dataset)
+        try:
+            return dataset.get_image(index), index
+        except BadImageError as error:
+            logger.warning("health: %s; the next one is taken", error)
+            last = error
+    raise last
