@@ -82,6 +82,8 @@ def record(step: int, steps: int, health: bool, collapse_at: int | None, seed: i
         "patch_target_information": 2.2 * (1 - broken) + 0.02 * abs(noise[9]),
         "cls_target_perplexity": 118 * (1 - broken) + 1 + noise[10],
         "patch_target_perplexity": 102 * (1 - broken) + 1 + noise[11],
+        "cls_target_capacity": math.log(128),
+        "patch_target_capacity": math.log(128),
         "cls_prototypes_used": round(80 * (1 - broken)) + 1,
         "patch_prototypes_used": round(96 * (1 - broken)) + 1,
         "cls_largest_prototype": 0.04 + 0.95 * broken,

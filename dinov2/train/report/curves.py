@@ -15,8 +15,8 @@ def curves(runs: Sequence[Run]) -> str:
         return "<p>Nothing is logged yet.</p>"
     shaded = " Shaded, under a triangle: an alarm." if any(run.alarms for run in runs) else ""
     intro = (
-        '<p class="soft">Over the steps of the run. Losses and most others are medians of the last 20 steps; the '
-        f"number at the end of a line is its last value.{shaded}</p>"
+        '<p class="soft">Over the steps of the run. Losses are medians of the last 20 steps, features and targets are '
+        f"those of one step; the number at the end of a line is its last value.{shaded}</p>"
     )
     legend = _legend([(run.title, index) for index, run in enumerate(runs)], "runs") if len(runs) > 1 else ""
     return intro + legend + "".join(_group(runs, group) for group in groups_for(runs))

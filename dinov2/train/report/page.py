@@ -42,7 +42,8 @@ def write_report(folders: Sequence[Path], output: Path | None = None, title: str
 
 def page(runs: Sequence[Run], title: str | None = None) -> str:
     """The HTML text about at least one run."""
-    title = title or " and ".join(run.name for run in runs)
+    *former, last = [run.name for run in runs]
+    title = title or (f"{', '.join(former)} and {last}" if former else last)
     parts = [
         ("alarms", "Alarms", sections.alarms(runs)),
         ("accuracy", "Accuracy", sections.accuracy(runs)),
@@ -75,12 +76,11 @@ def facts(run: Run) -> Mapping[str, str]:
         return {}
     sizes = {"wide": cfg.student.embed_dim, "blocks": cfg.student.depth}
     network = [cfg.student.arch, *(f"{size} {what}" for what, size in sizes.items() if size)]
-    batch = f"{run.global_batch(run.steps_done):,}"
     return {
         "data": cfg.train.dataset_path,
         "network": ", ".join([*network, f"patches of {cfg.student.patch_size} pixels"]),
-        "steps": f"{run.total_steps:,}",
-        "images per step": batch if run.sessions else f"{batch} (of each process)",
+        "steps": f"{run.total_steps:,} steps",
+        "batch": f"{run.global_batch(run.steps_done):,} images{'' if run.sessions else ' of each process'}",
     }
 
 
@@ -88,8 +88,7 @@ def subtitle(runs: Sequence[Run]) -> str:
     """What the runs have in common."""
     first, *others = map(facts, runs)
     shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    forms = {"data": "{} ", "network": "{}", "steps": "{} steps", "images per step": "{} images each"}
-    return " \N{MIDDLE DOT} ".join(forms[key].format(value).strip() for key, value in shared.items())
+    return " \N{MIDDLE DOT} ".join(f"batches of {value}" if key == "batch" else value for key, value in shared.items())
 
 
 def key_figures(run: Run) -> Mapping[str, str]:

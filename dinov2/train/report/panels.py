@@ -98,8 +98,8 @@ GROUPS = (
         (
             Panel(
                 "Information",
-                "What targets tell about their image, in nats. Above 0; at 0 all targets are the same.",
-                _kinds("target_information"),
+                "What targets tell about their image, in nats, and how much that could be. At 0 all targets are the same.",
+                (*_kinds("target_information"), Curve("cls_target_capacity", "at most")),
             ),
             Panel(
                 "Entropy",
@@ -173,7 +173,7 @@ GROUPS = (
 )
 
 # What a line of the metrics file says that is no curve, or is shown in another form.
-NOT_SHOWN = {"iteration", "iter_time", "data_time", "current_batch_size", "data_wait"}
+NOT_SHOWN = {"iteration", "iter_time", "data_time", "current_batch_size", "data_wait", "patch_target_capacity"}
 
 
 def _images_per_second(run: Run) -> Points:

@@ -15,6 +15,7 @@ import numpy as np
 from dinov2 import config
 from dinov2.config import Config, ConfigError
 from dinov2.train.alarms import Alarm, find_alarms
+from dinov2.train.best_teacher import Rating
 from dinov2.train.environment import ENVIRONMENT_FILE, read_environment
 
 logger = logging.getLogger(__name__)
@@ -37,14 +38,6 @@ class Measurement(NamedTuple):
     value: float  # percent, but for hyperparameters
 
 
-class BestTeacher(NamedTuple):
-    """Where `eval/best` points."""
-
-    iteration: int
-    signal: str  # "knn" (percent) or "probe_cls_rank_me"
-    value: float
-
-
 @dataclass(frozen=True)
 class Run:
     """A run, read."""
@@ -57,7 +50,7 @@ class Run:
     alarms: Sequence[Alarm]
     sessions: Sequence[Mapping[str, Any]]  # environment.json
     measurements: Sequence[Measurement]
-    best: BestTeacher | None
+    best: Rating | None  # of the teacher that eval/best points to
     images: np.ndarray | None  # (n, 3, H, W) uint8, of the probe
     tokens: Mapping[int, Path]  # step -> file with the probe's patch tokens (n, h, w, D)
     silent: float | None  # seconds since the last line was logged
@@ -244,14 +237,14 @@ def _numbers(metrics: Any, evaluation: str, prefix: tuple[str, ...] = ()) -> lis
     return found
 
 
-def read_best(path: Path, notes: list[str]) -> BestTeacher | None:
-    """The teacher that `eval/best` points to, if there is one."""
+def read_best(path: Path, notes: list[str]) -> Rating | None:
+    """How the teacher that `eval/best` points to was rated, if there is one."""
     if not path.exists():
         return None
     try:
-        health = json.loads(path.read_text())
-        return BestTeacher(int(health["iteration"]), str(health["signal"]), float(health["value"]))
-    except (ValueError, TypeError, KeyError) as error:
+        rating = Rating(**json.loads(path.read_text()))
+        return rating._replace(iteration=int(rating.iteration), value=float(rating.value))
+    except (ValueError, TypeError, OSError) as error:
         notes.append(f"eval/best/{path.name} could not be read: {error!r}")
         return None
 
