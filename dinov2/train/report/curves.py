@@ -45,7 +45,7 @@ def _panel(runs: Sequence[Run], panel: Panel) -> str:
         for style, (run, key, name) in enumerate(sources)
         if (points := points_of(run, key))
     ]
-    spans = [Span(alarm.first, alarm.last, f"{run.tag} {alarm.kind}".strip()) for run in runs for alarm in run.alarms]
+    spans = [span for run in runs for span in alarm_spans(run)]
     drawing = chart(
         [line for _, line in drawn],
         f"{panel.title}: " + "; ".join(_in_words(*each) for each in drawn),
@@ -59,6 +59,21 @@ def _panel(runs: Sequence[Run], panel: Panel) -> str:
         f'<figure class="panel"><div><h4>{escape(panel.title)}</h4>{legend}</div>{drawing}'
         f"<figcaption>{escape(panel.caption)}</figcaption></figure>"
     )
+
+
+def alarm_spans(run: Run) -> list[Span]:
+    """When something was wrong: the steps of alarms, those that overlap in one; to the end if they are not over."""
+    spans: list[Span] = []
+    for alarm in sorted(run.alarms, key=lambda alarm: alarm.first):
+        last = alarm.last if alarm.over else run.steps_done
+        label = f"{run.tag} {alarm.kind}".strip()
+        if spans and alarm.first <= spans[-1].last:
+            former = spans.pop()
+            label = former.label if label in former.label else f"{former.label}, {label}"
+            spans.append(Span(former.first, max(former.last, last), label))
+        else:
+            spans.append(Span(alarm.first, last, label))
+    return spans
 
 
 def _in_words(name: str, line: Line) -> str:

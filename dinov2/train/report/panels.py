@@ -98,7 +98,7 @@ GROUPS = (
         (
             Panel(
                 "Information",
-                "What targets tell about their image, in nats, and how much that could be. At 0 all targets are the same.",
+                "What targets tell about their image, in nats, and the most they could. At 0 they are all the same.",
                 (*_kinds("target_information"), Curve("cls_target_capacity", "at most")),
             ),
             Panel(

@@ -27,7 +27,8 @@ def _heading(run: Run) -> str:
 
 def _alarms(run: Run) -> str:
     if run.alarms:
-        return "".join(_alarm(alarm, "h4" if run.tag else "h3") for alarm in run.alarms)
+        kinds = dict.fromkeys(alarm.kind for alarm in run.alarms)
+        return "".join(_alarm([alarm for alarm in run.alarms if alarm.kind == kind], run) for kind in kinds)
     if any(run.series(key) for key in HEALTH_KEYS):
         return f"<p>None. Watched were: {WATCHED}.</p>"
     return (
@@ -36,14 +37,22 @@ def _alarms(run: Run) -> str:
     )
 
 
-def _alarm(alarm: Alarm, heading: str) -> str:
-    steps = f"step {alarm.first:,}" if alarm.first == alarm.last else f"steps {alarm.first:,} to {alarm.last:,}"
-    state = "over" if alarm.over else "not over"
+def _alarm(alarms: Sequence[Alarm], run: Run) -> str:
+    """All that was found of one kind, and what to do about it."""
+    over, heading = all(alarm.over for alarm in alarms), "h4" if run.tag else "h3"
+    findings = "".join(f"<li>{_when(alarm)}: {escape(alarm.finding)}.</li>" for alarm in alarms)
+    advice = " ".join(dict.fromkeys(alarm.advice for alarm in alarms))
     return (
-        f'<div class="alarm {"over" if alarm.over else "current"}"><{heading}>{escape(alarm.kind.capitalize())} '
-        f"<small>{steps}, {state}</small></{heading}><p>{escape(alarm.finding)}</p>"
-        f"<p><strong>What to do:</strong> {escape(alarm.advice)}</p></div>"
+        f'<div class="alarm {"over" if over else "current"}"><{heading}>{escape(alarms[0].kind.capitalize())} '
+        f"<small>{'over' if over else 'not over'}</small></{heading}><ul>{findings}</ul>"
+        f"<p><strong>What to do:</strong> {escape(advice)}</p></div>"
     )
+
+
+def _when(alarm: Alarm) -> str:
+    if not alarm.over:
+        return f"since step {alarm.first:,}"
+    return f"steps {alarm.first:,} to {alarm.last:,}" if alarm.last > alarm.first else f"step {alarm.first:,}"
 
 
 # --- Accuracy --------------------------------------------------------------------------------------------------------
@@ -103,7 +112,8 @@ def pictures(runs: Sequence[Run]) -> str:
     intro = (
         "<p>The same images over training, and below each what the teacher's patch features are like: their first "
         "three principal components as red, green and blue. Patches that are alike to the network have like colours, "
-        "in all images of a row. Noise, or colours that follow the place in the image alone, become parts of things.</p>"
+        "in all images of a row. Noise, or colours that follow the place in the image alone, should become parts of "
+        "things.</p>"
         '<p class="soft">Every row has components of its own. Their signs and order, which are arbitrary, are chosen '
         "to agree with the row below, so that colours can be followed upwards from the last step.</p>"
     )

@@ -55,8 +55,9 @@ nav a { margin-right: 16px; }
 .alarm { border: 1px solid var(--rule); border-left: 5px solid var(--bad); padding: 12px 18px; margin: 14px 0;
   max-width: 800px; }
 .alarm.over { border-left-color: var(--rule); }
-.alarm h3 { margin: 0 0 4px; }
-.alarm h3 small { font: 14px var(--figures); color: var(--soft); }
+.alarm h3, .alarm h4 { margin: 0 0 4px; font: 600 19px/1.2 var(--text); }
+.alarm ul { margin: 4px 0; padding-left: 20px; }
+.alarm small { font: 14px var(--figures); color: var(--soft); }
 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 12px 0; font: 14px/1.4 var(--figures); font-variant-numeric: tabular-nums; }

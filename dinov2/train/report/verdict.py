@@ -31,7 +31,7 @@ def verdict(run: Run) -> Verdict:
     reasons = [text for text in (progress(run), *_findings(run)) if text]
     current = [alarm for alarm in run.alarms if not alarm.over]
     if current:
-        kinds = ", ".join(sorted({alarm.kind for alarm in current}))
+        kinds = ", ".join(dict.fromkeys(alarm.kind for alarm in current))
         return Verdict("bad", f"Needs attention: {kinds}", reasons)
     if len(run.records) < _FEW_LINES:
         return Verdict("unclear", "Too early to say" if run.records else "Nothing to judge yet", reasons)
@@ -69,13 +69,12 @@ def _findings(run: Run) -> list[str]:
 
 
 def _alarms(run: Run) -> str:
-    if run.alarms:
-        current = sum(not alarm.over for alarm in run.alarms)
-        over = len(run.alarms) - current
-        now = f"{current} alarm{'s' if current > 1 else ''}" if current else ""
-        then = f"{over} {'earlier ' if current else 'alarm' + 's' * (over > 1) + ' '}that passed" if over else ""
-        return f"{' and '.join(filter(None, (now, then)))}: what was seen, and what to do, is below."
-    return "No alarms." if any(run.series(key) for key in HEALTH_KEYS) else ""
+    if not run.alarms:
+        return "No alarms." if any(run.series(key) for key in HEALTH_KEYS) else ""
+    now = dict.fromkeys(alarm.kind for alarm in run.alarms if not alarm.over)
+    passed = dict.fromkeys(alarm.kind for alarm in run.alarms if alarm.kind not in now)
+    kinds = [*now, *(f"{kind} (which passed)" for kind in passed)]
+    return f"Alarms: {', '.join(kinds)}. What was seen, and what to do, is below."
 
 
 def _loss(run: Run) -> str:
