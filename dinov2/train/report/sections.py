@@ -41,18 +41,18 @@ def _alarm(alarms: Sequence[Alarm], run: Run) -> str:
     """All that was found of one kind, and what to do about it."""
     over, heading = all(alarm.over for alarm in alarms), "h4" if run.tag else "h3"
     findings = "".join(f"<li>{_when(alarm)}: {escape(alarm.finding)}.</li>" for alarm in alarms)
-    advice = " ".join(dict.fromkeys(alarm.advice for alarm in alarms))
+    advice = "".join(f"<li>{escape(text)}</li>" for text in dict.fromkeys(alarm.advice for alarm in alarms))
     return (
         f'<div class="alarm {"over" if over else "current"}"><{heading}>{escape(alarms[0].kind.capitalize())} '
         f"<small>{'over' if over else 'not over'}</small></{heading}><ul>{findings}</ul>"
-        f"<p><strong>What to do:</strong> {escape(advice)}</p></div>"
+        f"<p><strong>What to do</strong></p><ul>{advice}</ul></div>"
     )
 
 
 def _when(alarm: Alarm) -> str:
     if not alarm.over:
-        return f"since step {alarm.first:,}"
-    return f"steps {alarm.first:,} to {alarm.last:,}" if alarm.last > alarm.first else f"step {alarm.first:,}"
+        return f"Since step {alarm.first:,}"
+    return f"Steps {alarm.first:,} to {alarm.last:,}" if alarm.last > alarm.first else f"Step {alarm.first:,}"
 
 
 # --- Accuracy --------------------------------------------------------------------------------------------------------
