@@ -1,6 +1,7 @@
 """The parts of a report: charts, colours of pictures, numbers in words."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -9,10 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import colours
 
-from dinov2.train.report.charts import Line, Span, chart, pushed_apart, thinned, tick_text, ticks, value_axis
+from dinov2.train.report.charts import (
+    NUM_STYLES,
+    Line,
+    Span,
+    chart,
+    pushed_apart,
+    thinned,
+    tick_text,
+    ticks,
+    value_axis,
+)
 from dinov2.train.report.numbers import duration, measured, number, percent, short
 from dinov2.train.report.pictures import aligned, gallery, spread
 from dinov2.train.report.run import Run, read_run, short_names
+from dinov2.train.report.style import STYLE
 
 REALS = st.floats(-1e12, 1e12).filter(lambda value: value == 0 or abs(value) > 1e-9)
 
@@ -126,6 +138,27 @@ def test_steps_are_spread_evenly() -> None:
     assert spread(100, 5) == [0, 25, 50, 74, 99]
 
 
+# --- Colours of the page ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("theme", [0, 1, 2], ids=["light", "dark", "print"])
+def test_everything_stands_out_from_the_ground_as_accessibility_asks(theme: int) -> None:
+    """WCAG 2.2: a contrast of 4.5 for text."""
+    variables = re.findall(r"--(\w+): #([0-9a-f]{3,6})", STYLE.split(":root {")[theme + 1].partition("}")[0])
+    found = {name: _luminance(code) for name, code in variables}
+    names = ["ink", "soft", "good", "unclear", "bad", *(f"c{index}" for index in range(NUM_STYLES))]
+    for name in names:
+        low, high = sorted((found[name], found["paper"]))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, name
+
+
+def _luminance(code: str) -> float:
+    code = "".join(2 * letter for letter in code) if len(code) == 3 else code
+    parts = [int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
 # --- Words -----------------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +171,7 @@ def test_numbers_as_people_read_them() -> None:
         "5e-7",
         "-2.5",
     ]
-    assert [short(x) for x in (0.09992, 0.9996, 82.08, 5.783e-7)] == ["0.0999", "0.9996", "82.08", "5.78e-7"]
+    assert [short(x) for x in (0.09992, 0.9996, 82.08, 5.783e-7)] == ["0.0999", "0.9996", "82.08", "5.8e-7"]
     assert [measured(x) for x in (83, 0.0001)] == ["83.00", "1e-4"]
     assert percent(82.35) == "82.3\N{NO-BREAK SPACE}%" or percent(82.35) == "82.4\N{NO-BREAK SPACE}%"
     assert number(math.inf) == "inf"

@@ -16,9 +16,9 @@ def number(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """As `number`, with three digits where four are long: 0.09992 -> 0.0999, 0.9996 -> 0.9996."""
-    text = number(value)
-    return text if len(text) <= 6 or abs(value) >= 1000 else number(float(f"{value:.3g}"))
+    """As `number`, with fewer digits where it takes more than six characters: 0.09992 -> 0.0999, 5.783e-7 -> 5.8e-7."""
+    texts = [number(float(f"{value:.{digits}g}")) for digits in (4, 3, 2)]
+    return texts[0] if abs(value) >= 1000 else next((text for text in texts if len(text) <= 6), texts[-1])
 
 
 def percent(value: float) -> str:

@@ -151,7 +151,7 @@ GROUPS = (
             Panel("Images per second", "Over all processes. Steady.", (Curve("images_per_second"),)),
             Panel(
                 "Waiting for data",
-                "Percent of the time of a step. Near 0; above some 20, loading limits the run.",
+                "Percent of the time of a step. Near 0; where it is large, loading limits the run.",
                 (Curve("data_wait_percent"),),
             ),
         ),

@@ -67,7 +67,8 @@ th, td { text-align: left; vertical-align: top; padding: 5px 22px 5px 0; border-
 th:first-child { min-width: 7em; }
 thead th { font-weight: 600; border-bottom: 1.5px solid var(--ink); }
 tbody th { font-weight: 400; color: var(--soft); }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
 td.other { font-weight: 600; }
 
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 0 28px;
