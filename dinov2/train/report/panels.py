@@ -84,7 +84,11 @@ GROUPS = (
                 "Mean cosine between the patches of one image. Creeping up to 1: dense features decay.",
                 (Curve("probe_patch_similarity"),),
             ),
-            Panel("Feature norms", "Mean length of features. Settles; steady growth is a warning.", _probed("norm")),
+            Panel(
+                "Feature norms",
+                "Mean length of features, and of the longest patch of an image. Settles; steady growth is a warning.",
+                (*_probed("norm"), Curve("probe_patch_norm_max", "longest patch")),
+            ),
             Panel(
                 "Nearest neighbour in the batch",
                 "Distance from a class token to the most similar one. Falling to 0: all images look alike.",

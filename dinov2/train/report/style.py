@@ -136,6 +136,9 @@ footer { margin-top: 64px; padding-top: 14px; padding-bottom: 40px; color: var(-
   nav, details { display: none; }
   h1 { font-size: 20pt; } h2 { font-size: 15pt; margin-top: 22pt; } h3 { font-size: 12pt; margin-top: 14pt; }
   .verdict h2 { font-size: 17pt; }
+  .tiles { gap: 8pt 20pt; }
+  .tiles div { min-width: 0; }
+  .tiles dd { font-size: 15pt; }
   h2, h3, caption, .question { break-after: avoid; }
   figure, .alarm, .verdict, .row, tr, pre { break-inside: avoid; }
   .panels { grid-template-columns: 1fr 1fr; gap: 0 22pt; }
