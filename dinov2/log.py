@@ -407,8 +407,8 @@ class MetricLogger:
         iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
         if self.output_file is not None:
             medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
-            times = {"iter_time": iter_time, "data_time": data_time, "data_wait": data_time / iter_time}
-            record = {"iteration": index, **times, **medians, **notes}
+            times = {"iter_time": iter_time, "data_time": data_time}
+            record = {"iteration": index, **times, **medians, "data_wait": data_time / iter_time, **notes}
             append_json(self.output_file, record)
             for listener in self.listeners:
                 listener(record)

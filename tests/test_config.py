@@ -111,6 +111,11 @@ for network in ("teacher", "student"):
         }
 
 OUR_DEFAULTS = {
+    "health.period": 100,
+    "health.probe_images": 64,
+    "health.knn_period": None,
+    "health.knn_images": 1000,
+    "health.knn_dataset": "",
     "train.sampler": "GLOBAL_ORDER",
     "train.accumulate_steps": 1,
     "train.activation_checkpointing": "none",

@@ -239,7 +239,9 @@ def test_metrics_lines_hold_times_and_window_medians_in_order(tmp_path: Path) ->
     for i in meters.log_every(range(5), 2):
         meters.update(lr=i / 10, total_loss=torch.tensor(float(i)))
     lines = read_metrics(tmp_path / "m.json")
-    assert [list(line) for line in lines] == [["iteration", "iter_time", "data_time", "lr", "total_loss"]] * 3
+    assert [list(line) for line in lines] == [
+        ["iteration", "iter_time", "data_time", "lr", "total_loss", "data_wait"]
+    ] * 3
     assert [(line["iteration"], line["total_loss"]) for line in lines] == [(0, 0.0), (2, 1.0), (4, 2.0)]
 
 

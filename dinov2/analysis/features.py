@@ -3,18 +3,24 @@
 Shapes: n images, N patches of an image, D feature width, m feature vectors.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 
 def rank_me(features: Tensor) -> float:
-    """How many directions features (m, D) make use of: from 1, all parallel, to min(m, D); NaN if all are zero.
+    """How many directions features (m, D) make use of: from 1, all parallel, to min(m, D).
+
+    NaN if all features are zero, or any is not finite.
 
     RankMe (Garrido et al. 2022, arXiv 2210.02885): the exponential of the entropy of the singular values, which are
     those of the features as they are, not centred.
     """
     features = features.double()
+    if not features.isfinite().all():
+        return math.nan
     gram = features.T @ features if features.shape[0] > features.shape[1] else features @ features.T
     singular_values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     return torch.special.entr(singular_values / singular_values.sum()).sum().exp().item()

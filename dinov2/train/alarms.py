@@ -95,6 +95,23 @@ class AlikeTargets(Rule):
         return f"the targets tell {information:.3f} of at most {capacity:.1f} nats about which image they are of"
 
 
+class OneImage(Rule):
+    """There is but one image."""
+
+    kind = "collapse"
+    advice = (
+        "Nothing can be learnt from one image over and over. Look at what train.dataset_path reads: a wrong folder, "
+        "empty or black files, links that all point to one file?"
+    )
+    patience = 1
+
+    def judge(self, record: Record) -> str | None:
+        distinct = record.get("probe_distinct_images")
+        if distinct is None:
+            return None
+        return "" if distinct > 1 else "all images that were looked at, evenly spread over the data set, are the same"
+
+
 class LostRank(Rule):
     """The features of different images lie in ever fewer directions."""
 
@@ -105,7 +122,7 @@ class LostRank(Rule):
         "dino.koleo_loss_weight is not 0 and that the images are not near duplicates."
     )
     patience = 3
-    LOST, ALL_ALIKE = 0.4, 1.5
+    LOST, ALL_ALIKE = 0.4, 1.1
 
     def __init__(self) -> None:
         self.warm_up = WarmUp()
@@ -129,7 +146,7 @@ class LostLoss(Rule):
     kind = "diverging"
     advice = (
         "The optimisation runs away. Lower optim.base_lr (by 3 to 10) or raise optim.warmup_epochs, mind that "
-        "optim.scaling_rule fits your batch, set optim.clip_grad, prefer bf16 to fp16; go back to a checkpoint before it."
+        "optim.scaling_rule fits your batch, set optim.clip_grad, prefer bf16 to fp16; go back to a checkpoint."
     )
     patience = 5
     LOST, WON = 0.5, 0.02
@@ -248,7 +265,7 @@ class AlarmBell:
     def __init__(self, history: Sequence[Record] = ()) -> None:
         self.alarms: list[Alarm] = []
         self._rules = [
-            *(FewPrototypes("cls"), FewPrototypes("patch"), AlikeTargets(), LostRank()),
+            *(FewPrototypes("cls"), FewPrototypes("patch"), AlikeTargets(), OneImage(), LostRank()),
             *(LostLoss(), Exploding(), DecayingPatches(), Starved()),
         ]
         self._began: dict[Rule, list[int]] = {}  # iterations of the records in a row, until there is an alarm

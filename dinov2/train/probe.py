@@ -7,6 +7,7 @@ Shapes: n images, N patches each, D width.
 
 import logging
 import math
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class Probe:
 
     Raises:
         ValueError: if `health.knn_dataset` has no labels that k-NN could use.
-        BadImageError: if one image after the other cannot be read.
+        OSError: if one image after the other cannot be read.
     """
 
     def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset) -> None:
@@ -60,6 +61,8 @@ class Probe:
         self.model = model
         count = min(max(cfg.health.probe_images, 2), len(dataset))
         self.images = self._read(dataset, _spread(np.arange(len(dataset)), count))
+        mine = [sha256(pixels.numpy()).digest() for pixels in self.images.pixels]
+        self.num_distinct = len({digest for share in distributed.all_gather_object(mine) for digest in share})
         self.labelled: tuple[_Images, Tensor] | None = None
         if cfg.health.knn_period != 0 and cfg.health.knn_dataset != "none":
             self.labelled = self._labelled(dataset)
@@ -119,15 +122,16 @@ class Probe:
     def look(self) -> dict[str, float]:
         """The state of the features, by name.
 
-        `probe_cls_rank_me`, `probe_patch_rank_me`: effective ranks. `probe_patch_similarity`: mean cosine of two
-        patches of an image. `probe_cls_norm`, `probe_patch_norm`, `probe_patch_norm_max`: lengths of tokens before the
-        final norm: means, and the mean over images of the largest.
+        `probe_distinct_images`: how many of the images differ. `probe_cls_rank_me`, `probe_patch_rank_me`: effective
+        ranks. `probe_patch_similarity`: mean cosine of two patches of an image. `probe_cls_norm`, `probe_patch_norm`,
+        `probe_patch_norm_max`: lengths of tokens before the final norm: means, and the mean over images of the largest.
         """
         features = self._features(self.images)
         patches, before_norm = features["x_norm_patchtokens"], features["x_prenorm"].norm(dim=-1)
         patch_norms = before_norm[:, -patches.shape[1] :]  # after class token and registers
         flat = patches.flatten(0, 1)
         return {
+            "probe_distinct_images": float(self.num_distinct),
             "probe_cls_rank_me": rank_me(features["x_norm_clstoken"]),
             "probe_patch_rank_me": rank_me(flat[:: math.ceil(len(flat) / MAX_PATCHES)]),
             "probe_patch_similarity": patch_similarity(patches),
@@ -147,10 +151,7 @@ class Probe:
     def save_pictured(self, folder: Path, step: int) -> None:
         """Keep what pictures of the features at this step need: `patch_tokens_<step>.npy` (n, h, w, D) float16.
 
-        And, once, the images they are of: `images.npz` with `images` (n, 3, G, G) uint8.
-
-        Raises:
-            OSError: if they cannot be written.
+        And, once, the images they are of: `images.npz` with `images` (n, 3, G, G) uint8. A full disk is said, no more.
         """
         chosen = _spread(np.arange(len(self.images.positions)), PICTURED)
         tokens = self._features(self.images)["x_norm_patchtokens"][chosen]
@@ -158,11 +159,15 @@ class Probe:
         if not distributed.is_main():
             return
         side = math.isqrt(tokens.shape[1])
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "images.npz") as file:
-            np.savez_compressed(file, images=pixels.numpy())
-        with replacing(folder / f"patch_tokens_{step:07d}.npy") as file:
-            np.save(file, tokens.unflatten(1, (side, side)).half().cpu().numpy())
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "images.npz").exists():
+                with replacing(folder / "images.npz") as file:
+                    np.savez_compressed(file, images=pixels.numpy())
+            with replacing(folder / f"patch_tokens_{step:07d}.npy") as file:
+                np.save(file, tokens.unflatten(1, (side, side)).half().cpu().numpy())
+        except OSError as error:
+            logger.warning("cannot keep features of step %d for pictures in %s: %s", step, folder, error)
 
 
 def _spread(positions: np.ndarray, count: int) -> np.ndarray:
@@ -182,13 +187,14 @@ def _first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, 
     """The image at the position, or the first after it that can be read, and where that was.
 
     Raises:
-        BadImageError: if `TRIES` images in a row cannot.
+        OSError: if `TRIES` images in a row cannot.
     """
+    last = ""
     for tried in range(TRIES):
         index = (position + tried) % len(dataset)
         try:
             return dataset.get_image(index), index
         except BadImageError as error:
             logger.warning("health: %s; the next one is taken", error)
-            last = error
-    raise last
+            last = str(error)
+    raise OSError(f"{TRIES} images in a row cannot be read: {last}")

@@ -348,7 +348,7 @@ def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
 
 def test_nothing_but_broken_images_is_an_error_at_once(tmp_path: Path) -> None:
     dataset = images(tmp_path / "images", num_broken=40)
-    with pytest.raises(OSError, match=r"11 images drawn in a row cannot be read: .*\.png"):
+    with pytest.raises(OSError, match=r"20 images in a row cannot be read: .*\.png"):
         run_train(tmp_path / "out", dataset, *FOLDER)
 
 

@@ -154,10 +154,13 @@ def checkpoints(output_dir: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("model_")) for path in (output_dir / "checkpoints").glob("model_???????"))
 
 
+TIMES = ("iter_time", "data_time", "data_wait")
+
+
 def metrics(output_dir: Path) -> list[dict[str, float]]:
     """The lines of the metrics file without the times."""
     lines = [json.loads(line) for line in (output_dir / "training_metrics.json").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_time")} for line in lines]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def tensors(output_dir: Path, iteration: int) -> dict[str, Tensor]:
