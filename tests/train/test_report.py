@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from synthetic_run import FEATURE_STEPS, NUM_IMAGES, write_json, write_run
+from tiny import metrics, run_train
 
 from dinov2.train.alarms import Alarm
+from dinov2.train.environment import record_environment
 from dinov2.train.report.__main__ import main
 from dinov2.train.report.page import page
 from dinov2.train.report.run import Run, read_run, read_runs
@@ -244,3 +246,27 @@ def test_a_run_that_goes_on_is_not_called_stopped(tmp_path: Path) -> None:
     assert run.running() and "Running: 300 of 800 steps (37.5 %)" in Parsed(page([run])).text
     late = replace(run, silent=86400.0)
     assert not late.running() and "Stopped at step 300 of 800" in Parsed(page([late])).text
+
+
+def test_a_training_leaves_what_the_report_shows(tmp_path: Path) -> None:
+    """No file of a run is made up here."""
+    folder = tmp_path / "run"
+    run_train(folder)
+    record_environment(folder)
+    found, lines = parsed(folder), metrics(folder)
+    assert "Finished: all 8 steps" in found.text and "There is no" not in found.text
+    assert f"to {lines[-1]['knn']:.1f} % at step 7" in found.text and "Not measured" not in found.text
+    steps = {str(alt).partition("at step ")[2] for alt in found.attributes("alt")}
+    assert steps == {"", "0, in colours", "3, in colours", "7, in colours"}
+    charts = " ".join(str(label) for label in found.attributes("aria-label"))
+    for title in (
+        "Total loss",
+        "Effective rank",
+        "Information",
+        "Gradient norms",
+        "Images per second",
+        "Learning rate",
+    ):
+        assert f"{title}: " in charts
+    assert "Also logged" not in found.text, "a chart of its own, with words about it, for everything that is logged"
+    assert "The best teacher is that of step" in found.text and "PyTorch" in found.text

@@ -2,13 +2,14 @@
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from synthetic_run import colours
+from synthetic_run import colours, write_run
 
 from dinov2.train.report.charts import (
     NUM_STYLES,
@@ -22,8 +23,8 @@ from dinov2.train.report.charts import (
     value_axis,
 )
 from dinov2.train.report.numbers import duration, measured, number, percent, short
-from dinov2.train.report.pictures import aligned, gallery, spread
-from dinov2.train.report.run import Run, read_run, short_names
+from dinov2.train.report.pictures import aligned, galleries, gallery, same_images, spread
+from dinov2.train.report.run import Run, read_run, read_runs, short_names
 from dinov2.train.report.style import STYLE
 
 REALS = st.floats(-1e12, 1e12).filter(lambda value: value == 0 or abs(value) > 1e-9)
@@ -121,6 +122,18 @@ def test_colours_flow_through_the_steps_of_a_run(tmp_path) -> None:
     pictures = {step: _pixels(row) for step, row in rows.items()}
     for step in range(4):
         assert np.abs(pictures[step] - pictures[4]).max() <= 6  # of 255; float16
+
+
+def test_runs_with_the_same_images_have_the_same_colours(tmp_path) -> None:
+    runs = read_runs([write_run(tmp_path / name, steps=50, evaluations=False) for name in ("a", "b")])
+    for path in runs[1].tokens.values():
+        np.save(path, -np.load(path)[..., ::-1])  # the same features on other axes
+    first, second = (_pixels(each.steps[799]) for each in galleries(runs))
+    assert np.abs(first - second).max() <= 2
+    other = read_runs([write_run(tmp_path / "c", seed=1)])[0]
+    assert (
+        same_images(*runs) and not same_images(runs[0], other) and not same_images(runs[0], replace(other, images=None))
+    )
 
 
 def _pixels(uris: list[str]) -> np.ndarray:

@@ -176,8 +176,11 @@ GROUPS = (
     ),
 )
 
-# What a line of the metrics file says that is no curve, or is shown in another form.
-NOT_SHOWN = {"iteration", "iter_time", "data_time", "current_batch_size", "data_wait", "patch_target_capacity"}
+# What a line of the metrics file says that never changes, is for alarms alone, or is shown in another form.
+NOT_SHOWN = {
+    *("iteration", "iter_time", "data_time", "data_wait", "current_batch_size"),
+    *("patch_target_capacity", "probe_distinct_images"),
+}
 
 
 def _images_per_second(run: Run) -> Points:

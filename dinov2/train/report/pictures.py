@@ -128,9 +128,14 @@ def data_uri(image: Image.Image) -> str:
 
 
 def galleries(runs: Sequence[Run]) -> list[Gallery]:
-    """The pictures of several runs, in the colours of the first one as far as the patches are the same."""
+    """The pictures of several runs, in the colours of the first one with the same images."""
     found: list[Gallery] = []
     for run in runs:
-        references = [each.colours for each in found if each.colours is not None]
-        found.append(gallery(run, references[0] if references else None))
+        alike = (each for other, each in zip(runs, found, strict=False) if same_images(run, other))
+        found.append(gallery(run, next((each.colours for each in alike if each.colours is not None), None)))
     return found
+
+
+def same_images(run: Run, other: Run) -> bool:
+    """Whether the pictures of two runs can be compared."""
+    return run.images is not None and other.images is not None and np.array_equal(run.images, other.images)

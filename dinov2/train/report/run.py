@@ -191,7 +191,7 @@ def read_records(path: Path, notes: list[str]) -> list[Record]:
 def read_measurements(folder: Path, notes: list[str]) -> list[Measurement]:
     """The numbers of all results files in the folder, the earliest teacher first."""
     patterns = ("knn.json", "results_eval_*.json", "*/results_eval_*.json", "eval/**/results_eval_*.json")
-    paths = {path.resolve(): path for pattern in patterns for path in folder.glob(pattern) if "best" not in path.parts}
+    paths = {path.resolve(): path for pattern in patterns for path in folder.glob(pattern)}  # eval/best is a link
     found: list[Measurement] = []
     for path in sorted(paths.values()):
         try:

@@ -115,7 +115,8 @@ def pictures(runs: Sequence[Run]) -> str:
         "in all images of a row. Noise, or colours that follow the place in the image alone, should become parts of "
         "things.</p>"
         '<p class="soft">Every row has components of its own. Their signs and order, which are arbitrary, are chosen '
-        "to agree with the row below, so that colours can be followed upwards from the last step.</p>"
+        "to agree with the row below, so that colours can be followed upwards from the last step"
+        f"{', and to agree between runs with the same images' if len(runs) > 1 else ''}.</p>"
     )
     return intro + "".join(_heading(run) + _gallery(run, gallery) for run, gallery in zip(runs, found, strict=True))
 
