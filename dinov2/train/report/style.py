@@ -65,7 +65,7 @@ caption { text-align: left; font: 15px/1.4 var(--text); padding-bottom: 6px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 22px 5px 0; border-bottom: 1px solid var(--rule);
   overflow-wrap: anywhere; }
 th:first-child { min-width: 7em; }
-thead th { font-weight: 600; border-bottom: 1.5px solid var(--ink); }
+thead th { min-width: 5.5em; font-weight: 600; border-bottom: 1.5px solid var(--ink); }
 tbody th { font-weight: 400; color: var(--soft); }
 .number { text-align: right; }
 td.number { white-space: nowrap; }
@@ -123,7 +123,8 @@ footer { margin-top: 64px; padding-top: 14px; padding-bottom: 40px; color: var(-
   .row { grid-template-columns: 1fr; gap: 2px; margin-bottom: 8px; }
   .row > span { text-align: left; }
   .pictures { gap: 3px; }
-  th, td { padding-right: 12px; }
+  table { font-size: 13px; }
+  th, td { padding-right: 10px; }
 }
 @media print {
   :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; --faint: #fff;

@@ -1,5 +1,6 @@
 """Tables of texts as HTML; all texts are escaped here."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -12,7 +13,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str =
 
     def cell(tag: str, text: str, column: int, scope: str = "") -> str:
         aligned = ' class="number"' if column >= left else ""
-        return f"<{tag}{scope}{aligned}>{breakable(text) if column == 0 else escape(text)}</{tag}>"
+        return f"<{tag}{scope}{aligned}>{breakable(text)}</{tag}>"
 
     head = [cell("th", text, column, ' scope="col"') if text else "<td></td>" for column, text in enumerate(headings)]
     body = [
@@ -29,7 +30,9 @@ def comparison(headings: Sequence[str], columns: Sequence[Mapping[str, str]], ca
     for name in dict.fromkeys(name for column in columns for name in column):
         texts = [column.get(name, ABSENT) for column in columns]
         kind = ' class="other"' if len(set(texts)) > 1 else ""
-        body.append([f'<th scope="row">{breakable(name)}</th>', *(f"<td{kind}>{escape(text)}</td>" for text in texts)])
+        body.append(
+            [f'<th scope="row">{breakable(name)}</th>', *(f"<td{kind}>{breakable(text)}</td>" for text in texts)]
+        )
     return _table(caption, head, body)
 
 
@@ -42,5 +45,5 @@ def _table(caption: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> 
 
 
 def breakable(text: str) -> str:
-    """Escaped text that may go on in the next line after a dot or an underscore: long keys must, on a phone."""
-    return escape(text).replace(".", ".<wbr>").replace("_", "_<wbr>")
+    """Escaped text that may go on in the next line after these signs: long keys and data sets must, on a phone."""
+    return re.sub(r"([._:](?=[^\W\d]))", r"\1<wbr>", escape(text))
