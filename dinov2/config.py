@@ -235,6 +235,14 @@ class Health:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    tensorboard: bool
+    wandb_project: str
+    wandb_name: str
+    wandb_mode: Literal["online", "offline"]
+
+
+@dataclass(frozen=True)
 class Config:
     MODEL: Weights
     compute_precision: ComputePrecision
@@ -248,6 +256,7 @@ class Config:
     augmentation: Augmentation
     evaluation: Evaluation
     health: Health
+    tracking: Tracking
 
 
 # --- Loading and saving ----------------------------------------------------------------------------------------------

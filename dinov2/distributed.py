@@ -17,13 +17,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -357,18 +359,18 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
 
 
 @contextmanager
-def on_main(resource: AbstractContextManager[None]) -> Iterator[None]:
-    """Hold something on rank 0 alone; an OSError when it cannot be had is one for all processes."""
+def on_main(resource: AbstractContextManager[T]) -> Iterator[T | None]:
+    """Hold something on rank 0 alone, None elsewhere; an OSError or ValueError when it cannot be had is one for all."""
     with ExitStack() as held:
-        refusal = None
+        refusal, value = None, None
         if is_main():
             try:
-                held.enter_context(resource)
-            except OSError as error:
+                value = held.enter_context(resource)
+            except (OSError, ValueError) as error:
                 refusal = error
         if (why := all_gather_object(refusal)[0]) is not None:
             raise why
-        yield
+        yield value
 
 
 def all_gather_object(value: Any) -> list[Any]:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -41,6 +42,21 @@ USER_ERRORS = (ValueError, OSError, FloatingPointError)
 """Errors about what a person gave: a config, a file, a value, a full disk. Their message says all; others are ours."""
 
 
+class _ShortLine(logging.Formatter):
+    """17:55:51 message; with the level where it is not mere information."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        shown = copy(record)
+        if hasattr(record, "in_short"):
+            shown.msg, shown.args = record.in_short, ()
+        if record.levelno > logging.INFO:
+            shown.msg, shown.args = f"{record.levelname} {shown.getMessage()}", ()
+        return super().format(shown)
+
+
 class _Console(logging.Handler):
     """Lines on standard output, above the progress bar when there is one.
 
@@ -52,8 +68,6 @@ class _Console(logging.Handler):
         try:
             if hasattr(record, "last_words"):
                 tqdm.write(record.last_words, file=sys.stderr)
-            elif hasattr(record, "in_short"):
-                tqdm.write(record.in_short, file=sys.stdout)
             elif not hasattr(record, "only_in_file"):
                 tqdm.write(self.format(record), file=sys.stdout)
         except Exception:
@@ -101,7 +115,8 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
         root.removeHandler(old)
         old.close()
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT))
+        in_file = isinstance(handler, _LogFile)
+        handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT) if in_file else _ShortLine())
         root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(True)
@@ -275,7 +290,7 @@ class MetricLogger:
         hidden: meters that the console does not show.
 
     Attributes:
-        listeners: are called with each record that goes to the file, in the process that writes it.
+        listeners: are called with each such record, in the main process.
     """
 
     def __init__(
@@ -404,14 +419,16 @@ class MetricLogger:
         if not (self._line_is_due or notes):
             return
         logger.info("%s", self._line(loop, index), extra={"in_short": self._short_line(loop, index)})
-        iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
+        if not self.is_main:
+            return
+        medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
+        times = {"iter_time": loop.iter_time.avg, "data_time": loop.data_time.avg}
+        data_wait = {"data_wait": times["data_time"] / times["iter_time"]}
+        record = {"iteration": index, **times, **medians, **data_wait, **notes}
         if self.output_file is not None:
-            medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
-            times = {"iter_time": iter_time, "data_time": data_time}
-            record = {"iteration": index, **times, **medians, "data_wait": data_time / iter_time, **notes}
             append_json(self.output_file, record)
-            for listener in self.listeners:
-                listener(record)
+        for listener in self.listeners:
+            listener(record)
 
     def _line(self, loop: _Loop, index: int) -> str:
         stop, remaining = loop.iterations.stop, loop.iterations[-1] - index
@@ -436,7 +453,7 @@ class MetricLogger:
         left = _clock(loop.elapsed()[1] * (loop.iterations[-1] - index))
         facts = [*speed, f"data wait {data_time / iter_time:.0%}", f"{left} left"]
         stop = loop.iterations.stop
-        heading = f"{time.strftime('%H:%M:%S')} {loop.header} {index:{len(str(stop))}d}/{stop}"
+        heading = f"{loop.header} {index:{len(str(stop))}d}/{stop}"
         return " | ".join([heading, *(["  ".join(values)] if values else []), "  ".join(facts)])
 
 

@@ -145,6 +145,10 @@ OUR_DEFAULTS = {
     "augmentation.implementation": "tensor",
     "augmentation.mean": [0.485, 0.456, 0.406],
     "augmentation.std": [0.229, 0.224, 0.225],
+    "tracking.tensorboard": False,
+    "tracking.wandb_project": "",
+    "tracking.wandb_name": "",
+    "tracking.wandb_mode": "online",
 }
 
 LONG_TRAINING = {

@@ -10,13 +10,14 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinov2.log import MetricLogger, SmoothedValue, append_json, setup_logging, truncate_metrics
+from dinov2.log import MetricLogger, SmoothedValue, append_json, read_records, setup_logging, truncate_metrics
 
 logger = logging.getLogger("dinov2.test")
 
@@ -39,14 +40,51 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 # --- Log lines -------------------------------------------------------------------------------------------------------
 
 
-def test_line_prefix_is_the_published_one(
+def test_the_file_has_the_published_prefix_and_the_console_the_time(
     tmp_path: Path, logging_restored: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup_logging(tmp_path)
     logger.info("hello %d", 3)
     pattern = rf"I\d{{8}} \d\d:\d\d:\d\d {os.getpid()} dinov2\.test test_log\.py:\d+\] hello 3\n"
-    assert re.fullmatch(pattern, capsys.readouterr().out)
     assert re.fullmatch(pattern, (tmp_path / "logs" / "log.txt").read_text())
+    logger.warning("mind")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d hello 3\n\d\d:\d\d:\d\d WARNING mind\n", capsys.readouterr().out)
+
+
+def test_the_console_shows_a_short_line_and_the_file_the_whole(
+    tmp_path: Path, logging_restored: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(tmp_path)
+    meters = MetricLogger(hidden=("wd",))
+    for _ in meters.log_every([0], 1, "Training", 10, 7, batch_size=64):
+        meters.update(total_loss=2.5, wd=0.1)
+        meters.note(rank=3.0, lost=math.nan)
+    line = capsys.readouterr().out.splitlines()[0]
+    assert re.fullmatch(
+        r"[\d:]{8} Training  7/10 \| total 2.5 \| [\d.e+]+ images/s  data wait \d+%  0:00:00 left", line
+    )
+    assert "wd: 0.1 (0.1)" in (tmp_path / "logs" / "log.txt").read_text()
+
+
+def test_notes_are_in_the_record_of_their_iteration_and_make_it_one(tmp_path: Path) -> None:
+    heard: list[Any] = []
+    meters = MetricLogger(output_file=tmp_path / "m.json")
+    meters.listeners = [heard.append]
+    for step in meters.log_every(range(10), 5):
+        if step == 3:
+            assert not meters.line_is_due()
+            meters.note(rank=1.5, lost=math.nan)
+    records = read_records(tmp_path / "m.json")
+    assert [record["iteration"] for record in records] == [0, 3, 5, 9]
+    assert [record.get("rank") for record in records] == [None, 1.5, None, None]
+    assert "lost" not in records[1]
+    assert heard == records
+
+
+def test_a_torn_line_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text('{"iteration": 0, "lr": 1}\n{"iteration": 10, "l')
+    assert read_records(tmp_path / "m.json") == [{"iteration": 0, "lr": 1}]
+    assert read_records(tmp_path / "none.json") == []
 
 
 def test_other_ranks_write_their_own_file_and_show_only_errors(

@@ -226,17 +226,19 @@ class Starved(Rule):
         "smaller, or let the device cut the crops (train.augment_on=device)."
     )
     patience = 5
-    LIMIT = 0.4
+    LIMIT, BEGINNING = 0.4, 40  # steps, in which loading gets under way
+
+    def __init__(self) -> None:
+        self.first: float | None = None
 
     def judge(self, record: Record) -> str | None:
-        share = record.get("data_wait")
-        if share is None:
+        self.first = record["iteration"] if self.first is None else self.first
+        share, seconds = record.get("data_wait"), record.get("data_time")
+        if share is None or seconds is None or record["iteration"] < self.first + self.BEGINNING:
             return None
         if share < self.LIMIT:
             return ""
-        return (
-            f"{share:.0%} of the time goes into waiting for images ({record.get('data_time', math.nan):.2f} s a step)"
-        )
+        return f"{share:.0%} of the time goes into waiting for images ({seconds:.2f} s a step)"
 
 
 class WarmUp:

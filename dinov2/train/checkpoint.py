@@ -41,7 +41,10 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
-OUTPUTS = ("checkpoints", "eval", "training_metrics.json", "config.yaml")
+OUTPUTS = (
+    *("checkpoints", "eval", "health", "training_metrics.json", "config.yaml", "environment.json", "report.html"),
+    *("tensorboard", "wandb", "wandb_run_id"),
+)
 """What a run leaves in its folder, besides the log."""
 
 _UNFINISHED = ".unfinished"

@@ -15,6 +15,7 @@ from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.images import BadImageError
 from dinov2.models import build_model
+from dinov2.trackers import check_trackers
 from dinov2.train.checkpoint import load_training_weights
 from dinov2.train.memory import estimate, masked_patches_per_image
 from dinov2.train.schedules import build_schedules, global_batch_size
@@ -37,6 +38,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
     dataset = make_dataset(dataset_str=cfg.train.dataset_path)
     _check_readable(dataset, cfg.train.max_bad_image_share)
     build_schedules(cfg, cfg.optim.lr)
+    check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     with torch.device("cpu" if cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS else "meta"):
         model = SSLMetaArch(cfg)  # loads the pretrained weights
     if cfg.MODEL.WEIGHTS:

@@ -7,12 +7,12 @@ The same command again resumes the run, exactly. `--dry-run` checks everything a
 """
 
 import argparse
-import dataclasses
 import logging
 import random
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
@@ -33,6 +33,7 @@ from dinov2.data.randomness import seed_for
 from dinov2.data.uncut import UncutBatch
 from dinov2.files import occupying
 from dinov2.log import MetricLogger, read_records, run_command, setup_logging, truncate_metrics
+from dinov2.trackers import open_trackers
 from dinov2.train.alarms import AlarmBell
 from dinov2.train.allocation import keep_freed_memory
 from dinov2.train.best_teacher import rate_teacher
@@ -106,10 +107,10 @@ def main(args: argparse.Namespace) -> None:
 def with_run_values(cfg: Config, output_dir: Path, world_size: int) -> Config:
     """The config with what only the run knows: its output folder and the learning rate for its global batch."""
     lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
-    return dataclasses.replace(
+    return replace(
         cfg,
-        optim=dataclasses.replace(cfg.optim, lr=lr),
-        train=dataclasses.replace(cfg.train, output_dir=str(output_dir)),
+        optim=replace(cfg.optim, lr=lr),
+        train=replace(cfg.train, output_dir=str(output_dir)),
     )
 
 
@@ -166,14 +167,18 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     )
     start, images_seen = resume_run(cfg, latest, checkpointer, metrics)
     panel = HealthPanel(cfg, model, dataset, last_step=total_steps - 1)
-    metrics.listeners.append(AlarmBell(read_records(output_dir / "training_metrics.json")).hear)
+    bell = AlarmBell(read_records(output_dir / "training_metrics.json"))
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
     global_batch = global_batch_size(cfg, distributed.world_size())
     due = False  # whether a checkpoint is, put off while steps are refused
     logger.info("%d of %d steps are done; %d images each", start, total_steps, global_batch)
     loading = closing(to_device(build_loader(cfg, dataset, images_seen), device))  # its processes end with the loop
-    with loading as micro_batches, checkpointer, Interruption() as interruption:
+    tracking = distributed.on_main(
+        open_trackers(**asdict(cfg.tracking), output_dir=output_dir, start=start, config=config.to_dict(cfg))
+    )
+    with tracking as trackers, loading as micro_batches, checkpointer, Interruption() as interruption:
+        metrics.listeners = [bell.hear, *(trackers or [])]
         steps = enumerate(zip(*[micro_batches] * cfg.train.accumulate_steps, strict=False), start)
         for step, batches in metrics.log_every(
             steps, cfg.train.log_period, "Training", total_steps, start, batch_size=global_batch
@@ -285,7 +290,7 @@ def build_loader(cfg: Config, dataset: ImageDataset, images_seen: int) -> Iterab
         crops.local_crops_number,
         crops.global_crops_size,
         crops.local_crops_size,
-        **dataclasses.asdict(cfg.augmentation),
+        **asdict(cfg.augmentation),
     )
     side = crops.global_crops_size // patch_size
     return make_train_loader(
