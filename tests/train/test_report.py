@@ -18,6 +18,7 @@ from dinov2.train.environment import record_environment
 from dinov2.train.report.__main__ import main
 from dinov2.train.report.page import page
 from dinov2.train.report.run import Run, read_run, read_runs
+from dinov2.train.report.verdict import verdict
 
 VOID = {"meta", "link", "img", "wbr", "path", "circle", "rect"}  # without end tag, or closed where they open
 
@@ -221,6 +222,26 @@ def test_the_verdict_stands_at_the_top(tmp_path: Path, words: dict, headline: st
     position = found.text.index(headline)
     assert position < found.text.index("Alarms") if "Alarms" in found.text else True
     assert any(headline in text for text in found.texts)
+
+
+@pytest.mark.parametrize(
+    ("knn", "loss", "headline"),
+    [
+        ((60, 80, 79), (5, 4, 3), "Healthy so far"),
+        ((60, 80, 69), (5, 4, 3), "Look closer: k-NN accuracy fell"),
+        ((60, 59, 58), (5, 4, 3), "Look closer: k-NN accuracy fell"),
+        ((60, 70, 80), (3, 4, 5), "Healthy so far"),  # losses may rise while features get better
+        ((), (3, 4, 5), "Look closer: the loss did not fall"),
+    ],
+)
+def test_a_run_without_alarms_is_not_healthy_whatever_it_has_learned(
+    tmp_path: Path, knn: tuple[int, ...], loss: tuple[int, ...], headline: str
+) -> None:
+    run = read_run(write_run(tmp_path / "run", pictures=False), "run")
+    records = [{"iteration": step, "total_loss": value, "data_wait": 0.0} for step, value in enumerate(loss)]
+    for record, value in zip(records, knn, strict=False):
+        record["knn"] = value
+    assert verdict(replace(run, records=records)).headline == headline
 
 
 def alarmed(run: Run, **changes: object) -> Run:

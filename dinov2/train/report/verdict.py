@@ -35,10 +35,10 @@ def verdict(run: Run) -> Verdict:
         return Verdict("bad", f"Needs attention: {kinds}", reasons)
     if len(run.records) < _FEW_LINES:
         return Verdict("unclear", "Too early to say" if run.records else "Nothing to judge yet", reasons)
-    loss, accuracy = _change(run, "total_loss"), _change(run, "knn")
-    if accuracy and accuracy[1] < accuracy[0]:
+    loss, accuracy = _change(run, "total_loss"), [value for _, value in run.series("knn")]
+    if len(accuracy) > 1 and accuracy[-1] < (accuracy[0] + max(accuracy)) / 2:  # half of what was won is lost again
         return Verdict("unclear", "Look closer: k-NN accuracy fell", reasons)
-    if loss and loss[1] >= loss[0] and not accuracy:
+    if loss and loss[1] >= loss[0] and len(accuracy) < 2:
         return Verdict("unclear", "Look closer: the loss did not fall", reasons)
     if not any(run.series(key) for key in HEALTH_KEYS):
         return Verdict("unclear", "The losses look right; health was not measured", reasons)
