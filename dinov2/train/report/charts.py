@@ -36,6 +36,7 @@ class Span(NamedTuple):
     first: float
     last: float
     label: str
+    tag: str = ""  # beside the mark above it
 
 
 class Axis(NamedTuple):
@@ -210,5 +211,5 @@ def _shade(span: Span, x: Axis) -> str:
     return (
         f'<g class="span"><title>{escape(span.label)}</title><rect x="{left:.1f}" y="{TOP}" width="{width:.1f}" '
         f'height="{height}"/><path d="M{left:.1f} {TOP}v{height}m{width:.1f} 0v-{height}"/>'
-        f'<text x="{middle:.1f}" y="{TOP - 3}" text-anchor="middle">&#9650;</text></g>'
+        f'<text x="{middle:.1f}" y="{TOP - 3}" text-anchor="middle">&#9650; {escape(span.tag)}</text></g>'
     )

@@ -66,13 +66,12 @@ def alarm_spans(run: Run) -> list[Span]:
     spans: list[Span] = []
     for alarm in sorted(run.alarms, key=lambda alarm: alarm.first):
         last = alarm.last if alarm.over else run.steps_done
-        label = f"{run.tag} {alarm.kind}".strip()
         if spans and alarm.first <= spans[-1].last:
             former = spans.pop()
-            label = former.label if label in former.label else f"{former.label}, {label}"
-            spans.append(Span(former.first, max(former.last, last), label))
+            label = former.label if alarm.kind in former.label else f"{former.label}, {alarm.kind}"
+            spans.append(Span(former.first, max(former.last, last), label, run.tag))
         else:
-            spans.append(Span(alarm.first, last, label))
+            spans.append(Span(alarm.first, last, alarm.kind, run.tag))
     return spans
 
 

@@ -90,7 +90,7 @@ figure { margin: 0; min-width: 0; }
 .end { font-weight: 600; }
 .span rect { fill: var(--shade); opacity: 0.13; }
 .span path { stroke: var(--shade); stroke-width: 0.8; stroke-dasharray: 2 2; fill: none; }
-.span text { fill: var(--shade); font-size: 8px; }
+.span text { fill: var(--shade); font-size: 9px; }
 .line-0 { stroke: var(--c0); } .dot-0, .text-0 { fill: var(--c0); }
 .line-1 { stroke: var(--c1); } .dot-1, .text-1 { fill: var(--c1); }
 .line-2 { stroke: var(--c2); } .dot-2, .text-2 { fill: var(--c2); }
