@@ -2,7 +2,8 @@
 # Runs the tests, installing what they need first.
 #
 #   bash scripts/test.sh                       lint, and the fast tests
-#   bash scripts/test.sh slurm                 also those that submit jobs to a SLURM of their own on this machine
+#   bash scripts/test.sh slurm                 also those that submit jobs to a SLURM of their own on this machine, and
+#                                              those that look at pages in a browser
 #   bash scripts/test.sh all                   also the slow ones, and those that need a GPU
 #   bash scripts/test.sh [all] tests/hub -x    further words go to pytest
 set -euo pipefail
@@ -26,15 +27,31 @@ install_slurm() {
     done
 }
 
+# A browser without a window, to look at pages as people do. Where there is none the tests say so.
+install_browser() {
+    local program
+    for program in chromium chromium-browser google-chrome chrome; do
+        type -P "$program" >/dev/null && return
+    done
+    if [ "$(id -u)" = 0 ] && type -P apt-get >/dev/null; then
+        echo "installing chromium" >&2
+        apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium >/dev/null || true
+    else
+        echo "the tests with a browser are left out: they need the package chromium, or root to install it" >&2
+    fi
+}
+
 selection=(-m "not slow and not slurm and not gpu")
 case ${1:-} in
     slurm)
         install_slurm
+        install_browser
         selection=(-m "not slow and not gpu")
         shift
         ;;
     all)
         install_slurm
+        install_browser
         selection=()
         shift
         ;;

@@ -1,0 +1,135 @@
+"""What a run was made by and on: `environment.json`, one entry for each time it was started or resumed.
+
+    {"sessions": [{"first_step": 0, "date": "2026-11-23T14:18:21+00:00", "command": "python dinov2/train/train.py ...",
+                   "processes": 1, "device": "...", "commit": "...", ...}, ...]}
+
+Facts that are not known are null. Nothing in it names the machine; the only paths are those of the command.
+"""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dinov2
+from dinov2 import distributed
+from dinov2.files import replacing
+
+logger = logging.getLogger(__name__)
+
+ENVIRONMENT_FILE = "environment.json"
+
+_CLONE = Path(__file__).resolve().parents[2]
+_COMMANDS = ("dinov2-train",)  # that an installation puts into the path
+
+
+def record_environment(output_dir: Path, first_step: int = 0) -> None:
+    """Append this session to `output_dir/environment.json`; to be called on rank 0.
+
+    Args:
+        output_dir: of the run.
+        first_step: that this session does; 0 means that the run begins, and former sessions are forgotten.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+    """
+    path = output_dir / ENVIRONMENT_FILE
+    former = read_environment(path) if first_step > 0 else []
+    with replacing(path) as file:
+        file.write(json.dumps({"sessions": [*former, session(first_step)]}, indent=2).encode() + b"\n")
+
+
+def read_environment(path: Path) -> list[dict[str, Any]]:
+    """The sessions in an environment file, the oldest first; none, with a warning, if it cannot be understood."""
+    if not path.exists():
+        return []
+    try:
+        sessions = json.loads(path.read_text())["sessions"]
+        return [dict(each) for each in sessions]
+    except (ValueError, TypeError, KeyError) as error:
+        logger.warning("%s is left out, it cannot be read: %r", path, error)
+        return []
+
+
+def session(first_step: int) -> dict[str, Any]:
+    """The facts about this process and its machine."""
+    on_gpu = distributed.device().type == "cuda"
+    return {
+        "first_step": first_step,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": reproducing_command(sys.argv),
+        "processes": distributed.world_size(),
+        "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "dinov2": dinov2.__version__,
+        **{name: _version(name) for name in ("torch", "torchvision", "numpy", "xformers")},
+        "cuda": torch.version.cuda if on_gpu else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        **_commit(),
+    }
+
+
+def reproducing_command(argv: Sequence[str]) -> str | None:
+    """What to type in the top folder of the clone; None where a scheduler started the process by a program of its own.
+
+    Args:
+        argv: program and arguments of this process.
+    """
+    program = Path(argv[0])
+    if program.name in _COMMANDS:
+        return shlex.join([program.name, *argv[1:]])
+    if not program.resolve().is_relative_to(_CLONE / "dinov2"):
+        return None
+    return shlex.join(["python", str(program.resolve().relative_to(_CLONE)), *argv[1:]])
+
+
+def cpu_name() -> str:
+    """The model of the processor, or at least its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> dict[str, Any]:
+    """The commit of the clone and whether tracked files differ from it; nulls if this is no clone, or git is absent."""
+    top = _output("git", "-C", str(_CLONE), "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != _CLONE:  # an installation may lie within somebody else's repository
+        return {"commit": None, "changed_files": None}
+    changes = _output("git", "-C", str(_CLONE), "status", "--porcelain", "--untracked-files=no")
+    return {
+        "commit": _output("git", "-C", str(_CLONE), "rev-parse", "HEAD"),
+        "changed_files": None if changes is None else len(changes.splitlines()),
+    }
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None if there is no such program or it fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

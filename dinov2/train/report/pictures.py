@@ -1,0 +1,141 @@
+"""What the teacher saw in the same images over training: pictures for the page.
+
+Shapes: n images, h x w patches, D feature width.
+"""
+
+import base64
+import io
+import logging
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinov2.analysis.pca import pca_colours, to_pictures
+from dinov2.train.report.run import Run
+
+logger = logging.getLogger(__name__)
+
+MAX_IMAGES = 8
+MAX_STEPS = 8
+MAX_SIDE = 128  # pixels
+SMALL_SIDE = 64  # pixels; up to here PNG, which keeps every pixel, is small enough
+
+
+class Gallery(NamedTuple):
+    """Rows of pictures as data URIs; pictures of one image are in one column."""
+
+    images: list[str]  # none if they were not kept
+    steps: dict[int, list[str]]  # components of the features at some steps, the earliest first
+    num_steps: int  # of which there are features
+    colours: Tensor | None  # (n, h, w, 3) of the last step
+
+
+def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
+    """The pictures of a run, evenly spread over its steps.
+
+    Args:
+        run: whose files are read.
+        reference: (n, h, w, 3), colours of another run, to which those of the last step are turned, if they have the
+            same shape.
+    """
+    chosen = [list(run.tokens)[index] for index in spread(len(run.tokens), MAX_STEPS)]
+    colours: dict[int, Tensor] = {}
+    for step in reversed(chosen):
+        tokens = read_tokens(run.tokens[step])
+        if tokens is None:
+            continue
+        found = pca_colours(tokens)
+        later = next(reversed(colours.values())) if colours else reference
+        colours[step] = aligned(found, later) if later is not None and later.shape == found.shape else found
+    images = (
+        [] if run.images is None else [Image.fromarray(each.transpose(1, 2, 0)) for each in run.images[:MAX_IMAGES]]
+    )
+    return Gallery(
+        images=[data_uri(shrunk(image)) for image in images],
+        steps={step: [data_uri(picture) for picture in to_pictures(colours[step])] for step in sorted(colours)},
+        num_steps=len(run.tokens),
+        colours=colours[max(colours)] if colours else None,
+    )
+
+
+def read_tokens(path: Path) -> Tensor | None:
+    """Patch tokens (n, h, w, D) of the first images; None, with a warning, if the file cannot be read."""
+    try:
+        tokens = torch.from_numpy(np.load(path, allow_pickle=False)[:MAX_IMAGES]).float()
+        if tokens.ndim != 4 or min(tokens.shape) < 1 or tokens.shape[-1] < 3:
+            raise ValueError(f"expected (images, rows, columns, features), got the shape {tuple(tokens.shape)}")
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s is left out: %s", path, error)
+        return None
+    return tokens.nan_to_num()
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Positions among `count` things: all, or `most` of them at even distances, the first and the last included."""
+    if count <= most:
+        return list(range(count))
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
+
+
+def aligned(colours: Tensor, reference: Tensor) -> Tensor:
+    """Colours with the channels exchanged and inverted so that they agree best with others of the same patches.
+
+    Sign and order of principal components are arbitrary, or change with little: this makes them follow `reference`.
+
+    Args:
+        colours: (n, h, w, 3) in [0, 1].
+        reference: (n, h, w, 3).
+
+    Returns:
+        (n, h, w, 3)
+    """
+    own, others = (_standardised(each.flatten(0, 2)) for each in (colours, reference))
+    agreement = own.T @ others / len(own)  # (channel, channel of the reference): correlations
+    order = max(permutations(range(3)), key=lambda order: sum(abs(agreement[c, t]) for t, c in enumerate(order)))
+    channels = [
+        1 - colours[..., channel] if agreement[channel, target] < 0 else colours[..., channel]
+        for target, channel in enumerate(order)
+    ]
+    return torch.stack(channels, dim=-1)
+
+
+def _standardised(values: Tensor) -> Tensor:
+    centred = values.double() - values.double().mean(dim=0)
+    return centred / centred.square().mean(dim=0).sqrt().clamp_min(1e-9)
+
+
+def shrunk(image: Image.Image) -> Image.Image:
+    """The image itself, or a smaller one if it is larger than the page shows it."""
+    if max(image.size) <= MAX_SIDE:
+        return image
+    factor = MAX_SIDE / max(image.size)
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def data_uri(image: Image.Image) -> str:
+    """A picture that needs no file: PNG, or JPEG if it is large."""
+    kind = "png" if max(image.size) <= SMALL_SIDE else "jpeg"
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def galleries(runs: Sequence[Run]) -> list[Gallery]:
+    """The pictures of several runs, in the colours of the first one with the same images."""
+    found: list[Gallery] = []
+    for run in runs:
+        alike = (each for other, each in zip(runs, found, strict=False) if same_images(run, other))
+        found.append(gallery(run, next((each.colours for each in alike if each.colours is not None), None)))
+    return found
+
+
+def same_images(run: Run, other: Run) -> bool:
+    """Whether the pictures of two runs can be compared."""
+    return run.images is not None and other.images is not None and np.array_equal(run.images, other.images)
