@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small DINOv2 on real pictures that come with the package, on a GPU or on two CPU cores, and shows what it
-# has learned: losses, patch features in colour, k-NN accuracy. Installs what it needs first.
+# has learned: patch features in colour, k-NN accuracy, a report of the whole run. Installs what it needs first.
 #
 #   bash scripts/quickstart.sh [OUT] [key=value ...]
 #

@@ -1,8 +1,8 @@
-"""What a quickstart run has learned: a plot of the losses, a picture of patch features, a table of k-NN accuracies.
+"""What a quickstart run has learned: a picture of patch features, k-NN accuracies, and a page about all of the run.
 
     python scripts/quickstart_report.py OUT
 
-reads what training left in OUT and adds losses.png, pca.png, knn.json and knn.md. The latest teacher is compared with
+reads what training left in OUT and adds pca.png, knn.json, knn.md and report.html. The latest teacher is compared with
 the same network before training and with raw pixels, all three by the same evaluation.
 """
 
@@ -27,7 +27,7 @@ from dinov2.eval.knn import eval_knn
 from dinov2.eval.results import write_results
 from dinov2.log import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from scripts.plot_metrics import plot_metrics
+from dinov2.train.report.page import write_report
 
 NUM_NEIGHBOURS = (10, 20)
 IMAGES_PER_CLASS = 3
@@ -101,10 +101,6 @@ def main(args: argparse.Namespace) -> int:
     teacher = latest_teacher(folder)
     train_dataset = cfg.train.dataset_path
     val_dataset = train_dataset.replace("split=TRAIN", "split=VAL")
-    steps, batch = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.train.batch_size_per_gpu
-    plot_metrics(
-        folder / "training_metrics.json", folder / "losses.png", f"{train_dataset}: {steps} steps of {batch} images"
-    )
     trained = setup.build_model_for_eval(cfg, str(teacher))
     untrained = setup.build_model_for_eval(cfg, None)
     draw_features({"trained": trained, "untrained": untrained}, cfg, val_dataset, folder / "pca.png")
@@ -118,7 +114,8 @@ def main(args: argparse.Namespace) -> int:
     )
     table = as_table(accuracies)
     (folder / "knn.md").write_text(table)
-    print(f"\nk-NN classification of {val_dataset} by {train_dataset}:\n\n{table}")
+    report = write_report([folder], title="Quickstart")
+    print(f"\nk-NN classification of {val_dataset} by {train_dataset}:\n\n{table}\nThe whole run on a page: {report}")
     return 0
 
 

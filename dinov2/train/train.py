@@ -46,6 +46,7 @@ from dinov2.train.checkpoint import (
     set_aside,
 )
 from dinov2.train.dry_run import dry_run
+from dinov2.train.environment import record_environment
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.health import HealthPanel, TargetWatch
 from dinov2.train.interruption import Interruption
@@ -166,6 +167,8 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         hidden=("wd", "mom", "last_layer_lr", "current_batch_size"),
     )
     start, images_seen = resume_run(cfg, latest, checkpointer, metrics)
+    if distributed.is_main() and start < total_steps:
+        record_environment(output_dir, start)
     panel = HealthPanel(cfg, model, dataset, last_step=total_steps - 1)
     bell = AlarmBell(read_records(output_dir / "training_metrics.json"))
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
