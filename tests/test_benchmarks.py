@@ -44,6 +44,20 @@ def test_a_checkpoint_and_what_it_costs(num_processes: int) -> None:
     assert all(is_spread(ratio) for name, ratio in record["ratio"].items() if name != "added / plain_save")
 
 
+def test_what_watching_a_run_costs() -> None:
+    words = [
+        "--batch-size=2",
+        "--rounds=2",
+        "student.depth=1",
+        "crops.global_crops_size=28",
+        "crops.local_crops_size=14",
+    ]
+    record = record_of("bench_health", *words, "health.knn_images=32", *TINY)
+    assert all(is_spread(times) for times in record["seconds"].values())
+    look, step = (record["seconds"][name][0] for name in ("look", "step"))
+    assert look / step / 100 <= record["share_of_step_time"] < 1
+
+
 def test_a_step_and_its_phases() -> None:
     words = [
         "--batch-size=2",

@@ -164,7 +164,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         output_dir / "training_metrics.json",
         is_main=distributed.is_main(),
         mean_over_processes=distributed.all_reduce_mean,
-        hidden=("wd", "mom", "last_layer_lr", "current_batch_size"),
+        hidden=("wd", "mom", "last_layer_lr", "current_batch_size", "teacher_temp"),
     )
     start, images_seen = resume_run(cfg, latest, checkpointer, metrics)
     if distributed.is_main() and start < total_steps:
@@ -198,6 +198,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             metrics.update(lr=now.lr, wd=now.wd, mom=now.momentum, last_layer_lr=now.last_layer_lr)
             metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu))
             metrics.update(**displayed(losses, cfg), only_finite=True)
+            metrics.update(teacher_temp=now.teacher_temp)
             measured = panel.measured(step, watch, norms)
             metrics.note(**measured)
             metrics.end_iteration()
