@@ -14,7 +14,7 @@ import dataclasses
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,11 @@ def main() -> None:
         side.guard.tell(side.scaler)
         panel.measured(1, watch, norms)
 
-    sides = {"step": partial(step, line=False), "step with line": partial(step, line=True), "look": panel.probe.look}
+    sides: dict[str, Callable[[], object]] = {
+        "step": partial(step, line=False),
+        "step with line": partial(step, line=True),
+        "look": panel.probe.look,
+    }
     seconds = alternate(sides, args.rounds, device)
     knn = alternate({"knn": panel.probe.knn}, 1, device)
     seconds = Seconds(seconds.wall | knn.wall, seconds.work | knn.work)
