@@ -7,6 +7,7 @@ Shapes: n images, N patches each, D width.
 
 import logging
 import math
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from torchvision.transforms import v2
 
 from dinov2 import distributed
 from dinov2.analysis.features import leave_one_out_accuracy, patch_similarity, rank_me
+from dinov2.analysis.shifts import finer_tokens
 from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
@@ -28,10 +30,14 @@ from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
-PICTURED = 8  # images whose patch tokens are kept
+PICTURED = 8  # images whose patch tokens are kept,
+FINE_GRID = 14  # on a grid of at least so many cells a side: fewer show nothing
 MAX_PATCHES = 1024  # whose rank is measured
 MIN_PER_CLASS = 16  # images; of more classes than that allows only some are taken
 TRIES = 20  # images in a row that may be unreadable
+
+
+Features = dict[str, Tensor]
 
 
 class _Images(NamedTuple):
@@ -59,8 +65,9 @@ class Probe:
     def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset) -> None:
         self.cfg = cfg
         self.model = model
-        count = min(max(cfg.health.probe_images, 2), len(dataset))
-        self.images = self._read(dataset, _spread(np.arange(len(dataset)), count))
+        positions = np.arange(len(dataset))
+        self.images = self._read(dataset, _spread(positions, max(cfg.health.probe_images, 2)))
+        self.pictured = self._read(dataset, _spread(positions, PICTURED))
         mine = [sha256(pixels.numpy()).digest() for pixels in self.images.pixels]
         self.num_distinct = len({digest for share in distributed.all_gather_object(mine) for digest in share})
         self.labelled: tuple[_Images, Tensor] | None = None
@@ -98,16 +105,19 @@ class Probe:
             found.append(where)
         return _Images(pixels, torch.tensor(sum(distributed.all_gather_object(found), []), dtype=torch.int64))
 
-    @torch.no_grad()
-    def _features(self, images: _Images) -> dict[str, Tensor]:
+    def _features(self, images: _Images, function: Callable[[Tensor], Features] | None = None) -> Features:
         """The teacher's features of some images in order, on all processes, `x_norm_clstoken` and so on: (n, ..., D).
 
         All processes run it as often, on as many images, as in training if that is compiled: zeros fill them up.
+
+        Args:
+            images: to look at.
+            function: batch of normalised images -> what is wanted of them.
         """
+        function = function or self.model.teacher_features
         share = math.ceil(len(images.positions) / distributed.world_size())
         in_training = NUM_GLOBAL_CROPS * self.cfg.train.batch_size_per_gpu
         at_once = in_training if self.cfg.train.compile else min(in_training, share)
-        device = distributed.device()
         mean = torch.tensor(self.cfg.augmentation.mean).view(3, 1, 1)
         std = torch.tensor(self.cfg.augmentation.std).view(3, 1, 1)
         parts: dict[str, list[Tensor]] = {}
@@ -115,9 +125,21 @@ class Probe:
             pixels = images.pixels[first : first + at_once]
             crops = torch.zeros(at_once, *pixels.shape[1:])
             crops[: len(pixels)] = (pixels / 255 - mean) / std
-            for name, value in self.model.teacher_features(crops.to(device)).items():
+            for name, value in function(crops.to(distributed.device())).items():
                 parts.setdefault(name, []).append(value[: len(pixels)])
         return {name: distributed.all_gather_varied(torch.cat(values)) for name, values in parts.items()}
+
+    def _fine_tokens(self, crops: Tensor) -> Features:
+        """`tokens`: patch tokens on a grid of at least `FINE_GRID` cells a side, if shifted views can give it."""
+        patch_size = self.cfg.student.patch_size
+        side = crops.shape[-1] // patch_size
+        divisors = [n for n in range(1, patch_size + 1) if patch_size % n == 0]
+
+        def tokens_of(view: Tensor) -> Tensor:
+            return self.model.teacher_features(view)["x_norm_patchtokens"].unflatten(1, (side, side))
+
+        shifts = next((n for n in divisors if n * side >= FINE_GRID), patch_size)
+        return {"tokens": finer_tokens(tokens_of, crops, patch_size=patch_size, shifts=shifts)}
 
     def look(self) -> dict[str, float]:
         """The state of the features, by name.
@@ -151,21 +173,18 @@ class Probe:
     def save_pictured(self, folder: Path, step: int) -> None:
         """Keep what pictures of the features at this step need: `patch_tokens_<step>.npy` (n, h, w, D) float16.
 
-        And, once, the images they are of: `images.npz` with `images` (n, 3, G, G) uint8. A full disk is said, no more.
+        And the images they are of: `images.npz` with `images` (n, 3, G, G) uint8. A full disk is said, no more.
         """
-        chosen = _spread(np.arange(len(self.images.positions)), PICTURED)
-        tokens = self._features(self.images)["x_norm_patchtokens"][chosen]
-        pixels = distributed.all_gather_varied(self.images.pixels.to(distributed.device()))[chosen].cpu()
+        tokens = self._features(self.pictured, self._fine_tokens)["tokens"]
+        pixels = distributed.all_gather_varied(self.pictured.pixels.to(distributed.device()))
         if not distributed.is_main():
             return
-        side = math.isqrt(tokens.shape[1])
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / "images.npz").exists():
-                with replacing(folder / "images.npz") as file:
-                    np.savez_compressed(file, images=pixels.numpy())
+            with replacing(folder / "images.npz") as file:
+                np.savez_compressed(file, images=pixels.cpu().numpy())
             with replacing(folder / f"patch_tokens_{step:07d}.npy") as file:
-                np.save(file, tokens.unflatten(1, (side, side)).half().cpu().numpy())
+                np.save(file, tokens.half().cpu().numpy())
         except OSError as error:
             logger.warning("cannot keep features of step %d for pictures in %s: %s", step, folder, error)
 

@@ -85,7 +85,8 @@ def test_a_run_leaves_what_its_report_needs(tmp_path: Path) -> None:
     ).view(3, 1, 1)
     tokens = model.teacher_features(normed)["x_norm_patchtokens"].unflatten(1, (4, 4))
     saved = torch.from_numpy(np.load(tmp_path / "health" / dumps[-1])).float()
-    torch.testing.assert_close(saved, tokens, atol=5e-3, rtol=1e-2)
+    assert saved.shape == (8, 28, 28, 32), "as fine as shifted views make it"
+    torch.testing.assert_close(saved[:, 3::7, 3::7], tokens, atol=5e-3, rtol=1e-2)
 
 
 def test_the_line_of_a_look_is_written_even_between_log_periods(tmp_path: Path) -> None:
