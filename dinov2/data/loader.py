@@ -191,11 +191,12 @@ def make_train_loader(
 
 
 def outlive_signals(worker_id: int) -> None:
-    """Let the training process alone react to signals that schedulers send to all processes of a job.
+    """Let the training process alone react to signals that schedulers, or Ctrl-C, send to all processes of a job.
 
     A worker killed by one would take the training down before its last checkpoint is written. It ends with its
     parent; SIGTERM, by which the parent would end a stuck worker, leaves it a minute.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

@@ -61,7 +61,7 @@ nav a { margin-right: 16px; }
 
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 12px 0; font: 14px/1.4 var(--figures); font-variant-numeric: tabular-nums; }
-caption { text-align: left; font: 15px/1.4 var(--text); padding-bottom: 6px; }
+caption { text-align: left; font: 15px/1.4 var(--text); padding-bottom: 6px; min-width: min(28rem, 90vw); }
 th, td { text-align: left; vertical-align: top; padding: 5px 22px 5px 0; border-bottom: 1px solid var(--rule);
   overflow-wrap: anywhere; }
 th:first-child { min-width: 7em; }
