@@ -10,6 +10,7 @@ Shapes: n images, h x w patches of an image, D feature width, m feature vectors.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -108,7 +109,8 @@ class _ObjectSide:
         return components._replace(axes=torch.where(away[:, None], -components.axes, components.axes))
 
 
-class Foreground(NamedTuple):
+@dataclass(frozen=True)
+class Foreground:
     """Which patches show an object: those on the object's side of the mean along the first component."""
 
     component: PrincipalComponents
