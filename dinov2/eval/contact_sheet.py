@@ -26,6 +26,7 @@ class Cell(NamedTuple):
 
     picture: Image.Image
     caption: str = ""
+    at_top: bool = False  # whether it hangs from the top of its row or stands on the bottom, if others are higher
 
 
 class Legend(NamedTuple):
@@ -61,12 +62,11 @@ def enlarged(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def mark(image: Image.Image, centre: tuple[float, float]) -> Image.Image:
     """A copy of a picture with a ring around a point (x, y) in pixels, to be seen on any colour."""
-    marked, radius = image.copy(), max(min(image.size) / 28, 5.0)
-    draw = ImageDraw.Draw(marked)
-    for colour, grow, width in (("black", 0.35, 0.7), ("white", 0.2, 0.4)):
-        outer = radius * (1 + grow)
-        box = [centre[0] - outer, centre[1] - outer, centre[0] + outer, centre[1] + outer]
-        draw.ellipse(box, outline=colour, width=max(round(radius * width), 2))
+    marked = image.copy()
+    draw, stroke = ImageDraw.Draw(marked), max(round(min(image.size) / 112), 2)
+    for colour, radius, width in (("black", 5 * stroke, 3 * stroke), ("white", 4 * stroke, stroke)):
+        box = [centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius]
+        draw.ellipse(box, outline=colour, width=width)
     return marked
 
 
@@ -132,7 +132,8 @@ def contact_sheet(
             is_last = number == len(rows) - 1
             texts = captions[start : start + columns] if is_last else ()
             band = pictures[start : start + columns]
-            cells.append([Cell(picture, *texts[i : i + 1]) for i, picture in enumerate(band)])
+            # The last row hangs, the one above stands: what belongs together touches, whatever its proportions.
+            cells.append([Cell(picture, "".join(texts[i : i + 1]), is_last) for i, picture in enumerate(band)])
             labels.append(label)
     return draw_sheet(cells, title=title, subtitle=subtitle, headings=headings, labels=labels, cell=cell)
 
@@ -180,9 +181,10 @@ def _draw_rows(
         for column, (item, picture) in enumerate(zip(row, pictures[index], strict=True)):
             if item is None or picture is None:
                 continue
-            x, bottom = left + column * (cell + GAP), y + heights[index]
+            x = left + column * (cell + GAP)
+            bottom = y + (picture.height if item.at_top else heights[index])
             body.paste(picture, (x + (cell - picture.width) // 2, bottom - picture.height))
-            caption = _shortened(item.caption, cell)
+            caption = _shortened(item.caption, cell - GAP)
             draw.text((x + cell // 2, bottom + TEXT), caption, QUIET, _font(TEXT), anchor="ms")
         y += heights[index] + captions[index] + GAP
     return body

@@ -67,11 +67,11 @@ def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
     device = distributed.device()
     if args.random_init:
         torch.manual_seed(0)
-        model, name = build_published(args.model).eval().requires_grad_(False), f"{args.model}, untrained"
+        model, name = build_published(args.model).eval().requires_grad_(False), f"{args.model} (untrained)"
     else:
         source = args.pretrained_weights or args.model
         model = load_from_weights(source, name=args.model, num_heads=args.num_heads)
-        name = args.model or Path(source).name
+        name = args.model or _name(source)
     trained = model.patch_embed.img_size[0]
     return FrozenBackbone(
         model.to(device),
@@ -105,10 +105,17 @@ def _run_of(weights: str) -> Path | None:
     return run if run.is_file() else None
 
 
+def _name(weights: str) -> str:
+    """What weights are called in a picture: a teacher of a run by the run and the iteration, others by their file."""
+    path = Path(weights).absolute()
+    run = _run_of(weights)
+    return f"{run.parent.name}/{path.parent.name}" if run else path.name
+
+
 def _of_config(file: str, args: argparse.Namespace) -> FrozenBackbone:
     cfg = config.load(file, args.opts)
     trained = cfg.crops.global_crops_size
-    name = Path(args.pretrained_weights).name if args.pretrained_weights else f"{file}, untrained"
+    name = _name(args.pretrained_weights) if args.pretrained_weights else f"{file} (untrained)"
     return FrozenBackbone(
         setup.build_model_for_eval(cfg, args.pretrained_weights),
         name,

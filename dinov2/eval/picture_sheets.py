@@ -67,7 +67,7 @@ def pca_sheet(
     sheet = contact_sheet(
         {"image": images, "PCA": maps},
         title=f"What {backbone.name} sees",
-        subtitle=f"The first three principal components of {'the objects' if foreground else 'all'} patch features as "
+        subtitle=f"The first three principal components of the patch features{' of the foreground' * foreground} as "
         "red, green and blue" + ("; one basis for all images" if len(images) > 1 else ""),
         captions=[picture.name for picture in pictures],
         columns=columns,
@@ -94,7 +94,7 @@ def attention_sheet(
         title=f"Where the class token of {backbone.name} looks",
         subtitle="Attention of the class token in the last block. Percent: what goes to patches; the rest goes to the "
         "class token" + (" and the registers" if backbone.model.num_register_tokens else ""),
-        legend=Legend("attention", "0", "largest of each picture (99th percentile)"),
+        legend=Legend("attention", "0", "99th percentile of each picture"),
         cell=160,
     )
     return Drawn(sheet, {"attention": _arrays(attention)})
@@ -115,7 +115,7 @@ def similarity_sheet(
     places = [locate(point, pictures[0].image.size) for point in points]
     images = _seen(backbone, pictures, shorter_side)
     tokens = image_tokens(backbone, images)
-    maps = [similarity_maps(tokens, 0, cell_at(place, tokens[0].shape[:2])) for place in places]
+    maps = [similarity_maps(tokens, 0, cell_at(place, (tokens[0].shape[0], tokens[0].shape[1]))) for place in places]
     low = min(float(values.min()) for row in maps for values in row)
     lines = []
     for place, row in zip(places, maps, strict=True):

@@ -101,7 +101,8 @@ def _list_source(source: str, num_images: int | None) -> list[Source]:
     if glob.has_magic(source):
         raise FileNotFoundError(f"no file matches {source!r}")
     raise FileNotFoundError(
-        f"{source!r} is no image file, no video, no folder, no glob and no data set ({', '.join(DATASETS)})"
+        f"no such images: {source!r}; give image files, folders, globs, videos or dataset strings such as "
+        "FashionMNIST:split=VAL"
     )
 
 
@@ -122,8 +123,11 @@ def _load_file(path: Path) -> Image.Image:
 
 
 def _of_dataset(dataset: ImageDataset) -> list[Source]:
+    """Samples whose description is a path are called by the name of the file."""
     paths = [dataset.describe(index) for index in range(len(dataset))]
-    return [Source(Path(path).name, path, partial(dataset.get_image, index)) for index, path in enumerate(paths)]
+    names = [Path(path).name if Path(path).suffix else f"image {index}" for index, path in enumerate(paths)]
+    loaders = [partial(dataset.get_image, index) for index in range(len(dataset))]
+    return [Source(*parts) for parts in zip(names, paths, loaders, strict=True)]
 
 
 def _video_frames(path: Path, num_images: int | None) -> list[Source]:

@@ -64,7 +64,7 @@ class TokenStore:
 
     def add(self, tokens: Tensor) -> None:
         """Append the tokens (n, h, w, D) of frames."""
-        data = memoryview(tokens.half().contiguous().numpy()).cast("B")
+        data = tokens.half().contiguous().numpy().data.cast("B")
         try:
             self._file.seek(self.count * self._bytes)
             while data:
@@ -79,7 +79,7 @@ class TokenStore:
         """Batches (n, h, w, D) float16 on this process's device."""
         for start in range(0, self.count, FRAMES_AT_ONCE):
             tokens = torch.empty(min(FRAMES_AT_ONCE, self.count - start), *self.shape, dtype=torch.float16)
-            data = memoryview(tokens.numpy()).cast("B")
+            data = tokens.numpy().data.cast("B")
             self._file.seek(start * self._bytes)
             while data:
                 data = data[self._file.readinto(data) :]
@@ -138,10 +138,7 @@ def draw_video(
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
     with tqdm(total=expected or None, desc="features", disable=not sys.stderr.isatty()) as bar:
         for frames in _batches(video.arrays(size, every=every)):
-            pixels = (
-                torch.from_numpy(frames).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-            )
-            images = pixels.div_(255).sub_(mean).div_(std)
+            images = (torch.from_numpy(frames).permute(0, 3, 1, 2).float().contiguous() / 255 - mean) / std
             store.add(patch_tokens(backbone.model, images, shifts=shifts, autocast_dtype=backbone.autocast_dtype))
             bar.update(len(frames))
     seconds = time.perf_counter() - started
