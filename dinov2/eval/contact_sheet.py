@@ -56,8 +56,8 @@ def overlay(image: Image.Image, colours: Image.Image, strength: float = 0.65) ->
 
 def enlarged(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     """A picture at a larger size (width, height), its pixels as rectangles with true proportions."""
-    whole = (-(-size[0] // picture.width) * picture.width, -(-size[1] // picture.height) * picture.height)
-    return picture.resize(whole, Image.Resampling.NEAREST).resize(size, Image.Resampling.BOX)
+    width, height = size
+    return picture.resize((4 * width, 4 * height), Image.Resampling.NEAREST).reduce(4)  # borders blend between pixels
 
 
 def mark(image: Image.Image, centre: tuple[float, float]) -> Image.Image:
