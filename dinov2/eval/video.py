@@ -204,5 +204,5 @@ def import_av() -> Any:
         importlib.import_module("av.filter")
     except ImportError as error:
         raise ValueError("videos need a package that is missing: pip install av") from error
-    av.logging.set_level(av.logging.PANIC)  # what FFmpeg says of broken files comes as an error
+    # By default it keeps silent. Any log level would make its threads wait for Python's lock, and Python for them.
     return av

@@ -41,7 +41,9 @@ SMALLEST_SHOWN = 320  # pixels of the shorter side of the written frames, which 
 
 
 class TokenStore:
-    """Patch tokens of frames in a temporary file that vanishes with the process; iterated over in batches.
+    """Patch tokens of frames in a temporary file, to be used in a `with` statement; iterated over in batches.
+
+    The file has no name: it vanishes with the process, however that ends.
 
     Args:
         folder: where the file lies.
@@ -57,14 +59,20 @@ class TokenStore:
         self._bytes = 2 * shape[0] * shape[1] * shape[2]
         if expected * self._bytes > shutil.disk_usage(folder).free:
             raise self._no_room(expected)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as the store
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed on exit
+
+    def __enter__(self) -> "TokenStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def __len__(self) -> int:
         return self.count
 
     def add(self, tokens: Tensor) -> None:
         """Append the tokens (n, h, w, D) of frames."""
-        data = tokens.half().contiguous().numpy().data.cast("B")
+        data = memoryview(tokens.half().numpy().tobytes())
         try:
             self._file.seek(self.count * self._bytes)
             while data:
@@ -133,27 +141,35 @@ def draw_video(
     size = input_size(video.size, shorter_side, patch_size)
     say_sizes([(video.size, size)], patch_size)
     grid = (size[1] // patch_size * shifts, size[0] // patch_size * shifts)
-    started, expected = time.perf_counter(), -(-video.expected_frames() // every)
-    store = TokenStore(output.parent, (*grid, backbone.model.embed_dim), expected)
+    expected = -(-video.expected_frames() // every)
+    with TokenStore(output.parent, (*grid, backbone.model.embed_dim), expected) as store:
+        _fill(store, backbone, video.arrays(size, every=every), shifts, expected)
+        colouring = fit_colouring(store, fit_foreground(store) if foreground else None, clip=CLIP)
+        factor = -(-SMALLEST_SHOWN // min(size))
+        width, height = size[0] * factor // 2 * 2, size[1] * factor // 2 * 2
+        with writing_video(output, video.rate / every) as write:
+            for frames, tokens in zip(_batches(video.arrays((width, height), every=every)), store, strict=True):
+                panels = _enlarged(colouring(tokens), height, width, smooth=smooth)
+                for frame, panel in zip(frames, panels, strict=True):
+                    write(np.concatenate([frame, panel], axis=1))
+        if tokens_file is not None:
+            store.save(tokens_file)
+        return len(store)
+
+
+def _fill(
+    store: TokenStore, backbone: FrozenBackbone, frames: Iterator[np.ndarray], shifts: int, expected: int
+) -> None:
+    """Show the model all frames and keep their tokens."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
+    started = time.perf_counter()
     with tqdm(total=expected or None, desc="features", disable=not sys.stderr.isatty()) as bar:
-        for frames in _batches(video.arrays(size, every=every)):
-            images = (torch.from_numpy(frames).permute(0, 3, 1, 2).float().contiguous() / 255 - mean) / std
+        for batch in _batches(frames):
+            images = (torch.from_numpy(batch).permute(0, 3, 1, 2).float().contiguous() / 255 - mean) / std
             store.add(patch_tokens(backbone.model, images, shifts=shifts, autocast_dtype=backbone.autocast_dtype))
-            bar.update(len(frames))
-    seconds = time.perf_counter() - started
-    logger.info("%d frames, %d x %d patches each: %.1f frames/s", len(store), *grid, len(store) / seconds)
-    colouring = fit_colouring(store, fit_foreground(store) if foreground else None, clip=CLIP)
-    factor = -(-SMALLEST_SHOWN // min(size))
-    width, height = size[0] * factor // 2 * 2, size[1] * factor // 2 * 2
-    with writing_video(output, video.rate / every) as write:
-        for frames, tokens in zip(_batches(video.arrays((width, height), every=every)), store, strict=True):
-            panels = _enlarged(colouring(tokens), height, width, smooth=smooth)
-            for frame, panel in zip(frames, panels, strict=True):
-                write(np.concatenate([frame, panel], axis=1))
-    if tokens_file is not None:
-        store.save(tokens_file)
-    return len(store)
+            bar.update(len(batch))
+    speed = len(store) / (time.perf_counter() - started)
+    logger.info("%d frames, %d x %d patches each: %.1f frames/s", len(store), *store.shape[:2], speed)
 
 
 def _batches(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

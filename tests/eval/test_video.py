@@ -124,3 +124,8 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match="pip install av"):
         Video(path)
+
+
+def test_ffmpeg_keeps_silent_without_taking_pythons_lock(tmp_path: Path) -> None:
+    write(tmp_path / "clip.mp4")
+    assert av.logging.get_level() is None, "with a log level its threads and Python's may wait for each other forever"
