@@ -16,7 +16,7 @@ from dinov2.eval import visualize
 from dinov2.eval.video import Video, writing_video
 
 CONFIG = """
-student: {arch: vit_small, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}
+student: {arch: vit_small, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3, init_std: 0.3}
 crops: {global_crops_size: 32, local_crops_size: 8}
 """
 
@@ -100,12 +100,11 @@ def test_similarity_draws_a_row_for_each_point(model: list[str], pictures: Path)
 
 def test_neighbours_find_the_duplicate_but_not_the_query(model: list[str], pictures: Path) -> None:
     output = pictures.parent / "n.png"
-    run(
-        "neighbours", *model, "--query", pictures / "a.png", "--images", pictures, "--k", 3, "--output", output, "--npy"
-    )
+    words = ["--query", pictures / "a.png", "--images", pictures, "--k", 3, "--output", output, "--npy"]
+    run("neighbours", *model, *words)
     (found,) = json.loads(output.with_suffix(".json").read_text())
     assert found["query"] == str(pictures / "a.png")
-    assert [Path(entry["image"]).name for entry in found["neighbours"]][0] == "f.png"
+    assert Path(found["neighbours"][0]["image"]).name == "f.png"
     cosines = [entry["cosine"] for entry in found["neighbours"]]
     assert len(cosines) == 3 and cosines[0] == pytest.approx(1) and cosines == sorted(cosines, reverse=True)
     tokens = torch.from_numpy(np.load(output.with_name("n.class_tokens.npy"))[0])
@@ -121,9 +120,8 @@ def test_neighbours_leave_out_what_cannot_be_read(
     output = pictures.parent / "n.png"
     words = ["--query", pictures / "a.png", "--images", pictures, "--k", 50, "--num-workers", 0, "--output", output]
     run("neighbours", *model, *words)
-    names = [
-        Path(entry["image"]).name for entry in json.loads(output.with_suffix(".json").read_text())[0]["neighbours"]
-    ]
+    (found,) = json.loads(output.with_suffix(".json").read_text())
+    names = [Path(entry["image"]).name for entry in found["neighbours"]]
     assert sorted(names) == ["c.png", "d.png", "e.png", "f.png"]
     assert "left out" in caplog.text and "b.png" in caplog.text
 
@@ -176,16 +174,11 @@ def test_errors_take_one_line_and_the_file_runs_by_its_path(tmp_path: Path) -> N
     words = ["--model", "dinov2_vits14", "--random-init", "--images", str(tmp_path / "none.png")]
     result = subprocess.run([sys.executable, str(script), *words], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
-    assert (
-        result.stderr
-        == f"error: no such images: '{tmp_path}/none.png'; give image files, folders, globs, videos "
-        + ("or dataset strings such as FashionMNIST:split=VAL\n")
-    )
+    assert result.stderr.startswith(f"error: no such images: '{tmp_path}/none.png'; give image files, folders, ")
+    assert result.stderr.count("\n") == 1
 
 
-def test_a_picture_is_there_whole_or_not_at_all(
-    model: list[str], pictures: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_picture_is_whole_or_absent(model: list[str], pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = pictures.parent / "pca.png"
     output.write_bytes(b"former")
 
