@@ -42,6 +42,7 @@ from dinov2.log import run_command
 logger = logging.getLogger(__name__)
 
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+NUM_IMAGES = 30  # on a sheet, of each folder, unless a person says otherwise
 NEIGHBOUR_BATCH = 32
 
 
@@ -76,7 +77,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="in pixels of the original image, or fractions of its width and height (0.5,0.25); several: a row each",
     )
     near = _add_command(commands, "neighbours", "the images that are most similar to an image, and a list as .json")
-    near.add_argument("--query", nargs="+", required=True, help="images to find the like of")
+    near.add_argument(
+        "--query", nargs="+", required=True, help=f"images to find the like of; of a folder or the like {NUM_IMAGES}"
+    )
     near.add_argument("--k", type=positive_int, default=5, help="how many neighbours (default: 5)")
     near.add_argument("--num-workers", type=int, default=0, help="processes that read images (default: 0)")
     return parser
@@ -93,9 +96,9 @@ def _add_command(commands: Any, name: str, purpose: str) -> argparse.ArgumentPar
     parser.add_argument(
         "--num-images",
         type=positive_int,
-        default=None if whole else 30,
+        default=None if whole else NUM_IMAGES,
         help="at most so many of each folder, glob, data set or video, evenly spaced "
-        + ("(default: all)" if whole else "(default: 30)"),
+        + ("(default: all)" if whole else f"(default: {NUM_IMAGES})"),
     )
     parser.add_argument(
         "--size",
@@ -206,7 +209,7 @@ def draw_neighbours(args: argparse.Namespace) -> None:
     """Nearest neighbours of some images, as a sheet and as a list."""
     if args.size == "original":
         raise ValueError("--size original does not go with neighbours: all images are cut to one square")
-    queries, gallery = list_pictures(args.query), list_pictures(args.images, args.num_images)
+    queries, gallery = list_pictures(args.query, NUM_IMAGES), list_pictures(args.images, args.num_images)
     backbone = load_frozen_backbone(args)
     query_index, query_features = _features(args, backbone, queries)
     gallery_index, features = _features(args, backbone, gallery)
