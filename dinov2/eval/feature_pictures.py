@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from dinov2 import distributed
 from dinov2.data.transforms import ToNormalizedTensor
 from dinov2.eval.features import autocast, run_model
 from dinov2.eval.frozen_backbone import FrozenBackbone
@@ -112,7 +111,7 @@ def patch_tokens(
     patch_size = model.patch_size
     if shifts < 1 or patch_size % shifts:
         raise ValueError(f"shifts = {shifts} must divide the patch size {patch_size}")
-    step = patch_size // shifts
+    step, device = patch_size // shifts, model.cls_token.device
     height, width = images.shape[-2:]
     # Centres the patch of a token on its cell of the finer grid.
     before = (patch_size - step) // 2
@@ -129,7 +128,7 @@ def patch_tokens(
         parts = []
         for batch in shifted.split(batch_size):
             with autocast(autocast_dtype):
-                parts.append(run_model(run, batch.to(distributed.device())).float().cpu())
+                parts.append(run_model(run, batch.to(device)).float().cpu())
         tokens[:, row::shifts, column::shifts] = torch.cat(parts).unflatten(1, (height // patch_size, -1))
     return tokens
 
@@ -166,7 +165,7 @@ def class_attention(
     hook = attention.qkv.register_forward_hook(lambda *call: seen.append(call[-1]))
     try:
         with autocast(autocast_dtype):
-            run_model(model, images.to(distributed.device()))
+            run_model(model, images.to(model.cls_token.device))
     finally:
         hook.remove()
     parts = []
@@ -236,7 +235,7 @@ def class_tokens(backbone: FrozenBackbone, batches: Iterable[Tensor]) -> Iterato
     """Class tokens (n, D) of length 1, float32 on the CPU, of batches (n, 3, H, W)."""
     for batch in batches:
         with autocast(backbone.autocast_dtype):
-            tokens = run_model(backbone.model, batch.to(distributed.device()))
+            tokens = run_model(backbone.model, batch.to(backbone.model.cls_token.device))
         yield functional.normalize(tokens.float(), dim=-1).cpu()
 
 

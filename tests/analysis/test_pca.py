@@ -124,3 +124,12 @@ def test_features_that_do_not_vary_give_black(foreground: Tensor | None) -> None
 
 def test_nothing_in_the_foreground_gives_black() -> None:
     assert (pca.pca_colours(torch.randn(2, 4, 4, 16), torch.zeros(2, 4, 4, dtype=torch.bool)) == 0).all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_colours() -> None:
+    tokens = torch.randn(6, 5, 7, 16, generator=torch.Generator().manual_seed(0))
+    on_gpu = [part.cuda() for part in tokens.split(2)]
+    colouring = pca.fit_colouring(on_gpu, pca.fit_foreground(on_gpu))
+    expected = pca.pca_colours(tokens, pca.foreground_mask(tokens))
+    torch.testing.assert_close(torch.cat([colouring(part) for part in on_gpu]), expected)
