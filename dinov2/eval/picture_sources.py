@@ -4,6 +4,7 @@ import glob
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from dinov2.data.images import BadImageError, ImageDecodeError, decode_image
 from dinov2.eval.video import Video, is_video
 
 logger = logging.getLogger(__name__)
+
+MOST_FRAMES = 100  # of a video whose frames are taken for images
 
 
 class Source(NamedTuple):
@@ -41,7 +44,8 @@ def list_pictures(sources: Sequence[str], num_images: int | None = None) -> list
 
     Args:
         sources: image files, videos, folders, globs (`'holiday/*.jpg'`) and dataset strings.
-        num_images: at most so many of each folder, glob, data set and video, evenly spaced; None: all of them.
+        num_images: at most so many of each folder, glob, data set and video, evenly spaced; None: all of them, of a
+            video `MOST_FRAMES`, because they are held in memory.
 
     Raises:
         FileNotFoundError: a source is none of these, or has no images.
@@ -97,7 +101,9 @@ def _list_source(source: str, num_images: int | None) -> list[Source]:
     if source.partition(":")[0] in DATASETS:
         return _spaced(_of_dataset(make_dataset(dataset_str=source)), num_images)
     if files := [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]:
-        return _spaced([_of_file(file) for file in files], num_images)
+        videos = [file for file in files if is_video(file)]
+        images = [_of_file(file) for file in files if file not in videos]
+        return _spaced(images, num_images) + [frame for file in videos for frame in _video_frames(file, num_images)]
     if glob.has_magic(source):
         raise FileNotFoundError(f"no file matches {source!r}")
     raise FileNotFoundError(
@@ -132,12 +138,10 @@ def _of_dataset(dataset: ImageDataset) -> list[Source]:
 
 def _video_frames(path: Path, num_images: int | None) -> list[Source]:
     """Evenly spaced frames, held in memory: to come by one of them all before it must be decoded."""
-    video = Video(path)
-    every = 1 if num_images is None else max(video.count_frames() // num_images, 1)
+    video, count = Video(path), num_images or MOST_FRAMES
+    every = max(video.count_frames() // count, 1)
     frames = []
-    for index, frame in enumerate(video.frames(every=every)):
-        if num_images is not None and index == num_images:
-            break
+    for index, frame in enumerate(islice(video.frames(every=every), count)):
         seconds = float(index * every / video.rate)
         frames.append(Source(f"{path.name}, {seconds:.1f} s", f"{path}, {seconds:.3f} s", frame.copy))
     return frames

@@ -21,6 +21,7 @@ VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg
 WRITABLE_SUFFIXES = (".mp4", ".gif")
 
 _USUAL_RATE = Fraction(25)  # frames per second of files that do not say
+_FASTEST_GIF = Fraction(50)  # viewers slow down what is faster
 
 
 def is_video(path: Path) -> bool:
@@ -112,7 +113,7 @@ def writing_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray],
     """A function that takes frames, all of one size, for a video that appears at `path` when it is whole.
 
     `.mp4` is H.264 as browsers play it, which needs an even width and height; `.gif` has 256 colours of its own in
-    every frame.
+    every frame, and shows at most 50 of them per second.
 
     Raises:
         ValueError: a name with another ending, or the package `av` is missing.
@@ -162,7 +163,7 @@ class _Gif(_Mp4):
     """Colours are chosen for each frame on its own, so that frames need not be kept."""
 
     def __init__(self, av: Any, path: Path, rate: Fraction) -> None:
-        self.av, self.rate, self.count = av, rate, 0
+        self.av, self.rate, self.count = av, min(rate, _FASTEST_GIF), 0
         self.stream: Any = None
         self.graph: Any = None
         self.container = av.open(str(path), "w", format="gif")

@@ -56,6 +56,7 @@ def test_videos_and_moving_gifs_give_frames_and_other_gifs_a_picture(folder: Pat
     for name in ("clip.mp4", "clip.gif"):
         assert reds([str(folder / name)], 3) == pytest.approx([0, 80, 160], abs=6)
         assert len(reds([str(folder / name)])) == 12
+    assert reds([str(folder / "[05c]*p[4n]*")], 2) == pytest.approx([0, 50, 0, 120], abs=6)
     names = [picture.name for picture in list_pictures([str(folder / "clip.mp4"), str(folder / "still.gif")], 3)]
     assert names == ["clip.mp4, 0.0 s", "clip.mp4, 1.0 s", "clip.mp4, 2.0 s", "still.gif"]
 

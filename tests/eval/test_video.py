@@ -55,6 +55,12 @@ def test_an_mp4_is_what_browsers_play(tmp_path: Path) -> None:
     assert data.index(b"moov") < data.index(b"mdat"), "it starts to play before it is loaded"
 
 
+@pytest.mark.parametrize("rate", [Fraction(30000, 1001), Fraction(1000000, 33367), Fraction(1, 3), Fraction(120)])
+def test_any_rate_is_kept_in_an_mp4_and_about_kept_in_a_gif(tmp_path: Path, rate: Fraction) -> None:
+    assert Video(write(tmp_path / "clip.mp4", rate=rate)).rate == rate
+    assert Video(write(tmp_path / "clip.gif", rate=rate)).rate == pytest.approx(min(rate, 50), rel=0.15)
+
+
 @pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
 def test_videos_filmed_sideways_are_turned_upright(tmp_path: Path, matrix: tuple[int, ...], turns: int) -> None:
     path = write(tmp_path / "clip.mp4")
