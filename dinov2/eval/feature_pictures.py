@@ -1,4 +1,4 @@
-"""What a frozen backbone sees in pictures: patch tokens, attention of the class token, similarities, neighbours.
+"""What a frozen backbone sees in pictures: patch tokens, attention of the class token, similarities.
 
 Pictures keep their proportions. A side that is no multiple of the patch is brought to the nearest one, which stretches
 a picture by less than half a patch.
@@ -7,7 +7,7 @@ Shapes: n images, h x w patches of an image, D feature width, H heads, p patch s
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -225,31 +225,3 @@ def cell_at(point: tuple[float, float], grid: tuple[int, int]) -> tuple[int, int
     """The (row, column) of the patch at a point given as fractions (x, y), in a grid of (rows, columns)."""
     rows, columns = grid
     return min(int(point[1] * rows), rows - 1), min(int(point[0] * columns), columns - 1)
-
-
-# --- Neighbours ------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def class_tokens(backbone: FrozenBackbone, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Class tokens (n, D) of length 1, float32 on the CPU, of batches (n, 3, H, W)."""
-    for batch in batches:
-        with autocast(backbone.autocast_dtype):
-            tokens = run_model(backbone.model, batch.to(backbone.model.cls_token.device))
-        yield functional.normalize(tokens.float(), dim=-1).cpu()
-
-
-def nearest(queries: Tensor, gallery: Tensor, count: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """The features of a gallery that are most similar to queries.
-
-    Args:
-        queries: (q, D) of length 1.
-        gallery: (n, D) of length 1.
-        count: how many; fewer if there are not so many.
-        excluded: (q, n) bool, pairs that do not count: the query itself.
-
-    Returns:
-        Cosine similarities (q, k), falling, and positions in the gallery (q, k). An excluded pair has -inf.
-    """
-    similarity = (queries @ gallery.T).masked_fill(excluded, -torch.inf)
-    return similarity.topk(min(count, gallery.shape[0]), dim=1)

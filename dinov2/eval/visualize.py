@@ -15,7 +15,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,12 @@ if __package__ in (None, ""):  # run by path from a clone: make the package impo
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader
 
-from dinov2.data.transforms import make_classification_eval_transform
-from dinov2.eval.feature_pictures import class_tokens, nearest
 from dinov2.eval.frozen_backbone import LARGE_SIZE, FrozenBackbone, add_model_flags, load_frozen_backbone
+from dinov2.eval.neighbours import find_neighbours
 from dinov2.eval.picture_sheets import Drawn, attention_sheet, neighbours_sheet, pca_sheet, similarity_sheet
-from dinov2.eval.picture_sources import LoadedPicture, Source, TransformedPictures, list_pictures, load_pictures
+from dinov2.eval.picture_sources import LoadedPicture, Source, list_pictures, load_pictures
 from dinov2.eval.setup import PUBLISHED_CROP_SIZE, positive_int
 from dinov2.eval.video import VIDEO_SUFFIXES, WRITABLE_SUFFIXES, Video, is_video
 from dinov2.eval.video_pictures import draw_video
@@ -43,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NUM_IMAGES = 30  # on a sheet, of each folder, unless a person says otherwise
-NEIGHBOUR_BATCH = 32
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -209,63 +204,25 @@ def draw_neighbours(args: argparse.Namespace) -> None:
     """Nearest neighbours of some images, as a sheet and as a list."""
     if args.size == "original":
         raise ValueError("--size original does not go with neighbours: all images are cut to one square")
-    queries, gallery = list_pictures(args.query, NUM_IMAGES), list_pictures(args.images, args.num_images)
+    queries, pictures = list_pictures(args.query, NUM_IMAGES), list_pictures(args.images, args.num_images)
     backbone = load_frozen_backbone(args)
-    query_index, query_features = _features(args, backbone, queries)
-    gallery_index, features = _features(args, backbone, gallery)
-    queries, gallery = [queries[i] for i in query_index], [gallery[i] for i in gallery_index]
-    places = [Path(picture.path).resolve() for picture in gallery]
-    same = torch.tensor([[Path(query.path).resolve() == place for place in places] for query in queries])
-    cosines, found = nearest(query_features, features, args.k, same)
-    rows, listed = [], []
-    for query, values, positions in zip(queries, cosines.tolist(), found.tolist(), strict=True):
-        near = [(gallery[at], cosine) for at, cosine in zip(positions, values, strict=True) if cosine > -np.inf]
-        rows.append((_loaded(query), [(_loaded(source), cosine) for source, cosine in near]))
-        entries = [{"image": source.path, "cosine": round(cosine, 6)} for source, cosine in near]
-        listed.append({"query": query.path, "neighbours": entries})
+    rows, tokens = find_neighbours(
+        backbone, queries, pictures, count=args.k, side=args.size, num_workers=args.num_workers
+    )
     if args.npy:
-        _save_arrays(args.output, "class_tokens", [features.numpy()])
+        _save_arrays(args.output, "class_tokens", list(tokens.numpy()))
+    listed = [
+        {
+            "query": query.path,
+            "neighbours": [{"image": picture.path, "cosine": round(cosine, 6)} for picture, cosine in found],
+        }
+        for query, found in rows
+    ]
     with replacing(args.output.with_suffix(".json")) as file:
         file.write((json.dumps(listed, indent=2) + "\n").encode())
-    _save_sheet(neighbours_sheet(backbone.name, rows), args.output)
-    logger.info("%d nearest of %d images: %s", args.k, len(gallery), args.output)
-
-
-def _features(
-    args: argparse.Namespace, backbone: FrozenBackbone, pictures: Sequence[Source]
-) -> tuple[list[int], Tensor]:
-    """Which of the pictures can be read, and their class tokens (n, D) of length 1."""
-    patch_size, small = backbone.model.patch_size, backbone.size < LARGE_SIZE
-    side = args.size or (backbone.size if small else PUBLISHED_CROP_SIZE)
-    side = max(round(side / patch_size), 1) * patch_size
-    transform = make_classification_eval_transform(
-        resize_size=side if small else side * 8 // 7, crop_size=side, mean=backbone.mean, std=backbone.std
-    )
-    loader = DataLoader(
-        TransformedPictures(pictures, transform),
-        NEIGHBOUR_BATCH,
-        num_workers=args.num_workers,
-        collate_fn=_readable,
-    )
-    indices: list[int] = []
-
-    def batches() -> Iterator[Tensor]:
-        for index, images in loader:
-            indices.extend(index)
-            if index:
-                yield images
-
-    features = list(class_tokens(backbone, batches()))
-    if not features:
-        raise ValueError(f"not one of {len(pictures)} images can be read; the log names them")
-    return indices, torch.cat(features)
-
-
-def _readable(samples: Sequence[tuple[int, Tensor] | None]) -> tuple[list[int], Tensor]:
-    """Positions and images (n, 3, H, W) of the pictures that could be read."""
-    found = [sample for sample in samples if sample is not None]
-    images = torch.stack([image for _, image in found]) if found else torch.empty(0)
-    return [index for index, _ in found], images
+    loaded = [(_loaded(query), [(_loaded(picture), cosine) for picture, cosine in found]) for query, found in rows]
+    _save_sheet(neighbours_sheet(backbone.name, loaded), args.output)
+    logger.info("%d nearest of %d images: %s", args.k, len(tokens), args.output)
 
 
 def _loaded(source: Source) -> LoadedPicture:
@@ -287,7 +244,7 @@ def _array_path(output: Path, what: str) -> Path:
 def _save_arrays(output: Path, what: str, arrays: Sequence[np.ndarray]) -> None:
     """One file, (n, ...), if all arrays have one shape, else one for each, numbered from 0."""
     if len({array.shape for array in arrays}) == 1:
-        files = {_array_path(output, what): np.stack(arrays) if len(arrays) > 1 else arrays[0][None]}
+        files = {_array_path(output, what): np.stack(arrays)}
     else:
         files = {_array_path(output, f"{what}.{index}"): array for index, array in enumerate(arrays)}
     for path, array in files.items():

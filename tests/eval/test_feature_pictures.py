@@ -189,11 +189,3 @@ def test_points_outside_are_refused(point: str) -> None:
 def test_what_is_no_point_is_refused(point: str) -> None:
     with pytest.raises(ValueError, match="a point is x,y in pixels"):
         feature_pictures.locate(point, (80, 40))
-
-
-def test_neighbours_come_by_falling_similarity_without_the_excluded() -> None:
-    gallery = functional.normalize(torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]), dim=1)
-    excluded = torch.tensor([[True, False, False]])
-    cosines, found = feature_pictures.nearest(gallery[:1], gallery, 2, excluded)
-    assert found.tolist() == [[1, 2]]
-    torch.testing.assert_close(cosines, torch.tensor([[0.5**0.5, 0.0]]))
