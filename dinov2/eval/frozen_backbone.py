@@ -87,6 +87,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"unknown --model {args.model!r}; known: {', '.join(PUBLISHED)}")
     if args.model is not None and args.config_file is not None:
         raise ValueError("--model and --config-file both say which network: give one of them")
+    if args.num_heads is not None and args.config_file is not None:
+        raise ValueError(f"--num-heads {args.num_heads}: a config says that itself, --opts student.num_heads=... too")
     if args.random_init and args.pretrained_weights is not None:
         raise ValueError("--random-init and --pretrained-weights exclude one another")
     if args.pretrained_weights is None and args.model is None and not (args.config_file and args.random_init):

@@ -120,6 +120,7 @@ def test_a_published_network_before_training_is_always_the_same() -> None:
         (["--model", "dinov2_vits16"], "unknown --model 'dinov2_vits16'; known: dinov2_vits14, "),
         (["--model", "dinov2_vits14", "--config-file", "train/quickstart"], "both say which network"),
         (["--model", "dinov2_vits14", "--random-init", "--pretrained-weights", "w.pth"], "exclude one another"),
+        (["--config-file", "train/quickstart", "--random-init", "--num-heads", "2"], "--num-heads 2: a config says"),
         (["--model", "dinov2_vits14", "--random-init", "--opts", "a.b=1"], "--opts a.b=1 overrides a config"),
     ],
 )
