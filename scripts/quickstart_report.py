@@ -22,7 +22,9 @@ from dinov2.analysis.pca import pca_colours, to_pictures
 from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.transforms import ToNormalizedTensor, make_classification_eval_transform
-from dinov2.eval import setup, visualize
+from dinov2.eval import setup
+from dinov2.eval.contact_sheet import contact_sheet
+from dinov2.eval.feature_pictures import patch_tokens
 from dinov2.eval.knn import eval_knn
 from dinov2.eval.results import write_results
 from dinov2.log import setup_logging
@@ -87,10 +89,10 @@ def draw_features(networks: Mapping[str, DinoVisionTransformer], cfg: Config, va
     tensors = torch.stack([to_tensor(image) for image in images])
     rows = {"image": images}
     for name, network in networks.items():
-        tokens = visualize.patch_tokens(network, tensors, shifts=cfg.student.patch_size)
+        tokens = patch_tokens(network, tensors, shifts=cfg.student.patch_size)
         rows[name] = to_pictures(pca_colours(tokens))
     title = "Patch features: their first three principal components as red, green and blue, one basis per network"
-    visualize.contact_sheet(rows, title=title, headings=dataset.classes, columns=len(dataset.classes)).save(output)
+    contact_sheet(rows, title=title, headings=dataset.classes, columns=len(dataset.classes)).save(output)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,212 +1,264 @@
-"""Pictures of what frozen patch features see: their principal components as colours (DINOv2 paper, section 7.5).
+"""Pictures of what a frozen backbone sees, of any model and any images.
 
-    python -m dinov2.eval.visualize --config-file CONFIG --pretrained-weights WEIGHTS --images FOLDER --output pca.png
+    python -m dinov2.eval.visualize pca        --model dinov2_vits14 --images FOLDER --output pca.png
+    python -m dinov2.eval.visualize pca        --model dinov2_vits14 --images clip.mp4 --output pca.mp4
+    python -m dinov2.eval.visualize attention  --model dinov2_vits14_reg --images 'cats/*.jpg' --output attention.png
+    python -m dinov2.eval.visualize similarity --model dinov2_vits14 --images a.jpg b.jpg --point 200,150
+    python -m dinov2.eval.visualize neighbours --model dinov2_vits14 --query a.jpg --images FOLDER
 
-One basis for all images: parts with like features have like colours wherever they are. Colours of two models, or of
-two runs of the command, have nothing to do with one another.
-
-Shapes: n images, h x w patches of an image, D feature width, m feature vectors.
+Without a word of these four it is `pca`: principal components as colours (DINOv2 paper, section 7.5), one basis for all
+images, so that parts with like features have like colours wherever they are. Colours of two models, or of two runs of
+the command, have nothing to do with one another.
 """
 
 import argparse
+import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
-from itertools import product
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
-from torch.nn import functional
+import numpy as np
+from PIL import Image
 
-from dinov2 import config, distributed
-from dinov2.analysis.pca import foreground_mask, pca_colours, to_pictures
-from dinov2.data import make_dataset
-from dinov2.data.datasets import DATASETS
-from dinov2.data.folder import ImageFolder
-from dinov2.data.images import decode_image
-from dinov2.data.transforms import ToNormalizedTensor
-from dinov2.eval import setup
-from dinov2.eval.features import autocast
+from dinov2.eval.frozen_backbone import LARGE_SIZE, FrozenBackbone, add_model_flags, load_frozen_backbone
+from dinov2.eval.neighbours import find_neighbours
+from dinov2.eval.picture_sheets import Drawn, attention_sheet, neighbours_sheet, pca_sheet, similarity_sheet
+from dinov2.eval.picture_sources import LoadedPicture, Source, list_pictures, load_pictures
+from dinov2.eval.setup import PUBLISHED_CROP_SIZE, positive_int
+from dinov2.eval.video import VIDEO_SUFFIXES, WRITABLE_SUFFIXES, Video, is_video
+from dinov2.eval.video_pictures import draw_video
+from dinov2.files import replacing
 from dinov2.log import run_command
-from dinov2.models.vision_transformer import DinoVisionTransformer
 
 logger = logging.getLogger(__name__)
 
-LARGE_SIZE = 448  # pixels; default for models trained on images of the published sizes
+SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+NUM_IMAGES = 30  # on a sheet, of each folder, unless a person says otherwise
 
 
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
+# --- The command line ------------------------------------------------------------------------------------------------
+
+
+def get_args_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("DINOv2 feature pictures", add_help=add_help)
-    parser.add_argument("--config-file", required=True, help="config of the model: YAML file or packaged name")
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--pretrained-weights", help="path or URL of the weights")
-    weights.add_argument("--random-init", action="store_true", help="the network as it is before training")
-    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides")
-    parser.add_argument("--images", nargs="+", required=True, help="image files, folders or dataset strings")
-    parser.add_argument("--num-images", type=int, default=30, help="at most so many of each folder or data set")
-    parser.add_argument(
-        "--size",
-        type=int,
-        help="images are cut square and brought to this many pixels, a multiple of the patch size "
-        f"(default: {LARGE_SIZE}, or the size of the global crops of a model trained on small images)",
+    parser = argparse.ArgumentParser(
+        "python -m dinov2.eval.visualize", description="Pictures of what a frozen backbone sees."
     )
-    parser.add_argument(
+    commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
+    pca = _add_command(commands, "pca", "principal components of patch features as colours")
+    pca.add_argument("--foreground", action="store_true", help="colour what stands out, the rest is black")
+    pca.add_argument("--smooth", action="store_true", help="blend the colours of neighbouring patches")
+    pca.add_argument(
         "--shifts",
-        type=int,
+        type=positive_int,
         default=1,
         help="look at each image shifted so many times per patch and direction: a grid that many times finer",
     )
-    parser.add_argument("--foreground", action="store_true", help="colour what stands out, the rest is black")
-    parser.add_argument("--output", type=Path, default=Path("pca.png"), help="picture to write")
+    pca.add_argument(
+        "--every", type=positive_int, default=1, help="of a video that becomes a video: one of so many frames"
+    )
+    _add_command(commands, "attention", "where the class token looks, per head of the last block")
+    similarity = _add_command(commands, "similarity", "how similar all patches are to one of the first image")
+    similarity.add_argument(
+        "--point",
+        nargs="+",
+        required=True,
+        metavar="X,Y",
+        help="in pixels of the original image, or fractions of its width and height (0.5,0.25); several: a row each",
+    )
+    near = _add_command(commands, "neighbours", "the images that are most similar to an image, and a list as .json")
+    near.add_argument(
+        "--query", nargs="+", required=True, help=f"images to find the like of; of a folder or the like {NUM_IMAGES}"
+    )
+    near.add_argument("--k", type=positive_int, default=5, help="how many neighbours (default: 5)")
+    near.add_argument("--num-workers", type=int, default=0, help="processes that read images (default: 0)")
     return parser
 
 
-# --- Features --------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def patch_tokens(
-    model: DinoVisionTransformer,
-    images: Tensor,
-    *,
-    shifts: int = 1,
-    batch_size: int = 16,
-    autocast_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Normalised patch tokens of the last block, without class token and registers.
-
-    Args:
-        model: in evaluation mode.
-        images: (n, 3, H, W), H and W multiples of the patch size.
-        shifts: s, a divisor of the patch size. With s > 1 every image is seen s x s times, shifted by steps of
-            patch / s pixels with its border repeated, and the tokens are put in between one another.
-        batch_size: images at once.
-        autocast_dtype: precision of the model.
-
-    Returns:
-        (n, s * h, s * w, D) float32 on the CPU.
-
-    Raises:
-        ValueError: if the patch size is not a multiple of `shifts`.
-    """
-    patch_size = model.patch_size
-    if shifts < 1 or patch_size % shifts:
-        raise ValueError(f"shifts = {shifts} must divide the patch size {patch_size}")
-    step = patch_size // shifts
-    height, width = images.shape[-2:]
-    # Centres the patch of a token on its cell of the finer grid.
-    before = (patch_size - step) // 2
-    after = patch_size - step - before
-    padded = functional.pad(images, (before, after, before, after), mode="replicate")
-    tokens = torch.empty(len(images), height // step, width // step, model.embed_dim)
-    for row, column in product(range(shifts), repeat=2):
-        shifted = padded[:, :, row * step : row * step + height, column * step : column * step + width]
-        parts = []
-        for batch in shifted.split(batch_size):
-            with autocast(autocast_dtype):
-                features: Any = model.forward_features(batch.to(distributed.device()))
-            parts.append(features["x_norm_patchtokens"].float().cpu())
-        tokens[:, row::shifts, column::shifts] = torch.cat(parts).unflatten(1, (height // patch_size, -1))
-    return tokens
-
-
-# --- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def load_images(sources: Sequence[str], num_images: int) -> list[Image.Image]:
-    """RGB pictures from image files, folders and dataset strings; of the last two evenly spaced ones.
-
-    Raises:
-        FileNotFoundError: a source is none of these.
-        ValueError: a wrong dataset string or a broken image.
-    """
-    images: list[Image.Image] = []
-    for source in sources:
-        path = Path(source)
-        if path.is_file():
-            images.append(decode_image(path.read_bytes()))
-            continue
-        if source.partition(":")[0] in DATASETS:
-            dataset = make_dataset(dataset_str=source)
-        elif path.is_dir():
-            dataset = ImageFolder(root=path)
-        else:
-            raise FileNotFoundError(f"{source!r} is no image file, no folder, and no data set ({', '.join(DATASETS)})")
-        count = min(num_images, len(dataset))
-        images += [dataset.get_image(position * len(dataset) // count) for position in range(count)]
-    return images
-
-
-def contact_sheet(
-    rows: Mapping[str, Sequence[Image.Image]],
-    *,
-    title: str = "",
-    headings: Sequence[str] = (),
-    columns: int = 10,
-    cell: int = 112,
-) -> Image.Image:
-    """Rows of pictures below one another, pictures of one image in one column.
-
-    Args:
-        rows: label -> one picture for each of n images; after `columns` images all rows start again below.
-        title: the first line.
-        headings: one for each column.
-        columns: images beside one another.
-        cell: width and height of a picture on the sheet in pixels; whole multiples of the pictures' look best.
-    """
-    gap, font, title_font = 4, ImageFont.load_default(15), ImageFont.load_default(20)
-    num_images = len(next(iter(rows.values())))
-    num_bands = -(-num_images // columns)
-    left = gap * 3 + max(round(font.getlength(label)) for label in rows)
-    top = gap * 2 + (30 if title else 0) + (22 if headings else 0)
-    band = len(rows) * (cell + gap) + 3 * gap
-    width = left + min(columns, num_images) * (cell + gap)
-    if title:
-        width = max(width, left + round(title_font.getlength(title)) + gap)
-    sheet = Image.new("RGB", (width, top + num_bands * band), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((left, gap), title, "black", title_font)
-    for column, heading in enumerate(headings):
-        draw.text((left + column * (cell + gap) + cell // 2, top - gap), heading, "black", font, anchor="md")
-    for row, (label, pictures) in enumerate(rows.items()):
-        for index, picture in enumerate(pictures):
-            x, y = left + index % columns * (cell + gap), top + index // columns * band + row * (cell + gap)
-            if index % columns == 0:
-                draw.text((left - 2 * gap, y + cell // 2), label, "black", font, anchor="rm")
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.BOX), (x, y))  # box: patches stay squares
-    return sheet
-
-
-def main(args: argparse.Namespace) -> int:
-    """Draw what the command line asks for; the exit status."""
-    cfg = config.load(args.config_file, args.opts)
-    small = cfg.crops.global_crops_size < setup.SMALLEST_PUBLISHED_SIZE
-    size = args.size or (cfg.crops.global_crops_size if small else LARGE_SIZE)
-    if size % cfg.student.patch_size:
-        raise ValueError(f"--size {size} is not a multiple of student.patch_size = {cfg.student.patch_size}")
-    square = partial(ImageOps.fit, size=(size, size), method=Image.Resampling.BICUBIC)
-    images = [square(image) for image in load_images(args.images, args.num_images)]
-    to_tensor = ToNormalizedTensor(cfg.augmentation.mean, cfg.augmentation.std)
-    tokens = patch_tokens(
-        setup.build_model_for_eval(cfg, args.pretrained_weights),
-        torch.stack([to_tensor(image) for image in images]),
-        shifts=args.shifts,
-        autocast_dtype=setup.get_autocast_dtype(cfg),
+def _add_command(commands: Any, name: str, purpose: str) -> argparse.ArgumentParser:
+    """A command with the flags that all of them have."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=purpose, description=purpose)
+    add_model_flags(parser)
+    parser.add_argument(
+        "--images", nargs="+", required=True, help="image files, folders, globs, dataset strings, videos"
     )
-    colours = pca_colours(tokens, foreground_mask(tokens) if args.foreground else None)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet({"image": images, "PCA": to_pictures(colours)}).save(args.output)
-    logger.info("%d images, %d x %d features each: %s", len(images), *tokens.shape[1:3], args.output)
+    whole = name == "neighbours"
+    parser.add_argument(
+        "--num-images",
+        type=positive_int,
+        default=None if whole else NUM_IMAGES,
+        help="at most so many of each folder, glob, data set or video, evenly spaced "
+        + ("(default: all)" if whole else f"(default: {NUM_IMAGES})"),
+    )
+    parser.add_argument(
+        "--size",
+        type=_size,
+        help="shorter side in pixels that images are brought to, then both sides to multiples of the patch; original: "
+        f"only the latter (default: {PUBLISHED_CROP_SIZE if whole else LARGE_SIZE}, or the size of the global crops of "
+        "a model trained on small images)" + (". Images are cut square, as for the k-NN evaluation" if whole else ""),
+    )
+    formats = ", ".join(SHEET_SUFFIXES + (WRITABLE_SUFFIXES if name == "pca" else ()))
+    default = "pca.png, of one video pca.mp4" if name == "pca" else f"{name}.png"
+    parser.add_argument("--output", type=Path, help=f"picture to write: {formats} (default: {default})")
+    parser.add_argument("--npy", action="store_true", help="also write the numbers as .npy files beside it")
+    return parser
+
+
+def _size(text: str) -> int | str:
+    return text if text == "original" else positive_int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw what a command line (None: that of the process) asks for; the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help"):
+        words.insert(0, "pca")
+    parser = get_args_parser()
+    args = parser.parse_args(words)
+    if args.command is None:
+        parser.error(f"say what to draw: {', '.join(COMMANDS)}")
+    if args.output is None:
+        args.output = Path("pca.mp4" if args.command == "pca" and _one_video(args) else f"{args.command}.png")
+    _check_output(args)
+    COMMANDS[args.command](args)
     return 0
 
 
+def _check_output(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` if the output cannot be what its name says; makes its folder."""
+    suffix = args.output.suffix.lower()
+    known = SHEET_SUFFIXES + (WRITABLE_SUFFIXES if args.command == "pca" else ())
+    if suffix not in known:
+        raise ValueError(f"--output {args.output} must end in one of {', '.join(known)}")
+    if suffix in WRITABLE_SUFFIXES and not _one_video(args):
+        raise ValueError(
+            f"--output {args.output} is a video, so --images must be one video file ({', '.join(VIDEO_SUFFIXES)}), "
+            f"not {' '.join(args.images)}"
+        )
+    if args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a folder: give the name of a file")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _one_video(args: argparse.Namespace) -> bool:
+    """Whether the images are one video file."""
+    path = Path(args.images[0]).expanduser()
+    return len(args.images) == 1 and path.is_file() and is_video(path)
+
+
+def _shorter_side(args: argparse.Namespace, backbone: FrozenBackbone) -> int | None:
+    return None if args.size == "original" else args.size or backbone.size
+
+
+# --- What it draws ---------------------------------------------------------------------------------------------------
+
+
+def draw_pca(args: argparse.Namespace) -> None:
+    """Principal components of images on a sheet, or of a video as a video."""
+    if args.output.suffix.lower() not in WRITABLE_SUFFIXES:
+        _draw(args, pca_sheet, shifts=args.shifts, foreground=args.foreground, smooth=args.smooth)
+        return
+    video, backbone = Video(Path(args.images[0]).expanduser()), load_frozen_backbone(args)
+    count = draw_video(
+        backbone,
+        video,
+        args.output,
+        shorter_side=_shorter_side(args, backbone),
+        every=args.every,
+        shifts=args.shifts,
+        foreground=args.foreground,
+        smooth=args.smooth,
+        tokens_file=_array_path(args.output, "tokens") if args.npy else None,
+    )
+    logger.info("%d frames: %s", count, args.output)
+
+
+def draw_attention(args: argparse.Namespace) -> None:
+    """Attention of the class token."""
+    _draw(args, attention_sheet)
+
+
+def draw_similarity(args: argparse.Namespace) -> None:
+    """Similarity to the patches at some points of the first image."""
+    _draw(args, similarity_sheet, points=args.point)
+
+
+def _draw(args: argparse.Namespace, draw: Callable[..., Drawn], **options: Any) -> None:
+    """Read the images, draw a sheet of them, write it."""
+    pictures = list(load_pictures(list_pictures(args.images, args.num_images)))
+    backbone = load_frozen_backbone(args)
+    drawn = draw(backbone, pictures, shorter_side=_shorter_side(args, backbone), **options)
+    if args.npy:
+        for what, arrays in drawn.arrays.items():
+            _save_arrays(args.output, what, arrays)
+    _save_sheet(drawn.sheet, args.output)
+    logger.info("%d images: %s", len(pictures), args.output)
+
+
+def draw_neighbours(args: argparse.Namespace) -> None:
+    """Nearest neighbours of some images, as a sheet and as a list."""
+    if args.size == "original":
+        raise ValueError("--size original does not go with neighbours: all images are cut to one square")
+    queries, pictures = list_pictures(args.query, NUM_IMAGES), list_pictures(args.images, args.num_images)
+    backbone = load_frozen_backbone(args)
+    rows, tokens = find_neighbours(
+        backbone, queries, pictures, count=args.k, side=args.size, num_workers=args.num_workers
+    )
+    if args.npy:
+        _save_arrays(args.output, "class_tokens", list(tokens.numpy()))
+    listed = [
+        {
+            "query": query.path,
+            "neighbours": [{"image": picture.path, "cosine": round(cosine, 6)} for picture, cosine in found],
+        }
+        for query, found in rows
+    ]
+    with replacing(args.output.with_suffix(".json")) as file:
+        file.write((json.dumps(listed, indent=2) + "\n").encode())
+    loaded = [(_loaded(query), [(_loaded(picture), cosine) for picture, cosine in found]) for query, found in rows]
+    _save_sheet(neighbours_sheet(backbone.name, loaded), args.output)
+    logger.info("%d nearest of %d images: %s", args.k, len(tokens), args.output)
+
+
+def _loaded(source: Source) -> LoadedPicture:
+    return LoadedPicture(source.name, source.path, source.load())
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
+
+
+def _save_sheet(sheet: Image.Image, output: Path) -> None:
+    with replacing(output) as file:
+        sheet.save(file, Image.registered_extensions()[output.suffix.lower()])
+
+
+def _array_path(output: Path, what: str) -> Path:
+    return output.with_name(f"{output.stem}.{what}.npy")
+
+
+def _save_arrays(output: Path, what: str, arrays: Sequence[np.ndarray]) -> None:
+    """One file, (n, ...), if all arrays have one shape, else one for each, numbered from 0."""
+    if len({array.shape for array in arrays}) == 1:
+        files = {_array_path(output, what): np.stack(arrays)}
+    else:
+        files = {_array_path(output, f"{what}.{index}"): array for index, array in enumerate(arrays)}
+    for path, array in files.items():
+        with replacing(path) as file:
+            np.save(file, array)
+    logger.info("%s: %s", what, ", ".join(map(str, files)))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "pca": draw_pca,
+    "attention": draw_attention,
+    "similarity": draw_similarity,
+    "neighbours": draw_neighbours,
+}
+
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(get_args_parser().parse_args())))
+    sys.exit(run_command(main))

@@ -6,7 +6,6 @@ convert dinov2_vits14_reg OUT.onnx --to onnx    # a published model by its name,
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -16,13 +15,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dinov2.models import build_model
+from dinov2.models.backbones import load_from_weights, num_heads_beside, read_weights
 from dinov2.models.export import FORMS, Difference, compare, timm_arguments
 from dinov2.models.layouts import StateDict
-from dinov2.models.published import PUBLISHED, published_settings, weights_url
+from dinov2.models.published import PUBLISHED
 from dinov2.models.sizes import find_arguments, published_name
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
+from dinov2.models.weights import backbone_state_dict
 
 TOLERANCE = 1e-4
 """Of the largest number; single precision gives some 1e-6."""
@@ -80,30 +79,14 @@ def _say(*lines: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _read(source: str) -> tuple[str, StateDict]:
-    """Path or URL, and the tensors there."""
-    if source in PUBLISHED:
-        arch, registers = PUBLISHED[source]
-        source = weights_url(arch, "pretrain", registers=registers)
-    return source, read_state_dict(source)
-
-
-def _num_heads(args: argparse.Namespace) -> int | None:
-    """As asked for, or as the configuration of transformers beside the weights says."""
-    config = Path(args.source) / "config.json"
-    if args.num_heads is None and config.is_file():
-        return json.loads(config.read_text(encoding="utf-8")).get("num_attention_heads")
-    return args.num_heads
-
-
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
 def inspect(args: argparse.Namespace) -> None:
     """Say what is in a file of weights."""
-    source, tensors = _read(args.source)
-    state = backbone_state_dict(tensors)
-    lines = [source, *(f"  {title:14} {value}" for title, value in _description(state, _num_heads(args)))]
+    source, tensors = read_weights(args.source)
+    state, num_heads = backbone_state_dict(tensors), args.num_heads or num_heads_beside(args.source)
+    lines = [source, *(f"  {title:14} {value}" for title, value in _description(state, num_heads))]
     values = {id(value) for value in state.values()}
     if others := [name for name, value in tensors.items() if id(value) not in values]:
         modules = sorted({name.rpartition(".")[0] or name for name in others})
@@ -150,7 +133,7 @@ def convert(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{output} exists already: give another name, or --force to replace it")
     if output.exists() and output.is_dir() != (args.to == "hf"):
         raise FileExistsError(f"{output} is {'a folder' if output.is_dir() else 'a file'}: give another name")
-    model = _build(args)
+    model = load_from_weights(args.source, name=args.model, num_heads=args.num_heads)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         unfinished = Path(folder) / output.name
@@ -166,20 +149,6 @@ def convert(args: argparse.Namespace) -> None:
             )
         _move(unfinished, output)
     _say(f"{output}: {_use(model, args.to, output)}")
-
-
-def _build(args: argparse.Namespace) -> DinoVisionTransformer:
-    """The network that was asked for, with its weights."""
-    source, tensors = _read(args.source)
-    state, num_heads = backbone_state_dict(tensors), _num_heads(args)
-    name = args.model or (args.source if args.source in PUBLISHED else None)
-    if name:
-        arch, registers = PUBLISHED[name]
-        settings = published_settings(arch, registers=registers)
-        model = build_model(arch, **settings, num_heads=num_heads)
-    else:
-        model = DinoVisionTransformer(**find_arguments(state, num_heads))
-    return load_state(model, state, source).eval().requires_grad_(False)
 
 
 def _sentence(difference: Difference, form: str) -> str:

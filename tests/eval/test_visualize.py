@@ -1,140 +1,191 @@
-"""Feature pictures: the numbers are those of a PCA, the patches land where they belong, one basis for all images."""
+"""The command: four kinds of pictures from any images, and errors before the work rather than after."""
 
+import json
+import subprocess
+import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.decomposition import PCA
-from torch import Tensor
+from torch.nn import functional
 
-from dinov2.analysis import pca
 from dinov2.eval import visualize
-from dinov2.models import build_model
-from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.eval.video import Video, writing_video
 
-PATCH = 3
-
-
-def tiny_vit(**options: object) -> DinoVisionTransformer:
-    torch.manual_seed(0)
-    sizes = {"img_size": 24, "patch_size": PATCH, "embed_dim": 32, "depth": 2, "num_heads": 2}
-    return build_model("vit_small", **sizes | options).eval()
+CONFIG = """
+student: {arch: vit_small, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3, init_std: 0.3}
+crops: {global_crops_size: 32, local_crops_size: 8}
+"""
 
 
-def object_on_background(left: int, top: int) -> Tensor:
-    """(3, 24, 24): a pattern of 4 x 4 patches with its corner at patch (left, top), on grey."""
-    generator = torch.Generator().manual_seed(1)
-    image = torch.zeros(3, 24, 24)
-    side = 4 * PATCH
-    pattern = torch.randn(3, side, side, generator=generator)
-    image[:, top * PATCH : top * PATCH + side, left * PATCH : left * PATCH + side] = pattern
-    return image
+@pytest.fixture
+def model(tmp_path: Path) -> list[str]:
+    """The flags of a small untrained model."""
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    return ["--config-file", str(tmp_path / "tiny.yaml"), "--random-init"]
 
 
-def test_components_are_those_of_scikit_learn_up_to_sign() -> None:
-    features = torch.randn(300, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64) + 5
-    reference = PCA(n_components=3, svd_solver="full").fit(features.numpy())
-    ours = pca.principal_components(features, 3)
-    torch.testing.assert_close(ours.variances, torch.from_numpy(reference.explained_variance_))
-    signs = (ours.axes * torch.from_numpy(reference.components_)).sum(dim=1, keepdim=True).sign()
-    torch.testing.assert_close(ours.axes, signs * torch.from_numpy(reference.components_))
-    expected = torch.from_numpy(reference.transform(features.numpy())) * signs.T
-    torch.testing.assert_close(ours.project(features), expected)
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of six pictures of different sizes; f.png shows what a.png does."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, (width, height) in zip("abcde", [(40, 30), (64, 64), (32, 48), (100, 33), (48, 48)], strict=True):
+        pixels = rng.integers(0, 255, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{name}.png")
+    with Image.open(folder / "a.png") as image:
+        image.save(folder / "f.png")
+    return folder
 
 
-def test_the_order_of_the_features_does_not_turn_the_signs() -> None:
-    features = torch.randn(50, 6)
-    axes = pca.principal_components(features, 3).axes
-    torch.testing.assert_close(axes, pca.principal_components(features.flip(0), 3).axes)
+def run(*words: object) -> None:
+    assert visualize.main([str(word) for word in words]) == 0
 
 
-def test_shifted_views_of_one_object_get_matching_colours() -> None:
-    views = torch.stack([object_on_background(0, 1), object_on_background(3, 4)])
-    colours = pca.pca_colours(visualize.patch_tokens(tiny_vit(), views))
-    one, other = colours[0, 1:5, 0:4], colours[1, 4:8, 3:7]
-    assert (one - other).abs().mean() < 0.1 * one.flatten(0, 1).std(dim=0).mean()
+def num_colours(path: Path) -> int:
+    with Image.open(path) as sheet:
+        return len(sheet.convert("RGB").getcolors(10**7))
 
 
-def test_patches_are_in_place_and_registers_are_not_drawn() -> None:
-    model = tiny_vit(num_register_tokens=4)
-    images = torch.randn(3, 3, 12, 18)
-    tokens = visualize.patch_tokens(model, images, batch_size=2)
-    with torch.no_grad():
-        expected = model.forward_features(images)["x_norm_patchtokens"]
-    assert tokens.shape == (3, 4, 6, 32)
-    torch.testing.assert_close(tokens.flatten(1, 2), expected)
+@pytest.mark.parametrize("command", [["pca"], []], ids=["pca", "without a word"])
+def test_pca_draws_pictures_of_different_sizes(model: list[str], pictures: Path, command: list[str]) -> None:
+    output = pictures.parent / "new" / "pca.png"
+    run(*command, *model, "--images", pictures, "--output", output, "--npy")
+    assert num_colours(output) > 100
+    tokens = [np.load(output.with_name(f"pca.tokens.{index}.npy")) for index in range(6)]
+    # Shorter sides of 32 pixels, longer sides to multiples of 8: 40 x 30 becomes 40 x 32.
+    assert [array.shape[:2] for array in tokens] == [(4, 5), (4, 4), (6, 4), (4, 12), (4, 4), (4, 5)]
+    colours = np.load(output.with_name("pca.colours.0.npy"))
+    assert np.array_equal(colours, np.load(output.with_name("pca.colours.5.npy"))), "one basis for all"
 
 
-def test_shifts_put_more_tokens_between_the_plain_ones() -> None:
-    model, images = tiny_vit(), torch.randn(2, 3, 24, 24)
-    finer = visualize.patch_tokens(model, images, shifts=3)
-    assert finer.shape == (2, 24, 24, 32)
-    torch.testing.assert_close(finer[:, 1::3, 1::3], visualize.patch_tokens(model, images))
-
-
-def test_a_shifted_token_is_where_the_patch_is_that_it_saw() -> None:
-    model = tiny_vit()
-    image = torch.zeros(1, 3, 24, 24)
-    image[..., 10, 13] = 50.0
-    change = visualize.patch_tokens(model, image, shifts=3) - visualize.patch_tokens(model, 0 * image, shifts=3)
-    rows, columns = (change[0].norm(dim=-1) > 0.5 * change[0].norm(dim=-1).max()).nonzero().unbind(dim=1)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (9, 11, 12, 14)
-
-
-def test_shifts_that_do_not_divide_the_patch_are_refused() -> None:
-    with pytest.raises(ValueError, match="shifts = 2 must divide the patch size 3"):
-        visualize.patch_tokens(tiny_vit(), torch.zeros(1, 3, 24, 24), shifts=2)
-
-
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_foreground_is_the_object_whatever_the_sign_of_the_features(sign: int) -> None:
-    is_object = torch.zeros(2, 6, 6, dtype=torch.bool)
-    is_object[0, 1:4, 2:5] = is_object[1, 3:6, 1:5] = True  # one of them touches the border
-    direction = torch.randn(8)
-    tokens = sign * torch.where(is_object[..., None], direction, -direction) + 0.1 * torch.randn(2, 6, 6, 8)
-    assert torch.equal(pca.foreground_mask(tokens), is_object)
-
-
-def test_colours_use_the_whole_range_of_the_foreground_and_leave_the_rest_black() -> None:
-    tokens, foreground = torch.randn(2, 5, 5, 8), torch.rand(2, 5, 5) < 0.5
-    colours = pca.pca_colours(tokens, foreground)
-    low, high = colours[foreground].aminmax(dim=0)
-    assert (colours[~foreground] == 0).all() and (low == 0).all() and (high == 1).all()
-
-
-@pytest.mark.parametrize("foreground", [None, torch.zeros(2, 4, 4, dtype=torch.bool)])
-def test_features_that_do_not_vary_give_black(foreground: Tensor | None) -> None:
-    tokens = torch.randn(16).expand(2, 4, 4, 16)
-    assert (pca.pca_colours(tokens, foreground) == 0).all()
-    assert not pca.foreground_mask(torch.zeros(2, 1, 1, 16)).any()
-
-
-def test_contact_sheet_shows_every_picture_in_its_cell() -> None:
-    colours = ["red", "lime", "blue"]
-    pictures = [Image.new("RGB", (2, 2), colour) for colour in colours]
-    sheet = visualize.contact_sheet({"image": pictures, "PCA": pictures[::-1]}, columns=2, cell=20)
-    drawn = dict.fromkeys(colours, 0)
-    for count, colour in sheet.getcolors(sheet.width * sheet.height):
-        for name in colours:
-            drawn[name] += count * (Image.new("RGB", (1, 1), name).getpixel((0, 0)) == colour)
-    assert drawn == dict.fromkeys(colours, 2 * 20 * 20)
-
-
-def test_images_come_from_files_folders_and_dataset_strings(tmp_path: Path) -> None:
-    for level in range(6):
-        Image.new("RGB", (4, 4), (level, 0, 0)).save(tmp_path / f"{level}.png")
-    images = visualize.load_images([str(tmp_path / "5.png"), str(tmp_path), "FashionMNIST:split=VAL"], 3)
-    assert [image.getpixel((0, 0))[0] for image in images[:4]] == [5, 0, 2, 4]
-    assert [image.size for image in images[4:]] == [(28, 28)] * 3
-    with pytest.raises(FileNotFoundError, match="'nowhere' is no image file, no folder, and no data set"):
-        visualize.load_images(["nowhere"], 3)
-
-
-def test_the_command_draws_a_sheet(tmp_path: Path) -> None:
+def test_the_former_command_still_works(tmp_path: Path) -> None:
     command = ["--config-file", "train/quickstart", "--random-init", "--images", "FashionMNIST:split=VAL"]
     output = tmp_path / "new" / "pca.png"
-    options = ["--num-images", "4", "--size", "56", "--foreground", "--output", str(output)]
-    assert visualize.main(visualize.get_args_parser().parse_args(command + options)) == 0
-    with Image.open(output) as sheet:
-        assert len(sheet.getcolors(10**6)) > 20
+    run(*command, "--num-images", 4, "--size", 56, "--foreground", "--shifts", 7, "--output", output)
+    assert num_colours(output) > 20
+
+
+def test_numbers_of_images_of_one_size_are_one_array(model: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "a.jpg"
+    run("attention", *model, "--images", "FashionMNIST:split=VAL", "--num-images", 5, "--output", output, "--npy")
+    assert np.load(tmp_path / "a.attention.npy").shape == (5, 3, 4, 4)
+    assert num_colours(output) > 100
+
+
+def test_the_size_of_images_can_be_kept_or_chosen(
+    model: list[str], pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for size, shape in (("original", (4, 12)), ("16", (2, 6))):
+        with caplog.at_level("INFO"):
+            run("pca", *model, "--images", pictures / "d.png", "--size", size, "--output", pictures / "o.png", "--npy")
+        assert np.load(pictures / "o.tokens.npy").shape == (1, *shape, 24)
+    assert "resized to multiples of the patch (8 pixels): 100 x 33 to 96 x 32" in caplog.text
+
+
+def test_similarity_draws_a_row_for_each_point(model: list[str], pictures: Path) -> None:
+    output = pictures.parent / "s.webp"
+    images = [pictures / name for name in ("a.png", "f.png", "b.png")]
+    run("similarity", *model, "--images", *images, "--point", "39,0", "0.5,0.5", "--output", output, "--npy")
+    assert num_colours(output) > 100
+    own, same, other = (np.load(output.with_name(f"s.similarity.{index}.npy")) for index in range(3))
+    assert own.shape == (2, 4, 5) and other.shape == (2, 4, 4)
+    assert own[0, 0, 4] == pytest.approx(1) and own[1, 2, 2] == pytest.approx(1)
+    np.testing.assert_allclose(same, own, atol=1e-5)
+
+
+def test_neighbours_find_the_duplicate_but_not_the_query(model: list[str], pictures: Path) -> None:
+    output = pictures.parent / "n.png"
+    words = ["--query", pictures / "a.png", "--images", pictures, "--k", 3, "--output", output, "--npy"]
+    run("neighbours", *model, *words)
+    (found,) = json.loads(output.with_suffix(".json").read_text())
+    assert found["query"] == str(pictures / "a.png")
+    assert Path(found["neighbours"][0]["image"]).name == "f.png"
+    cosines = [entry["cosine"] for entry in found["neighbours"]]
+    assert len(cosines) == 3 and cosines[0] == pytest.approx(1) and cosines == sorted(cosines, reverse=True)
+    tokens = torch.from_numpy(np.load(output.with_name("n.class_tokens.npy")))
+    similarity = functional.cosine_similarity(tokens[:1], tokens[1:])
+    np.testing.assert_allclose(sorted(similarity.tolist(), reverse=True)[:3], cosines, atol=1e-5)
+    assert num_colours(output) > 100
+
+
+def test_neighbours_leave_out_what_cannot_be_read(
+    model: list[str], pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (pictures / "b.png").write_bytes(b"no picture")
+    output = pictures.parent / "n.png"
+    words = ["--query", pictures / "a.png", "--images", pictures, "--k", 50, "--num-workers", 0, "--output", output]
+    run("neighbours", *model, *words)
+    (found,) = json.loads(output.with_suffix(".json").read_text())
+    names = [Path(entry["image"]).name for entry in found["neighbours"]]
+    assert sorted(names) == ["c.png", "d.png", "e.png", "f.png"]
+    assert "left out" in caplog.text and "b.png" in caplog.text
+
+
+def test_a_video_becomes_a_video_or_a_sheet(model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("av")
+    monkeypatch.chdir(tmp_path)
+    with writing_video(Path("clip.mp4"), Fraction(12)) as write:
+        for number in range(12):
+            write(np.roll(np.full((32, 48, 3), np.arange(48)[:, None] * 5, np.uint8), number, axis=1))
+    run("pca", *model, "--images", "clip.mp4", "--npy")
+    assert Video("pca.mp4").count_frames() == 12 and np.load("pca.tokens.npy").shape == (12, 4, 6, 24)
+    run("pca", *model, "--images", "clip.mp4", "--every", 4, "--output", "pca.gif")
+    assert Video("pca.gif").count_frames() == 3
+    run("pca", *model, "--images", "clip.mp4", "--num-images", 3, "--output", "frames.png")
+    run("attention", *model, "--images", "clip.mp4", "--num-images", 2)
+    assert num_colours(Path("frames.png")) > 50 and Path("attention.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pca", "--output", "pca.txt"], r"--output pca\.txt must end in one of \.png, .*\.mp4, \.gif"),
+        (["attention", "--output", "a.mp4"], r"--output a\.mp4 must end in one of \.png, \.jpg, \.jpeg, \.webp"),
+        (["pca", "--output", "pca.mp4"], r"--images must be one video file \(\.avi, .*\), not a\.png"),
+        (["similarity", "--point", "400,10"], r"the point 400,10 is outside the picture of 40 x 30 pixels"),
+        (["similarity", "--point", "middle"], r"a point is x,y"),
+        (["pca", "--shifts", "3"], r"shifts = 3 must divide the patch size 8"),
+        (["neighbours", "--query", "a.png", "--size", "original"], r"--size original does not go with neighbours"),
+        (["neighbours", "--query", "nowhere.png"], r"no such images: 'nowhere\.png'"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(
+    model: list[str], pictures: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(pictures)
+    with pytest.raises((ValueError, OSError), match=message):
+        run(*words, *model, "--images", "a.png")
+
+
+def test_a_wrong_command_line_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (([], "say what to draw: pca, attention"), (["similarity", "--images", "x"], "--point")):
+        with pytest.raises(SystemExit):
+            visualize.main(words)
+        assert message in capsys.readouterr().err
+
+
+def test_errors_take_one_line_and_the_file_runs_by_its_path(tmp_path: Path) -> None:
+    script = Path(visualize.__file__)
+    words = ["--model", "dinov2_vits14", "--random-init", "--images", str(tmp_path / "none.png")]
+    result = subprocess.run([sys.executable, str(script), *words], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"error: no such images: '{tmp_path}/none.png'; give image files, folders, ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_picture_is_whole_or_absent(model: list[str], pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = pictures.parent / "pca.png"
+    output.write_bytes(b"former")
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fails)
+    with pytest.raises(OSError, match="cannot write"):
+        run("pca", *model, "--images", pictures / "a.png", "--output", output)
+    assert output.read_bytes() == b"former" and not list(output.parent.glob(".pca*"))

@@ -1,0 +1,179 @@
+"""The four pictures of features, from a backbone and images to a sheet: components, attention, similarity, neighbours.
+
+backbone = FrozenBackbone(model, "my model")
+pictures = list(load_pictures(list_pictures(["holiday/*.jpg"])))
+pca_sheet(backbone, pictures).sheet.save("pca.png")
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinov2.analysis.pca import fit_colouring, fit_foreground, to_pictures
+from dinov2.eval.contact_sheet import Cell, Legend, contact_sheet, draw_sheet, heat_map, mark, overlay
+from dinov2.eval.feature_pictures import (
+    cell_at,
+    image_attention,
+    image_tokens,
+    locate,
+    resized,
+    say_sizes,
+    similarity_maps,
+)
+from dinov2.eval.frozen_backbone import LARGE_SIZE, FrozenBackbone
+from dinov2.eval.picture_sources import LoadedPicture
+
+HEADS_PER_LINE = 6
+SHEET_WIDTH = 1280  # pixels, about, that pictures are spread over
+
+
+class Drawn(NamedTuple):
+    """A sheet, and the numbers behind it."""
+
+    sheet: Image.Image
+    arrays: dict[str, list[np.ndarray]]  # what -> one array for each image
+
+
+def pca_sheet(
+    backbone: FrozenBackbone,
+    pictures: Sequence[LoadedPicture],
+    *,
+    shorter_side: int | None = LARGE_SIZE,
+    shifts: int = 1,
+    foreground: bool = False,
+    smooth: bool = False,
+) -> Drawn:
+    """Images, and below each the first three principal components of its patch features as red, green and blue.
+
+    Args:
+        shorter_side: of the images that the model sees, in pixels; None: as they are.
+        shifts: see `feature_pictures.patch_tokens`.
+        foreground: colour what stands out, the rest is black.
+        smooth: blend the colours of neighbouring patches.
+    """
+    images = _seen(backbone, pictures, shorter_side)
+    tokens = image_tokens(backbone, images, shifts=shifts)
+    batches = [grid[None] for grid in tokens]
+    colouring = fit_colouring(batches, fit_foreground(batches) if foreground else None)
+    colours = [colouring(batch) for batch in batches]
+    maps = [to_pictures(colour)[0] for colour in colours]
+    if smooth:
+        maps = [drawn.resize(image.size, Image.Resampling.BICUBIC) for drawn, image in zip(maps, images, strict=True)]
+    columns = min(len(images), 4 if len(images) <= 8 else 6 if len(images) <= 18 else 10)
+    sheet = contact_sheet(
+        {"image": images, "PCA": maps},
+        title=f"What {backbone.name} sees",
+        subtitle=f"The first three principal components of the patch features{' of the foreground' * foreground} as "
+        "red, green and blue" + ("; one basis for all images" if len(images) > 1 else ""),
+        captions=[picture.name for picture in pictures],
+        columns=columns,
+        cell=min(SHEET_WIDTH // columns, 320),
+    )
+    return Drawn(sheet, {"tokens": _arrays(tokens), "colours": [colour[0].numpy() for colour in colours]})
+
+
+def attention_sheet(
+    backbone: FrozenBackbone, pictures: Sequence[LoadedPicture], *, shorter_side: int | None = LARGE_SIZE
+) -> Drawn:
+    """Images, and where the class token looks in the last block: the mean of all heads, and each head."""
+    images = _seen(backbone, pictures, shorter_side)
+    attention = image_attention(backbone, images)
+    lines: list[list[Cell | None]] = []
+    for picture, image, heads in zip(pictures, images, attention, strict=True):
+        named = [Cell(_attention_map(head), f"head {n}: {head.sum():.0%}") for n, head in enumerate(heads, start=1)]
+        mean = heads.mean(dim=0)
+        first: list[Cell | None] = [Cell(image, picture.name), Cell(_attention_map(mean), f"mean: {mean.sum():.0%}")]
+        for start in range(0, len(named), HEADS_PER_LINE):
+            lines.append([*(first if start == 0 else [None, None]), *named[start : start + HEADS_PER_LINE]])
+    sheet = draw_sheet(
+        lines,
+        title=f"Where the class token of {backbone.name} looks",
+        subtitle="Attention of the class token in the last block. Percent: what goes to patches; the rest goes to the "
+        "class token" + (" and the registers" if backbone.model.num_register_tokens else ""),
+        legend=Legend("attention", "0", "99th percentile of each picture"),
+        cell=160,
+    )
+    return Drawn(sheet, {"attention": _arrays(attention)})
+
+
+def similarity_sheet(
+    backbone: FrozenBackbone,
+    pictures: Sequence[LoadedPicture],
+    points: Sequence[str],
+    *,
+    shorter_side: int | None = LARGE_SIZE,
+) -> Drawn:
+    """How similar every patch is to the one at a point of the first image; a row for each point.
+
+    Args:
+        points: see `feature_pictures.locate`.
+    """
+    places = [locate(point, pictures[0].image.size) for point in points]
+    images = _seen(backbone, pictures, shorter_side)
+    tokens = image_tokens(backbone, images)
+    maps = [similarity_maps(tokens, 0, cell_at(place, (tokens[0].shape[0], tokens[0].shape[1]))) for place in places]
+    low = min(float(values.min()) for row in maps for values in row)
+    lines = []
+    for place, row in zip(places, maps, strict=True):
+        x, y = place[0] * images[0].width, place[1] * images[0].height
+        cells = [Cell(mark(images[0], (x, y)), pictures[0].name)]
+        for index, (picture, image, values) in enumerate(zip(pictures, images, row, strict=True)):
+            drawn = overlay(image, heat_map(values.numpy(), low, 1.0))
+            caption = f"{picture.name}: up to {values.max():.2f}" if index else "the same image"
+            centre = (x, y) if index == 0 else _centre(int(values.argmax()), image, values)
+            cells.append(Cell(mark(drawn, centre), caption))
+        lines.append(cells)
+    sheet = draw_sheet(
+        lines,
+        title=f"What {backbone.name} finds alike",
+        subtitle="Cosine similarity of the patch at the ring, left, to every patch"
+        + ("; in the other images the ring is at the most similar one" if len(images) > 1 else ""),
+        legend=Legend("cosine", f"{low:.2f}", "1.00"),
+        cell=min(max(SHEET_WIDTH // len(lines[0]), 160), 448),
+    )
+    return Drawn(sheet, {"similarity": [torch.stack(parts).numpy() for parts in zip(*maps, strict=True)]})
+
+
+def neighbours_sheet(
+    backbone_name: str, rows: Sequence[tuple[LoadedPicture, Sequence[tuple[LoadedPicture, float]]]]
+) -> Image.Image:
+    """Images, and at the right of each its nearest neighbours with their cosine similarities."""
+    lines = [
+        [Cell(query.image, query.name), *(Cell(found.image, f"{cosine:.3f}  {found.name}") for found, cosine in near)]
+        for query, near in rows
+    ]
+    columns = max(map(len, lines))
+    return draw_sheet(
+        lines,
+        title=f"Nearest neighbours in the eyes of {backbone_name}",
+        subtitle="Cosine similarity of class tokens",
+        headings=["query", *(f"{rank}." for rank in range(1, columns))],
+        cell=min(max(SHEET_WIDTH // columns, 160), 256),
+    )
+
+
+def _seen(backbone: FrozenBackbone, pictures: Sequence[LoadedPicture], shorter_side: int | None) -> list[Image.Image]:
+    """The pictures at the sizes at which the model looks at them."""
+    patch_size = backbone.model.patch_size
+    images = [resized(picture.image, shorter_side, patch_size) for picture in pictures]
+    say_sizes([(picture.image.size, image.size) for picture, image in zip(pictures, images, strict=True)], patch_size)
+    return images
+
+
+def _attention_map(values: Tensor) -> Image.Image:
+    """Brightest is the 99th percentile: a single patch that draws all attention leaves the others visible."""
+    return heat_map(values.numpy(), 0.0, float(values.flatten().quantile(0.99)))
+
+
+def _centre(position: int, image: Image.Image, values: Tensor) -> tuple[float, float]:
+    """The middle of a patch in pixels (x, y), from its position in the flattened map (h, w)."""
+    rows, columns = values.shape
+    return (position % columns + 0.5) * image.width / columns, (position // columns + 0.5) * image.height / rows
+
+
+def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    return [tensor.numpy() for tensor in tensors]

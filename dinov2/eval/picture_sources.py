@@ -1,0 +1,147 @@
+"""Where pictures come from: image files, folders, globs, data sets, videos; read one by one, when they are needed."""
+
+import glob
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from dinov2.data import make_dataset
+from dinov2.data.base import ImageDataset
+from dinov2.data.datasets import DATASETS
+from dinov2.data.folder import ImageFolder
+from dinov2.data.images import BadImageError, ImageDecodeError, decode_image
+from dinov2.eval.video import Video, is_video
+
+logger = logging.getLogger(__name__)
+
+MOST_FRAMES = 100  # of a video whose frames are taken for images
+
+
+class Source(NamedTuple):
+    """A picture that is read when it is loaded."""
+
+    name: str  # short, for captions
+    path: str  # for messages and lists
+    load: Callable[[], Image.Image]  # upright RGB; raises BadImageError
+
+
+class LoadedPicture(NamedTuple):
+    """A picture with its name."""
+
+    name: str
+    path: str
+    image: Image.Image
+
+
+def list_pictures(sources: Sequence[str], num_images: int | None = None) -> list[Source]:
+    """The pictures that people mean, in their order.
+
+    Args:
+        sources: image files, videos, folders, globs (`'holiday/*.jpg'`) and dataset strings.
+        num_images: at most so many of each folder, glob, data set and video, evenly spaced; None: all of them, of a
+            video `MOST_FRAMES`, because they are held in memory.
+
+    Raises:
+        FileNotFoundError: a source is none of these, or has no images.
+        ValueError: a wrong dataset string, or a video that cannot be read.
+    """
+    return [picture for source in sources for picture in _list_source(source, num_images)]
+
+
+def load_pictures(pictures: Sequence[Source]) -> Iterator[LoadedPicture]:
+    """The pictures that can be read; a warning names each of the others.
+
+    Raises:
+        ValueError: there was only one and it cannot be read, or none of them can.
+    """
+    num_bad = 0
+    for picture in pictures:
+        try:
+            image = picture.load()
+        except BadImageError as error:
+            if len(pictures) == 1:
+                raise ValueError(str(error)) from error
+            logger.warning("left out: %s", error)
+            num_bad += 1
+            continue
+        yield LoadedPicture(picture.name, picture.path, image)
+    if num_bad == len(pictures):
+        raise ValueError(f"not one of {num_bad} images can be read; the log names them")
+
+
+class TransformedPictures(Dataset[tuple[int, Any] | None]):
+    """Pictures with their positions, transformed; None, and a warning, for one that cannot be read."""
+
+    def __init__(self, pictures: Sequence[Source], transform: Callable[[Image.Image], Any]) -> None:
+        self.pictures, self.transform = pictures, transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[int, Any] | None:
+        try:
+            return index, self.transform(self.pictures[index].load())
+        except BadImageError as error:
+            logger.warning("left out: %s", error)
+            return None
+
+
+def _list_source(source: str, num_images: int | None) -> list[Source]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _video_frames(path, num_images) if is_video(path) else [_of_file(path)]
+    if path.is_dir():
+        return _spaced(_of_dataset(ImageFolder(root=path)), num_images)
+    if source.partition(":")[0] in DATASETS:
+        return _spaced(_of_dataset(make_dataset(dataset_str=source)), num_images)
+    if files := [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]:
+        videos = [file for file in files if is_video(file)]
+        images = [_of_file(file) for file in files if file not in videos]
+        return _spaced(images, num_images) + [frame for file in videos for frame in _video_frames(file, num_images)]
+    if glob.has_magic(source):
+        raise FileNotFoundError(f"no file matches {source!r}")
+    raise FileNotFoundError(
+        f"no such images: {source!r}; give image files, folders, globs, videos or dataset strings such as "
+        "FashionMNIST:split=VAL"
+    )
+
+
+def _spaced(pictures: Sequence[Source], num_images: int | None) -> list[Source]:
+    count = len(pictures) if num_images is None else min(num_images, len(pictures))
+    return [pictures[position * len(pictures) // count] for position in range(count)]
+
+
+def _of_file(path: Path) -> Source:
+    return Source(path.name, str(path), partial(_load_file, path))
+
+
+def _load_file(path: Path) -> Image.Image:
+    try:
+        return decode_image(path.read_bytes())
+    except (OSError, ImageDecodeError) as error:
+        raise BadImageError(f"cannot read the image {path}: {error}", path=str(path)) from error
+
+
+def _of_dataset(dataset: ImageDataset) -> list[Source]:
+    """Samples whose description is a path are called by the name of the file."""
+    paths = [dataset.describe(index) for index in range(len(dataset))]
+    names = [Path(path).name if Path(path).suffix else f"image {index}" for index, path in enumerate(paths)]
+    loaders = [partial(dataset.get_image, index) for index in range(len(dataset))]
+    return [Source(*parts) for parts in zip(names, paths, loaders, strict=True)]
+
+
+def _video_frames(path: Path, num_images: int | None) -> list[Source]:
+    """Evenly spaced frames, held in memory: to come by one of them all before it must be decoded."""
+    video, count = Video(path), num_images or MOST_FRAMES
+    every = max(video.count_frames() // count, 1)
+    frames = []
+    for index, frame in enumerate(islice(video.frames(every=every), count)):
+        seconds = float(index * every / video.rate)
+        frames.append(Source(f"{path.name}, {seconds:.1f} s", f"{path}, {seconds:.3f} s", frame.copy))
+    return frames

@@ -1,0 +1,76 @@
+"""Sheets: every picture is in its cell, colours of numbers are ordered, long names fit."""
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinov2.eval import contact_sheet
+from dinov2.eval.contact_sheet import Cell, Legend
+
+
+def count_pixels(sheet: Image.Image, colour: str) -> int:
+    wanted = Image.new("RGB", (1, 1), colour).getpixel((0, 0))
+    return int((np.asarray(sheet) == wanted).all(axis=-1).sum())
+
+
+def test_a_sheet_shows_every_picture_in_its_cell() -> None:
+    colours = ["red", "lime", "blue"]
+    pictures = [Image.new("RGB", (2, 2), colour) for colour in colours]
+    sheet = contact_sheet.contact_sheet({"image": pictures, "PCA": pictures[::-1]}, columns=2, cell=20)
+    assert [count_pixels(sheet, colour) for colour in colours] == [2 * 20 * 20] * 3
+
+
+def test_pictures_keep_their_proportions_and_touch_what_is_below() -> None:
+    tall, wide = Image.new("RGB", (10, 20), "red"), Image.new("RGB", (20, 10), "blue")
+    sheet = np.asarray(contact_sheet.contact_sheet({"a": [tall, wide], "b": [tall, wide]}, cell=40))
+    is_blue = (sheet == (0, 0, 255)).all(axis=-1)
+    assert is_blue.sum() == 2 * 40 * 20
+    rows = np.flatnonzero(is_blue.any(axis=1))
+    assert rows.max() - rows.min() + 1 == 2 * 20 + contact_sheet.GAP
+
+
+def test_empty_places_and_all_that_is_written_fit_on_the_sheet() -> None:
+    picture = Image.new("RGB", (4, 4), "blue")
+    rows = [[Cell(picture, "a name that is much too long for a cell"), Cell(picture)], [None, Cell(picture, "short")]]
+    legend = Legend("cosine", "0", "1")
+    sheet = contact_sheet.draw_sheet(rows, title="T" * 60, subtitle="S", headings=["a", "b"], legend=legend, cell=50)
+    assert count_pixels(sheet, "blue") == 3 * 50 * 50
+    pixels = np.asarray(sheet)
+    margin = contact_sheet.MARGIN // 2
+    for border in (pixels[:margin], pixels[-margin:], pixels[:, :margin], pixels[:, -margin:]):
+        assert (border == 255).all()
+
+
+def test_photographs_are_shrunk_smoothly_and_patches_stay_squares() -> None:
+    stripes = Image.fromarray(np.tile(np.uint8([[0], [255]]), (50, 100)))
+    assert np.asarray(contact_sheet._fitted(stripes, 25)).std() < 20
+    patches = np.asarray(contact_sheet._fitted(Image.fromarray(np.uint8([[0, 255], [255, 0]])), 10))
+    assert np.array_equal(patches, np.kron([[0, 255], [255, 0]], np.ones((5, 5))))
+
+
+def test_an_enlarged_picture_has_the_size_asked_for_and_true_proportions() -> None:
+    wide = contact_sheet.enlarged(Image.fromarray(np.uint8([[0, 255, 0]])), (10, 5))
+    assert wide.size == (10, 5)
+    assert np.asarray(wide)[0].sum() == pytest.approx(255 * 10 / 3, rel=0.05)
+
+
+def test_heat_maps_have_the_colours_of_magma() -> None:
+    values = np.linspace(2, 4, 50)[None]
+    ours = np.asarray(contact_sheet.heat_map(values, 2, 4)).astype(int)
+    theirs = (matplotlib.colormaps["magma"]((values - 2) / 2)[..., :3] * 255).round()
+    assert np.abs(ours - theirs).max() < 8
+    beyond = np.asarray(contact_sheet.heat_map(np.array([[-9.0, 9.0]]), 2, 4))
+    assert np.array_equal(beyond[0, [0, 1]], ours[0, [0, -1]])
+
+
+def test_a_map_without_variation_is_drawn() -> None:
+    assert contact_sheet.heat_map(np.full((2, 3), 0.5), 0.5, 0.5).size == (3, 2)
+
+
+def test_a_mark_is_seen_on_black_and_on_white_and_leaves_its_centre_free() -> None:
+    for colour in ("black", "white"):
+        image = Image.new("RGB", (112, 112), colour)
+        marked = contact_sheet.mark(image, (56, 56))
+        assert len(marked.getcolors()) == 2 and marked.getpixel((56, 56)) == image.getpixel((56, 56))
+        assert len(image.getcolors()) == 1

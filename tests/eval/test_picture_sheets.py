@@ -1,0 +1,55 @@
+"""Sheets of features: what is drawn is what was computed, for any number of images and heads."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from dinov2.analysis.pca import pca_colours
+from dinov2.eval.feature_pictures import image_attention, image_tokens
+from dinov2.eval.frozen_backbone import FrozenBackbone
+from dinov2.eval.picture_sheets import attention_sheet, pca_sheet, similarity_sheet
+from dinov2.eval.picture_sources import LoadedPicture
+from dinov2.models import build_model
+
+
+def backbone(num_heads: int = 2) -> FrozenBackbone:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 6 * num_heads, "depth": 1, "init_std": 0.3}
+    return FrozenBackbone(build_model("vit_small", num_heads=num_heads, **sizes).eval(), "tiny")
+
+
+def pictures(count: int, width: int = 32, height: int = 32) -> list[LoadedPicture]:
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for _ in range(count)]
+    return [LoadedPicture(f"{number}.png", f"{number}.png", image) for number, image in enumerate(images)]
+
+
+@pytest.mark.parametrize("count", [1, 5, 13, 25])
+def test_components_of_any_number_of_images_are_those_of_all_patches(count: int) -> None:
+    drawn = pca_sheet(backbone(), pictures(count), shorter_side=None)
+    tokens = torch.stack(image_tokens(backbone(), [picture.image for picture in pictures(count)]))
+    expected = pca_colours(tokens)
+    np.testing.assert_allclose(np.stack(drawn.arrays["colours"]), expected.numpy(), atol=1e-5)
+    on_sheet = {tuple(colour) for _, colour in drawn.sheet.getcolors(10**7)}
+    wanted = {tuple(colour) for colour in (expected * 255).round().flatten(0, 2).int().tolist()}
+    assert len(wanted - on_sheet) <= 0.02 * len(wanted)
+
+
+@pytest.mark.parametrize(("num_heads", "lines"), [(2, 1), (6, 1), (7, 2), (13, 3)])
+def test_every_head_has_a_cell_and_lines_hold_six(num_heads: int, lines: int) -> None:
+    drawn = attention_sheet(backbone(num_heads), pictures(1), shorter_side=32)
+    (attention,) = image_attention(backbone(num_heads), [pictures(1)[0].image])
+    np.testing.assert_allclose(drawn.arrays["attention"][0], attention.numpy(), atol=1e-6)
+    assert drawn.sheet.height // 180 == lines
+
+
+def test_similarity_is_to_the_patch_at_the_point_and_drawn_in_a_row_each() -> None:
+    drawn = similarity_sheet(backbone(), pictures(2), ["12,12", "0.9,0.1"], shorter_side=None)
+    one, other = image_tokens(backbone(), [picture.image for picture in pictures(2)])
+    own, others = drawn.arrays["similarity"]
+    assert own.shape == others.shape == (2, 4, 4)
+    assert own[0, 1, 1] == pytest.approx(1) and own[1, 0, 3] == pytest.approx(1)
+    np.testing.assert_allclose(others[1], functional.cosine_similarity(other, one[0, 3], dim=-1), atol=1e-5)
+    assert drawn.sheet.height > 2 * 400
