@@ -23,9 +23,9 @@ from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.transforms import ToNormalizedTensor, make_classification_eval_transform
 from dinov2.eval import setup
-from dinov2.eval.contact_sheet import contact_sheet
-from dinov2.eval.feature_pictures import patch_tokens
 from dinov2.eval.knn import eval_knn
+from dinov2.eval.pictures.contact_sheet import contact_sheet
+from dinov2.eval.pictures.feature_maps import patch_tokens
 from dinov2.eval.results import write_results
 from dinov2.log import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer

@@ -25,13 +25,13 @@ if __package__ in (None, ""):  # run by path from a clone: make the package impo
 import numpy as np
 from PIL import Image
 
-from dinov2.eval.frozen_backbone import LARGE_SIZE, FrozenBackbone, add_model_flags, load_frozen_backbone
-from dinov2.eval.neighbours import find_neighbours
-from dinov2.eval.picture_sheets import Drawn, attention_sheet, neighbours_sheet, pca_sheet, similarity_sheet
-from dinov2.eval.picture_sources import LoadedPicture, Source, list_pictures, load_pictures
+from dinov2.eval.pictures.frozen_backbone import LARGE_SIZE, FrozenBackbone, add_model_flags, load_frozen_backbone
+from dinov2.eval.pictures.neighbours import find_neighbours
+from dinov2.eval.pictures.sheets import Drawn, attention_sheet, neighbours_sheet, pca_sheet, similarity_sheet
+from dinov2.eval.pictures.sources import LoadedPicture, Source, list_pictures, load_pictures
+from dinov2.eval.pictures.video import VIDEO_SUFFIXES, WRITABLE_SUFFIXES, Video, is_video
+from dinov2.eval.pictures.video_pictures import draw_video
 from dinov2.eval.setup import PUBLISHED_CROP_SIZE, positive_int
-from dinov2.eval.video import VIDEO_SUFFIXES, WRITABLE_SUFFIXES, Video, is_video
-from dinov2.eval.video_pictures import draw_video
 from dinov2.files import replacing
 from dinov2.log import run_command
 

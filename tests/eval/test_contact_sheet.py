@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.eval import contact_sheet
-from dinov2.eval.contact_sheet import Cell, Legend
+from dinov2.eval.pictures import contact_sheet
+from dinov2.eval.pictures.contact_sheet import Cell, Legend
 
 
 def count_pixels(sheet: Image.Image, colour: str) -> int:

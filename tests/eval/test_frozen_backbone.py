@@ -9,7 +9,7 @@ import torch
 
 from dinov2 import config
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN
-from dinov2.eval.frozen_backbone import LARGE_SIZE, FrozenBackbone, add_model_flags, load_frozen_backbone
+from dinov2.eval.pictures.frozen_backbone import LARGE_SIZE, FrozenBackbone, add_model_flags, load_frozen_backbone
 from dinov2.models import build_model
 from dinov2.models.backbones import build_published
 from dinov2.models.layouts import to_hf

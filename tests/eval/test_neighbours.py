@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from dinov2.eval.frozen_backbone import FrozenBackbone
-from dinov2.eval.neighbours import find_neighbours, nearest
-from dinov2.eval.picture_sources import list_pictures
+from dinov2.eval.pictures.frozen_backbone import FrozenBackbone
+from dinov2.eval.pictures.neighbours import find_neighbours, nearest
+from dinov2.eval.pictures.sources import list_pictures
 from dinov2.models import build_model
 
 

@@ -7,10 +7,10 @@ from PIL import Image
 from torch.nn import functional
 
 from dinov2.analysis.pca import pca_colours
-from dinov2.eval.feature_pictures import image_attention, image_tokens
-from dinov2.eval.frozen_backbone import FrozenBackbone
-from dinov2.eval.picture_sheets import attention_sheet, pca_sheet, similarity_sheet
-from dinov2.eval.picture_sources import LoadedPicture
+from dinov2.eval.pictures.feature_maps import image_attention, image_tokens
+from dinov2.eval.pictures.frozen_backbone import FrozenBackbone
+from dinov2.eval.pictures.sheets import attention_sheet, pca_sheet, similarity_sheet
+from dinov2.eval.pictures.sources import LoadedPicture
 from dinov2.models import build_model
 
 

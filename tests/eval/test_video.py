@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.eval.video import Video, is_video, writing_video
+from dinov2.eval.pictures.video import Video, is_video, writing_video
 
 av = pytest.importorskip("av")
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from dinov2.analysis.pca import pca_colours
-from dinov2.eval import video_pictures
-from dinov2.eval.feature_pictures import image_tokens
-from dinov2.eval.frozen_backbone import FrozenBackbone
-from dinov2.eval.video import Video, writing_video
-from dinov2.eval.video_pictures import TokenStore, draw_video
+from dinov2.eval.pictures import video_pictures
+from dinov2.eval.pictures.feature_maps import image_tokens
+from dinov2.eval.pictures.frozen_backbone import FrozenBackbone
+from dinov2.eval.pictures.video import Video, writing_video
+from dinov2.eval.pictures.video_pictures import TokenStore, draw_video
 from dinov2.models import build_model
 
 pytest.importorskip("av")
@@ -122,9 +122,9 @@ import resource, sys
 from fractions import Fraction
 from pathlib import Path
 import numpy as np, torch
-from dinov2.eval.frozen_backbone import FrozenBackbone
-from dinov2.eval.video import Video, writing_video
-from dinov2.eval.video_pictures import draw_video
+from dinov2.eval.pictures.frozen_backbone import FrozenBackbone
+from dinov2.eval.pictures.video import Video, writing_video
+from dinov2.eval.pictures.video_pictures import draw_video
 from dinov2.models import build_model
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn import functional
 
 from dinov2.eval import visualize
-from dinov2.eval.video import Video, writing_video
+from dinov2.eval.pictures.video import Video, writing_video
 
 CONFIG = """
 student: {arch: vit_small, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3, init_std: 0.3}

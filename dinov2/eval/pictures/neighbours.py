@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.features import autocast, run_model
-from dinov2.eval.frozen_backbone import LARGE_SIZE, FrozenBackbone
-from dinov2.eval.picture_sources import Source, TransformedPictures
+from dinov2.eval.pictures.frozen_backbone import LARGE_SIZE, FrozenBackbone
+from dinov2.eval.pictures.sources import Source, TransformedPictures
 from dinov2.eval.setup import PUBLISHED_CROP_SIZE
 
 BATCH_SIZE = 32

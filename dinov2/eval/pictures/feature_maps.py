@@ -8,7 +8,6 @@ Shapes: n images, h x w patches of an image, D feature width, H heads, p patch s
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -16,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from dinov2.analysis.shifts import finer_tokens
 from dinov2.data.transforms import ToNormalizedTensor
 from dinov2.eval.features import autocast, run_model
-from dinov2.eval.frozen_backbone import FrozenBackbone
+from dinov2.eval.pictures.frozen_backbone import FrozenBackbone
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -97,8 +97,7 @@ def patch_tokens(
     Args:
         model: in evaluation mode.
         images: (n, 3, H, W), H and W multiples of the patch size.
-        shifts: s, a divisor of the patch size. With s > 1 every image is seen s x s times, shifted by steps of
-            patch / s pixels with its border repeated, and the tokens are put in between one another.
+        shifts: s, see `finer_tokens`.
         batch_size: images at once.
         autocast_dtype: precision of the model.
 
@@ -108,29 +107,19 @@ def patch_tokens(
     Raises:
         ValueError: if the patch size is not a multiple of `shifts`.
     """
-    patch_size = model.patch_size
-    if shifts < 1 or patch_size % shifts:
-        raise ValueError(f"shifts = {shifts} must divide the patch size {patch_size}")
-    step, device = patch_size // shifts, model.cls_token.device
-    height, width = images.shape[-2:]
-    # Centres the patch of a token on its cell of the finer grid.
-    before = (patch_size - step) // 2
-    after = patch_size - step - before
-    padded = functional.pad(images, (before, after, before, after), mode="replicate") if shifts > 1 else images
-    tokens = torch.empty(len(images), height // step, width // step, model.embed_dim)
 
     def run(batch: Tensor) -> Tensor:
         features: Any = model.forward_features(batch)
         return features["x_norm_patchtokens"]
 
-    for row, column in product(range(shifts), repeat=2):
-        shifted = padded[:, :, row * step : row * step + height, column * step : column * step + width]
+    def tokens_of(view: Tensor) -> Tensor:
         parts = []
-        for batch in shifted.split(batch_size):
+        for batch in view.split(batch_size):
             with autocast(autocast_dtype):
-                parts.append(run_model(run, batch.to(device)).float().cpu())
-        tokens[:, row::shifts, column::shifts] = torch.cat(parts).unflatten(1, (height // patch_size, -1))
-    return tokens
+                parts.append(run_model(run, batch.to(model.cls_token.device)).float().cpu())
+        return torch.cat(parts).unflatten(1, (view.shape[-2] // model.patch_size, -1))
+
+    return finer_tokens(tokens_of, images, patch_size=model.patch_size, shifts=shifts)
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------

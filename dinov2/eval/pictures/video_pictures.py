@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from dinov2 import distributed
 from dinov2.analysis.pca import fit_colouring, fit_foreground
-from dinov2.eval.feature_pictures import input_size, patch_tokens, say_sizes
-from dinov2.eval.frozen_backbone import FrozenBackbone
-from dinov2.eval.video import Video, writing_video
+from dinov2.eval.pictures.feature_maps import input_size, patch_tokens, say_sizes
+from dinov2.eval.pictures.frozen_backbone import FrozenBackbone
+from dinov2.eval.pictures.video import Video, writing_video
 from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)

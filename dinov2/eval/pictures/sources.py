@@ -16,7 +16,7 @@ from dinov2.data.base import ImageDataset
 from dinov2.data.datasets import DATASETS
 from dinov2.data.folder import ImageFolder
 from dinov2.data.images import BadImageError, ImageDecodeError, decode_image
-from dinov2.eval.video import Video, is_video
+from dinov2.eval.pictures.video import Video, is_video
 
 logger = logging.getLogger(__name__)
 

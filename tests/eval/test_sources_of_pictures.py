@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.eval.picture_sources import TransformedPictures, list_pictures, load_pictures
-from dinov2.eval.video import writing_video
+from dinov2.eval.pictures.sources import TransformedPictures, list_pictures, load_pictures
+from dinov2.eval.pictures.video import writing_video
 
 
 @pytest.fixture

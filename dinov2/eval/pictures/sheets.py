@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.analysis.pca import fit_colouring, fit_foreground, to_pictures
-from dinov2.eval.contact_sheet import Cell, Legend, contact_sheet, draw_sheet, heat_map, mark, overlay
-from dinov2.eval.feature_pictures import (
+from dinov2.eval.pictures.contact_sheet import Cell, Legend, contact_sheet, draw_sheet, heat_map, mark, overlay
+from dinov2.eval.pictures.feature_maps import (
     cell_at,
     image_attention,
     image_tokens,
@@ -24,8 +24,8 @@ from dinov2.eval.feature_pictures import (
     say_sizes,
     similarity_maps,
 )
-from dinov2.eval.frozen_backbone import LARGE_SIZE, FrozenBackbone
-from dinov2.eval.picture_sources import LoadedPicture
+from dinov2.eval.pictures.frozen_backbone import LARGE_SIZE, FrozenBackbone
+from dinov2.eval.pictures.sources import LoadedPicture
 
 HEADS_PER_LINE = 6
 SHEET_WIDTH = 1280  # pixels, about, that pictures are spread over
