@@ -31,7 +31,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     install_requires=read_requirements("requirements.txt"),
-    extras_require={"dev": read_requirements("requirements-dev.txt")},
+    extras_require={
+        "video": ["av>=14"],
+        "tracking": ["tensorboard>=2.18", "wandb>=0.31"],
+        "dev": read_requirements("requirements-dev.txt"),
+    },
     # Namespace packages too: folders of configurations need no __init__.py to be part of the package.
     packages=find_namespace_packages(include=["dinov2", "dinov2.*"], exclude=["*.__pycache__"]),
     package_data={"": ["*.yaml", "*.npz", "LICENSE*"]},
