@@ -232,6 +232,7 @@ class Health:
     knn_period: Count | None
     knn_images: Size
     knn_dataset: str
+    best_by: Literal["auto", "knn", "cls_rank_me", "patch_rank_me"]
 
 
 @dataclass(frozen=True)

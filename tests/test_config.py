@@ -116,6 +116,7 @@ OUR_DEFAULTS = {
     "health.knn_period": None,
     "health.knn_images": 1000,
     "health.knn_dataset": "",
+    "health.best_by": "auto",
     "train.sampler": "GLOBAL_ORDER",
     "train.accumulate_steps": 1,
     "train.activation_checkpointing": "none",

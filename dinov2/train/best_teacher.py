@@ -1,7 +1,7 @@
 """Which of a run's teachers to use: `eval/best` is a link to the best of the folders `eval/training_<iteration>`.
 
-Each has a `health.json` that says by what it is judged: k-NN accuracy where the run has labels, else RankMe of class
-tokens, which goes along with accuracy on many data sets (Garrido et al. 2022, arXiv 2210.02885) but is no measurement
+Each has a `health.json` that says by what it is judged: by default k-NN accuracy where the run has labels, else RankMe of
+class tokens, which goes along with accuracy on many data sets (Garrido et al. 2022, arXiv 2210.02885) but is no measurement
 of it.
 """
 
@@ -16,8 +16,13 @@ from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = ("knn", "probe_cls_rank_me")
-"""What teachers are judged by, the first that is there."""
+SIGNALS = {
+    "auto": ("knn", "probe_cls_rank_me"),
+    "knn": ("knn",),
+    "cls_rank_me": ("probe_cls_rank_me",),
+    "patch_rank_me": ("probe_patch_rank_me",),
+}
+"""What teachers are judged by, for each choice of `health.best_by`: the first that was measured."""
 
 
 class Rating(NamedTuple):
@@ -28,18 +33,19 @@ class Rating(NamedTuple):
     value: float
 
 
-def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float]) -> None:
+def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], best_by: str = "auto") -> None:
     """Write the rating of the teacher in `eval/training_<iteration>`, and let `eval/best` point to the best so far.
 
     Args:
         folder: that of the teacher.
         iteration: after which it was written.
-        measured: of that iteration, with one of `SIGNALS`; without any there is no rating.
+        measured: of that iteration; without one of the signals there is no rating.
+        best_by: a key of `SIGNALS`.
 
     Raises:
         OSError: if the rating cannot be written. Where there are no links that is only said.
     """
-    signal = next((name for name in SIGNALS if name in measured), None)
+    signal = next((name for name in SIGNALS[best_by] if name in measured), None)
     if signal is None:
         return
     with replacing(folder / "health.json") as file:

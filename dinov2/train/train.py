@@ -206,7 +206,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
                 folder = output_dir / "eval" / f"training_{step}"
                 save_teacher(model.teacher, folder / "teacher_checkpoint.pth")
                 if distributed.is_main():
-                    rate_teacher(folder, step, measured)
+                    rate_teacher(folder, step, measured, cfg.health.best_by)
             stopping = interruption.requested()
             due = due or checkpointer.is_due(step)
             healthy = nonfinite.in_a_row == 0 or step == total_steps - 1  # else older checkpoints are worth more

@@ -121,6 +121,15 @@ def test_best_is_a_link_to_the_teacher_with_the_highest_value(tmp_path: Path) ->
     assert (tmp_path / "best").resolve() == tmp_path / "training_11"
 
 
+def test_one_may_choose_what_the_best_teacher_is_best_in(tmp_path: Path) -> None:
+    run_train(tmp_path, "health.best_by=patch_rank_me")
+    ranks = {
+        line["iteration"]: line["probe_patch_rank_me"] for line in metrics(tmp_path) if line["iteration"] in (3, 7)
+    }
+    best = max(ranks, key=lambda iteration: (ranks[iteration], iteration))
+    assert (tmp_path / "eval" / "best").resolve().name == f"training_{best}"
+
+
 def test_gradients_do_not_flow_through_what_is_watched() -> None:
     model = tiny_model()
     batch = random_batch()
