@@ -1,8 +1,8 @@
 """Which of a run's teachers to use: `eval/best` is a link to the best of the folders `eval/training_<iteration>`.
 
-Each has a `health.json` that says by what it is judged: by default k-NN accuracy where the run has labels, else RankMe of
-class tokens, which goes along with accuracy on many data sets (Garrido et al. 2022, arXiv 2210.02885) but is no measurement
-of it.
+Each has a `health.json` that says by what it is judged: by default k-NN accuracy where the run has labels, else RankMe
+of class tokens, which goes along with accuracy on many data sets (Garrido et al. 2022, arXiv 2210.02885) but is no
+measurement of it.
 """
 
 import json
