@@ -46,6 +46,7 @@ class Limit(NamedTuple):
 
 Count = Annotated[int, Limit("at least 0", lambda n: n >= 0)]
 Size = Annotated[int, Limit("at least 1", lambda n: n >= 1)]
+LabelledImages = Annotated[int, Limit("at least 32", lambda n: n >= 32)]
 Real = Annotated[float, Limit("finite", math.isfinite)]
 NotNegative = Annotated[float, Limit("at least 0", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Limit("above 0", lambda x: 0 < x < math.inf)]
@@ -230,7 +231,7 @@ class Health:
     period: Count
     probe_images: Size
     knn_period: Count | None
-    knn_images: Size
+    knn_images: LabelledImages
     knn_dataset: str
     best_by: Literal["auto", "knn", "cls_rank_me", "patch_rank_me"]
 

@@ -86,6 +86,11 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = dataset_str.partition(":")
     if name not in DATASETS:
+        if os.path.isdir(dataset_str):
+            raise ValueError(
+                f"{dataset_str!r} is a folder, not a dataset string; for its images write "
+                f"ImageFolder:root={dataset_str}"
+            )
         raise ValueError(f"unknown dataset {_quote(name, DATASETS)} in {dataset_str!r}; known: {', '.join(DATASETS)}")
     entry = DATASETS[name]
 

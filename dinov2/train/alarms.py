@@ -140,6 +140,27 @@ class LostRank(Rule):
         return ""
 
 
+class LostAccuracy(Rule):
+    """k-NN gets worse."""
+
+    kind = "collapse"
+    advice = LostRank.advice
+    patience = 2
+    LOST = 0.75
+
+    def __init__(self) -> None:
+        self.highest = 0.0
+
+    def judge(self, record: Record) -> str | None:
+        accuracy = record.get("knn")
+        if accuracy is None:
+            return None
+        self.highest = max(self.highest, accuracy)
+        if accuracy > self.LOST * self.highest:
+            return ""
+        return f"the k-NN accuracy fell from {self.highest:.0f} to {accuracy:.0f} %"
+
+
 class LostLoss(Rule):
     """The loss goes back up, and not because targets get richer, which is what centring does to them at first."""
 
@@ -195,7 +216,7 @@ class Exploding(Rule):
         if norm < self.GROWN * self.smallest or rank > self.LOST * self.highest:
             return ""
         return (
-            f"patch tokens grew from a length of {self.smallest:.3g} to {norm:.3g} while their effective rank fell "
+            f"patch tokens grew from a length of {self.smallest:.0f} to {norm:.0f} while their effective rank fell "
             f"from {self.highest:.0f} to {rank:.0f}"
         )
 
@@ -211,6 +232,7 @@ class DecayingPatches(Rule):
     )
     patience = 3
     RISEN = 0.25  # of the way from its lowest value to 1
+    CLASS_RANK_KEPT = 0.8  # else everything decays, which is another alarm
 
     def __init__(self) -> None:
         self.lowest, self.highest_rank = 1.0, 0.0
@@ -221,7 +243,7 @@ class DecayingPatches(Rule):
             return None
         self.lowest, self.highest_rank = min(self.lowest, similarity), max(self.highest_rank, rank)
         rising = similarity > self.lowest + self.RISEN * (1 - self.lowest)
-        if not rising or rank < LostRank.LOST * self.highest_rank:  # then all decay
+        if not rising or rank < self.CLASS_RANK_KEPT * self.highest_rank:
             return ""
         return f"the mean similarity of two patches of an image rose from {self.lowest:.2f} to {similarity:.2f}"
 
@@ -276,7 +298,7 @@ class AlarmBell:
     def __init__(self, history: Sequence[Record] = ()) -> None:
         self.alarms: list[Alarm] = []
         self._rules = [
-            *(FewPrototypes("cls"), FewPrototypes("patch"), AlikeTargets(), OneImage(), LostRank()),
+            *(FewPrototypes("cls"), FewPrototypes("patch"), AlikeTargets(), OneImage(), LostRank(), LostAccuracy()),
             *(LostLoss(), Exploding(), DecayingPatches(), Starved()),
         ]
         self._began: dict[Rule, list[int]] = {}  # iterations of the records in a row, until there is an alarm
@@ -291,6 +313,11 @@ class AlarmBell:
                 logger.info("alarm over, since step %d: %s", int(record["iteration"]), alarm.kind)
             else:
                 logger.warning("ALARM, %s: since step %d %s. %s", alarm.kind, alarm.first, alarm.finding, alarm.advice)
+
+    def summary(self) -> str:
+        """What to say of the run at its end."""
+        kinds = list(dict.fromkeys(f"{alarm.kind}{' (over)' if alarm.over else ''}" for alarm in self.alarms))
+        return f"ALARMS were raised: {', '.join(kinds)}" if kinds else "no alarms"
 
     def _take(self, record: Record) -> list[Alarm]:
         return [alarm for rule in self._rules for alarm in self._apply(rule, record)]

@@ -98,14 +98,14 @@ class BadImageGuard:
             OSError: if the share of unreadable images so far is above the limit.
         """
         bad_images = [path for batch in batches for path in batch.bad_images]
-        self.seen += sum(len(batch.global_crops) // 2 for batch in batches)
+        self.seen += sum(len(batch.global_crops) // 2 for batch in batches) + len(bad_images)
         self.bad += len(bad_images)
         for path in bad_images:
-            logger.warning("unreadable image replaced by another (%d of %d so far): %s", self.bad, self.seen, path)
+            logger.warning("unreadable image replaced by another (%d of %d drawn): %s", self.bad, self.seen, path)
         if self.bad > self.max_share * self.seen and self.seen >= self.PATIENCE:
             raise OSError(
-                f"{self.bad} of the first {self.seen} images could not be read, more than train.max_bad_image_share="
-                f"{self.max_share}; the last one was {bad_images[-1] if bad_images else 'named above'}"
+                f"{self.bad} of the first {self.seen} images drawn could not be read, more than "
+                f"train.max_bad_image_share={self.max_share}; the last one was {bad_images[-1] if bad_images else 'named above'}"
             )
 
 

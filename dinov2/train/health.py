@@ -105,22 +105,19 @@ class HealthPanel:
         self.model = model
         self.last_step = last_step
         self.period, self.dump_period = cfg.health.period, cfg.evaluation.eval_period_iterations
-        self.knn_period = self.dump_period if cfg.health.knn_period is None else cfg.health.knn_period
         self.probe = Probe(cfg, model, dataset) if self.period else None
+        has_labels = self.probe is not None and self.probe.labelled is not None
+        self.knn_period = (cfg.health.knn_period or 0) if has_labels else 0
         self.folder = Path(cfg.train.output_dir)
 
     def watch(self, step: int, *, line_is_due: bool) -> TargetWatch | None:
         """What is to see the targets of a step, if anything is measured in it."""
-        return TargetWatch() if self.probe and (line_is_due or self._is_look_due(step)) else None
+        looked_at = self._is_due(step, self.period, self.dump_period, self.knn_period)
+        return TargetWatch() if self.probe and (line_is_due or looked_at) else None
 
-    def _is_dump_due(self, step: int) -> bool:
-        return step == 0 or is_due(step, self.dump_period, self.last_step)
-
-    def _is_knn_due(self, step: int) -> bool:
-        return self._is_dump_due(step) or is_due(step, self.knn_period, self.last_step)
-
-    def _is_look_due(self, step: int) -> bool:
-        return step % self.period == 0 or self._is_knn_due(step)
+    def _is_due(self, step: int, *periods: int) -> bool:
+        """Whether one of the periods ends with a step, or the run begins or ends with it."""
+        return step == 0 or any(is_due(step, period, self.last_step) for period in periods)
 
     def measured(self, step: int, watch: TargetWatch | None, norms: Mapping[str, Tensor]) -> dict[str, float]:
         """What is known of a step when it is done, by name; see `TargetWatch.measured` and `Probe`.
@@ -132,14 +129,25 @@ class HealthPanel:
         values = watch.measured()
         values |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
         values["student_teacher_distance"] = relative_distance(self.model.student, self.model.teacher)
-        if self._is_look_due(step):
-            looked = self.probe.look() | (self.probe.knn() if self._is_knn_due(step) else {})
-            text = "  ".join(f"{name.removeprefix('probe_')} {value:.4g}" for name, value in looked.items())
-            logger.info("health at step %d: %s", step, text)
+        if self._is_due(step, self.period, self.dump_period, self.knn_period):
+            looked = self.probe.look()
+            if self._is_due(step, self.dump_period, self.knn_period):
+                looked |= self.probe.knn()
+            logger.info("health at step %d: %s", step, _in_words(looked))
             values |= looked
-            if self._is_dump_due(step):
+            if self._is_due(step, self.dump_period):
                 self.probe.save_pictured(self.folder / "health", step)
         return {name: float(value) for name, value in values.items()}
+
+
+def _in_words(looked: Mapping[str, float]) -> str:
+    """The numbers of a look that a person follows."""
+    cls, patch = looked["probe_cls_rank_me"], looked["probe_patch_rank_me"]
+    words = [
+        f"effective rank {cls:.1f} (class tokens), {patch:.1f} (patches)",
+        f"patch similarity {looked['probe_patch_similarity']:.2f}",
+    ]
+    return ", ".join([*words, *([f"k-NN {looked['knn']:.1f} %"] if "knn" in looked else [])])
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ A look costs some tens of forward passes, every `health.period` steps. Images ar
 Shapes: n images, N patches each, D width.
 """
 
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -71,26 +72,12 @@ class Probe:
         mine = [sha256(pixels.numpy()).digest() for pixels in self.images.pixels]
         self.num_distinct = len({digest for share in distributed.all_gather_object(mine) for digest in share})
         self.labelled: tuple[_Images, Tensor] | None = None
-        if cfg.health.knn_period != 0 and cfg.health.knn_dataset != "none":
-            self.labelled = self._labelled(dataset)
-
-    def _labelled(self, dataset: ImageDataset) -> tuple[_Images, Tensor] | None:
-        """Images for k-NN and their labels (n,), from 0; None if the data set trained on has none."""
-        named = self.cfg.health.knn_dataset
-        if named:
-            dataset = make_dataset(dataset_str=named)
-        targets = dataset.get_targets()
-        if targets is None or targets.ndim > 1 or len(np.unique(targets[targets >= 0])) < 2:
-            if named:
-                raise ValueError(
-                    f"health.knn_dataset={named!r} needs labels of two classes at least, one for an image, which it "
-                    "does not have; none switches k-NN off"
-                )
-            return None
-        images = self._read(dataset, _of_some_classes(targets, self.cfg.health.knn_images))
-        classes, labels = np.unique(targets[images.positions], return_inverse=True)
-        logger.info("health: k-NN on %d images of %d classes", len(labels), len(classes))
-        return images, torch.from_numpy(labels)
+        if (found := labelled_dataset(cfg, dataset)) is not None:
+            labelled, targets = found
+            images = self._read(labelled, _of_some_classes(targets, cfg.health.knn_images))
+            classes, labels = np.unique(targets[images.positions], return_inverse=True)
+            self.labelled = images, torch.from_numpy(labels)
+        logger.info("health: %d fixed images; k-NN: %s", len(self.images.positions), _knn_in_words(self.labelled))
 
     def _read(self, dataset: ImageDataset, positions: np.ndarray) -> _Images:
         """This process's share of the images at some positions; for unreadable ones those that follow."""
@@ -180,13 +167,46 @@ class Probe:
         if not distributed.is_main():
             return
         try:
+            images = pixels.cpu().numpy()
+            _set_aside_pictures_of_others(folder, images)
             folder.mkdir(parents=True, exist_ok=True)
             with replacing(folder / "images.npz") as file:
-                np.savez_compressed(file, images=pixels.cpu().numpy())
+                np.savez_compressed(file, images=images)
             with replacing(folder / f"patch_tokens_{step:07d}.npy") as file:
                 np.save(file, tokens.half().cpu().numpy())
         except OSError as error:
             logger.warning("cannot keep features of step %d for pictures in %s: %s", step, folder, error)
+
+
+def labelled_dataset(cfg: Config, dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray] | None:
+    """The data set for k-NN and its labels: what `health.knn_dataset` names, else the one trained on, if it has some.
+
+    Raises:
+        ValueError: naming the key, if a data set that was asked for cannot be had or has no such labels.
+    """
+    named = cfg.health.knn_dataset
+    if cfg.health.period == 0 or cfg.health.knn_period == 0 or named == "none":
+        return None
+    if named:
+        try:
+            dataset = make_dataset(dataset_str=named)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"health.knn_dataset={named!r}: {error}") from error
+    targets = dataset.get_targets()
+    if targets is not None and targets.ndim == 1 and len(np.unique(targets[targets >= 0])) > 1:
+        return dataset, targets
+    if named:
+        raise ValueError(
+            f"health.knn_dataset={named!r} needs labels of two classes at least, one for an image, which it does not "
+            "have; none switches k-NN off"
+        )
+    return None
+
+
+def _knn_in_words(labelled: tuple[_Images, Tensor] | None) -> str:
+    if labelled is None:
+        return "none, for want of labels or as health.knn_... says"
+    return f"{len(labelled[1])} images of {int(labelled[1].max()) + 1} classes, each classified by the others"
 
 
 def _spread(positions: np.ndarray, count: int) -> np.ndarray:
@@ -217,3 +237,19 @@ def _first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, 
             logger.warning("health: %s; the next one is taken", error)
             last = str(error)
     raise OSError(f"{TRIES} images in a row cannot be read: {last}")
+
+
+def _set_aside_pictures_of_others(folder: Path, images: np.ndarray) -> None:
+    """Move a folder with features of other images away: the run has been given other data."""
+    try:
+        with np.load(folder / "images.npz") as former:
+            same = np.array_equal(former["images"], images)
+    except (OSError, ValueError, KeyError):  # there are none, or they are damaged
+        return
+    if not same:
+        names = (folder.with_name(f"{folder.name}.earlier.{number}") for number in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        folder.rename(aside)
+        logger.warning(
+            "the images that are looked at are others than before: what was in %s is now in %s", folder, aside
+        )

@@ -216,6 +216,8 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             checkpointer.finish(wait=stopping)
             if stopping:
                 interruption.leave()
+    watched = bell.summary() if panel.probe else "health was not measured"
+    logger.info("finished: %s; the run on a page: python -m dinov2.train.report %s", watched, output_dir)
 
 
 def forward_backward(

@@ -25,6 +25,7 @@ def healthy(index: int) -> dict[str, float]:
         "cls_target_information": 0.002 + progress,
         "cls_largest_prototype": 0.05,
         "probe_distinct_images": 64.0,
+        "knn": 70 + 10 * progress,
         "probe_cls_rank_me": 1.05 + 40 * progress,
         "probe_patch_rank_me": 100 + 40 * progress,
         "probe_patch_similarity": 0.3 - 0.1 * progress,
@@ -57,6 +58,7 @@ def test_an_empty_run_and_one_without_health_raise_none() -> None:
         ("collapse", {"cls_target_information": 0.01}),
         ("collapse", {"probe_cls_rank_me": 3.0}),
         ("collapse", {"probe_distinct_images": 1.0}),
+        ("collapse", {"knn": 36.0}),
         ("diverging", {"total_loss": 7.5, "cls_target_information": 0.2}),
         ("diverging", {"probe_patch_norm": 900.0, "probe_patch_rank_me": 30.0}),
         ("dense features decaying", {"probe_patch_similarity": 0.7}),
@@ -67,6 +69,10 @@ def test_each_sign_raises_its_alarm_and_no_other(kind: str, changed: dict[str, f
     [alarm] = find_alarms(run(20, **changed))
     assert (alarm.kind, alarm.first, alarm.last, alarm.over) == (kind, 400, 780, False)
     assert alarm.finding and alarm.advice
+
+
+def test_patches_that_become_alike_with_all_else_are_no_decay_of_dense_features_alone() -> None:
+    assert kinds(run(20, probe_patch_similarity=0.7, probe_cls_rank_me=5.0)) == {"collapse"}
 
 
 def test_features_that_are_alike_after_the_warm_up_are_a_collapse_and_before_it_are_not() -> None:

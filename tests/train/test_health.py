@@ -68,7 +68,7 @@ def test_measuring_changes_no_weight(tmp_path: Path) -> None:
 def test_a_run_leaves_what_its_report_needs(tmp_path: Path) -> None:
     run_train(tmp_path, "health.knn_period=3")
     lines = {line["iteration"]: line for line in metrics(tmp_path)}
-    assert [step for step in lines if "probe_cls_rank_me" in lines[step]] == [0, 2, 3, 4, 5, 7]
+    assert [step for step in lines if "probe_cls_rank_me" in lines[step]] == [0, 2, 3, 5, 7]
     assert [step for step in lines if "knn" in lines[step]] == [0, 2, 3, 5, 7]
     assert all(0 <= line["knn"] <= 100 for line in lines.values() if "knn" in line)
     assert all(line["grad_norm_backbone"] > 0 for line in lines.values())
@@ -106,8 +106,23 @@ def test_labels_may_come_from_another_data_set_and_must_be_there(tmp_path: Path)
     data = f"train.dataset_path=ImageFolder:root={images}"
     run_train(tmp_path / "run", data, "optim.epochs=1", "health.knn_dataset=FashionMNIST:split=VAL")
     assert "knn" in metrics(tmp_path / "run")[0]
-    with pytest.raises(ValueError, match="health.knn_dataset='ImageFolder.*labels"):
-        run_train(tmp_path / "other", data, f"health.knn_dataset=ImageFolder:root={images}")
+    for wrong, why in ((f"ImageFolder:root={images}", "labels"), ("Birds", "unknown dataset 'Birds'")):
+        with pytest.raises(ValueError, match=f"health.knn_dataset='{wrong}.*{why}"):
+            run_train(tmp_path / "other", data, f"health.knn_dataset={wrong}")
+
+
+def test_without_labels_no_look_is_made_for_their_sake(tmp_path: Path) -> None:
+    run_train(tmp_path, "health.knn_dataset=none", "health.knn_period=2", "evaluation.eval_period_iterations=0")
+    assert [line["iteration"] for line in metrics(tmp_path) if "probe_cls_rank_me" in line] == [0, 3, 7]
+
+
+def test_features_of_other_images_are_moved_away(tmp_path: Path) -> None:
+    run_train(tmp_path / "run", "optim.epochs=2")
+    images = write_images(tmp_path / "images", 10)
+    run_train(tmp_path / "run", f"train.dataset_path=ImageFolder:root={images}")
+    assert sorted(path.name for path in (tmp_path / "run" / "health").glob("*.npy")) == ["patch_tokens_0000007.npy"]
+    moved = tmp_path / "run" / "health.earlier.1"
+    assert sorted(path.name for path in moved.glob("*.npy")) == ["patch_tokens_0000000.npy", "patch_tokens_0000003.npy"]
 
 
 def test_best_is_a_link_to_the_teacher_with_the_highest_value(tmp_path: Path) -> None:
