@@ -105,7 +105,8 @@ class BadImageGuard:
         if self.bad > self.max_share * self.seen and self.seen >= self.PATIENCE:
             raise OSError(
                 f"{self.bad} of the first {self.seen} images drawn could not be read, more than "
-                f"train.max_bad_image_share={self.max_share}; the last one was {bad_images[-1] if bad_images else 'named above'}"
+                f"train.max_bad_image_share={self.max_share}; the last one was "
+                f"{bad_images[-1] if bad_images else 'named above'}"
             )
 
 
