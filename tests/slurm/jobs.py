@@ -112,7 +112,8 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of the metrics file without the times."""
     path = folder / "training_metrics.json"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [{name: value for name, value in line.items() if not name.endswith("_time")} for line in lines]
+    times = ("iter_time", "data_time", "data_wait")
+    return [{name: value for name, value in line.items() if name not in times} for line in lines]
 
 
 def teacher_path(folder: Path) -> Path:
