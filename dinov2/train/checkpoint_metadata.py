@@ -47,6 +47,7 @@ _CLASSES = [
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
+    ("builtins", "getattr"),  # by which Python before 3.11.4 names members of enumerations; a record gets nothing
 ]
 """All that `.metadata` names, besides torch.Size and dtypes."""
 

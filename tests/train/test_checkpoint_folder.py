@@ -1,5 +1,7 @@
 """A checkpoint folder is read to the last bit, or refused with the name of the file; it never runs code."""
 
+import enum
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -71,6 +73,21 @@ def test_the_table_is_the_one_that_torch_reads(folder: Path) -> None:
             stored.chunks,
             stored.properties.dtype,
         )
+
+
+class _EarlierPython(pickle.Pickler):
+    """Names members of enumerations as Python before 3.11.4 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_a_table_written_by_an_earlier_python_is_read(folder: Path) -> None:
+    written, buffer = read_metadata(folder), io.BytesIO()
+    _EarlierPython(buffer).dump(pickle.loads((folder / ".metadata").read_bytes()))
+    assert b"getattr" in buffer.getvalue()
+    (folder / ".metadata").write_bytes(buffer.getvalue())
+    assert read_metadata(folder) == written
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
