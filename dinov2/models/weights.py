@@ -172,17 +172,18 @@ def files_in(folder: Path) -> list[Path]:
             index = json.loads((folder / f"{name}.index.json").read_text())["weight_map"]
             return [folder / part for part in sorted(set(index.values()))]
     if found := sorted([*folder.glob(f"eval/*/{TEACHER_FILE}"), *folder.glob(f"*/{TEACHER_FILE}")]):
-        hint = (
-            f"; teachers of this run: {', '.join(str(path.parent) for path in found[:3])}{', ...' * (len(found) > 3)}"
-        )
+        teachers = ", ".join(str(path.parent) for path in found[:3])
+        hint = f"; teachers of this run: {teachers}{', ...' * (len(found) > 3)}"
     elif (folder / "checkpoints").exists() or (folder / ".metadata").exists():
         hint = (
-            "; of a run take eval/best or another folder eval/training_*, or make such a file: "
+            "; of a run take OUT/eval/best, or make a file of its teacher: "
             f"python -m dinov2.train.checkpoint convert {folder} teacher.pth --to teacher"
         )
     else:
         hint = ""
-    raise FileNotFoundError(f"no weights at {folder}: a folder without {' or '.join(_FILES_IN_FOLDERS)}{hint}")
+    raise FileNotFoundError(
+        f"no weights at {folder}: a folder without {', '.join(_FILES_IN_FOLDERS[:-1])} or {TEACHER_FILE}{hint}"
+    )
 
 
 def _reason(path: Path, error: Exception) -> str:

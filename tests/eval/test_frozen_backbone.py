@@ -69,7 +69,10 @@ def test_the_teacher_of_a_run_brings_its_config(tiny: DinoVisionTransformer, tmp
 
 def test_a_config_without_weights_is_the_network_before_training(tiny: DinoVisionTransformer, tmp_path: Path) -> None:
     backbone = load("--config-file", tmp_path / "config.yaml", "--random-init", "--opts", "student.depth=3")
-    assert backbone.model.n_blocks == 3 and "untrained" in backbone.name
+    assert (backbone.model.n_blocks, backbone.name) == (3, f"{tmp_path.name} (untrained)")
+    (tmp_path / "config.yaml").rename(tmp_path / "mine.yaml")
+    for file, name in ((tmp_path / "mine.yaml", "mine.yaml"), ("train/quickstart", "train/quickstart")):
+        assert load("--config-file", file, "--random-init").name == f"{name} (untrained)"
 
 
 def test_tensors_alone_tell_the_network(tmp_path: Path) -> None:

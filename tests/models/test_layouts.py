@@ -200,7 +200,7 @@ def test_foreign_names_of_transformers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights_says_what_it_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="a folder without model.safetensors or pytorch_model.bin or teacher_"):
+    with pytest.raises(FileNotFoundError, match="a folder without model.safetensors, pytorch_model.bin or teacher_"):
         read_state_dict(tmp_path)
 
 

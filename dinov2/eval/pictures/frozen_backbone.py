@@ -125,10 +125,17 @@ def _name(weights: str) -> str:
     return f"{run.parent.name}/{folder.name}" if run and folder else Path(weights).absolute().name
 
 
+def _name_untrained(file: str) -> str:
+    """What the network of a config is called: of a run by the run, else by its file or packaged name."""
+    path = Path(file).absolute()
+    name = path.parent.name if path.name == "config.yaml" else path.name if path.is_file() else file
+    return f"{name} (untrained)"
+
+
 def _of_config(file: str, args: argparse.Namespace) -> FrozenBackbone:
     cfg = config.load(file, args.opts)
     trained = cfg.crops.global_crops_size
-    name = _name(args.pretrained_weights) if args.pretrained_weights else f"{file} (untrained)"
+    name = _name(args.pretrained_weights) if args.pretrained_weights else _name_untrained(file)
     return FrozenBackbone(
         setup.build_model_for_eval(cfg, args.pretrained_weights),
         name,
