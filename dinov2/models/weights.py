@@ -181,9 +181,8 @@ def files_in(folder: Path) -> list[Path]:
         )
     else:
         hint = ""
-    raise FileNotFoundError(
-        f"no weights at {folder}: a folder without {', '.join(_FILES_IN_FOLDERS[:-1])} or {TEACHER_FILE}{hint}"
-    )
+    wanted = f"{', '.join(_FILES_IN_FOLDERS[:-1])} or {_FILES_IN_FOLDERS[-1]}"
+    raise FileNotFoundError(f"no weights at {folder}: a folder without {wanted}{hint}")
 
 
 def _reason(path: Path, error: Exception) -> str:
