@@ -122,17 +122,18 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
     logging.captureWarnings(True)
 
 
-def run_command(command: Callable[[], int | None]) -> int:
+def run_command(command: Callable[[], int | None], *, after_interrupt: str = "") -> int:
     """Run a command of a person and return its exit status, 0 if it has none to give.
 
     One of `USER_ERRORS` is told in one line, its traceback goes to the log file only, and the status is 1. Any other
-    error is ours and raised as it is.
+    error is ours and raised as it is. Ctrl-C is told in one line, too, with what to know
+    `after_interrupt`.
     """
     setup_logging()
     try:
         return command() or 0
     except KeyboardInterrupt:
-        text = "interrupted; the same command again continues a training"
+        text = "interrupted" + (f"; {after_interrupt}" if after_interrupt else "")
         logger.error("%s", text, extra={"last_words": f"error: {text}"})
         return 130
     except USER_ERRORS as error:

@@ -17,7 +17,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinov2.log import MetricLogger, SmoothedValue, append_json, read_records, setup_logging, truncate_metrics
+from dinov2.log import (
+    MetricLogger,
+    SmoothedValue,
+    append_json,
+    read_records,
+    run_command,
+    setup_logging,
+    truncate_metrics,
+)
 
 logger = logging.getLogger("dinov2.test")
 
@@ -125,6 +133,19 @@ def test_warnings_are_logged(tmp_path: Path, logging_restored: None) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
+@pytest.mark.parametrize(
+    ("said", "expected"), [({}, "interrupted"), ({"after_interrupt": "go on"}, "interrupted; go on")]
+)
+def test_an_interrupted_command_says_only_what_is_true_of_it(
+    said: dict[str, str], expected: str, logging_restored: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    assert run_command(interrupted, **said) == 130
+    assert capsys.readouterr().err == f"error: {expected}\n"
+
+
 def test_a_full_disk_stops_neither_logging_nor_closing_and_is_reported_once(
     tmp_path: Path, logging_restored: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

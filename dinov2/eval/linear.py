@@ -351,4 +351,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(get_args_parser().parse_args())))
+    words = "the same command again continues from the latest checkpoint"
+    sys.exit(run_command(lambda: main(get_args_parser().parse_args()), after_interrupt=words))

@@ -23,6 +23,7 @@ from dinov2.data.base import ImageDataset
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.files import replacing
 from dinov2.models.download import cache_path
+from dinov2.models.weights import files_in
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def write_results(
 
 
 def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
-    """Where weights came from and the SHA-256 of the file, or of all in a folder; None for random weights."""
+    """Where weights came from and the SHA-256 of the file, or of those read in a folder; None for random ones."""
     if path_or_url is None:
         return None
     url = urlparse(path_or_url)
@@ -69,7 +70,7 @@ def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
     else:
         path = Path(url2pathname(url.path) if url.scheme == "file" else path_or_url)
     digest = hashlib.sha256()
-    for part in sorted(each for each in path.iterdir() if each.is_file()) if path.is_dir() else [path]:
+    for part in files_in(path) if path.is_dir() else [path]:
         with part.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return {"path": path_or_url, "sha256": digest.hexdigest()}

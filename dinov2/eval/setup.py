@@ -37,7 +37,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         "eval/vits14_pretrain",
     )
     weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--pretrained-weights", help="path or URL of the weights")
+    weights.add_argument("--pretrained-weights", help="file, folder (OUT/eval/best) or URL of the weights")
     weights.add_argument(
         "--random-init", action="store_true", help="evaluate the network as it is before training, as a baseline"
     )

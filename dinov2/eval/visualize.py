@@ -14,6 +14,7 @@ the command, have nothing to do with one another.
 import argparse
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NUM_IMAGES = 30  # on a sheet, of each folder, unless a person says otherwise
+NUM_QUERIES = 10
 
 
 # --- The command line ------------------------------------------------------------------------------------------------
@@ -69,11 +71,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="X,Y",
-        help="in pixels of the original image, or fractions of its width and height (0.5,0.25); several: a row each",
+        help="whole numbers: pixels of the original image; both with a decimal point: fractions of its width and "
+        "height (0.5,0.25); several: a row each",
     )
     near = _add_command(commands, "neighbours", "the images that are most similar to an image, and a list as .json")
     near.add_argument(
-        "--query", nargs="+", required=True, help=f"images to find the like of; of a folder or the like {NUM_IMAGES}"
+        "--query", nargs="+", required=True, help="images to find the like of: files, folders, globs, dataset strings"
+    )
+    near.add_argument(
+        "--num-queries",
+        type=positive_int,
+        default=NUM_QUERIES,
+        help=f"at most so many of each folder, glob or data set of them, evenly spaced (default: {NUM_QUERIES})",
     )
     near.add_argument("--k", type=positive_int, default=5, help="how many neighbours (default: 5)")
     near.add_argument("--num-workers", type=int, default=0, help="processes that read images (default: 0)")
@@ -116,9 +125,13 @@ def _size(text: str) -> int | str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw what a command line (None: that of the process) asks for; the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help"):
-        words.insert(0, "pca")
     parser = get_args_parser()
+    if words and words[0] not in COMMANDS and words[0] not in ("-h", "--help"):
+        if not words[0].startswith("-"):
+            parser.error(f"unknown command {words[0]!r}; choose from {', '.join(COMMANDS)}")
+        words.insert(0, "pca")
+    if below := next((word for word in words if re.fullmatch(r"-[\d.]+,.*", word)), None):
+        parser.error(f"the point {below} is outside of any picture")  # which argparse would take for a flag
     args = parser.parse_args(words)
     if args.command is None:
         parser.error(f"say what to draw: {', '.join(COMMANDS)}")
@@ -142,7 +155,11 @@ def _check_output(args: argparse.Namespace) -> None:
         )
     if args.output.is_dir():
         raise ValueError(f"--output {args.output} is a folder: give the name of a file")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        folder = args.output.parent
+        raise OSError(error.errno, f"cannot make the folder of --output: {error.strerror}", str(folder)) from error
 
 
 def _one_video(args: argparse.Namespace) -> bool:
@@ -152,6 +169,12 @@ def _one_video(args: argparse.Namespace) -> bool:
 
 
 def _shorter_side(args: argparse.Namespace, backbone: FrozenBackbone) -> int | None:
+    if args.size is None and backbone.size < LARGE_SIZE:
+        logger.info(
+            "the model was trained on images of %d pixels: shorter side %d; --size N for more patches",
+            backbone.size,
+            backbone.size,
+        )
     return None if args.size == "original" else args.size or backbone.size
 
 
@@ -160,6 +183,8 @@ def _shorter_side(args: argparse.Namespace, backbone: FrozenBackbone) -> int | N
 
 def draw_pca(args: argparse.Namespace) -> None:
     """Principal components of images on a sheet, or of a video as a video."""
+    if args.foreground:
+        logger.info("--foreground: which side is the object is a guess: what the border of the images shows less of")
     if args.output.suffix.lower() not in WRITABLE_SUFFIXES:
         _draw(args, pca_sheet, shifts=args.shifts, foreground=args.foreground, smooth=args.smooth)
         return
@@ -204,7 +229,7 @@ def draw_neighbours(args: argparse.Namespace) -> None:
     """Nearest neighbours of some images, as a sheet and as a list."""
     if args.size == "original":
         raise ValueError("--size original does not go with neighbours: all images are cut to one square")
-    queries, pictures = list_pictures(args.query, NUM_IMAGES), list_pictures(args.images, args.num_images)
+    queries, pictures = list_pictures(args.query, args.num_queries), list_pictures(args.images, args.num_images)
     backbone = load_frozen_backbone(args)
     rows, tokens = find_neighbours(
         backbone, queries, pictures, count=args.k, side=args.size, num_workers=args.num_workers
@@ -222,7 +247,10 @@ def draw_neighbours(args: argparse.Namespace) -> None:
         file.write((json.dumps(listed, indent=2) + "\n").encode())
     loaded = [(_loaded(query), [(_loaded(picture), cosine) for picture, cosine in found]) for query, found in rows]
     _save_sheet(neighbours_sheet(backbone.name, loaded), args.output)
-    logger.info("%d nearest of %d images: %s", args.k, len(tokens), args.output)
+    fewest = min(len(found) for _, found in rows)
+    if fewest < args.k:
+        logger.warning("--k %d: there are only %d other images", args.k, fewest)
+    logger.info("%d queries, the %d nearest of %d images: %s", len(rows), min(fewest, args.k), len(tokens), args.output)
 
 
 def _loaded(source: Source) -> LoadedPicture:

@@ -1,9 +1,9 @@
 """Weights in: from any checkpoint we know to the state dict of a backbone, strictly.
 
-Read are files of `torch.save` and safetensors, URLs, and folders as transformers writes them. In them: a flat state
-dict (the released backbones), `{"teacher": {...}}` (teacher dumps of a run, keys `backbone.`...),
-`{"model": {...}}` (published training checkpoints, `student.backbone.` or `teacher.backbone.`); with the published
-names, those of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`).
+Read are files of `torch.save` and safetensors, URLs, and folders: as transformers writes them, or of a run's teacher
+(`OUT/eval/best`). In them: a flat state dict (the released backbones), `{"teacher": {...}}` (teacher dumps of a run,
+keys `backbone.`...), `{"model": {...}}` (published training checkpoints, `student.backbone.` or `teacher.backbone.`);
+with the published names, those of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`).
 Pickles are only ever read with `weights_only=True`.
 
     python -m dinov2.models.weights inspect FILE               # what is in it
@@ -30,11 +30,12 @@ from dinov2.models.layouts import StateDict, chunk_block_names, flatten_block_na
 from dinov2.models.positions import resample_positions
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
-__all__ = ["chunk_block_names", "flatten_block_names", "load_backbone", "read_file", "read_state_dict"]
+__all__ = ["chunk_block_names", "files_in", "flatten_block_names", "load_backbone", "read_file", "read_state_dict"]
 
 logger = logging.getLogger(__name__)
 
-_FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
+TEACHER_FILE = "teacher_checkpoint.pth"  # as a run writes it
+_FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", TEACHER_FILE)
 
 
 def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") -> StateDict:
@@ -115,7 +116,8 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
     """Read a file, folder or URL as it is, without running code that may be in it; tensors come to the CPU.
 
     Args:
-        path_or_url: a file of `torch.save`, one that ends in `.safetensors`, or a folder that transformers wrote.
+        path_or_url: a file of `torch.save`, one that ends in `.safetensors`, or a folder of transformers or of a
+            run's teacher.
         mapped: leave tensors in the file until they are looked at; nobody may change it meanwhile.
 
     Raises:
@@ -146,24 +148,41 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
 
 
 def _read_folder(folder: Path, mapped: bool) -> object:
-    """The weights in a folder that transformers wrote, in one file or in several with an index."""
+    """The weights in a folder, in one file or in several with an index."""
+    files = files_in(folder)
+    if len(files) == 1:
+        return read_file(files[0], mapped=mapped)
+    content: dict[str, object] = {}
+    for file in files:
+        tensors = read_file(file, mapped=mapped)
+        content |= tensors if isinstance(tensors, dict) else {}
+    return content
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of the weights in a folder that transformers or a run wrote.
+
+    Raises:
+        FileNotFoundError: if there are none, with a hint where those of a run are.
+    """
     for name in _FILES_IN_FOLDERS:
         if (folder / name).is_file():
-            return read_file(folder / name, mapped=mapped)
+            return [folder / name]
         if (folder / f"{name}.index.json").is_file():
             index = json.loads((folder / f"{name}.index.json").read_text())["weight_map"]
-            content: dict[str, object] = {}
-            for part in sorted(set(index.values())):
-                tensors = read_file(folder / part, mapped=mapped)
-                content |= tensors if isinstance(tensors, dict) else {}
-            return content
-    hint = ""
-    if (folder / "checkpoints").exists() or (folder / ".metadata").exists():
+            return [folder / part for part in sorted(set(index.values()))]
+    if found := sorted([*folder.glob(f"eval/*/{TEACHER_FILE}"), *folder.glob(f"*/{TEACHER_FILE}")]):
+        teachers = ", ".join(str(path.parent) for path in found[:3])
+        hint = f"; teachers of this run: {teachers}{', ...' * (len(found) > 3)}"
+    elif (folder / "checkpoints").exists() or (folder / ".metadata").exists():
         hint = (
-            "; of a run take eval/training_*/teacher_checkpoint.pth, or make such a file: "
+            "; of a run take OUT/eval/best, or make a file of its teacher: "
             f"python -m dinov2.train.checkpoint convert {folder} teacher.pth --to teacher"
         )
-    raise FileNotFoundError(f"no weights at {folder}: a folder without {' or '.join(_FILES_IN_FOLDERS)}{hint}")
+    else:
+        hint = ""
+    wanted = f"{', '.join(_FILES_IN_FOLDERS[:-1])} or {_FILES_IN_FOLDERS[-1]}"
+    raise FileNotFoundError(f"no weights at {folder}: a folder without {wanted}{hint}")
 
 
 def _reason(path: Path, error: Exception) -> str:

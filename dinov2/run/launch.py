@@ -28,6 +28,8 @@ from dinov2.run.submission import (
 )
 from dinov2.run.task import Task
 
+AFTER_INTERRUPT = "the same command again continues a training"
+
 
 def launch(
     function: str,
@@ -51,7 +53,7 @@ def launch(
     dry_run = getattr(args, "dry_run", False)
     setup_logging()
     if distributed.where_am_i().world_size > 1:  # torchrun or srun has started the processes already
-        return run_command(lambda: run_here(task))
+        return run_command(lambda: run_here(task), after_interrupt=AFTER_INTERRUPT)
     if submission.ngpus == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody looks for GPUs
     try:
@@ -69,5 +71,5 @@ def launch(
         raise SystemExit(2) from error
     if dry_run:
         task.args.world_size = submission.nodes * num_processes  # what it is to reckon with
-        return run_command(lambda: run_here(task))
-    return run_command(lambda: run_local(task, num_processes))
+        return run_command(lambda: run_here(task), after_interrupt=AFTER_INTERRUPT)
+    return run_command(lambda: run_local(task, num_processes), after_interrupt=AFTER_INTERRUPT)

@@ -353,4 +353,5 @@ def uses_fp16(cfg: Config) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(get_args_parser().parse_intermixed_args())))
+    words = "the same command again continues the training"
+    sys.exit(run_command(lambda: main(get_args_parser().parse_intermixed_args()), after_interrupt=words))

@@ -55,6 +55,19 @@ def test_an_enlarged_picture_has_the_size_asked_for_and_true_proportions() -> No
     assert np.asarray(wide)[0].sum() == pytest.approx(255 * 10 / 3, rel=0.05)
 
 
+def test_a_ring_has_one_size_on_the_sheet_however_small_the_picture() -> None:
+    rings = []
+    for side in (4, 28, 224):
+        picture = Image.new("RGB", (side, side), "blue")
+        sheet = contact_sheet.draw_sheet([[Cell(picture, ring=(0.25, 0.75))]], cell=224)
+        rings.append((np.asarray(sheet) == 0).all(axis=-1))
+    assert np.array_equal(rings[0], rings[1]) and np.array_equal(rings[0], rings[2])
+    rows, columns = np.nonzero(rings[0])
+    middle = [contact_sheet.MARGIN + 0.75 * 224, contact_sheet.MARGIN + 0.25 * 224]
+    assert [rows.mean(), columns.mean()] == pytest.approx(middle, abs=1)
+    assert columns.max() - columns.min() < 224 / 8
+
+
 def test_heat_maps_have_the_colours_of_magma() -> None:
     values = np.linspace(2, 4, 50)[None]
     ours = np.asarray(contact_sheet.heat_map(values, 2, 4)).astype(int)

@@ -170,6 +170,7 @@ def test_similarity_is_the_cosine_to_the_chosen_patch() -> None:
         ("0,0", (0, 0)),
         ("79,39", (3, 7)),
         ("35,12", (1, 3)),
+        ("1,1", (0, 0)),
         ("0.5,0.5", (2, 4)),
         ("1.0,1.0", (3, 7)),
         ("0.0,0.9", (3, 0)),
@@ -179,13 +180,13 @@ def test_points_in_pixels_or_fractions_are_found_in_the_grid(point: str, cell: t
     assert feature_maps.cell_at(feature_maps.locate(point, (80, 40)), (4, 8)) == cell
 
 
-@pytest.mark.parametrize("point", ["80,0", "0,40", "-1,3", "1.5,50"])
+@pytest.mark.parametrize("point", ["80,0", "0,40", "-1,3", "1.5,0.5", "-0.1,0.5", "35.0,12.0"])
 def test_points_outside_are_refused(point: str) -> None:
     with pytest.raises(ValueError, match=f"the point {point} is outside the picture of 80 x 40 pixels"):
         feature_maps.locate(point, (80, 40))
 
 
-@pytest.mark.parametrize("point", ["middle", "3", "1,2,3", "x,y", ""])
+@pytest.mark.parametrize("point", ["middle", "3", "1,2,3", "x,y", "", "0.5,30", "1,0.5", "nan,nan", "1e1,2"])
 def test_what_is_no_point_is_refused(point: str) -> None:
     with pytest.raises(ValueError, match="a point is x,y in pixels"):
         feature_maps.locate(point, (80, 40))

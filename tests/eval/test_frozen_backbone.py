@@ -60,15 +60,19 @@ def test_a_config_with_weights(tiny: DinoVisionTransformer, tmp_path: Path) -> N
 def test_the_teacher_of_a_run_brings_its_config(tiny: DinoVisionTransformer, tmp_path: Path) -> None:
     weights = save_teacher(tiny, tmp_path / "eval" / "training_99" / "teacher_checkpoint.pth")
     (tmp_path / "eval" / "best").symlink_to("training_99")
-    for path in (weights, tmp_path / "eval" / "best" / "teacher_checkpoint.pth"):
-        backbone = load("--pretrained-weights", path)
-        assert_same(backbone.model, tiny)
-        assert (list(backbone.mean), backbone.name) == ([0.1, 0.2, 0.3], f"{tmp_path.name}/{path.parent.name}")
+    for folder in (weights.parent, tmp_path / "eval" / "best"):
+        for given in (folder, folder / "teacher_checkpoint.pth"):
+            backbone = load("--pretrained-weights", given)
+            assert_same(backbone.model, tiny)
+            assert (list(backbone.mean), backbone.name) == ([0.1, 0.2, 0.3], f"{tmp_path.name}/{folder.name}")
 
 
 def test_a_config_without_weights_is_the_network_before_training(tiny: DinoVisionTransformer, tmp_path: Path) -> None:
     backbone = load("--config-file", tmp_path / "config.yaml", "--random-init", "--opts", "student.depth=3")
-    assert backbone.model.n_blocks == 3 and "untrained" in backbone.name
+    assert (backbone.model.n_blocks, backbone.name) == (3, f"{tmp_path.name} (untrained)")
+    (tmp_path / "config.yaml").rename(tmp_path / "mine.yaml")
+    for file, name in ((tmp_path / "mine.yaml", "mine.yaml"), ("train/quickstart", "train/quickstart")):
+        assert load("--config-file", file, "--random-init").name == f"{name} (untrained)"
 
 
 def test_tensors_alone_tell_the_network(tmp_path: Path) -> None:

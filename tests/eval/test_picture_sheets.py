@@ -9,7 +9,7 @@ from torch.nn import functional
 from dinov2.analysis.pca import pca_colours
 from dinov2.eval.pictures.feature_maps import image_attention, image_tokens
 from dinov2.eval.pictures.frozen_backbone import FrozenBackbone
-from dinov2.eval.pictures.sheets import attention_sheet, pca_sheet, similarity_sheet
+from dinov2.eval.pictures.sheets import attention_sheet, neighbours_sheet, pca_sheet, similarity_sheet
 from dinov2.eval.pictures.sources import LoadedPicture
 from dinov2.models import build_model
 
@@ -53,3 +53,10 @@ def test_similarity_is_to_the_patch_at_the_point_and_drawn_in_a_row_each() -> No
     assert own[0, 1, 1] == pytest.approx(1) and own[1, 0, 3] == pytest.approx(1)
     np.testing.assert_allclose(others[1], functional.cosine_similarity(other, one[0, 3], dim=-1), atol=1e-5)
     assert drawn.sheet.height > 2 * 400
+
+
+def test_many_neighbours_take_more_lines_and_not_more_width() -> None:
+    query, *others = pictures(36)
+    ten, many = (neighbours_sheet("tiny", [(query, [(other, 0.5) for other in others[:k]])]) for k in (10, 35))
+    assert many.width == ten.width < 2000
+    assert many.height > ten.height + 3 * 160

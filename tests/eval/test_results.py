@@ -39,11 +39,15 @@ def test_the_fingerprint_is_the_hash_of_the_file_also_of_a_download(
     assert weights_fingerprint(None) is None
 
 
-def test_the_fingerprint_of_a_folder_is_that_of_all_its_files(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_folder_is_that_of_the_weights_in_it(tmp_path: Path) -> None:
     (tmp_path / "model-1.safetensors").write_bytes(b"one")
     (tmp_path / "model-2.safetensors").write_bytes(b"two")
+    parts = {"a": "model-2.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
     before = weights_fingerprint(str(tmp_path))
     assert before is not None and before["sha256"] == hashlib.sha256(b"onetwo").hexdigest()
+    (tmp_path / "log.txt").write_text("an evaluation may write into this folder")
+    assert weights_fingerprint(str(tmp_path)) == before
 
 
 class SomeUnlabelled(Pictures):

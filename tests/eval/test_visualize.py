@@ -118,12 +118,37 @@ def test_neighbours_leave_out_what_cannot_be_read(
 ) -> None:
     (pictures / "b.png").write_bytes(b"no picture")
     output = pictures.parent / "n.png"
+    caplog.set_level("INFO")
     words = ["--query", pictures / "a.png", "--images", pictures, "--k", 50, "--num-workers", 0, "--output", output]
     run("neighbours", *model, *words)
     (found,) = json.loads(output.with_suffix(".json").read_text())
     names = [Path(entry["image"]).name for entry in found["neighbours"]]
     assert sorted(names) == ["c.png", "d.png", "e.png", "f.png"]
     assert "left out" in caplog.text and "b.png" in caplog.text
+    assert "--k 50: there are only 4 other images" in caplog.text
+    assert "1 queries, the 4 nearest of 5 images" in caplog.text
+
+
+def test_a_data_set_of_queries_is_thinned(model: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "n.png"
+    words = ["--query", "FashionMNIST:split=VAL", "--images", "FashionMNIST:split=VAL", "--num-images", 4]
+    for flags, count in (([], 10), (["--num-queries", 3], 3)):
+        run("neighbours", *model, *words, *flags, "--k", 1, "--output", output)
+        assert len(json.loads(output.with_suffix(".json").read_text())) == count
+
+
+def test_what_a_person_may_wonder_about_is_said(
+    model: list[str], pictures: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [*model, "--images", pictures / "a.png", "--output", pictures / "o.png"]
+    with caplog.at_level("INFO"):
+        run("pca", *words, "--foreground")
+    assert "trained on images of 32 pixels: shorter side 32; --size N for more patches" in caplog.text
+    assert "which side is the object is a guess" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        run("pca", *words, "--size", 64)
+    assert "trained on images" not in caplog.text and "guess" not in caplog.text
 
 
 def test_a_video_becomes_a_video_or_a_sheet(model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,6 +174,7 @@ def test_a_video_becomes_a_video_or_a_sheet(model: list[str], tmp_path: Path, mo
         (["pca", "--output", "pca.mp4"], r"--images must be one video file \(\.avi, .*\), not a\.png"),
         (["similarity", "--point", "400,10"], r"the point 400,10 is outside the picture of 40 x 30 pixels"),
         (["similarity", "--point", "middle"], r"a point is x,y"),
+        (["pca", "--output", "a.png/new/pca.png"], r"cannot make the folder of --output: .*: 'a\.png/new'"),
         (["pca", "--shifts", "3"], r"shifts = 3 must divide the patch size 8"),
         (["neighbours", "--query", "a.png", "--size", "original"], r"--size original does not go with neighbours"),
         (["neighbours", "--query", "nowhere.png"], r"no such images: 'nowhere\.png'"),
@@ -163,7 +189,14 @@ def test_what_cannot_be_drawn_is_said(
 
 
 def test_a_wrong_command_line_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, message in (([], "say what to draw: pca, attention"), (["similarity", "--images", "x"], "--point")):
+    for words, message in (
+        ([], "say what to draw: pca, attention"),
+        (["similarity", "--images", "x"], "--point"),
+        (["similarity", "--images", "x", "--point", "-1,50"], "the point -1,50 is outside of any picture"),
+        (["similarity", "--images", "x", "--point", "5,5", "-.5,0.5"], "the point -.5,0.5 is outside of any picture"),
+        (["foo", "--model", "dinov2_vits14"], "unknown command 'foo'; choose from pca, attention, similarity, neigh"),
+        (["similiarity", "--point", "1,1"], "unknown command 'similiarity'; choose from"),
+    ):
         with pytest.raises(SystemExit):
             visualize.main(words)
         assert message in capsys.readouterr().err

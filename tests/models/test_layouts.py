@@ -200,8 +200,21 @@ def test_foreign_names_of_transformers_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights_says_what_it_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="a folder without model.safetensors or pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match="a folder without model.safetensors, pytorch_model.bin or teacher_"):
         read_state_dict(tmp_path)
+
+
+def test_the_teacher_of_a_run_may_be_given_as_its_folder(tmp_path: Path) -> None:
+    teacher = tmp_path / "eval" / "training_99" / "teacher_checkpoint.pth"
+    teacher.parent.mkdir(parents=True)
+    torch.save({"teacher": {"backbone.cls_token": torch.ones(2)}}, teacher)
+    (tmp_path / "eval" / "best").symlink_to("training_99")
+    for folder in (teacher.parent, tmp_path / "eval" / "best"):
+        assert read_state_dict(folder).keys() == {"backbone.cls_token"}
+    (tmp_path / "checkpoints").mkdir()
+    for folder in (tmp_path, tmp_path / "eval"):
+        with pytest.raises(FileNotFoundError, match=f"teachers of this run: {tmp_path}/eval/best, .*/training_99"):
+            read_state_dict(folder)
 
 
 # --- Sizes from tensors ----------------------------------------------------------------------------------------------

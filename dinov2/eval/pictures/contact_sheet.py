@@ -27,6 +27,7 @@ class Cell(NamedTuple):
     picture: Image.Image
     caption: str = ""
     at_top: bool = False  # whether it hangs from the top of its row or stands on the bottom, if others are higher
+    ring: tuple[float, float] | None = None  # what to point out, as fractions (x, y) of its width and height
 
 
 class Legend(NamedTuple):
@@ -163,7 +164,7 @@ def _draw_rows(
     rows: Sequence[Sequence[Cell | None]], headings: Sequence[str], labels: Sequence[str], cell: int
 ) -> Image.Image:
     """The pictures with what is written beside them."""
-    pictures = [[None if item is None else _fitted(item.picture, cell) for item in row] for row in rows]
+    pictures = [[None if item is None else _drawn(item, cell) for item in row] for row in rows]
     heights = [max((picture.height for picture in row if picture), default=0) for row in pictures]
     captions = [TEXT + GAP if any(item and item.caption for item in row) else 0 for row in rows]
     left = max((round(_font(TEXT).getlength(label)) + 2 * GAP for label in labels if label), default=0)
@@ -193,6 +194,12 @@ def _draw_rows(
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
+
+
+def _drawn(item: Cell, cell: int) -> Image.Image:
+    """The picture of a cell as it is on the sheet, with its ring if it has one."""
+    picture = _fitted(item.picture, cell)
+    return mark(picture, (item.ring[0] * picture.width, item.ring[1] * picture.height)) if item.ring else picture
 
 
 def _fitted(picture: Image.Image, cell: int) -> Image.Image:

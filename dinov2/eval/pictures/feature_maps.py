@@ -7,6 +7,7 @@ Shapes: n images, h x w patches of an image, D feature width, H heads, p patch s
 """
 
 import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -182,32 +183,32 @@ def similarity_maps(tokens: Sequence[Tensor], image: int, cell: tuple[int, int])
     return [(functional.normalize(grid.double(), dim=-1) @ reference).float() for grid in tokens]
 
 
-def parse_point(text: str) -> tuple[float, float]:
-    """A point `x,y`: pixels of the original picture, or fractions of its width and height with a decimal point.
-
-    Raises:
-        ValueError: it is no such thing.
-    """
-    words = text.split(",")
-    try:
-        x, y = (float(word) for word in words)
-    except ValueError:
-        raise ValueError(f"a point is x,y in pixels (200,150) or fractions (0.5,0.25), not {text!r}") from None
-    return x, y
-
-
 def locate(text: str, size: tuple[int, int]) -> tuple[float, float]:
-    """A point as fractions (x, y) of the width and height of a picture of that size, from what `parse_point` takes.
+    """A point as fractions (x, y) of the width and height of a picture of that size.
+
+    Args:
+        text: `x,y`; whole numbers are pixels of the original picture, two with a decimal point are fractions.
+        size: (width, height) of the picture.
 
     Raises:
         ValueError: it is no point, or outside the picture.
     """
-    x, y = parse_point(text)
-    if "." in text and 0 <= x <= 1 and 0 <= y <= 1:
-        return x, y
-    if not (0 <= x < size[0] and 0 <= y < size[1]):
-        raise ValueError(f"the point {text} is outside the picture of {size[0]} x {size[1]} pixels")
-    return (x + 0.5) / size[0], (y + 0.5) / size[1]
+    words = [word.strip() for word in text.split(",")]
+    outside = f"the point {text} is outside the picture of {size[0]} x {size[1]} pixels"
+    if len(words) == 2 and all(re.fullmatch(r"-?\d+", word) for word in words):
+        x, y = map(int, words)
+        if not (0 <= x < size[0] and 0 <= y < size[1]):
+            raise ValueError(outside)
+        return (x + 0.5) / size[0], (y + 0.5) / size[1]
+    if len(words) == 2 and all(re.fullmatch(r"-?(\d+\.\d*|\.\d+)", word) for word in words):
+        across, down = map(float, words)
+        if not (0 <= across <= 1 and 0 <= down <= 1):
+            raise ValueError(f"{outside}: with a decimal point, numbers are fractions of its sides, 0.0 to 1.0")
+        return across, down
+    raise ValueError(
+        f"a point is x,y in pixels, both whole numbers (200,150), or in fractions, both with a decimal point "
+        f"(0.5,0.25), not {text!r}"
+    )
 
 
 def cell_at(point: tuple[float, float], grid: tuple[int, int]) -> tuple[int, int]:

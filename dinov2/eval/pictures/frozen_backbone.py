@@ -14,6 +14,7 @@ from dinov2.eval import setup
 from dinov2.models.backbones import build_published, load_from_weights
 from dinov2.models.published import PUBLISHED
 from dinov2.models.vision_transformer import DinoVisionTransformer
+from dinov2.models.weights import TEACHER_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pretrained-weights",
         metavar="WEIGHTS",
-        help="file, URL, or folder of transformers; alone, its tensors tell the network, and the teacher of a run is "
-        "read with the config.yaml of the run",
+        help="file, URL, folder of transformers or of a run's teacher (OUT/eval/best); alone, its tensors tell the "
+        "network, and the teacher of a run is read with the config.yaml of the run",
     )
     group.add_argument("--random-init", action="store_true", help="the network as it is before training")
-    group.add_argument("--num-heads", type=int, help="attention heads, where only tensors tell the network: these not")
+    group.add_argument(
+        "--num-heads",
+        type=int,
+        help="attention heads, where there is no config: the "
+        "tensors do not tell (default: 64 channels each, or as a config.json of transformers beside them says)",
+    )
     group.add_argument(
         "--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value"
     )
@@ -99,25 +105,37 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _run_of(weights: str) -> Path | None:
-    """The config of the training run that left these weights, OUT/eval/training_<it>/teacher_checkpoint.pth."""
-    path = Path(weights)
-    if path.name != "teacher_checkpoint.pth" or len(path.absolute().parents) < 3:
-        return None
-    run = path.absolute().parents[2] / "config.yaml"
-    return run if run.is_file() else None
+    """The config of the training run that left these weights, OUT/eval/training_<it>[/teacher_checkpoint.pth]."""
+    folder = _folder_of_teacher(weights)
+    run = folder.parent.parent / "config.yaml" if folder else None
+    return run if run and run.is_file() else None
+
+
+def _folder_of_teacher(weights: str) -> Path | None:
+    """The folder of a run's teacher, if weights are such a folder or the file in it."""
+    path = Path(weights).absolute()
+    if path.is_dir() and (path / TEACHER_FILE).is_file():
+        return path
+    return path.parent if path.name == TEACHER_FILE else None
 
 
 def _name(weights: str) -> str:
     """What weights are called in a picture: a teacher of a run by the run and the iteration, others by their file."""
-    path = Path(weights).absolute()
-    run = _run_of(weights)
-    return f"{run.parent.name}/{path.parent.name}" if run else path.name
+    run, folder = _run_of(weights), _folder_of_teacher(weights)
+    return f"{run.parent.name}/{folder.name}" if run and folder else Path(weights).absolute().name
+
+
+def _name_untrained(file: str) -> str:
+    """What the network of a config is called: of a run by the run, else by its file or packaged name."""
+    path = Path(file).absolute()
+    name = path.parent.name if path.name == "config.yaml" else path.name if path.is_file() else file
+    return f"{name} (untrained)"
 
 
 def _of_config(file: str, args: argparse.Namespace) -> FrozenBackbone:
     cfg = config.load(file, args.opts)
     trained = cfg.crops.global_crops_size
-    name = _name(args.pretrained_weights) if args.pretrained_weights else f"{file} (untrained)"
+    name = _name(args.pretrained_weights) if args.pretrained_weights else _name_untrained(file)
     return FrozenBackbone(
         setup.build_model_for_eval(cfg, args.pretrained_weights),
         name,

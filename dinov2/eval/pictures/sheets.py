@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.analysis.pca import fit_colouring, fit_foreground, to_pictures
-from dinov2.eval.pictures.contact_sheet import Cell, Legend, contact_sheet, draw_sheet, heat_map, mark, overlay
+from dinov2.eval.pictures.contact_sheet import Cell, Legend, contact_sheet, draw_sheet, heat_map, overlay
 from dinov2.eval.pictures.feature_maps import (
     cell_at,
     image_attention,
@@ -28,6 +28,7 @@ from dinov2.eval.pictures.frozen_backbone import LARGE_SIZE, FrozenBackbone
 from dinov2.eval.pictures.sources import LoadedPicture
 
 HEADS_PER_LINE = 6
+NEIGHBOURS_PER_LINE = 10
 SHEET_WIDTH = 1280  # pixels, about, that pictures are spread over
 
 
@@ -51,7 +52,7 @@ def pca_sheet(
 
     Args:
         shorter_side: of the images that the model sees, in pixels; None: as they are.
-        shifts: see `feature_pictures.patch_tokens`.
+        shifts: see `feature_maps.patch_tokens`.
         foreground: colour what stands out, the rest is black.
         smooth: blend the colours of neighbouring patches.
     """
@@ -110,7 +111,7 @@ def similarity_sheet(
     """How similar every patch is to the one at a point of the first image; a row for each point.
 
     Args:
-        points: see `feature_pictures.locate`.
+        points: see `feature_maps.locate`.
     """
     places = [locate(point, pictures[0].image.size) for point in points]
     images = _seen(backbone, pictures, shorter_side)
@@ -119,13 +120,11 @@ def similarity_sheet(
     low = min(float(values.min()) for row in maps for values in row)
     lines = []
     for place, row in zip(places, maps, strict=True):
-        x, y = place[0] * images[0].width, place[1] * images[0].height
-        cells = [Cell(mark(images[0], (x, y)), pictures[0].name)]
+        cells = [Cell(images[0], pictures[0].name, ring=place)]
         for index, (picture, image, values) in enumerate(zip(pictures, images, row, strict=True)):
             drawn = overlay(image, heat_map(values.numpy(), low, 1.0))
             caption = f"{picture.name}: up to {values.max():.2f}" if index else "the same image"
-            centre = (x, y) if index == 0 else _centre(int(values.argmax()), image, values)
-            cells.append(Cell(mark(drawn, centre), caption))
+            cells.append(Cell(drawn, caption, ring=place if index == 0 else _centre_of_largest(values)))
         lines.append(cells)
     sheet = draw_sheet(
         lines,
@@ -142,16 +141,19 @@ def neighbours_sheet(
     backbone_name: str, rows: Sequence[tuple[LoadedPicture, Sequence[tuple[LoadedPicture, float]]]]
 ) -> Image.Image:
     """Images, and at the right of each its nearest neighbours with their cosine similarities."""
-    lines = [
-        [Cell(query.image, query.name), *(Cell(found.image, f"{cosine:.3f}  {found.name}") for found, cosine in near)]
-        for query, near in rows
-    ]
+    lines: list[list[Cell | None]] = []
+    for query, near in rows:
+        cells = [Cell(found.image, f"{cosine:.3f}  {found.name}") for found, cosine in near]
+        lines.append([Cell(query.image, query.name), *cells[:NEIGHBOURS_PER_LINE]])
+        for start in range(NEIGHBOURS_PER_LINE, len(cells), NEIGHBOURS_PER_LINE):
+            lines.append([None, *cells[start : start + NEIGHBOURS_PER_LINE]])
     columns = max(map(len, lines))
+    wrapped = len(lines) > len(rows)
     return draw_sheet(
         lines,
         title=f"Nearest neighbours in the eyes of {backbone_name}",
-        subtitle="Cosine similarity of class tokens",
-        headings=["query", *(f"{rank}." for rank in range(1, columns))],
+        subtitle="Cosine similarity of class tokens" + "; the nearest first, line by line" * wrapped,
+        headings=["query", *([] if wrapped else [f"{rank}." for rank in range(1, columns)])],
         cell=min(max(SHEET_WIDTH // columns, 160), 256),
     )
 
@@ -169,10 +171,11 @@ def _attention_map(values: Tensor) -> Image.Image:
     return heat_map(values.numpy(), 0.0, float(values.flatten().quantile(0.99)))
 
 
-def _centre(position: int, image: Image.Image, values: Tensor) -> tuple[float, float]:
-    """The middle of a patch in pixels (x, y), from its position in the flattened map (h, w)."""
+def _centre_of_largest(values: Tensor) -> tuple[float, float]:
+    """The middle of the patch with the largest value of a map (h, w), as fractions (x, y) of the picture."""
     rows, columns = values.shape
-    return (position % columns + 0.5) * image.width / columns, (position // columns + 0.5) * image.height / rows
+    row, column = divmod(int(values.argmax()), columns)
+    return (column + 0.5) / columns, (row + 0.5) / rows
 
 
 def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:

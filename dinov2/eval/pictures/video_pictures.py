@@ -129,7 +129,7 @@ def draw_video(
         output: the video to write, .mp4 or .gif, in a folder that exists.
         shorter_side: of the frames that the model sees, in pixels; None: as they are.
         every: only the first of so many frames, at a rate so many times lower.
-        shifts: see `feature_pictures.patch_tokens`.
+        shifts: see `feature_maps.patch_tokens`.
         foreground: colour what stands out, the rest is black.
         smooth: blend the colours of neighbouring patches.
         tokens_file: where the tokens are kept, if they are.
