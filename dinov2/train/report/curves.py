@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from dinov2.train.report.charts import Line, Span, chart, swatch
-from dinov2.train.report.numbers import number
+from dinov2.train.report.numbers import number, percent, short
 from dinov2.train.report.panels import Group, Panel, groups_for, points_of
 from dinov2.train.report.run import Run
 
@@ -41,7 +41,7 @@ def _panel(runs: Sequence[Run], panel: Panel) -> str:
     else:
         sources = [(runs[0], curve.key, curve.label) for curve in panel.curves]
     drawn = [
-        (name, Line(points, name if len(runs) > 1 else "", style))
+        (name, Line(points, name if len(runs) > 1 else "", style, percent if panel.percent else short))
         for style, (run, key, name) in enumerate(sources)
         if (points := points_of(run, key))
     ]
@@ -77,4 +77,5 @@ def alarm_spans(run: Run) -> list[Span]:
 
 def _in_words(name: str, line: Line) -> str:
     (start, first), (end, last) = line.points[0], line.points[-1]
-    return f"{name} from {number(first)} at step {start:,.0f} to {number(last)} at step {end:,.0f}".strip()
+    text = percent if line.text is percent else number
+    return f"{name} from {text(first)} at step {start:,.0f} to {text(last)} at step {end:,.0f}".strip()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 ABSENT = "\N{EN DASH}"
+WIDE = 3  # columns that fit on a phone
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", numbers: int = 0) -> str:
@@ -39,8 +40,10 @@ def comparison(headings: Sequence[str], columns: Sequence[Mapping[str, str]], ca
 def _table(caption: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     label = f"<caption>{escape(caption)}</caption>" if caption else ""
     rows = "".join(f"<tr>{''.join(row)}</tr>" for row in body)
+    wide = '<p class="wide">Goes on to the right: push the table sideways.</p>' if len(head) > WIDE else ""
     return (
-        f'<div class="scroll"><table>{label}<thead><tr>{"".join(head)}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'{wide}<div class="scroll" tabindex="0"><table>{label}<thead><tr>{"".join(head)}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
