@@ -153,10 +153,11 @@ def _coarse(run: Run) -> str:
     side = pixels // patch
     if side >= FEW_PATCHES:
         return ""
+    size, patches = (f"{n} \N{MULTIPLICATION SIGN} {n}" for n in (pixels, side))
     return (
-        f'<p class="soft">These images are small: {pixels} \N{MULTIPLICATION SIGN} {pixels} pixels are {side} \N{MULTIPLICATION SIGN} {side} patches of {patch} '
-        "pixels for the network. With so few patches colours that follow the place in the image are normal, and no "
-        "sign of failure.</p>"
+        f'<p class="soft">These images are small: {size} pixels are {patches} patches of {patch} pixels for the '
+        "network. With so few patches colours that follow the place in the image are normal, and no sign of "
+        "failure.</p>"
     )
 
 

@@ -68,7 +68,7 @@ def progress(run: Run) -> str:
     of = "" if total is None else f" of {total:,}"
     if ended_with_error(run):
         at = f" at step {_last_step(run):,}{of}" if run.records else " before the first step was logged"
-        return f"Ended with an error{at} ({_checkpoint(run)}): {run.state.error.rstrip('.')}."
+        return f"Stopped{at} ({_checkpoint(run)}) by an error: {run.state.error.rstrip('.')}."
     if total is None:
         return f"{done:,} steps are logged{time}; how many there should be is not known."
     if run.running() and run.records:
