@@ -206,7 +206,7 @@ def test_pictures_of_few_patches_come_with_what_to_expect(tmp_path: Path) -> Non
     few = ("crops.global_crops_size=28", "student.patch_size=7")
     text = parsed(write_run(tmp_path / "few", overrides=few)).text
     assert "28 \N{MULTIPLICATION SIGN} 28 pixels are 4 \N{MULTIPLICATION SIGN} 4 patches of 7 pixels" in text
-    many = ("crops.global_crops_size=224", "student.patch_size=16")
+    many = ("crops.global_crops_size=224", "crops.local_crops_size=96", "student.patch_size=16")
     assert "These images are small" not in parsed(write_run(tmp_path / "many", overrides=many)).text
 
 

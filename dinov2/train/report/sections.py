@@ -243,6 +243,8 @@ def session_facts(run: Run) -> Mapping[str, str]:
         found["commit"] = f"{latest['commit']}{f', with {changed} changed file(s)' if changed else ''}"
     starts = [f"step {each.get('first_step', 0):,} on {_minute(each.get('date'))}" for each in run.sessions]
     found["started at"] = "; ".join(starts)
+    if len(run.data_sets) > 1:
+        found["data sets"] = "; ".join(f"from step {first:,} on {name}" for first, name in run.data_sets)
     return found
 
 

@@ -129,10 +129,10 @@ footer { margin-top: 64px; padding-top: 14px; padding-bottom: 40px; color: var(-
   .row { grid-template-columns: 1fr; gap: 2px; margin-bottom: 8px; }
   .row > span { text-align: left; }
   .pictures { gap: 3px; }
-  .wide { display: block; }
   table { font-size: 13px; }
   th, td { padding-right: 10px; }
 }
+@media (max-width: 400px) { .wide { display: block; } }
 @media print {
   :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; --faint: #fff;
     --good: #000; --unclear: #000; --bad: #000; --shade: #000;

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 ABSENT = "\N{EN DASH}"
-WIDE = 3  # columns that fit on a phone
+WIDE = 4  # columns that can fit on a phone
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", numbers: int = 0) -> str:
