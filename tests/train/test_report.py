@@ -283,4 +283,4 @@ def test_a_training_leaves_what_the_report_shows(tmp_path: Path) -> None:
     ):
         assert f"{title}: " in charts
     assert "Also logged" not in found.text, "a chart of its own, with words about it, for everything that is logged"
-    assert "The best teacher is that of step" in found.text and "PyTorch" in found.text
+    assert "eval/best" in found.text and "PyTorch" in found.text

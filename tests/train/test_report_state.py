@@ -148,6 +148,8 @@ def test_what_only_some_numbers_allow_is_all_that_was_watched(tmp_path: Path) ->
 def test_a_number_of_the_untrained_network_is_not_shown_as_that_of_the_run(tmp_path: Path) -> None:
     folder = bare_run(tmp_path / "run", done=30)
     first = read_run(folder, "run").records[0]["knn"]
+    begun = read_run(bare_run(tmp_path / "begun", done=1), "begun")
+    assert key_figures(begun)["effective rank"].endswith(" (step 0, untrained)")
     assert key_figures(read_run(folder, "run"))["k-NN accuracy"].endswith("% (step 0, untrained)")
     assert f"k-NN accuracy {first:.1f} % (step 0, untrained)" in parsed(folder).text
     tuned = read_run(bare_run(tmp_path / "tuned", done=30, overrides=("MODEL.WEIGHTS=w.pth",)), "tuned")

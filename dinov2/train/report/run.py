@@ -124,7 +124,7 @@ class Run:
 
     def is_late(self, step: float) -> bool:
         """Whether what was measured at a step says how the run is at its end."""
-        return step >= 0.9 * (self.steps_done - 1)
+        return 0 < step >= 0.9 * (self.steps_done - 1)
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of the lines that have this value."""

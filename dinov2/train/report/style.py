@@ -132,7 +132,7 @@ footer { margin-top: 64px; padding-top: 14px; padding-bottom: 40px; color: var(-
   table { font-size: 13px; }
   th, td { padding-right: 10px; }
 }
-@media (max-width: 400px) { .wide { display: block; } }
+@media (max-width: 400px) { .wide { display: block; } .many thead th { min-width: 7em; } }
 @media print {
   :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; --faint: #fff;
     --good: #000; --unclear: #000; --bad: #000; --shade: #000;

@@ -40,9 +40,11 @@ def comparison(headings: Sequence[str], columns: Sequence[Mapping[str, str]], ca
 def _table(caption: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     label = f"<caption>{escape(caption)}</caption>" if caption else ""
     rows = "".join(f"<tr>{''.join(row)}</tr>" for row in body)
-    wide = '<p class="wide">Goes on to the right: push the table sideways.</p>' if len(head) > WIDE else ""
+    note, kind = "", ""
+    if len(head) > WIDE:
+        note, kind = '<p class="wide">Goes on to the right: push the table sideways.</p>', ' class="many"'
     return (
-        f'{wide}<div class="scroll" tabindex="0"><table>{label}<thead><tr>{"".join(head)}</tr></thead>'
+        f'{note}<div class="scroll" tabindex="0"><table{kind}>{label}<thead><tr>{"".join(head)}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
 
