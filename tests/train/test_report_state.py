@@ -185,6 +185,7 @@ def test_after_a_change_of_the_data_set_only_the_last_one_is_compared(tmp_path: 
     assert "From step 400 on trained on another data set (New:<b>): what was measured before is of" in said(run)
     assert f"{knn[400]:.1f}\N{NO-BREAK SPACE}% at step 400 to" in said(run) and "untrained" not in said(run)
     assert "at step 400" in accuracy([run]) and "at step 0" not in accuracy([run])
+    assert "Before step 400 another data set was trained on." in parsed(folder).text
     alts = " ".join(map(str, parsed(folder).attributes("alt")))
     assert "step 599" in alts and "step 799" in alts and "step 399" not in alts and "step 0" not in alts
     assert "of another data set" in said(replace(run, best=Rating(199, "knn", 1.0)))

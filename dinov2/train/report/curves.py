@@ -16,10 +16,16 @@ def curves(runs: Sequence[Run]) -> str:
     shaded = " Shaded, under a triangle: an alarm." if any(run.alarms for run in runs) else ""
     intro = (
         '<p class="soft">Over the steps of the run. Losses are medians of the last 20 steps, features and targets are '
-        f"those of one step; the number at the end of a line is its last value.{shaded}</p>"
+        f"those of one step; the number at the end of a line is its last value.{shaded}{_other_data(runs)}</p>"
     )
     legend = _legend([(run.title, index) for index, run in enumerate(runs)], "runs") if len(runs) > 1 else ""
     return intro + legend + "".join(_group(runs, group) for group in groups_for(runs))
+
+
+def _other_data(runs: Sequence[Run]) -> str:
+    """Until when features are of other images than in the end."""
+    changed = [(f" of {run.title}" if run.tag else "", run.data_since) for run in runs if run.data_since]
+    return "".join(f" Before step {step:,}{escape(name)} another data set was trained on." for name, step in changed)
 
 
 def _legend(entries: Sequence[tuple[str, int]], kind: str = "") -> str:

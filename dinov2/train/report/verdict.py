@@ -190,7 +190,7 @@ def no_better_teacher(run: Run) -> str:
         return ""
     network = "untrained network" if "untrained" in run.when(0) else "network it began with"
     return (
-        f"No teacher is better than the {network} ({_rated(signal, start)} at step 0): that of eval/best, of step "
+        f"No teacher{'' if run.finished else ' so far'} is better than the {network} ({_rated(signal, start)} at step 0): that of eval/best, of step "
         f"{run.best.iteration:,}, has {_rated(signal, value)}."
     )
 
