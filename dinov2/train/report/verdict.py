@@ -188,9 +188,10 @@ def no_better_teacher(run: Run) -> str:
     start = next((former for step, former in run.comparable(signal) if step == 0), None)
     if start is None or value > start or run.best.iteration == 0:
         return ""
+    so_far = "" if run.finished else " so far"
     network = "untrained network" if "untrained" in run.when(0) else "network it began with"
     return (
-        f"No teacher{'' if run.finished else ' so far'} is better than the {network} ({_rated(signal, start)} at step 0): that of eval/best, of step "
+        f"No teacher{so_far} is better than the {network} ({_rated(signal, start)} at step 0): that of eval/best, of step "
         f"{run.best.iteration:,}, has {_rated(signal, value)}."
     )
 
