@@ -191,8 +191,8 @@ def no_better_teacher(run: Run) -> str:
     so_far = "" if run.finished else " so far"
     network = "untrained network" if "untrained" in run.when(0) else "network it began with"
     return (
-        f"No teacher{so_far} is better than the {network} ({_rated(signal, start)} at step 0): that of eval/best, of step "
-        f"{run.best.iteration:,}, has {_rated(signal, value)}."
+        f"No teacher{so_far} is better than the {network} ({_rated(signal, start)} at step 0): that of eval/best, of "
+        f"step {run.best.iteration:,}, has {_rated(signal, value)}."
     )
 
 
