@@ -1,5 +1,6 @@
 """Files that are whole or absent, and folders that one process has to itself."""
 
+import errno
 import fcntl
 import os
 import socket
@@ -66,6 +67,29 @@ def occupying(folder: Path, patience: float = 20.0) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}, {job}\n")
         lock.flush()
         yield
+
+
+def is_occupied(folder: Path) -> bool:
+    """Whether a process keeps a folder to itself by `occupying`. Not to be asked by that process: it would let go.
+
+    Args:
+        folder: nothing in it is changed, and read permission is enough.
+
+    Raises:
+        OSError: if that cannot be told: the file system has no locks, or the lock may not be read.
+    """
+    try:
+        lock = (folder / ".lock").open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return True
+            raise
+    return False
 
 
 def _locked(file: int) -> bool:

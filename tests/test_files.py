@@ -1,10 +1,13 @@
-"""A file is whole or not there."""
+"""A file is whole or not there; a folder is somebody's or free."""
 
+import fcntl
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dinov2.files import replacing
+from dinov2.files import is_occupied, replacing
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -17,3 +20,36 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with replacing(path) as file:
         file.write(b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"] and path.read_text() == "new"
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from dinov2.files import occupying
+with occupying(Path(sys.argv[1])):
+    print("here", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_occupied_as_long_as_the_process_lives(tmp_path: Path) -> None:
+    assert not is_occupied(tmp_path) and not list(tmp_path.iterdir()) and not is_occupied(tmp_path / "nowhere")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], **pipes) as holder:  # type: ignore[call-overload]
+        assert holder.stdout.readline() == b"here\n"
+        (tmp_path / ".lock").chmod(0o444)
+        before = (tmp_path / ".lock").read_text()
+        assert is_occupied(tmp_path) and is_occupied(tmp_path)
+        holder.kill()
+    assert not is_occupied(tmp_path) and [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert (tmp_path / ".lock").read_text() == before
+
+
+def test_without_locks_nobody_can_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    (tmp_path / ".lock").touch()
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.raises(OSError, match="No locks"):
+        is_occupied(tmp_path)

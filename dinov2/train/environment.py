@@ -1,9 +1,10 @@
 """What a run was made by and on: `environment.json`, one entry for each time it was started or resumed.
 
     {"sessions": [{"first_step": 0, "date": "2026-11-23T14:18:21+00:00", "command": "python dinov2/train/train.py ...",
-                   "processes": 1, "device": "...", "commit": "...", ...}, ...]}
+                   "data": "ImageFolder:root=/images", "processes": 1, "device": "...", "commit": "...", ...}, ...]}
 
-Facts that are not known are null. Nothing in it names the machine; the only paths are those of the command.
+Facts that are not known are null. Nothing in it names the machine; the only paths are those of the command
+and of the data set.
 """
 
 import json
@@ -33,12 +34,13 @@ _CLONE = Path(__file__).resolve().parents[2]
 _COMMANDS = ("dinov2-train",)  # that an installation puts into the path
 
 
-def record_environment(output_dir: Path, first_step: int = 0) -> None:
+def record_environment(output_dir: Path, first_step: int = 0, data: str | None = None) -> None:
     """Append this session to `output_dir/environment.json`; to be called on rank 0.
 
     Args:
         output_dir: of the run.
         first_step: that this session does; 0 means that the run begins, and former sessions are forgotten.
+        data: the data set that is trained on, as in the config.
 
     Raises:
         OSError: naming the file, if it cannot be written.
@@ -46,7 +48,7 @@ def record_environment(output_dir: Path, first_step: int = 0) -> None:
     path = output_dir / ENVIRONMENT_FILE
     former = read_environment(path) if first_step > 0 else []
     with replacing(path) as file:
-        file.write(json.dumps({"sessions": [*former, session(first_step)]}, indent=2).encode() + b"\n")
+        file.write(json.dumps({"sessions": [*former, session(first_step, data)]}, indent=2).encode() + b"\n")
 
 
 def read_environment(path: Path) -> list[dict[str, Any]]:
@@ -61,13 +63,14 @@ def read_environment(path: Path) -> list[dict[str, Any]]:
         return []
 
 
-def session(first_step: int) -> dict[str, Any]:
-    """The facts about this process and its machine."""
+def session(first_step: int, data: str | None = None) -> dict[str, Any]:
+    """The facts about this process, its data set and its machine."""
     on_gpu = distributed.device().type == "cuda"
     return {
         "first_step": first_step,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": reproducing_command(sys.argv),
+        "data": data,
         "processes": distributed.world_size(),
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

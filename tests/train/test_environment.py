@@ -18,8 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_every_start_adds_a_session_and_a_new_run_forgets_those_of_a_former_one(tmp_path: Path) -> None:
     record_environment(tmp_path)
-    record_environment(tmp_path, 40)
-    record_environment(tmp_path, 90)
+    record_environment(tmp_path, 40, data="ImageFolder:root=a")
+    record_environment(tmp_path, 90, data="ImageFolder:root=b")
+    sessions = read_environment(tmp_path / ENVIRONMENT_FILE)
+    assert [each["data"] for each in sessions] == [None, "ImageFolder:root=a", "ImageFolder:root=b"]
     assert [each["first_step"] for each in read_environment(tmp_path / ENVIRONMENT_FILE)] == [0, 40, 90]
     record_environment(tmp_path)
     assert [each["first_step"] for each in read_environment(tmp_path / ENVIRONMENT_FILE)] == [0]

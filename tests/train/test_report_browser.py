@@ -85,6 +85,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "collapsed": write_report([collapsed]),
         "bare": write_report([bare]),
         "several": write_report([healthy, collapsed, bare], folder / "several.html"),
+        "four": write_report([healthy, collapsed, bare, healthy], folder / "four.html"),
     }
 
 
@@ -106,6 +107,18 @@ def test_everything_is_seen_on_a_desktop_and_on_a_phone(
     assert columns == (3 if width > 1000 else 1)
     assert (visit.errors, [url for url in visit.requests if not url.startswith(("file:", "data:"))]) == ([], [])
     assert len([url for url in visit.requests if url.startswith("file:")]) == 1
+
+
+def test_a_table_that_goes_on_at_the_side_says_so(visit: Visit, reports: dict[str, Path]) -> None:
+    pushed = "e => [e.scrollWidth > e.clientWidth + 1, e.previousElementSibling?.checkVisibility() === true"
+    pushed += " && e.previousElementSibling.className === 'wide', getComputedStyle(e).backgroundImage]"
+    for width, media in ((375, "screen"), (1280, "screen"), (A4_WIDTH, "print")):
+        visit.open(reports["four"], width, media=media)
+        found = visit.page.evaluate(f"() => [...document.querySelectorAll('.scroll')].map({pushed})")
+        assert any(hidden for hidden, _, _ in found) == (width == 375)
+        assert any(note for _, note, _ in found) == (width == 375)
+        assert all(hidden for hidden, note, _ in found if note)
+        assert all("gradient" in shadow for hidden, _, shadow in found if hidden)
 
 
 def test_the_verdict_and_what_to_do_are_seen_first(visit: Visit, reports: dict[str, Path]) -> None:

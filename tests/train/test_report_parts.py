@@ -22,7 +22,7 @@ from dinov2.train.report.charts import (
     ticks,
     value_axis,
 )
-from dinov2.train.report.numbers import duration, measured, number, percent, short
+from dinov2.train.report.numbers import duration, measured, number, percent, readable, rough, short
 from dinov2.train.report.pictures import aligned, galleries, gallery, same_images, spread
 from dinov2.train.report.run import Run, read_run, read_runs, short_names
 from dinov2.train.report.style import STYLE
@@ -188,6 +188,8 @@ def test_numbers_as_people_read_them() -> None:
     assert [measured(x) for x in (83, 0.0001)] == ["83.00", "1e-4"]
     assert percent(82.35) == "82.3\N{NO-BREAK SPACE}%" or percent(82.35) == "82.4\N{NO-BREAK SPACE}%"
     assert number(math.inf) == "inf"
+    assert [rough(x) for x in (41.8712, 2123.4, 1.0, 15.61)] == ["41.9", "2,120", "1", "15.6"]
+    assert readable("grew from 15.2 to 2.12e+03, see v2.1e-4") == "grew from 15.2 to 2,120, see v2.1e-4"
     seconds = (42, 61, 360, 3600, 12000, 86400 * 2 + 5 * 3600)
     assert [duration(s) for s in seconds] == ["42 s", "61 s", "6 min", "1 h", "3 h 20 min", "2 d 5 h"]
 

@@ -5,7 +5,7 @@ eyes that do not tell colours apart nothing is lost. Colours are classes `line-0
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ class Line(NamedTuple):
     points: Points  # (step, value), by step
     tag: str  # in front of its last value; may be empty
     style: int  # which colour and dashes
+    text: Callable[[float], str] = short  # its last value
 
 
 class Span(NamedTuple):
@@ -183,7 +184,7 @@ def _end_labels(lines: Sequence[Line], x: Axis, y: Axis) -> str:
     ends = [y.at(line.points[-1][1]) + 4 for line in lines]
     parts = []
     for line, at in zip(lines, pushed_apart(ends, FONT + 1, TOP + 4, HEIGHT - BOTTOM), strict=True):
-        text = f"{line.tag} {short(line.points[-1][1])}".strip()
+        text = f"{line.tag} {line.text(line.points[-1][1])}".strip()
         parts.append(
             f'<text class="end text-{line.style % NUM_STYLES}" x="{x.end + 5}" y="{at:.1f}">{escape(text)}</text>'
         )

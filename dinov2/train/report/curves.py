@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 
 from dinov2.train.report.charts import Line, Span, chart, swatch
-from dinov2.train.report.numbers import number
+from dinov2.train.report.numbers import number, percent, short
 from dinov2.train.report.panels import Group, Panel, groups_for, points_of
 from dinov2.train.report.run import Run
 
@@ -16,10 +16,16 @@ def curves(runs: Sequence[Run]) -> str:
     shaded = " Shaded, under a triangle: an alarm." if any(run.alarms for run in runs) else ""
     intro = (
         '<p class="soft">Over the steps of the run. Losses are medians of the last 20 steps, features and targets are '
-        f"those of one step; the number at the end of a line is its last value.{shaded}</p>"
+        f"those of one step; the number at the end of a line is its last value.{shaded}{_other_data(runs)}</p>"
     )
     legend = _legend([(run.title, index) for index, run in enumerate(runs)], "runs") if len(runs) > 1 else ""
     return intro + legend + "".join(_group(runs, group) for group in groups_for(runs))
+
+
+def _other_data(runs: Sequence[Run]) -> str:
+    """Until when features are of other images than in the end."""
+    changed = [(f" of {run.title}" if run.tag else "", run.data_since) for run in runs if run.data_since]
+    return "".join(f" Before step {step:,}{escape(name)} another data set was trained on." for name, step in changed)
 
 
 def _legend(entries: Sequence[tuple[str, int]], kind: str = "") -> str:
@@ -41,7 +47,7 @@ def _panel(runs: Sequence[Run], panel: Panel) -> str:
     else:
         sources = [(runs[0], curve.key, curve.label) for curve in panel.curves]
     drawn = [
-        (name, Line(points, name if len(runs) > 1 else "", style))
+        (name, Line(points, name if len(runs) > 1 else "", style, percent if panel.percent else short))
         for style, (run, key, name) in enumerate(sources)
         if (points := points_of(run, key))
     ]
@@ -77,4 +83,5 @@ def alarm_spans(run: Run) -> list[Span]:
 
 def _in_words(name: str, line: Line) -> str:
     (start, first), (end, last) = line.points[0], line.points[-1]
-    return f"{name} from {number(first)} at step {start:,.0f} to {number(last)} at step {end:,.0f}".strip()
+    text = percent if line.text is percent else number
+    return f"{name} from {text(first)} at step {start:,.0f} to {text(last)} at step {end:,.0f}".strip()

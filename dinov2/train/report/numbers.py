@@ -1,6 +1,7 @@
 """Numbers as people read them."""
 
 import math
+import re
 
 
 def number(value: float) -> str:
@@ -19,6 +20,16 @@ def short(value: float) -> str:
     """As `number`, with fewer digits where it takes more than six characters: 0.09992 -> 0.0999, 5.783e-7 -> 5.8e-7."""
     texts = [number(float(f"{value:.{digits}g}")) for digits in (4, 3, 2)]
     return texts[0] if abs(value) >= 1000 else next((text for text in texts if len(text) <= 6), texts[-1])
+
+
+def rough(value: float) -> str:
+    """As `number`, with three significant digits: 41.8712 -> 41.9, 2123.4 -> 2,120."""
+    return number(float(f"{value:.3g}"))
+
+
+def readable(text: str) -> str:
+    """A text with its large numbers written out: 2.12e+03 -> 2,120."""
+    return re.sub(r"\b\d(?:\.\d+)?e\+\d+\b", lambda found: number(float(found[0])), text)
 
 
 def percent(value: float) -> str:

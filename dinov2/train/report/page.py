@@ -1,6 +1,7 @@
 """The page: everything about some runs in one HTML file that needs nothing else."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -10,7 +11,7 @@ import dinov2
 from dinov2.files import replacing
 from dinov2.train.report import sections
 from dinov2.train.report.curves import curves
-from dinov2.train.report.numbers import duration, number, percent, short
+from dinov2.train.report.numbers import duration, number, percent, rough, short
 from dinov2.train.report.panels import points_of
 from dinov2.train.report.run import Run, read_runs
 from dinov2.train.report.style import STYLE
@@ -30,7 +31,10 @@ def write_report(folders: Sequence[Path], output: Path | None = None, title: str
 
     Raises:
         FileNotFoundError: a folder is none that a training wrote.
+        ValueError: `output` cannot be the name of a page.
     """
+    if output is not None:
+        check_output(output)
     runs = read_runs(folders)
     output = output or folders[0] / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -38,6 +42,18 @@ def write_report(folders: Sequence[Path], output: Path | None = None, title: str
         file.write(page(runs, title).encode())
     logger.info("report: %s", output)
     return output
+
+
+def check_output(output: Path) -> None:
+    """Refuse a file that browsers would not take for a page.
+
+    Raises:
+        ValueError: saying what is wrong with the name.
+    """
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--output {output}: the report is a web page, its name must end in .html or .htm")
 
 
 def page(runs: Sequence[Run], title: str | None = None) -> str:
@@ -96,13 +112,16 @@ def key_figures(run: Run) -> Mapping[str, str]:
 
     def last(key: str, text: Callable[[float], str]) -> str:
         points = points_of(run, key)
-        return text(points[-1][1]) if points else ""
+        if not points:
+            return ""
+        step, value = points[-1]
+        return f"{text(value)}{'' if run.is_late(step) else f' ({run.when(step)})'}"
 
     total = "" if run.total_steps is None else f" of {run.total_steps:,}"
     figures = {
         "k-NN accuracy": last("knn", percent),
         "total loss": last("total_loss", number),
-        "effective rank": last("probe_cls_rank_me", "{:.3g}".format),
+        "effective rank": last("probe_cls_rank_me", rough),
         "steps done": f"{run.steps_done:,}{total}",
         "training time": duration(run.seconds) if run.seconds else "",
         "images per second": last("images_per_second", short),
@@ -120,8 +139,8 @@ def _verdict(run: Run) -> str:
 
 def _tiles(run: Run) -> str:
     def tile(name: str, text: str) -> str:
-        figure, of, rest = text.partition(" of ")
-        small = f" <small>of {escape(rest)}</small>" if of else ""
+        figure, space, rest = text.partition(" ") if re.search(r" of | \(", text) else (text, "", "")
+        small = f" <small>{escape(rest)}</small>" if space else ""
         return f"<div><dt>{escape(name)}</dt><dd>{escape(figure)}{small}</dd></div>"
 
     return f'<dl class="tiles">{"".join(tile(*item) for item in key_figures(run).items())}</dl>'

@@ -22,6 +22,7 @@ class Panel(NamedTuple):
     caption: str  # what it is, what healthy looks like
     curves: tuple[Curve, ...]
     log: bool = False
+    percent: bool = False
 
 
 class Group(NamedTuple):
@@ -73,6 +74,7 @@ GROUPS = (
                 "k-NN accuracy",
                 "Percent of labelled images whose most similar others have the same class. Rises, then levels off.",
                 (Curve("knn"),),
+                percent=True,
             ),
             Panel(
                 "Effective rank",
@@ -157,6 +159,7 @@ GROUPS = (
                 "Waiting for data",
                 "Percent of the time of a step. Near 0; where it is large, loading limits the run.",
                 (Curve("data_wait_percent"),),
+                percent=True,
             ),
         ),
     ),

@@ -44,10 +44,11 @@ def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
         reference: (n, h, w, 3), colours of another run, to which those of the last step are turned, if they have the
             same shape.
     """
-    chosen = [list(run.tokens)[index] for index in spread(len(run.tokens), MAX_STEPS)]
+    files = run.pictured
+    chosen = [list(files)[index] for index in spread(len(files), MAX_STEPS)]
     colours: dict[int, Tensor] = {}
     for step in reversed(chosen):
-        tokens = read_tokens(run.tokens[step])
+        tokens = read_tokens(files[step])
         if tokens is None:
             continue
         found = pca_colours(tokens)
@@ -59,7 +60,7 @@ def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
     return Gallery(
         images=[data_uri(shrunk(image)) for image in images],
         steps={step: [data_uri(picture) for picture in to_pictures(colours[step])] for step in sorted(colours)},
-        num_steps=len(run.tokens),
+        num_steps=len(files),
         colours=colours[max(colours)] if colours else None,
     )
 

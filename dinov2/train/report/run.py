@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from dinov2.config import Config, ConfigError
 from dinov2.train.alarms import Alarm, find_alarms
 from dinov2.train.best_teacher import Rating
 from dinov2.train.environment import ENVIRONMENT_FILE, read_environment
+from dinov2.train.report.state import State, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class Run:
     best: Rating | None  # of the teacher that eval/best points to
     images: np.ndarray | None  # (n, 3, H, W) uint8, of the probe
     tokens: Mapping[int, Path]  # step -> file with the probe's patch tokens (n, h, w, D)
-    silent: float | None  # seconds since the last line was logged
+    state: State  # whether it goes on, or how it ended
     notes: Sequence[str]  # what could not be read
 
     @property
@@ -83,11 +83,48 @@ class Run:
         return float(sum(n * record.get("iter_time", 0.0) for n, record in zip(steps, self.records, strict=True)))
 
     def running(self) -> bool:
-        """Whether a next line can still be expected: the last one is not much older than one takes."""
-        if self.finished or self.silent is None or not self.records:
+        """Whether a process has the folder; if that cannot be told, whether a next line can still be expected."""
+        if self.finished or self.state.occupied is not None:
+            return not self.finished and bool(self.state.occupied)
+        if self.state.silent is None or not self.records:
             return False
         steps = self.config.train.log_period if self.config else 10
-        return self.silent < 300 + 10 * steps * self.records[-1].get("iter_time", 0.0)
+        return self.state.silent < 300 + 10 * steps * self.records[-1].get("iter_time", 0.0)
+
+    @property
+    def data_sets(self) -> list[tuple[int, str]]:
+        """(first step, name) of each data set that was trained on, as far as the sessions say; alike ones are one."""
+        found: list[tuple[int, str]] = []
+        for each in self.sessions:
+            first = int(each.get("first_step", 0))
+            found = [known for known in found if known[0] < first]  # steps that were done again
+            if each.get("data") and (not found or found[-1][1] != each["data"]):
+                found.append((first, str(each["data"])))
+        return found
+
+    @property
+    def data_since(self) -> int:
+        """The first step on the last data set; 0 if there was but one."""
+        return self.data_sets[-1][0] if len(self.data_sets) > 1 else 0
+
+    def comparable(self, key: str) -> list[tuple[float, float]]:
+        """As `series`, of the last data set alone, but for k-NN on images that are not those trained on."""
+        apart = key == "knn" and self.config is not None and bool(self.config.health.knn_dataset)
+        return [point for point in self.series(key) if apart or point[0] >= self.data_since]
+
+    def when(self, step: float) -> str:
+        """At which step, and whether the network had learned anything then."""
+        pretrained = self.config is not None and bool(self.config.MODEL.WEIGHTS)
+        return f"step {step:,.0f}{'' if step else ', as it began' if pretrained else ', untrained'}"
+
+    @property
+    def pictured(self) -> dict[int, Path]:
+        """The `tokens` of the images of the last data set."""
+        return {step: path for step, path in self.tokens.items() if step >= self.data_since}
+
+    def is_late(self, step: float) -> bool:
+        """Whether what was measured at a step says how the run is at its end."""
+        return 0 < step >= 0.9 * (self.steps_done - 1)
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of the lines that have this value."""
@@ -150,7 +187,7 @@ def read_run(folder: Path, name: str, tag: str = "") -> Run:
         best=read_best(folder / "eval" / "best" / "health.json", notes),
         images=read_images(folder / "health" / "images.npz", notes),
         tokens=find_tokens(folder / "health"),
-        silent=time.time() - metrics.stat().st_mtime if metrics.exists() else None,
+        state=read_state(folder, metrics),
         notes=notes,
     )
 

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from dinov2.train.alarms import Alarm
-from dinov2.train.report.numbers import measured, percent
+from dinov2.train.report.numbers import measured, percent, readable
 from dinov2.train.report.pictures import SMALL_SIDE, Gallery, galleries
 from dinov2.train.report.run import Measurement, Run
 from dinov2.train.report.settings import changed_settings
 from dinov2.train.report.tables import ABSENT, comparison, table
-from dinov2.train.report.verdict import HEALTH_KEYS
+from dinov2.train.report.watched import health_steps, unwatched, watched
 
-WATCHED = "collapse, divergence, waiting for data, decay of dense features"
+FEW_PATCHES = 14  # along a side: fewer show little of the things in an image
 
 # --- Alarms ----------------------------------------------------------------------------------------------------------
 
@@ -29,18 +29,19 @@ def _alarms(run: Run) -> str:
     if run.alarms:
         kinds = dict.fromkeys(alarm.kind for alarm in run.alarms)
         return "".join(_alarm([alarm for alarm in run.alarms if alarm.kind == kind], run) for kind in kinds)
-    if any(run.series(key) for key in HEALTH_KEYS):
-        return f"<p>None. Watched were: {WATCHED}.</p>"
-    return (
-        "<p>None, but little was watched: this run has not logged its health. That is measured where "
-        "<code>health.period</code> is not 0.</p>"
-    )
+    seen = ", ".join(watched(run)) or "nothing"
+    if not health_steps(run):
+        return (
+            f"<p>None, but little was watched: {seen}. Health is measured where <code>health.period</code> is not "
+            "0.</p>"
+        )
+    return f"<p>None. Watched were: {seen}. {escape(unwatched(run))}</p>"
 
 
 def _alarm(alarms: Sequence[Alarm], run: Run) -> str:
     """All that was found of one kind, and what to do about it."""
     over, heading = all(alarm.over for alarm in alarms), "h4" if run.tag else "h3"
-    findings = "".join(f"<li>{_when(alarm)}: {escape(alarm.finding)}.</li>" for alarm in alarms)
+    findings = "".join(f"<li>{_when(alarm)}: {escape(readable(alarm.finding))}.</li>" for alarm in alarms)
     advice = "".join(f"<li>{escape(text)}</li>" for text in dict.fromkeys(alarm.advice for alarm in alarms))
     return (
         f'<div class="alarm {"over" if over else "current"}"><{heading}>{escape(alarms[0].kind.capitalize())} '
@@ -70,13 +71,18 @@ def accuracy(runs: Sequence[Run]) -> str:
 def _knn_while_training(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
-        points = run.series("knn")
+        points = run.comparable("knn")
         if points:
             shown = (points[0], max(points, key=lambda point: point[1]), points[-1])
             rows.append([run.title if run.tag else "teacher", *(f"{percent(v)} at step {s:,.0f}" for s, v in shown)])
     if not rows:
         return ""
-    caption = "k-NN while training: a few labelled images, each classified by those whose features are most similar."
+    most = {run.config.health.knn_images for run in runs if run.config is not None}
+    among = f"at most {max(most):,}" if most else "a few"
+    caption = (
+        f"k-NN while training: measured by leaving one out among {among} labelled images, each classified by those "
+        "whose features are most similar; not comparable with dinov2/eval/knn.py."
+    )
     return table(["", "first", "best", "last"], rows, caption)
 
 
@@ -108,7 +114,10 @@ def pictures(runs: Sequence[Run]) -> str:
     """The same images over training in the eyes of the teacher."""
     found = galleries(runs)
     if not any(gallery.steps for gallery in found):
-        return "<p>The run has kept no patch features (folder <code>health</code>), so there are no pictures.</p>"
+        return (
+            "<p>The run has kept no patch features (folder <code>health</code>)"
+            f"{' of its last data set' if any(run.data_since for run in runs) else ''}, so there are no pictures.</p>"
+        )
     intro = (
         "<p>The same images over training, and below each what the teacher's patch features are like: their first "
         "three principal components as red, green and blue. Patches that are alike to the network have like colours, "
@@ -123,7 +132,8 @@ def pictures(runs: Sequence[Run]) -> str:
 
 def _gallery(run: Run, gallery: Gallery) -> str:
     if not gallery.steps:
-        return "<p>No patch features were kept.</p>"
+        since = f" since step {run.data_since:,}, of the last data set" if run.data_since else ""
+        return f"<p>No patch features were kept{since}.</p>"
     rows = ""
     if gallery.images:
         tiny = run.images is not None and max(run.images.shape[2:]) <= SMALL_SIDE
@@ -132,7 +142,23 @@ def _gallery(run: Run, gallery: Gallery) -> str:
         rows += _row(f"step {step:,}", uris, f"Features of image {{}} at step {step:,}, in colours", "features")
     shown = len(gallery.steps)
     note = f'<p class="soft">{shown} of {gallery.num_steps} steps are shown.</p>' if shown < gallery.num_steps else ""
-    return f'<div class="gallery">{rows}{note}</div>'
+    return f'{_coarse(run)}<div class="gallery">{rows}{note}</div>'
+
+
+def _coarse(run: Run) -> str:
+    """What to expect of pictures of images that have but few patches."""
+    if run.config is None:
+        return ""
+    pixels, patch = run.config.crops.global_crops_size, run.config.student.patch_size
+    side = pixels // patch
+    if side >= FEW_PATCHES:
+        return ""
+    size, patches = (f"{n} \N{MULTIPLICATION SIGN} {n}" for n in (pixels, side))
+    return (
+        f'<p class="soft">These images are small: {size} pixels are {patches} patches of {patch} pixels for the '
+        "network. With so few patches colours that follow the place in the image are normal, and no sign of "
+        "failure.</p>"
+    )
 
 
 def _row(label: str, uris: Sequence[str], alt: str, kind: str) -> str:
@@ -217,6 +243,8 @@ def session_facts(run: Run) -> Mapping[str, str]:
         found["commit"] = f"{latest['commit']}{f', with {changed} changed file(s)' if changed else ''}"
     starts = [f"step {each.get('first_step', 0):,} on {_minute(each.get('date'))}" for each in run.sessions]
     found["started at"] = "; ".join(starts)
+    if len(run.data_sets) > 1:
+        found["data sets"] = "; ".join(f"from step {first:,} on {name}" for first, name in run.data_sets)
     return found
 
 

@@ -3,7 +3,7 @@
 STYLE = """
 :root {
   color-scheme: light dark;
-  --paper: #fdfdfb; --ink: #1c1d20; --soft: #5c6068; --rule: #dcdcd6; --faint: #f3f3ee;
+  --paper: #fdfdfb; --ink: #1c1d20; --soft: #5c6068; --rule: #dcdcd6; --faint: #f3f3ee; --edge: #b4b4ae;
   --good: #1f6b3f; --unclear: #8a5a00; --bad: #a3231f; --shade: #a3231f;
   --c0: #1d4f91; --c1: #b3480c; --c2: #2b7a4b; --c3: #7a3d92; --c4: #8a6d00; --c5: #4b5563;
   --text: Charter, "Bitstream Charter", "Iowan Old Style", "Source Serif 4", Georgia, serif;
@@ -11,7 +11,7 @@ STYLE = """
   --code: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
 }
 @media (prefers-color-scheme: dark) { :root {
-  --paper: #17181b; --ink: #e9e8e4; --soft: #a3a7af; --rule: #383a40; --faint: #202226;
+  --paper: #17181b; --ink: #e9e8e4; --soft: #a3a7af; --rule: #383a40; --faint: #202226; --edge: #6a6d75;
   --good: #7fcf9b; --unclear: #e2b45c; --bad: #f08b85; --shade: #f08b85;
   --c0: #86b6f4; --c1: #f3a36b; --c2: #7fcf9b; --c3: #cf9be6; --c4: #dfc45a; --c5: #b4bac4;
 } }
@@ -59,7 +59,13 @@ nav a { margin-right: 16px; }
 .alarm ul { margin: 4px 0; padding-left: 20px; }
 .alarm small { font: 14px var(--figures); color: var(--soft); }
 
-.scroll { overflow-x: auto; }
+/* A shadow at the side where a table goes on; covers of the paper's colour move with it and hide that at its end. */
+.scroll { overflow-x: auto; background-image: linear-gradient(to right, var(--paper) 40%, transparent),
+    linear-gradient(to left, var(--paper) 40%, transparent), linear-gradient(to right, var(--edge), transparent),
+    linear-gradient(to left, var(--edge), transparent);
+  background-position: left, right, left, right; background-repeat: no-repeat;
+  background-size: 44px 100%, 44px 100%, 16px 100%, 16px 100%; background-attachment: local, local, scroll, scroll; }
+.wide { display: none; font: 13px/1.3 var(--figures); color: var(--soft); }
 table { border-collapse: collapse; margin: 12px 0; font: 14px/1.4 var(--figures); font-variant-numeric: tabular-nums; }
 caption { text-align: left; font: 15px/1.4 var(--text); padding-bottom: 6px; min-width: min(28rem, 90vw); }
 th, td { text-align: left; vertical-align: top; padding: 5px 22px 5px 0; border-bottom: 1px solid var(--rule);
@@ -126,6 +132,7 @@ footer { margin-top: 64px; padding-top: 14px; padding-bottom: 40px; color: var(-
   table { font-size: 13px; }
   th, td { padding-right: 10px; }
 }
+@media (max-width: 400px) { .wide { display: block; } .many thead th { min-width: 7em; } }
 @media print {
   :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; --faint: #fff;
     --good: #000; --unclear: #000; --bad: #000; --shade: #000;
@@ -146,7 +153,8 @@ footer { margin-top: 64px; padding-top: 14px; padding-bottom: 40px; color: var(-
   .panel { padding-bottom: 12pt; }
   .panel figcaption { font-size: 9pt; }
   .runs { position: static; }
-  .scroll { overflow: visible; }
+  .scroll { overflow: visible; background: none; }
+  .wide { display: none; }
   table { font-size: 9pt; max-width: 100%; }
   .span rect { opacity: 0.1; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 ABSENT = "\N{EN DASH}"
+WIDE = 4  # columns that can fit on a phone
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", numbers: int = 0) -> str:
@@ -39,8 +40,12 @@ def comparison(headings: Sequence[str], columns: Sequence[Mapping[str, str]], ca
 def _table(caption: str, head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     label = f"<caption>{escape(caption)}</caption>" if caption else ""
     rows = "".join(f"<tr>{''.join(row)}</tr>" for row in body)
+    note, kind = "", ""
+    if len(head) > WIDE:
+        note, kind = '<p class="wide">Goes on to the right: push the table sideways.</p>', ' class="many"'
     return (
-        f'<div class="scroll"><table>{label}<thead><tr>{"".join(head)}</tr></thead><tbody>{rows}</tbody></table></div>'
+        f'{note}<div class="scroll" tabindex="0"><table{kind}>{label}<thead><tr>{"".join(head)}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div>"
     )
 
 
