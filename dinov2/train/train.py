@@ -168,7 +168,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     )
     start, images_seen = resume_run(cfg, latest, checkpointer, metrics)
     if distributed.is_main() and start < total_steps:
-        record_environment(output_dir, start)
+        record_environment(output_dir, start, data=cfg.train.dataset_path)
     panel = HealthPanel(cfg, model, dataset, last_step=total_steps - 1)
     bell = AlarmBell(read_records(output_dir / "training_metrics.json"))
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
