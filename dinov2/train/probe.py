@@ -116,6 +116,10 @@ class Probe:
                 parts.setdefault(name, []).append(value[: len(pixels)])
         return {name: distributed.all_gather_varied(torch.cat(values)) for name, values in parts.items()}
 
+    def _class_tokens(self, crops: Tensor) -> Features:
+        """`x_norm_clstoken` alone: patch tokens of all images would fill the memory."""
+        return {"x_norm_clstoken": self.model.teacher_features(crops)["x_norm_clstoken"]}
+
     def _fine_tokens(self, crops: Tensor) -> Features:
         """`tokens`: patch tokens on a grid of at least `FINE_GRID` cells a side, if shifted views can give it."""
         patch_size = self.cfg.student.patch_size
@@ -154,7 +158,7 @@ class Probe:
         if self.labelled is None:
             return {}
         images, labels = self.labelled
-        features = self._features(images)["x_norm_clstoken"].cpu()
+        features = self._features(images, self._class_tokens)["x_norm_clstoken"].cpu()
         return {"knn": 100 * leave_one_out_accuracy(features, labels)}
 
     def save_pictured(self, folder: Path, step: int) -> None:
