@@ -77,7 +77,7 @@ def main() -> None:
     seconds = alternate(sides, args.rounds, device)
     knn = alternate({"knn": panel.probe.knn}, 1, device)
     seconds = Seconds(seconds.wall | knn.wall, seconds.work | knn.work)
-    periods = {"line": cfg.train.log_period, "look": panel.period, "knn": panel.knn_period}
+    periods = {"line": cfg.train.log_period, "look": panel.period, "knn": panel.knn_period or panel.dump_period}
     record: dict[str, Any] = {
         **vars(args),
         "batch_size": cfg.train.batch_size_per_gpu,
