@@ -168,7 +168,7 @@ class SSLMetaArch(nn.Module):
     def teacher_features(self, images: Tensor) -> dict[str, Tensor]:
         """What the teacher's backbone says of whole images (n, 3, H, W), float32: `x_norm_patchtokens` and so on."""
         with self._precision("teacher", "backbone") as dtype:
-            features = self.teacher["backbone"](images.to(dtype), is_training=True)
+            [features] = self.teacher["backbone"]([images.to(dtype)], is_training=True)
         return {name: value.float() for name, value in features.items() if value is not None}
 
     def predictions(self, batch: Batch) -> Predictions:
