@@ -11,6 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["student.embed_dim=32", "student.num_heads=2", "dino.head_hidden_dim=32", "dino.head_n_prototypes=16"]
+TINY_STEP = [
+    "--batch-size=2",
+    "--rounds=2",
+    "student.depth=1",
+    "crops.global_crops_size=28",
+    "crops.local_crops_size=14",
+]
 
 
 def record_of(script: str, *words: str) -> dict[str, Any]:
@@ -45,28 +52,14 @@ def test_a_checkpoint_and_what_it_costs(num_processes: int) -> None:
 
 
 def test_what_watching_a_run_costs() -> None:
-    words = [
-        "--batch-size=2",
-        "--rounds=2",
-        "student.depth=1",
-        "crops.global_crops_size=28",
-        "crops.local_crops_size=14",
-    ]
-    record = record_of("bench_health", *words, "health.knn_images=32", *TINY)
+    record = record_of("bench_health", *TINY_STEP, "health.knn_images=32", *TINY)
     assert all(is_spread(times) for times in record["seconds"].values())
     look, step = (record["seconds"][name][0] for name in ("look", "step"))
     assert look / step / 100 <= record["share_of_step_time"] < 1
 
 
 def test_a_step_and_its_phases() -> None:
-    words = [
-        "--batch-size=2",
-        "--rounds=2",
-        "student.depth=1",
-        "crops.global_crops_size=28",
-        "crops.local_crops_size=14",
-    ]
-    record = record_of("bench_step", *words, *TINY)
+    record = record_of("bench_step", *TINY_STEP, *TINY)
     assert all(is_spread(ratio) for ratio in record["ratio"].values())
     assert all(min(times.values()) > 0 for times in record["milliseconds_per_phase"].values())
     assert 0 < record["model_flops_utilisation"] < 1

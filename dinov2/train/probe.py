@@ -12,6 +12,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -248,7 +249,7 @@ def _set_aside_pictures_of_others(folder: Path, images: np.ndarray) -> None:
     try:
         with np.load(folder / "images.npz") as former:
             same = np.array_equal(former["images"], images)
-    except (OSError, ValueError, KeyError):  # there are none, or they are damaged
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # there are none, or they are damaged
         return
     if not same:
         names = (folder.with_name(f"{folder.name}.earlier.{number}") for number in itertools.count(1))

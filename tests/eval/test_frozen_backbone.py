@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from dinov2 import config
@@ -87,9 +88,8 @@ def test_tensors_alone_tell_the_network(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_transformers(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
     model = build_model("vit_small", img_size=28, patch_size=14, embed_dim=48, depth=1, num_heads=6, init_values=1.0)
-    safetensors.save_file(to_hf(model.state_dict()), tmp_path / "model.safetensors")
+    safetensors.torch.save_file(to_hf(model.state_dict()), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 6}))
     backbone = load("--pretrained-weights", tmp_path)
     assert_same(backbone.model, model)

@@ -47,7 +47,6 @@ def test_pictures_have_short_names_and_whole_paths(folder: Path) -> None:
 
 
 def test_videos_and_moving_gifs_give_frames_and_other_gifs_a_picture(folder: Path) -> None:
-    pytest.importorskip("av")
     for name in ("clip.mp4", "clip.gif"):
         with writing_video(folder / name, Fraction(4)) as write:
             for number in range(12):

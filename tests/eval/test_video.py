@@ -5,13 +5,12 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from dinov2.eval.pictures.video import Video, is_video, writing_video
-
-av = pytest.importorskip("av")
 
 
 def frame(number: int, width: int = 64, height: int = 48) -> np.ndarray:

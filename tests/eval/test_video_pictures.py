@@ -21,8 +21,6 @@ from dinov2.eval.pictures.video import Video, writing_video
 from dinov2.eval.pictures.video_pictures import TokenStore, draw_video
 from dinov2.models import build_model
 
-pytest.importorskip("av")
-
 
 def tiny_backbone() -> FrozenBackbone:
     torch.manual_seed(0)

@@ -152,7 +152,6 @@ def test_what_a_person_may_wonder_about_is_said(
 
 
 def test_a_video_becomes_a_video_or_a_sheet(model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("av")
     monkeypatch.chdir(tmp_path)
     with writing_video(Path("clip.mp4"), Fraction(12)) as write:
         for number in range(12):

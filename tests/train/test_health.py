@@ -136,6 +136,14 @@ def test_best_is_a_link_to_the_teacher_with_the_highest_value(tmp_path: Path) ->
     assert (tmp_path / "best").resolve() == tmp_path / "training_11"
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"no such thing"])
+def test_damaged_pictures_of_former_looks_do_not_stop_a_run(content: bytes, tmp_path: Path) -> None:
+    run_train(tmp_path, "optim.epochs=2")
+    (tmp_path / "health" / "images.npz").write_bytes(content)
+    run_train(tmp_path)
+    assert np.load(tmp_path / "health" / "images.npz")["images"].shape == (8, 3, 28, 28)
+
+
 def test_one_may_choose_what_the_best_teacher_is_best_in(tmp_path: Path) -> None:
     run_train(tmp_path, "health.best_by=patch_rank_me")
     ranks = {
