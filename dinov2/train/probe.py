@@ -247,7 +247,7 @@ def _first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, 
 def _set_aside_pictures_of_others(folder: Path, images: np.ndarray) -> None:
     """Move a folder with features of other images away: the run has been given other data."""
     try:
-        with np.load(folder / "images.npz") as former:
+        with (folder / "images.npz").open("rb") as opened, np.load(opened) as former:
             same = np.array_equal(former["images"], images)
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # there are none, or they are damaged
         return

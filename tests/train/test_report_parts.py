@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from dinov2.train.report.charts import (
 )
 from dinov2.train.report.numbers import duration, measured, number, percent, readable, rough, short
 from dinov2.train.report.pictures import aligned, galleries, gallery, same_images, spread
-from dinov2.train.report.run import Run, read_run, read_runs, short_names
+from dinov2.train.report.run import Run, read_images, read_run, read_runs, short_names
 from dinov2.train.report.style import STYLE
 
 REALS = st.floats(-1e12, 1e12).filter(lambda value: value == 0 or abs(value) > 1e-9)
@@ -199,3 +200,11 @@ def test_names_are_as_short_as_they_can_be(tmp_path) -> None:
     assert short_names(paths) == ["a/run", "b/run"]
     assert short_names([tmp_path / "a" / "x", tmp_path / "a" / "y"]) == ["x", "y"]
     assert short_names([tmp_path / "a", tmp_path / "a"]) == ["a", "a"]
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"no such thing"])
+def test_damaged_images_are_said_and_left_out(content: bytes, tmp_path: Path) -> None:
+    path, notes = tmp_path / "images.npz", []
+    path.write_bytes(content)
+    assert read_images(path, notes) is None
+    assert len(notes) == 1 and "images.npz could not be read" in notes[0]
