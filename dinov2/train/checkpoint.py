@@ -61,6 +61,20 @@ class _Pending(NamedTuple):
     waited: float  # seconds that training stood still
 
 
+class _LastingStager(DefaultStager):
+    """Copies tensors to CPU memory that it keeps for the next checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            StagingOptions(
+                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+            )
+        )
+
+    def close(self) -> None:
+        """Keep the memory: torch 2.11 closes a stager after each checkpoint, and it cannot be used again then."""
+
+
 class Checkpointer:
     """Saves and restores the state of a run.
 
@@ -98,11 +112,7 @@ class Checkpointer:
         self.keep = keep
         self.keep_every = keep_every
         self._group = distributed.cpu_group()  # the writing thread's own
-        self._copies = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-            )
-        )
+        self._copies = _LastingStager()
         self._pending: _Pending | None = None
 
     def __enter__(self) -> "Checkpointer":

@@ -22,6 +22,7 @@ from tiny import (
 )
 
 from dinov2 import config
+from dinov2.train.checkpoint import _LastingStager
 
 LAST = 7  # of tiny.yaml: 8 steps, a checkpoint after every second one
 
@@ -124,6 +125,15 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole(
     assert sorted(path.name for path in unfinished.iterdir()) == [".metadata", "__0_0.distcp", "state.json"]
     run_train(tmp_path)
     assert_same_end(tmp_path, straight, LAST)
+
+
+def test_copies_of_tensors_reuse_their_memory_also_when_torch_closes_the_stager_after_each_checkpoint() -> None:
+    stager, weight = _LastingStager(), torch.arange(4.0)
+    first = stager.stage({"weight": weight})["weight"]
+    stager.close()  # as torch 2.11 does; its own stager raises KeyError after that
+    weight += 1
+    second = stager.stage({"weight": weight})["weight"]
+    assert torch.equal(second, weight) and second.data_ptr() == first.data_ptr() != weight.data_ptr()
 
 
 # --- Finished runs, new runs -----------------------------------------------------------------------------------------
