@@ -6,10 +6,10 @@ units live in ``configs/ssl_default_config.yaml`` and nowhere else. A loaded ``C
     cfg = load("train/vitl16_short", ["train.dataset_path=ImageNet:split=TRAIN:root=/data", "optim.epochs=10"])
 """
 
-import io
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from difflib import SequenceMatcher
@@ -21,10 +21,8 @@ from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
 
+from dinov2 import yaml_values
 from dinov2.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -45,6 +43,7 @@ class Limit(NamedTuple):
 
 
 Count = Annotated[int, Limit("at least 0", lambda n: n >= 0)]
+Seed = Annotated[int, Limit("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64)]
 Size = Annotated[int, Limit("at least 1", lambda n: n >= 1)]
 LabelledImages = Annotated[int, Limit("at least 32", lambda n: n >= 32)]
 Real = Annotated[float, Limit("finite", math.isfinite)]
@@ -53,6 +52,9 @@ Positive = Annotated[float, Limit("above 0", lambda x: 0 < x < math.inf)]
 Probability = Annotated[float, Limit("from 0 to 1", lambda x: 0 <= x <= 1)]
 DropRate = Annotated[float, Limit("at least 0 and below 1", lambda x: 0 <= x < 1)]
 PositiveShare = Annotated[float, Limit("above 0 and at most 1", lambda x: 0 < x <= 1)]
+_SCALE = "as pixels are in [0, 1]: divide by 255 what was computed on a scale of 0 to 255"
+PixelMean = Annotated[float, Limit(f"from 0 to 1, {_SCALE}", lambda x: 0 <= x <= 1)]
+PixelStd = Annotated[float, Limit(f"above 0 and at most 1, {_SCALE}", lambda x: 0 < x <= 1)]
 
 _ASCENDING = Limit("the smaller one first", lambda pair: pair[0] <= pair[1])
 AreaRange = Annotated[tuple[PositiveShare, PositiveShare], _ASCENDING]
@@ -127,7 +129,7 @@ class Train:
     dataset_path: str
     output_dir: str
     saveckp_freq: int
-    seed: Count
+    seed: Seed
     num_workers: Count
     augment_on: Literal["cpu", "device"]
     OFFICIAL_EPOCH_LENGTH: Size
@@ -217,8 +219,8 @@ class Augmentation:
     blur_sigma: PositiveRange
     solarize_probability: Probability
     implementation: Literal["tensor", "pil"]
-    mean: tuple[Real, Real, Real]
-    std: tuple[Positive, Positive, Positive]
+    mean: tuple[PixelMean, PixelMean, PixelMean]
+    std: tuple[PixelStd, PixelStd, PixelStd]
 
 
 @dataclass(frozen=True)
@@ -274,8 +276,8 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
     Args:
         file: a YAML file, or the name of a packaged one such as ``train/vitl16_short``; None for the defaults alone.
-        overrides: ``dotted.key=value`` words. The first ``=`` splits; the right side is YAML (nothing at all is the
-            empty text).
+        overrides: ``dotted.key=value`` words. The first ``=`` splits. A key whose type is text takes all that follows
+            as it is; quotes around it are an error. For other keys it is YAML without comments.
 
     Raises:
         FileNotFoundError: no such file and no such packaged name.
@@ -305,7 +307,7 @@ def to_dict(cfg: Config) -> dict[str, Any]:
 
 def to_yaml(cfg: Config) -> str:
     """Every key as YAML text; ``load`` of it gives ``cfg``."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+    return yaml_values.dump(to_dict(cfg))
 
 
 def save(cfg: Config, path: str | Path) -> None:
@@ -372,12 +374,13 @@ def _find(file: str | Path) -> Path | Traversable:
 
 def _read(file: Path | Traversable) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(io.StringIO(file.read_text(encoding="utf-8"))))
-    except MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(f"{file}: {line}{error.problem}") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        content = yaml_values.parse(file.read_text(encoding="utf-8"))
+    except yaml_values.YamlError as error:
+        raise ConfigError(f"{file}: {error}") from error
+    except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML: {error}") from error
+    if content is None:
+        return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected sections of 'key: value' lines, got {content!r}")
     return cast(dict[str, Any], content)
@@ -387,13 +390,22 @@ def _parse_override(word: str) -> dict[str, Any]:
     key, equals, text = word.partition("=")
     if not equals:
         raise ConfigError(f"override {word!r} has no '='; write {word}=VALUE")
+    kind = _keys().get(key)
+    if kind is str or get_origin(kind) is Literal:  # what YAML would make of `#`, `: ` or `null` is not what was named
+        if text[:1] in ("'", '"') and text[1:].endswith(text[0]):
+            raise ConfigError(f"override {word!r}: its quotes would belong to the text; without: {key}={text[1:-1]}")
+        return {key: text}
     if not text:
         return {key: ""}
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"override {word!r}: {text!r} is not a YAML value; put it in quotes if it is text") from error
-    return {key: cast(dict[str, Any], parsed)["value"]}
+        value = yaml_values.parse(text)
+    except yaml_values.YamlError as error:
+        raise ConfigError(f"override {word!r}: {text!r} is not a YAML value") from error
+    if re.search(r"(?:\A|\s)#", text):
+        raise ConfigError(f"override {word!r}: the comment that # begins would be dropped without a word")
+    if value is None and _is_section(key):
+        raise ConfigError(f"override {word!r}: {_unknown(key, value)}")
+    return {key: value}
 
 
 # --- Checking --------------------------------------------------------------------------------------------------------
@@ -429,8 +441,11 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _check(mapping: Mapping[str, Any], name: str) -> _Source:
-    values, problems = {}, []
+    values: dict[str, Any] = {}
+    problems = []
     for key, value in _flatten(mapping):
+        if key in values:
+            problems.append(f"{key}: given twice, as {_show(values[key])} and as {_show(value)}")
         try:
             values[key] = _convert(value, _keys()[key])
         except KeyError:
@@ -457,9 +472,6 @@ def _convert(value: Any, kind: Any) -> Any:
     elif origin is Literal:
         if value in args:
             return value
-    elif kind is str:
-        if type(value) is str and "${" not in value:
-            return value
     elif kind is float:
         if type(value) in (int, float):
             return float(value)
@@ -478,7 +490,7 @@ def _describe(kind: Any) -> str:
         return f"a list of {len(args)} values (each {_describe(args[0])})"
     if origin is Literal:
         return f"one of {', '.join(args)}"
-    text = "text (in quotes if it looks like something else; ${...} is not expanded)"
+    text = "text (in quotes if it looks like something else)"
     return {bool: "true or false", int: "an integer", float: "a number", str: text}[kind]
 
 
@@ -506,7 +518,19 @@ SHARDED_OVER = {
 }
 
 
+MAX_STEPS = 10**8
+"""Of a schedule, each of whose steps is a number in memory; a run of so many takes years."""
+
+
 def _contradictions(cfg: Config) -> Iterator[str]:
+    epoch, teacher = cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.teacher
+    epochs = {
+        "optim.epochs": cfg.optim.epochs,
+        "teacher.warmup_teacher_temp_epochs": teacher.warmup_teacher_temp_epochs,
+    }
+    for key, number in epochs.items():
+        if number * epoch > MAX_STEPS:
+            yield f"{key} = {number} of train.OFFICIAL_EPOCH_LENGTH = {epoch} steps is more than {MAX_STEPS:,} steps"
     if cfg.optim.warmup_epochs > cfg.optim.epochs:
         yield f"optim.warmup_epochs = {cfg.optim.warmup_epochs} is longer than optim.epochs = {cfg.optim.epochs}"
     sizes = {"crops.global_crops_size": cfg.crops.global_crops_size}
@@ -581,5 +605,7 @@ def _warn_of_keys_without_effect(source: _Source, final: Mapping[str, Any]) -> N
             reason = "with ibot.separate_head = false iBOT uses the DINO head"
         if key == "train.output_dir" and value != final[key]:
             reason = f"the output folder given later wins ({final[key]})"
+        if isinstance(value, str) and "${" in value:
+            logger.warning("%s = %s (in %s) is taken as it is: ${...} is not expanded", key, _show(value), source.name)
         if reason:
             logger.warning("%s = %s (in %s) has no effect: %s", key, _show(value), source.name, reason)

@@ -6,6 +6,7 @@ finds its place by itself (`dinov2.distributed`).
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,8 @@ from dinov2.run.submission import (
 )
 from dinov2.run.task import Task
 
+logger = logging.getLogger(__name__)
+
 AFTER_INTERRUPT = "the same command again continues a training"
 
 
@@ -36,6 +39,7 @@ def launch(
     get_args_parser: Callable[..., argparse.ArgumentParser],
     name: str,
     argv: Sequence[str] | None = None,
+    check: Callable[[config.Config, int], list[str]] = lambda cfg, world_size: [],
 ) -> int:
     """Read the command line of a launcher and do what it says; the exit status.
 
@@ -44,6 +48,8 @@ def launch(
         get_args_parser: makes the task's own parser; called with `add_help=False`.
         name: of the job in the queue, such as `dinov2:train`.
         argv: the command line without the program; None takes it from the process.
+        check: What is wrong with a config for so many processes: warnings, or a ConfigError. The task checks by itself;
+            this is for what would otherwise wait in the queue first.
     """
     parser = make_parser(get_args_parser(add_help=False))
     args = parser.parse_intermixed_args(argv)
@@ -57,7 +63,7 @@ def launch(
     if submission.ngpus == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody looks for GPUs
     try:
-        config.load(args.config_file, args.opts)  # an error now is better than one after hours in the queue
+        cfg = config.load(args.config_file, args.opts)  # an error now is better than one after hours in the queue
         check_counts(submission)
         if not uses_slurm(submission):
             num_processes = num_local_processes(submission, torch.cuda.device_count())
@@ -65,6 +71,8 @@ def launch(
         elif dry_run:
             num_processes = per_slurm_node(submission)[1]
         else:
+            for warning in check(cfg, submission.nodes * per_slurm_node(submission)[1]):
+                logger.warning("%s", warning)
             return submit(task, submission, name)
     except (config.ConfigError, FileNotFoundError, LaunchError) as error:
         sys.stderr.write(f"error: {error}\n")  # without the usage, which is long

@@ -18,8 +18,9 @@ from dinov2.models import build_model
 from dinov2.trackers import check_trackers
 from dinov2.train.checkpoint import load_training_weights
 from dinov2.train.memory import estimate, masked_patches_per_image
+from dinov2.train.preflight import check_settings
 from dinov2.train.probe import labelled_dataset
-from dinov2.train.schedules import build_schedules, global_batch_size
+from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
 PROCESSES_PER_MACHINE = 8
@@ -35,10 +36,10 @@ def dry_run(cfg: Config, world_size: int) -> None:
     Raises:
         OSError, ValueError: whatever would have stopped the run.
     """
+    findings = check_settings(cfg, world_size)
     _check_writable(Path(cfg.train.output_dir))
     dataset = make_dataset(dataset_str=cfg.train.dataset_path)
     _check_readable(dataset, cfg.train.max_bad_image_share)
-    build_schedules(cfg, cfg.optim.lr)
     labelled = labelled_dataset(cfg, dataset)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     with torch.device("cpu" if cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS else "meta"):
@@ -54,6 +55,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
             "",
             f"mind: a step takes {batch:,} images, and the data set has {len(dataset):,}: they repeat within it",
         ]
+    lines += ["", *(f"warning: {warning}" for warning in findings)] if findings else []
     text = "\n".join([config.to_yaml(cfg), *lines, "", "dry run: everything is in order, nothing was trained"])
     sys.stdout.write(text + "\n")
 
@@ -100,12 +102,20 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
         "peak learning rate": f"{cfg.optim.lr:.6g} ({cfg.optim.base_lr:g}, {cfg.optim.scaling_rule})",
         "optimizer steps": f"{steps:,} ({cfg.optim.epochs} nominal epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,})",
         "learning-rate warm-up": f"{cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:,} steps",
+        **describe_schedules(cfg, cfg.optim.lr),
+        "checkpoints": _how_often(cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH, steps),
+        "teacher dumps": _how_often(cfg.evaluation.eval_period_iterations, steps),
         "images seen": f"{steps * batch:,}, the data set {steps * batch / num_images:.1f} times",
         **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
         "FLOPs per image": f"{flops / 1e9:.1f} GFLOP (student and teacher, forward and backward)",
         "FLOPs of the run": f"{flops * steps * batch:.3g} FLOP",
         **_costs(cfg, model, world_size),
     }
+
+
+def _how_often(period: int, steps: int) -> str:
+    """What is written every `period` steps and at the end of a run of `steps`."""
+    return f"{num_due(period, steps):,}: every {period:,} steps and after the last one" if period > 0 else "none"
 
 
 def _costs(cfg: Config, model: SSLMetaArch, world_size: int) -> dict[str, str]:

@@ -94,6 +94,31 @@ def build_schedules(cfg: Config, lr: float) -> Schedules:
     )
 
 
+def describe_schedules(cfg: Config, lr: float) -> dict[str, str]:
+    """What the schedules reach within the run, by the name of what is scheduled; steps are counted from 0."""
+    schedules, last = build_schedules(cfg, lr), cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH - 1
+    start, end = schedules.at(0), schedules.at(last)
+    peak = int(schedules.lr.schedule.argmax())
+    warm = cfg.teacher.warmup_teacher_temp_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH - 1
+    if warm > last:
+        temperature = (
+            f"{start.teacher_temp:.4g} to {end.teacher_temp:.4g}; {cfg.teacher.teacher_temp:.4g} is not reached"
+        )
+    elif warm > 0:
+        temperature = f"{start.teacher_temp:.4g} to {cfg.teacher.teacher_temp:.4g} at step {warm:,}, then constant"
+    else:
+        temperature = f"{cfg.teacher.teacher_temp:.4g}"
+    frozen = min(cfg.optim.freeze_last_layer_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH, last + 1)
+    learns = "never learns" if frozen > last else f"learns from step {frozen:,}"
+    return {
+        "learning rate": f"{start.lr:.4g}, {schedules.lr[peak]:.4g} at step {peak:,}, {end.lr:.4g} at step {last:,}",
+        "weight decay": f"{start.wd:.4g} to {end.wd:.4g}",
+        "teacher momentum": f"{start.momentum:.6g} to {end.momentum:.6g}",
+        "teacher temperature": temperature,
+        "last layer of the heads": learns,
+    }
+
+
 def global_batch_size(cfg: Config, world_size: int) -> int:
     """Images per optimizer step over all processes and micro-batches."""
     return cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps * world_size
@@ -119,3 +144,8 @@ def scale_lr(base_lr: float, rule: str, global_batch: int) -> float:
 def is_due(step: int, period: int, last_step: int) -> bool:
     """Whether something done every `period` steps and at the end follows `step`; never if the period is 0 or less."""
     return period > 0 and ((step + 1) % period == 0 or step == last_step)
+
+
+def num_due(period: int, steps: int) -> int:
+    """How often `is_due` in a run of `steps`."""
+    return math.ceil(steps / period) if period > 0 else 0

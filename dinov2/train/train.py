@@ -52,6 +52,7 @@ from dinov2.train.health import HealthPanel, TargetWatch
 from dinov2.train.interruption import Interruption
 from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters, step_unless
 from dinov2.train.parallel import parallelize
+from dinov2.train.preflight import check_settings
 from dinov2.train.schedules import build_schedules, global_batch_size, is_due, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
 
@@ -96,6 +97,9 @@ def main(args: argparse.Namespace) -> None:
             keep_freed_memory()
             if uses_fp16(cfg):
                 logger.warning("fp16 is slower than fp32 on a CPU: consider fp32 or bf16 in compute_precision")
+        if not args.eval_only:
+            for warning in check_settings(cfg, distributed.world_size()):
+                logger.warning("%s", warning)
         dataset = make_dataset(dataset_str=cfg.train.dataset_path)  # before the model: mistakes show at once
         model = SSLMetaArch(cfg).to(distributed.device())
         with distributed.on_main(occupying(output_dir)):

@@ -12,11 +12,12 @@ if __package__ in (None, ""):  # run by path from a clone: make the package impo
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from dinov2.run.launch import launch
+from dinov2.train.preflight import check_settings
 from dinov2.train.train import get_args_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return launch("dinov2.train.train:main", get_args_parser, "dinov2:train", argv)
+    return launch("dinov2.train.train:main", get_args_parser, "dinov2:train", argv, check=check_settings)
 
 
 if __name__ == "__main__":
