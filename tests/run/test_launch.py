@@ -30,6 +30,7 @@ from dinov2.run.submission import (
     warn_of_flags_without_effect,
 )
 from dinov2.run.task import Task
+from dinov2.run.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -159,11 +160,27 @@ def test_flags_and_overrides_in_any_order_run_one_process_here(script: Path, tmp
 
 
 def test_several_processes_on_one_machine(script: Path, tmp_path: Path) -> None:
-    result = run(script, "--launcher", "local", "--ngpus", "2", "--output-dir", "../out/%j")
+    words = ["train.dataset_path=/set #1: 'a' \"b\"\t\n ", "tracking.wandb_name=%j $x `y` \\", "student.arch=null"]
+    result = run(script, "--launcher", "local", "--ngpus", "2", "--output-dir", "../out/%j", *words)
     assert result.returncode == 0, result.stderr
     (folder,) = (tmp_path / "out").iterdir()
     assert "%j" not in folder.name
-    assert [read(folder / f"rank{rank}.json")["total"] for rank in (0, 1)] == [3, 3]
+    facts = [read(folder / f"rank{rank}.json") for rank in (0, 1)]
+    assert [fact["total"] for fact in facts] == [3, 3]
+    assert [fact["args"]["opts"] for fact in facts] == [words, words], "overrides arrive as they were written"
+
+
+def test_settings_that_cannot_train_are_refused_before_they_wait_in_a_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/called\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit):
+        train.main(["--config-file", "train/quickstart", "--launcher", "slurm", "dino.head_n_prototypes=1"])
+    assert "error: dino.head_n_prototypes = 1" in capsys.readouterr().err
+    assert not (tmp_path / "called").exists()
 
 
 def test_a_dry_run_runs_here_and_knows_how_many_processes_there_would_be(script: Path, tmp_path: Path) -> None:

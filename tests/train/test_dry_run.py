@@ -29,12 +29,39 @@ def test_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["peak learning rate"] == "0.002 (0.032, sqrt_wrt_1024)"
     assert facts["optimizer steps"] == "8 (4 nominal epochs of 2)"
     assert facts["learning-rate warm-up"] == "2 steps"
+    assert facts["learning rate"] == "0, 0.002 at step 1, 0.0001349 at step 7"
+    assert facts["weight decay"] == "0.04 to 0.3863"
+    assert facts["teacher momentum"] == "0.9 to 0.996194"
+    assert facts["teacher temperature"] == "0.04 to 0.07 at step 1, then constant"
+    assert facts["last layer of the heads"] == "learns from step 0"
+    assert facts["checkpoints"] == "4: every 2 steps and after the last one"
+    assert facts["teacher dumps"] == "2: every 4 steps and after the last one"
     assert facts["images seen"] == "32, the data set 0.0 times"
     assert facts["parameters of dino_head"] == f"{head:,}"
     assert facts["parameters of backbone"] == "30,944"
     assert facts["FLOPs per image"].endswith("GFLOP (student and teacher, forward and backward)")
     assert facts["memory per process, estimated"].startswith("0.00 GiB")
     assert "  momentum_teacher: 0.9\n" in out and "  lr: 0.002\n" in out, "the whole resolved config"
+
+
+def test_settings_that_are_hardly_wanted_are_lines_that_begin_with_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And are computed for the processes of the run, here one, of a step of four images."""
+    dry_run(tmp_path, "optim.min_lr=0.1", "teacher.warmup_teacher_temp_epochs=30", "dino.head_n_prototypes=1000")
+    out = capsys.readouterr().out
+    warnings = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert warnings[0] == (
+        "warning: teacher.warmup_teacher_temp_epochs = 30 is longer than the run (optim.epochs = 4): "
+        "teacher.teacher_temp = 0.07 is never reached, it ends at 0.04356"
+    )
+    for text in (
+        "optim.min_lr = 0.1 is above the peak learning rate 0.002",
+        "dino.head_n_prototypes = 1000: 125 to each of the 8 class tokens in a step of 4 images",
+    ):
+        assert sum(text in warning for warning in warnings) == 1
+    assert "teacher temperature              0.04 to 0.04356; 0.07 is not reached\n" in out
+    assert "everything is in order" in out
 
 
 def test_it_writes_nothing_touches_no_gpu_and_no_process_group(tmp_path: Path) -> None:
@@ -110,6 +137,7 @@ PROBLEMS: dict[str, tuple[Problem, str]] = {
     "wrong value": (lambda _: ["optim.epochs=0"], "optim.epochs: expected an integer, at least 1, got 0"),
     "crop": (lambda _: ["crops.global_crops_size=30"], "30 is not a multiple of student.patch_size = 7"),
     "warm-up": (lambda _: ["optim.warmup_epochs=5"], "optim.warmup_epochs = 5 is longer"),
+    "one prototype": (lambda _: ["dino.head_n_prototypes=1"], "dino.head_n_prototypes = 1"),
     "nothing to train": (lambda _: ["dino.loss_weight=0", "ibot.loss_weight=0"], "nothing to train"),
     "unknown arch": (lambda _: ["student.arch=vit_huge"], "vit_huge"),
     "no weights": (lambda _: ["student.pretrained_weights=/none.pth"], "no weights at /none.pth"),

@@ -104,7 +104,7 @@ def test_pictures_are_in_rows_of_steps_and_columns_of_images(tmp_path: Path) -> 
 
 def test_text_of_files_is_shown_and_never_obeyed(tmp_path: Path) -> None:
     evil = "<script>alert('&amp;')</script><img src=x>"
-    folder = write_run(tmp_path / "<b>run", overrides=(f'train.dataset_path="{evil}"',), environment=False)
+    folder = write_run(tmp_path / "<b>run", overrides=(f"train.dataset_path={evil}",), environment=False)
     sessions = [{"first_step": 0, "command": evil, "device": evil, "commit": evil, "processes": 1, "date": evil}]
     write_json(folder / "environment.json", {"sessions": sessions})
     write_json(folder / "knn.json", {"evaluation": evil, "metrics": {evil: 1.5}, "settings": {"train_dataset": evil}})

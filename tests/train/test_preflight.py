@@ -1,0 +1,175 @@
+"""Settings with which no run is any good are errors or warnings that name them; the recipes have none."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from tiny import run_train
+
+from dinov2 import config
+from dinov2.config import ConfigError
+from dinov2.train.preflight import check_settings
+from dinov2.train.schedules import describe_schedules
+
+PROCESSES = {"train/vitl16_short": 32, "train/vitl14": 96, "train/vitg14": 256, "train/quickstart": 1}
+
+
+def warnings(*overrides: str, recipe: str = "train/quickstart", world_size: int = 1) -> list[str]:
+    return check_settings(config.load(recipe, overrides), world_size)
+
+
+@pytest.mark.parametrize(("recipe", "world_size"), PROCESSES.items())
+def test_recipes_are_silent_on_the_processes_they_are_made_for(recipe: str, world_size: int) -> None:
+    assert warnings(recipe=recipe, world_size=world_size) == []
+
+
+def test_every_recipe_is_among_them() -> None:
+    assert {name for name in config.packaged_names() if name.startswith("train/")} == PROCESSES.keys()
+
+
+FP16 = "compute_precision.student.backbone.mixed_precision.param_dtype=fp16"
+
+# The quickstart takes 800 steps in 16 epochs, 64 images in a step, learning rate 0.0015, 16 patches a crop.
+HARDLY_WANTED: list[tuple[list[str], str]] = [
+    # longer than the run
+    (["optim.warmup_epochs=16"], "optim.warmup_epochs = 16 is the whole run (optim.epochs = 16)"),
+    (["optim.freeze_last_layer_epochs=16"], "optim.freeze_last_layer_epochs = 16 is the whole run"),
+    (["optim.freeze_last_layer_epochs=999"], "optim.freeze_last_layer_epochs = 999 is the whole run"),
+    (["teacher.warmup_teacher_temp_epochs=17"], "teacher.teacher_temp = 0.04 is never reached, it ends at 0.03941"),
+    (["train.checkpoint_period=801"], "train.checkpoint_period = 801 is longer than the run of 800 steps"),
+    (["train.checkpoint_keep_every=900"], "train.checkpoint_keep_every = 900 is longer than the run of 800 steps"),
+    (["train.checkpoint_keep_every=150"], "only the checkpoints of every 300 steps are kept for good"),
+    (["health.knn_period=1000"], "health.knn_period = 1000 is longer than the run of 800 steps"),
+    # learning rate and optimizer
+    (["optim.min_lr=0.002"], "optim.min_lr = 0.002 is above the peak learning rate 0.0015"),
+    (["optim.base_lr=0"], "optim.min_lr = 1e-06 is above the peak learning rate 0 (optim.base_lr = 0"),
+    (["optim.base_lr=0", "optim.min_lr=0"], "optim.base_lr = 0, optim.min_lr = 0: nothing is learned"),
+    (["optim.base_lr=4"], "the peak learning rate 4 (optim.base_lr = 4, optim.scaling_rule = none) is above 0.1"),
+    (["optim.scaling_rule=sqrt_wrt_1024", "optim.base_lr=1"], "the peak learning rate 0.25 (optim.base_lr = 1"),
+    (
+        ["optim.layerwise_decay=0.1"],
+        "optim.layerwise_decay = 0.1: ten blocks below the last one the learning rate is 1e-10",
+    ),
+    (["optim.weight_decay=40"], "optim.weight_decay = 40, optim.weight_decay_end = 0.1: at the peak"),
+    (["optim.weight_decay_end=40"], "a step takes up to 6.0% of every weight"),
+    (
+        ["optim.adamw_beta1=0.999", "optim.adamw_beta2=0.9"],
+        "optim.adamw_beta1 = 0.999 is above optim.adamw_beta2 = 0.9",
+    ),
+    ([FP16], "compute_precision.grad_scaler = false"),
+    # teacher
+    (["teacher.momentum_teacher=0.999"], "teacher.momentum_teacher = 0.999, teacher.final_momentum_teacher = 0.998"),
+    (["teacher.momentum_teacher=0"], "below 0.5 the teacher is hardly more than a copy of the student"),
+    (["optim.epochs=2"], "after the 100 steps of the run the teacher is still 55% its initial weights"),
+    (["teacher.momentum_teacher=1", "teacher.final_momentum_teacher=1"], "still 100% its initial weights"),
+    (["teacher.warmup_teacher_temp=0.05"], "the temperature falls during its warm-up"),
+    (["teacher.teacher_temp=0.1"], "teacher.teacher_temp = 0.1: targets must be sharper than predictions"),
+    (["teacher.warmup_teacher_temp=2"], "teacher.warmup_teacher_temp = 2, teacher.teacher_temp = 0.04: targets must"),
+    # batch
+    (["train.batch_size_per_gpu=1"], "dino.koleo_loss_weight = 0.1 has no effect: with train.batch_size_per_gpu = 1"),
+    (["train.batch_size_per_gpu=1"], "a step is of one image"),
+    (["dino.head_n_prototypes=65536"], "dino.head_n_prototypes = 65536: 512 to each of the 128 class tokens"),
+    (["dino.head_n_prototypes=65536"], "dino.head_n_prototypes = 65536: 213 to each of the 307 masked patches"),
+    (
+        ["ibot.separate_head=true", "ibot.head_n_prototypes=100000"],
+        "ibot.head_n_prototypes = 100000: 326 to each of the 307 masked patches in a step of 64 images",
+    ),
+    # network and crops
+    (["dino.head_hidden_dim=1"], "dino.head_hidden_dim = 1: one number"),
+    (["student.drop_path_rate=0.9"], "student.drop_path_rate = 0.9: an image skips 90% of the blocks"),
+    (["augmentation.std=[0.2,0.2,0.005]"], "augmentation.std = [0.2, 0.2, 0.005]: pixels"),
+    (
+        ["crops.local_crops_size=35"],
+        "crops.local_crops_size = 35, crops.global_crops_size = 28: local crops are larger",
+    ),
+    (["crops.local_crops_scale=[0.9,1]"], "crops.local_crops_scale = [0.9, 1], crops.global_crops_scale = [0.75, 1]"),
+    (["crops.global_crops_scale=[0.0001,0.5]"], "crops.global_crops_scale = [0.0001, 0.5]: a crop of less than 0.001"),
+    (["crops.local_crops_size=7"], "crops.local_crops_size = 7 is one patch (student.patch_size = 7)"),
+    (["crops.global_crops_size=7", "ibot.loss_weight=0"], "crops.global_crops_size = 7 is one patch"),
+    (["dino.loss_weight=0"], "crops.local_crops_number = 4 has no effect with dino.loss_weight = 0"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "text"), HARDLY_WANTED)
+def test_what_is_hardly_wanted_is_a_warning_with_keys_and_numbers(overrides: list[str], text: str) -> None:
+    assert any(text in warning for warning in warnings(*overrides)), warnings(*overrides)
+
+
+IBOT_HEAD = ["ibot.separate_head=true", "ibot.head_n_prototypes=128"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.warmup_epochs=15", "optim.freeze_last_layer_epochs=15", "teacher.warmup_teacher_temp_epochs=16"],
+        ["teacher.warmup_teacher_temp_epochs=99", "teacher.warmup_teacher_temp=0.04"],  # constant, whatever its length
+        ["teacher.warmup_teacher_temp_epochs=0", "teacher.warmup_teacher_temp=2"],  # never used
+        ["optim.min_lr=0.0015"],  # constant
+        ["dino.head_n_prototypes=65536", "train.centering=centering"],
+        [*("dino.head_n_prototypes=1", "dino.loss_weight=0", "crops.local_crops_number=0"), *IBOT_HEAD],  # head unused
+        ["crops.local_crops_number=0", "crops.local_crops_size=70", "crops.local_crops_scale=[1,1]"],
+        ["crops.local_crops_size=28", "crops.local_crops_scale=[0.75,1]"],
+        ["train.checkpoint_period=800", "train.checkpoint_keep_every=800", "health.knn_period=800"],
+        ["augmentation.mean=[0,0,0]", "augmentation.std=[1,1,1]"],
+        ["train.batch_size_per_gpu=1", "train.accumulate_steps=64", "dino.koleo_loss_weight=0"],
+    ],
+)
+def test_what_is_unusual_but_sensible_is_silent(overrides: list[str]) -> None:
+    assert warnings(*overrides) == []
+
+
+def test_the_batch_of_all_processes_and_micro_batches_counts() -> None:
+    words = ["dino.head_n_prototypes=65536", "ibot.loss_weight=0"]
+    assert warnings(*words) != []
+    assert warnings(*words, world_size=8) == warnings(*words, "train.accumulate_steps=8") == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (["dino.head_n_prototypes=1"], "dino.head_n_prototypes = 1: the softmax over one prototype is 1"),
+        (["ibot.separate_head=true", "ibot.head_n_prototypes=1"], "ibot.head_n_prototypes = 1"),
+        (["dino.head_bottleneck_dim=1"], "dino.head_bottleneck_dim = 1: one number, scaled to unit length"),
+        (["crops.global_crops_size=7"], "ibot.mask_ratio_min_max = [0.1, 0.5] of 1 patches"),
+        (["ibot.mask_ratio_min_max=[0.01,0.05]"], "masks none, which leaves nothing for ibot.loss_weight = 1"),
+        (
+            ["train.batch_size_per_gpu=4", "ibot.mask_sample_probability=0.1"],
+            "ibot.mask_sample_probability = 0.1 of 8 global crops (train.batch_size_per_gpu = 4) masks none",
+        ),
+    ],
+)
+def test_what_can_teach_nothing_is_an_error(overrides: list[str], text: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        warnings(*overrides)
+
+
+def test_a_run_logs_its_warnings_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        run_train(tmp_path, "optim.epochs=1", "optim.freeze_last_layer_epochs=1", "health.period=0")
+    (message,) = [message for message in caplog.messages if "freeze_last_layer" in message]
+    assert message.startswith("optim.freeze_last_layer_epochs = 1 is the whole run (optim.epochs = 1)")
+    assert message in (tmp_path / "logs" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "text"),
+    [
+        ([], "learning rate", "0, 0.0015 at step 99, 1.008e-06 at step 799"),
+        (["optim.warmup_epochs=0"], "learning rate", "0.0015, 0.0015 at step 0, 1.006e-06 at step 799"),
+        (["optim.warmup_epochs=16"], "learning rate", "0, 0.0015 at step 799, 0.0015 at step 799"),
+        (["optim.min_lr=0.1"], "learning rate", "0, 0.1 at step 799, 0.1 at step 799"),
+        ([], "teacher temperature", "0.03 to 0.04 at step 199, then constant"),
+        (["teacher.warmup_teacher_temp_epochs=0"], "teacher temperature", "0.04"),
+        (["teacher.warmup_teacher_temp_epochs=16"], "teacher temperature", "0.03 to 0.04 at step 799, then constant"),
+        (["teacher.warmup_teacher_temp_epochs=32"], "teacher temperature", "0.03 to 0.035; 0.04 is not reached"),
+        ([], "last layer of the heads", "learns from step 0"),
+        (["optim.freeze_last_layer_epochs=1"], "last layer of the heads", "learns from step 50"),
+        (["optim.freeze_last_layer_epochs=16"], "last layer of the heads", "never learns"),
+        ([], "weight decay", "0.04 to 0.1"),
+        (["optim.epochs=2"], "teacher momentum", "0.99 to 0.997998"),
+    ],
+)
+def test_what_schedules_reach_within_the_run(overrides: list[str], name: str, text: str) -> None:
+    cfg = config.load("train/quickstart", overrides)
+    assert describe_schedules(cfg, cfg.optim.base_lr)[name] == text
