@@ -56,7 +56,8 @@ def dry_run(cfg: Config, world_size: int) -> None:
             f"mind: a step takes {batch:,} images, and the data set has {len(dataset):,}: they repeat within it",
         ]
     lines += ["", *(f"warning: {warning}" for warning in findings)] if findings else []
-    text = "\n".join([config.to_yaml(cfg), *lines, "", "dry run: everything is in order, nothing was trained"])
+    but = f" but for {len(findings)} warning(s)" if findings else ""
+    text = "\n".join([config.to_yaml(cfg), *lines, "", f"dry run: everything is in order{but}, nothing was trained"])
     sys.stdout.write(text + "\n")
 
 

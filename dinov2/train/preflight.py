@@ -125,10 +125,13 @@ def _longer_than_the_run(cfg: Config) -> Iterator[str]:
     if cfg.optim.freeze_last_layer_epochs >= epochs:
         yield f"{_set(cfg, 'optim.freeze_last_layer_epochs')} is the whole run ({run}): the prototypes never learn"
     teacher = cfg.teacher
-    if teacher.warmup_teacher_temp_epochs > epochs and teacher.warmup_teacher_temp != teacher.teacher_temp:
+    if teacher.warmup_teacher_temp_epochs >= epochs and teacher.warmup_teacher_temp != teacher.teacher_temp:
         reached = build_schedules(cfg, cfg.optim.lr).teacher_temp[steps - 1]
         warmup, wanted = _set(cfg, "teacher.warmup_teacher_temp_epochs"), _set(cfg, "teacher.teacher_temp")
-        yield f"{warmup} is longer than the run ({run}): {wanted} is never reached, it ends at {reached:.4g}"
+        if teacher.warmup_teacher_temp_epochs > epochs:
+            yield f"{warmup} is longer than the run ({run}): {wanted} is never reached, it ends at {reached:.4g}"
+        else:
+            yield f"{warmup} is the whole run ({run}): {wanted} is reached at the last step only"
     for key, consequence in {
         "train.checkpoint_period": "the only checkpoint is that of the last step",
         "train.checkpoint_keep_every": "no checkpoint is kept for good",

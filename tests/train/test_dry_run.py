@@ -29,7 +29,7 @@ def test_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["peak learning rate"] == "0.002 (0.032, sqrt_wrt_1024)"
     assert facts["optimizer steps"] == "8 (4 nominal epochs of 2)"
     assert facts["learning-rate warm-up"] == "2 steps"
-    assert facts["learning rate"] == "0, 0.002 at step 1, 0.0001349 at step 7"
+    assert facts["learning rate"] == "0 at step 0, 0.002 at step 1, 0.0001349 at step 7"
     assert facts["weight decay"] == "0.04 to 0.3863"
     assert facts["teacher momentum"] == "0.9 to 0.996194"
     assert facts["teacher temperature"] == "0.04 to 0.07 at step 1, then constant"

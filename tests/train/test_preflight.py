@@ -37,6 +37,7 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     (["optim.freeze_last_layer_epochs=16"], "optim.freeze_last_layer_epochs = 16 is the whole run"),
     (["optim.freeze_last_layer_epochs=999"], "optim.freeze_last_layer_epochs = 999 is the whole run"),
     (["teacher.warmup_teacher_temp_epochs=17"], "teacher.teacher_temp = 0.04 is never reached, it ends at 0.03941"),
+    (["teacher.warmup_teacher_temp_epochs=16"], "teacher.teacher_temp = 0.04 is reached at the last step only"),
     (["train.checkpoint_period=801"], "train.checkpoint_period = 801 is longer than the run of 800 steps"),
     (["train.checkpoint_keep_every=900"], "train.checkpoint_keep_every = 900 is longer than the run of 800 steps"),
     (["train.checkpoint_keep_every=150"], "only the checkpoints of every 300 steps are kept for good"),
@@ -102,7 +103,7 @@ IBOT_HEAD = ["ibot.separate_head=true", "ibot.head_n_prototypes=128"]
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["optim.warmup_epochs=15", "optim.freeze_last_layer_epochs=15", "teacher.warmup_teacher_temp_epochs=16"],
+        ["optim.warmup_epochs=15", "optim.freeze_last_layer_epochs=15", "teacher.warmup_teacher_temp_epochs=15"],
         ["teacher.warmup_teacher_temp_epochs=99", "teacher.warmup_teacher_temp=0.04"],  # constant, whatever its length
         ["teacher.warmup_teacher_temp_epochs=0", "teacher.warmup_teacher_temp=2"],  # never used
         ["optim.min_lr=0.0015"],  # constant
@@ -155,10 +156,10 @@ def test_a_run_logs_its_warnings_once(tmp_path: Path, caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     ("overrides", "name", "text"),
     [
-        ([], "learning rate", "0, 0.0015 at step 99, 1.008e-06 at step 799"),
-        (["optim.warmup_epochs=0"], "learning rate", "0.0015, 0.0015 at step 0, 1.006e-06 at step 799"),
-        (["optim.warmup_epochs=16"], "learning rate", "0, 0.0015 at step 799, 0.0015 at step 799"),
-        (["optim.min_lr=0.1"], "learning rate", "0, 0.1 at step 799, 0.1 at step 799"),
+        ([], "learning rate", "0 at step 0, 0.0015 at step 99, 1.008e-06 at step 799"),
+        (["optim.warmup_epochs=0"], "learning rate", "0.0015 at step 0, 0.0015 at step 0, 1.006e-06 at step 799"),
+        (["optim.warmup_epochs=16"], "learning rate", "0 at step 0, 0.0015 at step 799, 0.0015 at step 799"),
+        (["optim.min_lr=0.1"], "learning rate", "0 at step 0, 0.1 at step 799, 0.1 at step 799"),
         ([], "teacher temperature", "0.03 to 0.04 at step 199, then constant"),
         (["teacher.warmup_teacher_temp_epochs=0"], "teacher temperature", "0.04"),
         (["teacher.warmup_teacher_temp_epochs=16"], "teacher temperature", "0.03 to 0.04 at step 799, then constant"),
