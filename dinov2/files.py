@@ -82,7 +82,19 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------------
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_regular_file(path: Path) -> bytes:
+    """The content of a file that is none of the special ones, of which some are never read to their end.
+
+    Raises:
+        OSError: naming the file, if it cannot be read.
+        ValueError: naming it, if it is a folder, a pipe or a device.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    return path.read_bytes()
 
 
 def read_json(path: Path) -> Any:
@@ -92,10 +104,9 @@ def read_json(path: Path) -> Any:
         OSError: naming the file, if it cannot be read.
         ValueError: naming the file, if it is not JSON or not a regular file.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError(f"{path} is not a regular file")
+    content = read_regular_file(path)
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(content)
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

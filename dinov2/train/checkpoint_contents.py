@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dinov2.models.checksums import CHECKSUM_KEY
 from dinov2.models.weights import import_safetensors, read_file
-from dinov2.train.checkpoint_folder import find_checkpoint, read_shapes, read_state
+from dinov2.train.checkpoint_folder import find_checkpoint, read_shapes
+from dinov2.train.checkpoint_state import read_state
 
 NETWORKS = ("student", "teacher")
 OPTIMIZER = ("", "optimizer")
