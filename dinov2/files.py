@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import itertools
 import json
 import logging
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +124,25 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def read_array(path: Path, name: str | None = None) -> np.ndarray:
+    """The array in an `.npy` file, or one of those in an `.npz` file.
+
+    Args:
+        path: of the file.
+        name: of the array in an `.npz` file; None: it is an `.npy` file.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is damaged.
+    """
+    content = io.BytesIO(read_regular_file(path))
+    try:
+        array = np.load(content, allow_pickle=False)
+        return array if name is None else array[name]
+    except Exception as error:  # on bytes that it does not expect numpy fails in many ways
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
 # --- Folders of one process ------------------------------------------------------------------------------------------

@@ -133,6 +133,8 @@ def complete_checkpoints(directory: Path) -> dict[int, Path]:
         if directory.is_symlink():
             raise FileNotFoundError(error.errno, "a link to nothing that is there", str(directory)) from error
         return {}
+    except OSError as error:
+        raise OSError(error.errno, f"cannot list the checkpoints: {error.strerror}", str(directory)) from error
     found = {int(match[1]): directory / name for name in names if (match := _FOLDER.fullmatch(name))}
     return dict(sorted(found.items()))
 
