@@ -12,7 +12,7 @@ import os
 import random
 import re
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -371,6 +371,20 @@ def on_main(resource: AbstractContextManager[T]) -> Iterator[T | None]:
         if (why := all_gather_object(refusal)[0]) is not None:
             raise why
         yield value
+
+
+def from_main(compute: Callable[[], T]) -> T:
+    """What rank 0 computes, for all processes; its OSError or ValueError is raised by all of them."""
+    value: Any = None
+    if is_main():
+        try:
+            value = compute()
+        except (OSError, ValueError) as error:
+            value = error
+    value = all_gather_object(value)[0]
+    if isinstance(value, Exception):
+        raise value
+    return cast(T, value)
 
 
 def all_gather_object(value: Any) -> list[Any]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dinov2.files import replacing
+from dinov2.files import parse_json, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -479,36 +479,69 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics file, without one torn by a crash; none if there is no file."""
-    path = Path(path)
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if math.isfinite(_iteration_of(line))]
+    """The lines of a metrics file, the finite numbers of each by name; none if there is no file.
+
+    Lines that are torn by a crash or damaged are left out, with a warning.
+
+    Raises:
+        OSError: naming the file, if it cannot be read.
+    """
+    records, num_damaged = readable_records(path)
+    if num_damaged:
+        logger.warning("%s: %d line(s) are torn or damaged, which are left out", path, num_damaged)
+    return records
+
+
+def readable_records(path: str | Path) -> tuple[list[dict[str, float]], int]:
+    """As `read_records`, and instead of the warning the number of lines that are left out."""
+    records = [_record(line) for line in _lines(Path(path))]
+    return [record for record in records if record is not None], records.count(None)
 
 
 def truncate_metrics(path: str | Path, before_iteration: int) -> None:
     """Drop from a metrics file, if there is one, the iterations that a resumed run is going to do again.
 
-    Kept are the lines with `iteration` < `before_iteration`; lines torn by a crash are dropped as well. The file is
-    replaced as a whole, so that a crash in here loses nothing.
+    Kept are the lines with `iteration` < `before_iteration`; lines that are torn by a crash or damaged are dropped as
+    well, with a warning. The file is replaced as a whole, so that a crash in here loses nothing.
 
     Raises:
-        OSError: naming the file, if it cannot be written.
+        OSError: naming the file, if it cannot be read or written.
     """
     path = Path(path)
-    if not path.exists():
-        return
-    lines = path.read_text(errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _iteration_of(line) < before_iteration]
+    lines = _lines(path)
+    records = [_record(line) for line in lines]
+    kept = [
+        line
+        for line, record in zip(lines, records, strict=True)
+        if record is not None and record["iteration"] < before_iteration
+    ]
     if kept == lines:
         return
+    if damaged := records.count(None):
+        logger.warning("%s: %d line(s) are torn or damaged, which are dropped", path, damaged)
     logger.info("%s: %d of %d lines are dropped, they will be computed again", path, len(lines) - len(kept), len(lines))
     with replacing(path) as file:
         file.write("".join(kept).encode())
 
 
-def _iteration_of(line: str) -> float:
-    """The iteration that a line is about; infinite if the line is torn."""
+def _lines(path: Path) -> list[str]:
+    """The lines of a file with their ends; none if there is no file."""
     try:
-        return float(json.loads(line)["iteration"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        return path.read_text(errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+
+
+def _record(line: str) -> dict[str, float] | None:
+    """The finite numbers in a line of a metrics file by name; None if it is torn or no line of such a file."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        values = parse_json(line)
+        numbers = {name: float(value) for name, value in values.items() if type(value) in (int, float)}
+        iteration = numbers["iteration"]
+    except (ValueError, KeyError, AttributeError, OverflowError):
+        return None
+    if len(numbers) < len(values) or not iteration.is_integer() or iteration < 0:
+        return None
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}

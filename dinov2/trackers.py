@@ -7,6 +7,7 @@ None of them can stop a training: what goes wrong on the way is said once, and t
 import importlib
 import json
 import logging
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -177,11 +178,18 @@ def _exit_hooks_kept() -> Iterator[None]:
 
 
 def _run_id(path: Path) -> str:
-    """The id in a file, which is made if there is none: the same run for all who resume in its folder."""
+    """The id in a file, which is made if there is none: the same run for all who resume in its folder.
+
+    Raises:
+        OSError: naming the file, if it cannot be read or written, or is damaged.
+    """
     if not path.exists():
         with replacing(path) as file:
             file.write(secrets.token_hex(4).encode())
-    return path.read_text()
+    text = path.read_text(errors="replace").strip()
+    if not re.fullmatch(r"[\w-]{1,128}", text, re.ASCII):
+        raise OSError(f"{path} is damaged, it holds no id of a run: {text[:40]!r}; delete it to begin new curves")
+    return text
 
 
 _SCHEDULES = {"lr", "wd", "mom", "last_layer_lr", "teacher_temp", "current_batch_size"}

@@ -1,5 +1,6 @@
 """A server for tests of downloads: it holds files made there, and can be slow, cut off, or know nothing of ranges."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ class WeightServer:
     files: dict[str, bytes] = field(default_factory=dict)
     ranges: bool = True  # whether it can send a part of a file
     length: bool = True  # whether it says how long a file is
+    endless: bool = False  # whether it sends the file again and again
+    part: int = 1 << 16  # bytes sent at once
     tag: str = '"1"'
     cuts: list[int] = field(default_factory=list)  # close after so many bytes of the body
     stalls: list[int] = field(default_factory=list)  # be silent after so many bytes
     statuses: list[int] = field(default_factory=list)  # answer this instead of a file
-    pause_s: float = 0.0  # after each 64 kB
+    pause_s: float = 0.0  # after each part
     url: str = ""
     requests: list[tuple[str, int]] = field(default_factory=list)  # path, first byte
     num_bytes: int = 0  # sent in all
@@ -56,8 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
         state = self.state
         end = min(cut, stall, len(body))
         try:
-            for begin in range(0, end, 1 << 16):
-                part = body[begin : min(begin + (1 << 16), end)]
+            for begin in itertools.count(0, state.part) if state.endless else range(0, end, state.part):
+                part = body[begin % end : min(begin % end + state.part, end)]
                 self.wfile.write(part)
                 state.num_bytes += len(part)
                 time.sleep(state.pause_s)

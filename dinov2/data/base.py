@@ -1,5 +1,7 @@
 """What every data set of pictures has in common."""
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dinov2.data.images import BadImageError, Picture, open_picture
+
+NAMES_HASHED = 10_000
+"""Names that `ImageDataset.fingerprint` looks at."""
 
 
 def label_table(lists: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
@@ -69,6 +74,20 @@ class ImageDataset(Dataset, ABC):
     def describe(self, index: int) -> str:
         """Where the picture of sample `index` comes from, for messages."""
         return f"{type(self).__name__} sample {index}"
+
+    def fingerprint(self) -> str:
+        """A hash of the number of samples and of their names in order: whether a list of images is still the same.
+
+        Of more than `NAMES_HASHED` samples so many are taken, evenly spread; of each name the last two parts, so that
+        the files may move together. A dataset that can hash all names quickly overrides it.
+
+        Returns:
+            16 hexadecimal digits.
+        """
+        digest = hashlib.blake2b(str(len(self)).encode(), digest_size=8)
+        for index in range(0, len(self), max(1, len(self) // NAMES_HASHED)):
+            digest.update(b"\0" + os.fsencode("/".join(self.describe(index).rsplit("/", 2)[-2:])))
+        return digest.hexdigest()
 
     def open_image(self, index: int) -> Picture:
         """The picture of sample `index`, decoded as late as possible, not transformed. What it takes to read it fails

@@ -67,6 +67,10 @@ class ImageFolder(ImageDataset):
         """The path of the image."""
         return str(self.root / self._files[index])
 
+    def fingerprint(self) -> str:
+        """A hash of the paths of all images below `root`."""
+        return self._files.fingerprint()
+
     def get_image_data(self, index: int) -> bytes:
         return (self.root / self._files[index]).read_bytes()
 

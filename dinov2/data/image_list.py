@@ -70,6 +70,10 @@ class ImageList(ImageDataset):
         """The path of the image."""
         return os.path.join(self.root, self._paths[index])
 
+    def fingerprint(self) -> str:
+        """A hash of the paths of all images below `root`."""
+        return self._paths.fingerprint()
+
     def get_image_data(self, index: int) -> bytes:
         return Path(self.describe(index)).read_bytes()
 

@@ -38,6 +38,10 @@ ATTEMPTS = 5
 """How often in a row a download may break off without having got any further."""
 PAUSE_S = 1.0
 """Before the second attempt; twice as long before each further one."""
+MIN_BYTES, WINDOW_S = 60 * 1024, 60.0
+"""Fewer bytes in so many seconds, or in an attempt that breaks off, are no progress."""
+MAX_UNKNOWN_BYTES = 16 << 30
+"""Where the server does not say how long a file is, more is not accepted, nor more than fits."""
 
 _CHUNK_BYTES = 1 << 18
 _PUBLISHED_NAME = re.compile(r"dinov2_vit[sblg]14(_reg4)?_(pretrain|linear4?_head)\.pth")
@@ -76,7 +80,7 @@ def download(url: str) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             _fetch(url, target)
         except _BrokenOffError as error:
-            failures = 1 if error.num_bytes else failures + 1
+            failures = 1 if error.num_bytes >= MIN_BYTES else failures + 1
             if failures == ATTEMPTS:
                 raise ConnectionError(_advice(url, target, error)) from error
             logger.warning("the download of %s broke off (%s); trying again", url, error)
@@ -98,7 +102,7 @@ def _advice(url: str, target: Path, reason: object) -> str:
 def _fetch(url: str, target: Path) -> None:
     """One attempt; ends without the file if another process was at it, which may have broken off."""
     with _open(url) as response:
-        length = response.headers["Content-Length"]
+        length = _length(response)
         version = f"{response.headers['ETag']} {response.headers['Last-Modified']} {length}"
         partial = target.with_name(f".{target.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.partial")
         partial.touch()
@@ -111,7 +115,12 @@ def _fetch(url: str, target: Path) -> None:
             if target.is_file():  # since a moment ago: what was opened is new and empty
                 partial.unlink(missing_ok=True)
                 return
-            _receive(url, response, file, int(length) if length else None)
+            try:
+                _receive(url, response, file, length)
+            except BaseException:
+                if length is None:  # it cannot be continued
+                    partial.unlink(missing_ok=True)
+                raise
             if os.name == "nt":  # files cannot be renamed there while they are open
                 file.close()
             try:
@@ -120,6 +129,12 @@ def _fetch(url: str, target: Path) -> None:
             except FileNotFoundError:
                 if not target.is_file():  # else another process, not to be kept apart, was first
                     raise
+
+
+def _length(response: Any) -> int | None:
+    """How many bytes a response has, None if its server does not say."""
+    text = response.headers["Content-Length"] or ""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
 
 
 def _open(url: str, start: int = 0) -> Any:
@@ -151,16 +166,14 @@ def _receive(url: str, response: Any, file: FileIO, length: int | None) -> None:
         if response.status != 206 or not str(response.headers["Content-Range"]).startswith(f"bytes {before}-"):
             position = 0  # a server that cannot continue: from the start
     folder = Path(file.name).parent
-    missing, free = (length or 0) - position, shutil.disk_usage(folder).free
-    if missing > free:
-        space = f"{missing / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
-        raise OSError(errno.ENOSPC, f"not enough space for {url} ({space})", str(folder))
+    most = _most_bytes(url, folder, length, position)
     logger.info("downloading %s to %s, from byte %d of %s", url, folder, position, length or "?")
     file.seek(position)
+    window_start, window_position = time.monotonic(), position
     with response, _progress(Path(urlparse(url).path).name, position, length) as report:
-        while position != length:
+        while position < most:
             try:
-                chunk = response.read1(_CHUNK_BYTES)
+                chunk = response.read1(min(_CHUNK_BYTES, most - position))
                 if not chunk and length:
                     raise ConnectionError(f"connection closed after {position:,} of {length:,} bytes")
             except (OSError, http.client.HTTPException) as error:
@@ -170,8 +183,34 @@ def _receive(url: str, response: Any, file: FileIO, length: int | None) -> None:
             _write(file, chunk)
             position += len(chunk)
             report(position)
+            if (now := time.monotonic()) - window_start >= WINDOW_S and position < most:
+                if position - window_position < MIN_BYTES:
+                    raise _BrokenOffError(f"only {position - window_position} bytes in {now - window_start:.0f} s")
+                window_start, window_position = now, position
+        else:
+            if length is None:
+                raise ValueError(
+                    f"{url} cannot be used: its server does not say how long it is, and {most / 1e6:,.1f} MB did not "
+                    f"hold all of it; at most {MAX_UNKNOWN_BYTES / 1e6:,.0f} MB and nine tenths of the free space are "
+                    f"accepted"
+                )
     file.truncate(position)
     os.fsync(file.fileno())
+
+
+def _most_bytes(url: str, folder: Path, length: int | None, position: int) -> int:
+    """How long a file may become: as long as its server says, or else a share of what there is space for.
+
+    Raises:
+        OSError: if there is no space for it.
+    """
+    free = shutil.disk_usage(folder).free
+    if length is None:
+        return min(MAX_UNKNOWN_BYTES, free * 9 // 10)
+    if length - position > free:
+        space = f"{(length - position) / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+        raise OSError(errno.ENOSPC, f"not enough space for {url} ({space})", str(folder))
+    return length
 
 
 def _write(file: FileIO, chunk: bytes) -> None:

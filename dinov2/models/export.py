@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov2.models.layouts import to_hf, to_timm
+from dinov2.models.checksums import CHECKSUM_KEY, NO_CHECKSUM, with_checksum
+from dinov2.models.layouts import StateDict, to_hf, to_timm
 from dinov2.models.sizes import exact_ratio, find_arguments
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import import_safetensors, load_backbone, read_file
@@ -126,7 +127,13 @@ def _write_torch(model: DinoVisionTransformer, path: Path) -> None:
 
 
 def _write_safetensors(model: DinoVisionTransformer, path: Path) -> None:
-    import_safetensors().save_file(model.state_dict(), path, {"format": "pt"})
+    _save_safetensors(model.state_dict(), path)
+
+
+def _save_safetensors(state: StateDict, path: Path) -> None:
+    content = import_safetensors().save(state, {"format": "pt", CHECKSUM_KEY: NO_CHECKSUM})
+    with path.open("wb") as file:
+        file.writelines(with_checksum(content))
 
 
 def _read_ours(model: DinoVisionTransformer, path: Path) -> Tokens:
@@ -144,7 +151,7 @@ def _write_hf(model: DinoVisionTransformer, folder: Path) -> None:
     folder.mkdir()
     config = json.dumps(hf_config(model), indent=2, sort_keys=True)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    import_safetensors().save_file(to_hf(model.state_dict()), folder / "model.safetensors", {"format": "pt"})
+    _save_safetensors(to_hf(model.state_dict()), folder / "model.safetensors")
 
 
 def hf_config(model: DinoVisionTransformer) -> dict[str, Any]:
@@ -199,7 +206,7 @@ def _without_registers(tokens: Tensor, registers: int) -> Tensor:
 def _write_timm(model: DinoVisionTransformer, path: Path) -> None:
     state = to_timm(model.state_dict())
     if path.suffix == ".safetensors":
-        import_safetensors().save_file(state, path, {"format": "pt"})
+        _save_safetensors(state, path)
     else:
         torch.save(state, path)
 

@@ -25,6 +25,7 @@ from urllib.request import url2pathname
 import torch
 from torch import Tensor
 
+from dinov2.models.checksums import check_safetensors, check_zip
 from dinov2.models.download import download
 from dinov2.models.layouts import StateDict, chunk_block_names, flatten_block_names, layout_of, to_published
 from dinov2.models.positions import resample_positions
@@ -35,6 +36,7 @@ __all__ = ["chunk_block_names", "files_in", "flatten_block_names", "load_backbon
 logger = logging.getLogger(__name__)
 
 TEACHER_FILE = "teacher_checkpoint.pth"  # as a run writes it
+_UNSAFE_ADVICE = "weights_only"  # what torch says of a pickle that it refuses tells how to run the code in it
 _FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", TEACHER_FILE)
 
 
@@ -112,13 +114,16 @@ def _is_state_dict(content: object) -> TypeGuard[StateDict]:
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
 
 
-def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
+def read_file(path_or_url: str | Path, *, mapped: bool = False, verified: bool = True) -> object:
     """Read a file, folder or URL as it is, without running code that may be in it; tensors come to the CPU.
+
+    The checksums in it are compared with its content before, see `checksums`.
 
     Args:
         path_or_url: a file of `torch.save`, one that ends in `.safetensors`, or a folder of transformers or of a
             run's teacher.
         mapped: leave tensors in the file until they are looked at; nobody may change it meanwhile.
+        verified: whether checksums are compared, for which all of it is read; only names and shapes need none.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -131,11 +136,13 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
     else:
         path, remedy = Path(url2pathname(url.path) if url.scheme == "file" else path_or_url), ""
     if path.is_dir():
-        return _read_folder(path, mapped)
+        return _read_folder(path, mapped, verified)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     safetensors = import_safetensors() if path.suffix == ".safetensors" else None
     try:
+        if verified:
+            _check(path)
         if safetensors:
             return safetensors.load_file(path)
         can_be_mapped = mapped and zipfile.is_zipfile(path)  # unlike files of torch before 1.6
@@ -144,17 +151,31 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
         raise
     except Exception as error:  # on bytes they do not expect both readers fail in many ways, even with KeyError
         text = f"{path}{remedy} is no checkpoint of plain tensors, or is truncated or damaged: {_reason(path, error)}"
-        raise ValueError(text) from error
+        raise ValueError(text) from (None if _UNSAFE_ADVICE in str(error) else error)
 
 
-def _read_folder(folder: Path, mapped: bool) -> object:
+def _check(path: Path) -> None:
+    """Compare the checksums in a file with its content.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    if path.suffix == ".safetensors":
+        check_safetensors(path)
+    elif zipfile.is_zipfile(path):
+        check_zip(path)
+    else:
+        logger.info("%s is of torch before 1.6 and has no checksums: damage to its numbers would not be noticed", path)
+
+
+def _read_folder(folder: Path, mapped: bool, verified: bool) -> object:
     """The weights in a folder, in one file or in several with an index."""
     files = files_in(folder)
     if len(files) == 1:
-        return read_file(files[0], mapped=mapped)
+        return read_file(files[0], mapped=mapped, verified=verified)
     content: dict[str, object] = {}
     for file in files:
-        tensors = read_file(file, mapped=mapped)
+        tensors = read_file(file, mapped=mapped, verified=verified)
         content |= tensors if isinstance(tensors, dict) else {}
     return content
 
@@ -193,8 +214,9 @@ def _reason(path: Path, error: Exception) -> str:
         return "it is empty"
     if head.isascii() and head.decode().replace("\n", " ").isprintable():
         return f"it begins with the text {head.decode()!r}"
-    _, found, what = str(error).partition("WeightsUnpickler error: ")
-    return (what if found else str(error)).partition("Re-running")[0].strip().partition("\n")[0]
+    text = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" Please use")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip() and _UNSAFE_ADVICE not in line]
+    return lines[0] if lines else "it holds more than tensors, such as the code of TorchScript"
 
 
 def import_safetensors() -> ModuleType:

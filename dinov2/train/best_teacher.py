@@ -7,12 +7,13 @@ measurement of it.
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from dinov2.files import replacing
+from dinov2.files import read_json, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ SIGNALS = {
     "patch_rank_me": ("probe_patch_rank_me",),
 }
 """What teachers are judged by, for each choice of `health.best_by`: the first that was measured."""
+
+_ALL_SIGNALS = {signal for signals in SIGNALS.values() for signal in signals}
 
 
 class Rating(NamedTuple):
@@ -64,9 +67,25 @@ def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], be
 
 
 def _read(path: Path) -> Rating | None:
-    """The rating in a file; None if it is damaged."""
+    """The rating in a file; None, with a warning, if it is damaged or cannot be read."""
     try:
-        return Rating(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        logger.warning("%s is damaged and left out", path)
+        return read_rating(path)
+    except (OSError, ValueError) as error:
+        logger.warning("the teacher beside it is left out: %s", error)
         return None
+
+
+def read_rating(path: Path) -> Rating:
+    """The rating of a teacher, `health.json` in its folder `eval/training_<iteration>`.
+
+    Raises:
+        OSError: naming the file, if it cannot be read.
+        ValueError: naming the file, if it is damaged.
+    """
+    match content := read_json(path):
+        case {"iteration": int(iteration), "signal": str(signal), "value": int() | float() as value}:
+            number = float(value) if abs(value) < 1e300 else math.nan
+            folder = path.resolve().parent.name
+            if signal in _ALL_SIGNALS and math.isfinite(number) and folder in (f"training_{iteration}", "best"):
+                return Rating(iteration, signal, number)
+    raise ValueError(f"{path} is damaged: it is no rating of the teacher in its folder: {str(content)[:100]}")

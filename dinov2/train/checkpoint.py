@@ -14,7 +14,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,16 +26,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dinov2 import distributed
+from dinov2.config import Config
 from dinov2.files import replacing
-from dinov2.models.weights import read_state_dict
+from dinov2.models.weights import load_backbone, read_state_dict
 from dinov2.train.checkpoint_folder import (
     SafeReader,
     complete_checkpoints,
     latest_checkpoint,
     one_process_is_enough,
-    read_state,
     stored_names,
 )
+from dinov2.train.checkpoint_metadata import write_checksums
+from dinov2.train.checkpoint_state import STATE_FILE, read_state
 from dinov2.train.parallel import full_tensor
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -150,7 +152,7 @@ class Checkpointer:
                 unfinished.mkdir(parents=True)
                 facts = {"iteration": step, "world_size": distributed.world_size(), **extra_state}
                 state = {**facts, "scaler": self.scaler.state_dict()}
-                with replacing(unfinished / "state.json") as file:
+                with replacing(unfinished / STATE_FILE) as file:
                     file.write(json.dumps(state).encode())
             distributed.barrier()
             one_process_is_enough()
@@ -182,7 +184,9 @@ class Checkpointer:
         try:
             written.result()  # on rank 0 only when all processes have written their part
             if distributed.is_main():
-                folder.with_suffix(_UNFINISHED).rename(folder)
+                unfinished = folder.with_suffix(_UNFINISHED)
+                write_checksums(unfinished)
+                unfinished.rename(folder)
                 self._delete_old()
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._failure(step, folder, error) from error
@@ -192,26 +196,42 @@ class Checkpointer:
     def _failure(self, step: int, folder: Path, error: BaseException) -> OSError:
         """Clean up after a checkpoint that could not be written; what to tell."""
         shutil.rmtree(folder.with_suffix(_UNFINISHED), ignore_errors=True)
+        try:
+            former: object = latest_checkpoint(self.directory) or "none"
+        except OSError as unreadable:
+            former = f"not known ({unreadable})"
         return OSError(
             f"could not write the checkpoint of iteration {step} to {folder}: {_root_cause(error)}. "
-            f"Last complete checkpoint: {latest_checkpoint(self.directory) or 'none'}. "
+            f"Last complete checkpoint: {former}. "
             f"Run the same command again when that is mended: it continues from there."
         )
 
-    def load(self, folder: Path) -> dict[str, Any]:
+    def load(self, folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         """Restore a checkpoint in place; returns its `state.json`.
+
+        Args:
+            folder: of the checkpoint.
+            needed: entries that its `state.json` must have for the run to go on.
 
         Raises:
             ValueError: if it is damaged or belongs to another model.
+            OSError: if it cannot be read.
         """
         try:
             state = read_state(folder)
+            if missing := [name for name in ("scaler", *needed) if name not in state]:
+                raise ValueError(f"{folder / STATE_FILE} lacks {', '.join(missing)}")
             stored = stored_names(folder)
             self._allocate_moments(stored)
             _load_tensors(self._tensors(), folder, stored)
             if state["scaler"]:  # empty if it was not in use
                 self.scaler.load_state_dict(state["scaler"])
         except (Exception, CheckpointException) as error:  # a damaged file raises nearly anything
+            if isinstance(cause := _first_cause(error), OSError) and not isinstance(cause, FileNotFoundError):
+                raise OSError(
+                    f"cannot read the checkpoint {folder}: {cause}. Nothing was changed; run the same command again "
+                    f"when it can be read"
+                ) from error
             raise ValueError(
                 f"cannot resume from {folder}: {_root_cause(error)}. If the config of the run was changed, change it "
                 f"back or use --no-resume or another --output-dir; if the folder is damaged, delete it to continue "
@@ -254,6 +274,20 @@ def set_aside(output_dir: Path) -> None:
             path.rename(aside / path.name)
         logger.warning("starting anew: what an earlier run left here is now in %s", aside)
     distributed.barrier()
+
+
+def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
+    """Load what a run starts from if the config names it: student.pretrained_weights, then MODEL.WEIGHTS.
+
+    Raises:
+        FileNotFoundError: if there are no such weights.
+        ValueError: if they do not fit the model.
+    """
+    if cfg.student.pretrained_weights:
+        load_backbone(model.student_backbone, cfg.student.pretrained_weights)
+        model.teacher.load_state_dict(model.student.state_dict())
+    if cfg.MODEL.WEIGHTS:
+        load_training_weights(model, cfg.MODEL.WEIGHTS)
 
 
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
@@ -316,12 +350,18 @@ def save_teacher(teacher: nn.Module, path: Path) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The message of the error in a chain that names the thing that went wrong: ours, or else the first one."""
+    """The message of the error in a chain that names the thing that went wrong."""
+    error = _first_cause(error)
+    return f"{type(error).__name__}: {_shortened(error)}".strip().rstrip(".")
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The error in a chain that names the thing that went wrong: ours, or else the first one."""
     if isinstance(error, CheckpointException) and error.failures:
-        return _root_cause(next(iter(error.failures.values()))[0])
+        return _first_cause(next(iter(error.failures.values()))[0])
     while (earlier := error.__cause__ or error.__context__) and not isinstance(error, (ValueError, OSError)):
         error = earlier
-    return f"{type(error).__name__}: {_shortened(error)}".strip().rstrip(".")
+    return error
 
 
 def _shortened(error: BaseException) -> str:

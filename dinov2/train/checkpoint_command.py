@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dinov2.files import replacing
 from dinov2.log import run_command
+from dinov2.models.checksums import CHECKSUM_KEY, NO_CHECKSUM, with_checksum
 from dinov2.models.weights import flatten_block_names, import_safetensors
 from dinov2.train.checkpoint_contents import NETWORKS, OPTIMIZER, Contents, read_contents
 from dinov2.train.checkpoint_folder import read_tensors
@@ -155,7 +156,7 @@ def convert(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{output} exists already: give another name, or --force to replace it")
     if kind == "safetensors":
         import_safetensors()  # if it is missing, that is known before everything is read
-    contents = read_contents(args.path)
+    contents = read_contents(args.path, verified=True)
     tensors = _selected_tensors(contents, args.to)
     write = _write_safetensors if kind == "safetensors" else _write_torch
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -233,9 +234,11 @@ def _write_safetensors(output: Path, form: str, tensors: dict[str, Tensor], fact
     metadata = {name: json.dumps(value, default=str) for name, value in kept.items()} | {
         "format": "pt",
         "contents": form,
+        CHECKSUM_KEY: NO_CHECKSUM,
     }
+    content = import_safetensors().save(tensors, metadata)
     with replacing(output) as file:
-        file.write(import_safetensors().save(tensors, metadata))
+        file.writelines(with_checksum(content))
 
 
 def _evaluation(source: Path, output: Path) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dinov2.models.checksums import CHECKSUM_KEY
 from dinov2.models.weights import import_safetensors, read_file
-from dinov2.train.checkpoint_folder import find_checkpoint, read_shapes, read_state
+from dinov2.train.checkpoint_folder import find_checkpoint, read_shapes
+from dinov2.train.checkpoint_state import read_state
 
 NETWORKS = ("student", "teacher")
 OPTIMIZER = ("", "optimizer")
@@ -53,8 +55,13 @@ def _place(name: str) -> tuple[tuple[str, str], str]:
     return (match[1] or "", match[2] or ""), match[3]
 
 
-def read_contents(path: Path) -> Contents:
+def read_contents(path: Path, *, verified: bool = False) -> Contents:
     """Open a checkpoint folder (or the newest one of a run), a file of `torch.save`, or a safetensors file.
+
+    Args:
+        path: of the folder or file.
+        verified: whether the checksums of a file are compared with its content, for whoever uses its numbers; those of
+            a folder are when its tensors are read.
 
     Raises:
         FileNotFoundError: if there is nothing.
@@ -65,7 +72,7 @@ def read_contents(path: Path) -> Contents:
     if path.is_dir():
         folder = find_checkpoint(path)
         return Contents(folder, read_shapes(folder), read_state(folder))
-    content = read_file(path, mapped=True)
+    content = read_file(path, mapped=True, verified=verified)
     content = content if isinstance(content, dict) else {}
     facts = {str(name): value for name, value in content.items() if not any(_flat("", value))}
     tensors = {name: value for key, item in content.items() if key not in facts for name, value in _flat(key, item)}
@@ -73,7 +80,8 @@ def read_contents(path: Path) -> Contents:
         raise ValueError(f"{path} holds no tensors; it holds: {', '.join(facts) or type(content).__name__}")
     if path.suffix == ".safetensors":
         facts = _safetensors_facts(path)
-        network, _ = facts.pop("contents", ""), facts.pop("format", "")
+        facts = {name: value for name, value in facts.items() if name not in ("format", CHECKSUM_KEY)}
+        network = facts.pop("contents", "")
         if network in NETWORKS:
             tensors = {f"{network}.{name}": value for name, value in tensors.items()}
     return Contents(path, tensors, facts)

@@ -2,17 +2,18 @@
 
 `OUT/checkpoints/model_<iteration>/` holds tensors under flat names (`model.teacher.backbone.cls_token`,
 `optimizer.student.backbone.cls_token.exp_avg`), each in one or more parts in the files `__<rank>_<n>.distcp`, the
-table of contents `.metadata`, and `state.json`. Nothing in such a folder is trusted to run code.
+table of contents `.metadata`, `state.json` (see `checkpoint_state`) and `checksums.json` for both; each part of a
+tensor carries its own. Nothing in such a folder is trusted to run code or to be undamaged.
 """
 
-import json
+import io
+import os
 import re
 import warnings
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from dinov2.models.checksums import check_zip
 from dinov2.train.checkpoint_metadata import ADVICE, read_metadata
 
 _FOLDER = re.compile(r"model_(\d{7,})")
@@ -39,37 +41,40 @@ class SafeReader(dcp.FileSystemReader):
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read file by file, each from its beginning to its end."""
+        """Read file by file, each from its beginning to its end, and compare the checksum of each part."""
 
         def place(item: ReadItem) -> tuple[str, int]:
             info = self.storage_data[item.storage_index]
             return info.relative_path, info.offset
 
-        for name, items in groupby(sorted(plan.items, key=place), key=lambda item: place(item)[0]):
+        for name, group in groupby(sorted(plan.items, key=place), key=lambda item: place(item)[0]):
+            path, items = Path(self.path) / name, list(group)
             try:
-                super().read_data(replace(plan, items=list(items)), planner)
+                self._check(path, items)
+                super().read_data(replace(plan, items=items), planner)
+            except OSError as error:
+                raise OSError(error.errno, f"cannot read: {error.strerror}", str(path)) from error
             except Exception as error:  # on bytes it does not expect torch.load fails in many ways
-                path = Path(self.path) / name
-                raise ValueError(f"{path} is damaged ({type(error).__name__}): {ADVICE}") from error
+                reason = str(error) if type(error) is ValueError else type(error).__name__
+                raise ValueError(
+                    f"{path} is damaged ({reason}): {ADVICE}"
+                ) from None  # torch's words advise to run code
         return super().read_data(replace(plan, items=[]), planner)  # a future that is done
 
+    def _check(self, path: Path, items: Sequence[ReadItem]) -> None:
+        """Compare checksums of parts of tensors, which are files of `torch.save` one after the other.
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: `iteration`, `scaler` and what the run added.
-
-    Raises:
-        FileNotFoundError, ValueError: if `state.json` is missing or damaged.
-    """
-    path = folder / "state.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: this is no checkpoint folder, or an incomplete one; {ADVICE}")
-    try:
-        state = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): {ADVICE}") from error
-    if not isinstance(state, dict) or not isinstance(state.get("iteration"), int):
-        raise ValueError(f"{path} does not say which iteration it is of: {ADVICE}")
-    return state
+        Raises:
+            ValueError: if one is damaged; names the tensor.
+        """
+        with path.open("rb") as file:
+            for index in dict.fromkeys(item.storage_index for item in items):
+                info = self.storage_data[index]
+                file.seek(info.offset)
+                try:
+                    check_zip(io.BytesIO(file.read(info.length)))
+                except ValueError as error:
+                    raise ValueError(f"{index.fqn}: {error}") from error
 
 
 def stored_names(folder: Path) -> Set[str]:
@@ -115,13 +120,31 @@ def one_process_is_enough() -> None:
 
 
 def complete_checkpoints(directory: Path) -> dict[int, Path]:
-    """The complete checkpoints in a folder of checkpoints, by their last finished iteration, in order."""
-    found = {int(match[1]): path for path in directory.glob("model_*") if (match := _FOLDER.fullmatch(path.name))}
+    """The complete checkpoints in a folder of checkpoints, by their last finished iteration, in order.
+
+    None if there is no such folder.
+
+    Raises:
+        OSError: naming the folder, if what is in it cannot be told: it may not be read, is a file, a link to nothing.
+    """
+    try:
+        names = os.listdir(directory)  # unlike Path.glob it does not pass over errors
+    except FileNotFoundError as error:
+        if directory.is_symlink():
+            raise FileNotFoundError(error.errno, "a link to nothing that is there", str(directory)) from error
+        return {}
+    except OSError as error:
+        raise OSError(error.errno, f"cannot list the checkpoints: {error.strerror}", str(directory)) from error
+    found = {int(match[1]): directory / name for name in names if (match := _FOLDER.fullmatch(name))}
     return dict(sorted(found.items()))
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a folder of checkpoints."""
+    """The newest complete checkpoint in a folder of checkpoints; None if there is none.
+
+    Raises:
+        OSError: as `complete_checkpoints`.
+    """
     return next(reversed(complete_checkpoints(directory).values()), None)
 
 
@@ -130,6 +153,7 @@ def find_checkpoint(path: Path) -> Path:
 
     Raises:
         FileNotFoundError: if there is none.
+        OSError: if a folder cannot be read.
     """
     if (path / ".metadata").exists() or (path / "state.json").exists():
         return path

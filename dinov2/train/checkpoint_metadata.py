@@ -5,9 +5,13 @@ ours (`_Record`), which can do nothing; the objects that torch wants are then bu
 Tensors are all that a folder of ours holds: an entry of another kind would be read with an unrestricted pickle.
 """
 
+import io
+import json
+import logging
 import math
 import pickle
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,52 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from dinov2.files import read_json, read_regular_file, replacing
+
+logger = logging.getLogger(__name__)
+
 _FILE = re.compile(r"\w+\.distcp")
 
+METADATA_FILE, CHECKSUMS_FILE = ".metadata", "checksums.json"
+_CHECKED = (METADATA_FILE, "state.json")  # the tensors carry their own checksums
 ADVICE = "copy the checkpoint again, or use another one"
+
+
+def write_checksums(folder: Path) -> None:
+    """Write `checksums.json`: the CRC-32 of `.metadata` and `state.json`, which are complete.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+    """
+    checksums = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
+    with replacing(folder / CHECKSUMS_FILE) as file:
+        file.write(json.dumps(checksums).encode())
+
+
+def read_checked(folder: Path, name: str) -> bytes:
+    """One of the files that `write_checksums` is about, after its checksum was compared, if there is one.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        OSError: if it cannot be read.
+        ValueError: if it is damaged.
+    """
+    try:
+        content = read_regular_file(folder / name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"no {folder / name}: this is no checkpoint folder, or an incomplete one; {ADVICE}"
+        ) from error
+    try:
+        checksums = read_json(folder / CHECKSUMS_FILE)
+    except FileNotFoundError:
+        logger.info("%s was written without checksums: damage to it may not be noticed", folder / name)
+        return content
+    except ValueError as error:
+        raise ValueError(f"{error}: {ADVICE}") from error
+    if not isinstance(checksums, dict) or checksums.get(name) != zlib.crc32(content):
+        raise ValueError(f"{folder / name} is damaged (its checksum is not that in {CHECKSUMS_FILE}): {ADVICE}")
+    return content
 
 
 class _Record:
@@ -74,12 +121,10 @@ def read_metadata(folder: str | Path) -> Metadata:
         FileNotFoundError: if it is no checkpoint folder, or a file of it is missing.
         ValueError: if a file is damaged or truncated, or if the folder holds anything else than tensors.
     """
-    path = Path(folder) / ".metadata"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: this is no checkpoint folder, or an incomplete one; {ADVICE}")
+    path = Path(folder) / METADATA_FILE
+    content = read_checked(Path(folder), METADATA_FILE)
     try:
-        with path.open("rb") as file:
-            fields = _fields(_Unpickler(file).load(), "Metadata")
+        fields = _fields(_Unpickler(io.BytesIO(content)).load(), "Metadata")
         tensors = {name: _tensor(name, record) for name, record in fields["state_dict_metadata"].items()}
         stored = dict(_stored(index, info) for index, info in fields["storage_data"].items())
         _check_all_stored(tensors, stored)

@@ -16,7 +16,9 @@ from dinov2.data.base import ImageDataset
 from dinov2.data.images import BadImageError
 from dinov2.models import build_model
 from dinov2.trackers import check_trackers
-from dinov2.train.checkpoint import load_training_weights
+from dinov2.train.checkpoint import load_initial_weights
+from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
+from dinov2.train.checkpoint_state import read_state
 from dinov2.train.memory import estimate, masked_patches_per_image
 from dinov2.train.preflight import check_settings
 from dinov2.train.probe import labelled_dataset
@@ -30,8 +32,8 @@ IMAGES_TRIED = 20
 """How many images are read to see whether the data set can be."""
 
 
-def dry_run(cfg: Config, world_size: int) -> None:
-    """Check config, data set, output folder and weights, and print the plan of the run.
+def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
+    """Check config, data set, output folder, and checkpoint or weights to start from, and print the plan of the run.
 
     Raises:
         OSError, ValueError: whatever would have stopped the run.
@@ -42,11 +44,13 @@ def dry_run(cfg: Config, world_size: int) -> None:
     _check_readable(dataset, cfg.train.max_bad_image_share)
     labelled = labelled_dataset(cfg, dataset)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
-    with torch.device("cpu" if cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS else "meta"):
-        model = SSLMetaArch(cfg)  # loads the pretrained weights
-    if cfg.MODEL.WEIGHTS:
-        load_training_weights(model, cfg.MODEL.WEIGHTS)
-    plan = _plan(cfg, model, len(dataset), world_size)
+    latest = latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") if resume else None
+    starts_from_weights = latest is None and (cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
+    with torch.device("cpu" if starts_from_weights else "meta"):
+        model = SSLMetaArch(cfg)
+    if latest is None:
+        load_initial_weights(model, cfg)
+    plan = _start(latest, cfg, model) | _plan(cfg, model, len(dataset), world_size)
     watched = f"every {cfg.health.period} steps" if cfg.health.period else "not measured (health.period=0)"
     plan |= {"health": watched, "k-NN while training": _knn(cfg) if labelled else "none: no labels, or switched off"}
     lines = [f"{name:32} {value}" for name, value in plan.items()]
@@ -59,6 +63,24 @@ def dry_run(cfg: Config, world_size: int) -> None:
     but = f" but for {len(findings)} warning(s)" if findings else ""
     text = "\n".join([config.to_yaml(cfg), *lines, "", f"dry run: everything is in order{but}, nothing was trained"])
     sys.stdout.write(text + "\n")
+
+
+def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
+    """Where the run begins; the checkpoint that it resumes from is looked at, but for the numbers in its tensors.
+
+    Raises:
+        OSError, ValueError: if it is damaged, cannot be read, or is of another model.
+    """
+    if latest is None:
+        weights = filter(None, (cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS))
+        return {"starts from": ", ".join(weights) or "random weights"}
+    step = read_state(latest)["iteration"] + 1
+    stored = read_shapes(latest)
+    for name, value in model.state_dict().items():
+        if (found := stored.get(f"model.{name}")) is None or found.shape != value.shape:
+            shape = "none" if found is None else tuple(found.shape)
+            raise ValueError(f"cannot resume from {latest}: {name} is {tuple(value.shape)} here, {shape} there")
+    return {"starts from": f"step {step:,}: resumes {latest}"}
 
 
 def _knn(cfg: Config) -> str:

@@ -24,7 +24,7 @@ import torch
 
 import dinov2
 from dinov2 import distributed
-from dinov2.files import replacing
+from dinov2.files import read_json, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -46,21 +46,42 @@ def record_environment(output_dir: Path, first_step: int = 0, data: str | None =
         OSError: naming the file, if it cannot be written.
     """
     path = output_dir / ENVIRONMENT_FILE
-    former = read_environment(path) if first_step > 0 else []
+    try:
+        former = read_environment(path) if first_step > 0 else []
+    except ValueError as error:
+        damaged = path.with_suffix(".damaged.json")
+        logger.warning("%s; it is now %s, and what earlier sessions ran on is not known", error, damaged)
+        path.replace(damaged)
+        former = []
     with replacing(path) as file:
         file.write(json.dumps({"sessions": [*former, session(first_step, data)]}, indent=2).encode() + b"\n")
 
 
 def read_environment(path: Path) -> list[dict[str, Any]]:
-    """The sessions in an environment file, the oldest first; none, with a warning, if it cannot be understood."""
-    if not path.exists():
-        return []
+    """The sessions in an environment file, the oldest first; none if there is no file.
+
+    Raises:
+        OSError: naming the file, if it cannot be read.
+        ValueError: naming the file, if it is damaged.
+    """
     try:
-        sessions = json.loads(path.read_text())["sessions"]
-        return [dict(each) for each in sessions]
-    except (ValueError, TypeError, KeyError) as error:
-        logger.warning("%s is left out, it cannot be read: %r", path, error)
+        content = read_json(path)
+    except FileNotFoundError:
         return []
+    sessions = content.get("sessions") if isinstance(content, dict) else None
+    if not isinstance(sessions, list) or not all(map(_is_session, sessions)):
+        raise ValueError(f"{path} is damaged: it is no list of sessions with first_step and processes")
+    return sessions
+
+
+def _is_session(value: object) -> bool:
+    """Whether a value is like what `session` gives; earlier versions gave less."""
+    match value:
+        case {"first_step": int(first_step), **others}:
+            processes = others.get("processes", 1)
+            kinds = all(entry is None or isinstance(entry, str | int) for entry in others.values())
+            return 0 <= first_step < 2**63 and type(processes) is int and 0 < processes < 2**63 and kinds
+    return False
 
 
 def session(first_step: int, data: str | None = None) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.images import BadImageError
-from dinov2.files import replacing
+from dinov2.files import read_array, replacing
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -247,9 +246,11 @@ def _first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, 
 def _set_aside_pictures_of_others(folder: Path, images: np.ndarray) -> None:
     """Move a folder with features of other images away: the run has been given other data."""
     try:
-        with (folder / "images.npz").open("rb") as opened, np.load(opened) as former:
-            same = np.array_equal(former["images"], images)
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # there are none, or they are damaged
+        same = np.array_equal(read_array(folder / "images.npz", "images"), images)
+    except FileNotFoundError:
+        return
+    except ValueError as error:
+        logger.warning("%s; it is replaced", error)
         return
     if not same:
         names = (folder.with_name(f"{folder.name}.earlier.{number}") for number in itertools.count(1))

@@ -22,7 +22,6 @@ from dinov2.loss import DINOLoss, KoLeoLoss, iBOTPatchLoss
 from dinov2.loss.targets import sinkhorn_knopp_in_pieces
 from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weights import load_backbone
 
 NUM_GLOBAL_CROPS = 2
 
@@ -88,8 +87,6 @@ class SSLMetaArch(nn.Module):
 
         self.student = self._networks(cfg.student.drop_path_rate)
         self.teacher = self._networks(0.0)
-        if cfg.student.pretrained_weights:
-            load_backbone(self.student_backbone, cfg.student.pretrained_weights)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 

@@ -31,20 +31,22 @@ from dinov2.data.loader import SamplerType, make_train_loader, to_device
 from dinov2.data.masking import published_max_num_patches
 from dinov2.data.randomness import seed_for
 from dinov2.data.uncut import UncutBatch
-from dinov2.files import occupying
+from dinov2.files import naming_full_disk, occupying, remove_leftovers
 from dinov2.log import MetricLogger, read_records, run_command, setup_logging, truncate_metrics
 from dinov2.trackers import open_trackers
 from dinov2.train.alarms import AlarmBell
 from dinov2.train.allocation import keep_freed_memory
 from dinov2.train.best_teacher import rate_teacher
 from dinov2.train.checkpoint import (
+    OUTPUTS,
     Checkpointer,
     latest_checkpoint,
+    load_initial_weights,
     load_training_weights,
-    read_state,
     save_teacher,
     set_aside,
 )
+from dinov2.train.checkpoint_state import Setup, read_state
 from dinov2.train.dry_run import dry_run
 from dinov2.train.environment import record_environment
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
@@ -84,9 +86,9 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         planned: int | None = getattr(args, "world_size", None)  # by the launcher, which starts the processes
         world_size = planned or distributed.where_am_i().world_size
-        dry_run(with_run_values(cfg, output_dir, world_size), world_size)
+        dry_run(with_run_values(cfg, output_dir, world_size), world_size, resume=not args.no_resume)
         return
-    with distributed.session():
+    with distributed.session(), naming_full_disk(output_dir):
         cfg = with_run_values(cfg, output_dir, distributed.world_size())
         output_dir.mkdir(parents=True, exist_ok=True)
         setup_logging(output_dir, distributed.rank())
@@ -130,12 +132,14 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     """Train until the last step of the schedule, from the latest checkpoint if there is one and `resume`."""
     device = distributed.device()
     output_dir = Path(cfg.train.output_dir)
+    if distributed.is_main():
+        remove_leftovers(output_dir, OUTPUTS)
     epoch_length, total_steps = cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    latest = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
+    if latest is None:
+        load_initial_weights(model, cfg)
     if not resume:
         set_aside(output_dir)
-    latest = distributed.all_gather_object(latest_checkpoint(output_dir / "checkpoints"))[0]  # as rank 0 sees it
-    if latest is None and cfg.MODEL.WEIGHTS:
-        load_training_weights(model, cfg.MODEL.WEIGHTS)
     model.train()
     parallelize(
         model.student,
@@ -170,14 +174,15 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         mean_over_processes=distributed.all_reduce_mean,
         hidden=("wd", "mom", "last_layer_lr", "current_batch_size", "teacher_temp"),
     )
-    start, images_seen = resume_run(cfg, latest, checkpointer, metrics)
+    global_batch = global_batch_size(cfg, distributed.world_size())
+    setup = Setup(distributed.world_size(), global_batch, len(dataset), dataset.fingerprint())
+    start, images_seen = resume_run(cfg, latest, checkpointer, metrics, setup)
     if distributed.is_main() and start < total_steps:
         record_environment(output_dir, start, data=cfg.train.dataset_path)
     panel = HealthPanel(cfg, model, dataset, last_step=total_steps - 1)
     bell = AlarmBell(read_records(output_dir / "training_metrics.json"))
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
-    global_batch = global_batch_size(cfg, distributed.world_size())
     due = False  # whether a checkpoint is, put off while steps are refused
     logger.info("%d of %d steps are done; %d images each", start, total_steps, global_batch)
     loading = closing(to_device(build_loader(cfg, dataset, images_seen), device))  # its processes end with the loop
@@ -216,7 +221,8 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             healthy = nonfinite.in_a_row == 0 or step == total_steps - 1  # else older checkpoints are worth more
             if stopping or (due and healthy):
                 due = False
-                checkpointer.save(step, {"images_seen": images_seen, "metrics": metrics.state_dict()})
+                progress = {"images_seen": images_seen, "metrics": metrics.state_dict()}
+                checkpointer.save(step, progress | setup._asdict())
             checkpointer.finish(wait=stopping)
             if stopping:
                 interruption.leave()
@@ -272,23 +278,45 @@ def clip_and_step(
     return norms
 
 
-def resume_run(cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger) -> tuple[int, int]:
+def resume_run(
+    cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger, setup: Setup
+) -> tuple[int, int]:
     """Restore the latest checkpoint, if there is one; the first step to do and the images seen before it.
 
-    Config and metrics on disk are replaced only once that has worked.
+    What is not as it was before is logged as a warning. Config and metrics on disk are replaced only once that has
+    worked.
     """
     config_file = Path(cfg.train.output_dir) / "config.yaml"
     start = images_seen = 0
     if latest is not None:
-        if config_file.exists() and (changed := config.differences(config.load(config_file), cfg)):
-            logger.warning("resuming with other settings than before: %s", "; ".join(changed))
-        state = checkpointer.load(latest)
+        state = checkpointer.load(latest, needed=("images_seen", "metrics"))
+        for title, changed in (
+            ("with other settings than before", changed_settings(config_file, cfg)),
+            ("on other data or processes than before", setup.changes_since(state)),
+        ):
+            if changed:
+                logger.warning("resuming %s: %s", title, "; ".join(changed))
         metrics.load_state_dict(state["metrics"])
         start, images_seen = state["iteration"] + 1, state["images_seen"]
     if distributed.is_main():
         config.save(cfg, config_file)
         truncate_metrics(config_file.with_name("training_metrics.json"), start)
     return start, images_seen
+
+
+def changed_settings(former: Path, cfg: Config) -> list[str]:
+    """The settings that differ from those in a run's config file; none, with a warning, if that cannot be understood.
+
+    Returns:
+        Texts such as "optim.epochs: 2 -> 4".
+    """
+    if not former.exists():
+        return []
+    try:
+        return config.differences(config.load(former), cfg)
+    except ValueError as error:
+        logger.warning("which settings have changed cannot be told, %s is replaced: %s", former, error)
+        return []
 
 
 def build_loader(cfg: Config, dataset: ImageDataset, images_seen: int) -> Iterable[Batch] | Iterable[UncutBatch]:
@@ -336,7 +364,7 @@ def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
         FileNotFoundError: if there is neither, rather than writing random weights.
     """
     output_dir = Path(cfg.train.output_dir)
-    folder = latest_checkpoint(output_dir / "checkpoints") if resume else None
+    folder = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
     source = folder or cfg.MODEL.WEIGHTS
     if not source:
         raise FileNotFoundError(

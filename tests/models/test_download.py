@@ -164,6 +164,51 @@ def test_a_complete_file_that_was_not_renamed_is_not_fetched_again(
     assert [start for _, start in server.requests] == [0]
 
 
+def test_a_server_that_trickles_is_given_up(server: WeightServer, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WINDOW_S", 0.1)
+    server.part, server.pause_s = 1, 0.01
+    with pytest.raises(ConnectionError, match=r"only \d+ bytes in 0 s"):
+        download(server.url + FILE)
+    assert len([start for _, start in server.requests if start]) == module.ATTEMPTS - 1, "it may be continued"
+
+
+def test_a_server_that_breaks_off_after_a_few_bytes_each_time_is_given_up(server: WeightServer) -> None:
+    server.cuts = [1000] * 100
+    with pytest.raises(ConnectionError, match="connection closed after"):
+        download(server.url + FILE)
+    assert len(server.requests) < 2 * module.ATTEMPTS
+
+
+def test_a_server_that_sends_without_end_is_given_up_and_nothing_stays(
+    server: WeightServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.length, server.endless = False, True
+    usage = type(shutil.disk_usage("/"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "MAX_UNKNOWN_BYTES", 3_000_000)
+        with pytest.raises(ValueError, match=r"does not say how long it is, and 3\.0 MB did not hold all of it"):
+            download(server.url + FILE)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, 2_000_000))
+        with pytest.raises(
+            ValueError, match=r"1\.8 MB did not hold all of it; at most .* nine tenths of the free space"
+        ):
+            download(server.url + FILE)
+    assert not cached(cache)
+
+
+def test_what_cannot_be_continued_does_not_stay(server: WeightServer, cache: Path) -> None:
+    server.length, server.endless = False, True
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(OSError, match="cannot write: File too large"):
+            download(server.url + FILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not cached(cache)
+
+
 # --- What fails ------------------------------------------------------------------------------------------------------
 
 

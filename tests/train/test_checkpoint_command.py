@@ -26,7 +26,10 @@ from dinov2.train.checkpoint_command import main
 from dinov2.train.checkpoint_metadata import read_metadata
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
-METRICS = {"total_loss": {"window": [9.0, 8.5], "count": 2, "total": 17.5}, "lr": {"window": [0.1], "count": 1}}
+METRICS = {
+    "total_loss": {"window": [9.0, 8.5], "count": 2, "total": 17.5},
+    "lr": {"window": [0.1], "count": 1, "total": 0.1},
+}
 FORMS = ["full", "teacher", "student", "backbone"]
 SUFFIXES = [".pth", ".pt", ".safetensors"]
 
@@ -72,7 +75,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[st
     folder = tmp_path_factory.mktemp("one") / "checkpoints" / "model_0000007"
     model = model_of_a_run()
     tensors = run_tensors(model, trained(model))
-    scaler = {"scale": 1024.0, "_growth_tracker": 3}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0).state_dict()
     return write_checkpoint(folder, tensors, scaler=scaler, images_seen=1234567, metrics=METRICS), tensors
 
 
@@ -203,7 +206,7 @@ def test_what_is_no_tensor_comes_along(one_process: tuple[Path, dict[str, Tensor
     assert list(content) == ["model", "optimizer", "iteration", "scaler", "images_seen", "metrics"]
     assert (content["scaler"]["scale"], content["images_seen"], content["metrics"]) == (1024.0, 1234567, METRICS)
     with safe_open(convert(one_process[0], tmp_path / "teacher.safetensors", "teacher"), framework="pt") as file:
-        assert file.metadata() == {"format": "pt", "contents": "teacher", "iteration": "7"}
+        assert file.metadata().items() >= {"format": "pt", "contents": "teacher", "iteration": "7"}.items()
 
 
 def test_a_published_training_checkpoint_can_be_converted(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 import enum
 import io
 import json
+import logging
+import os
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,11 @@ from dinov2.train.checkpoint_folder import (
     find_checkpoint,
     latest_checkpoint,
     read_shapes,
-    read_state,
     read_tensors,
     stored_names,
 )
-from dinov2.train.checkpoint_metadata import read_metadata
+from dinov2.train.checkpoint_metadata import read_metadata, write_checksums
+from dinov2.train.checkpoint_state import read_state
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -118,6 +121,15 @@ def test_the_newest_complete_checkpoint_is_found_from_everywhere(tmp_path: Path)
     assert latest_checkpoint(directory) == newest
     assert find_checkpoint(tmp_path) == find_checkpoint(directory) == find_checkpoint(newest) == newest
     assert find_checkpoint(directory / "model_0000009") == directory / "model_0000009"
+
+
+@pytest.mark.parametrize("there", ["file", "link", "loop"])
+def test_a_folder_of_checkpoints_that_is_none_is_an_error_and_not_empty(there: str, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    directory.touch() if there == "file" else directory.symlink_to("checkpoints" if there == "loop" else "nowhere")
+    for find in (latest_checkpoint, complete_checkpoints, lambda directory: find_checkpoint(directory.parent)):
+        with pytest.raises(OSError, match=str(directory)):
+            find(directory)
 
 
 def test_no_checkpoint_anywhere(tmp_path: Path) -> None:
@@ -291,3 +303,90 @@ def test_a_state_without_an_iteration_is_refused(state: object, folder: Path) ->
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="state.json does not say which iteration it is of"):
         read_state(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"iteration": 8},
+        {"iteration": -1},
+        {"iteration": True},
+        {"iteration": 7.0},
+        {"images_seen": -8},
+        {"images_seen": 7},
+        {"images_seen": 1e3},
+        {"images_seen": 10**30},
+        {"world_size": 0},
+        {"global_batch": "4"},
+        {"num_images": None},
+        {"dataset": 3},
+        {"scaler": []},
+        {"scaler": {"scale": 2.0}},
+        {"metrics": {"lr": 0.1}},
+        {"metrics": {"lr": {"window": [None], "count": 1, "total": 1.0}}},
+        {"metrics": {"lr": {"window": [0.1], "count": -1, "total": 1.0}}},
+        {"metrics": [1]},
+    ],
+)
+def test_a_state_whose_entries_cannot_be_is_refused(damage: dict[str, object], folder: Path) -> None:
+    path = folder / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(
+        ValueError, match=f"{path} (is damaged|is of iteration 8|does not say).*copy the checkpoint again"
+    ):
+        read_state(folder)
+
+
+def test_special_files_do_not_hang(folder: Path) -> None:
+    for name, read in {".metadata": read_metadata, "state.json": read_state}.items():
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        with pytest.raises(ValueError, match=f"{folder / name} is not a regular file"):
+            read(folder)
+
+
+# --- Checksums -------------------------------------------------------------------------------------------------------
+
+
+def test_no_flipped_bit_changes_a_number(folder: Path) -> None:
+    write_checksums(folder)
+    generator, num_refused = random.Random(0), 0
+    for name in (".metadata", "__0_0.distcp", "state.json", "checksums.json"):
+        path = folder / name
+        whole = path.read_bytes()
+        for _ in range(100):
+            damaged = bytearray(whole)
+            damaged[generator.randrange(len(whole))] ^= 1 << generator.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                found = read_tensors(folder), read_state(folder)
+            except (ValueError, OSError) as error:
+                assert str(folder) in str(error)
+                num_refused += 1
+            else:
+                assert_equal(found[0], some_tensors())
+                assert found[1] == {"iteration": 7, "scaler": {}, "images_seen": 8}
+        path.write_bytes(whole)
+    assert num_refused > 300
+
+
+def test_the_damaged_tensor_is_named_also_in_checkpoints_of_earlier_versions(folder: Path) -> None:
+    path = folder / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[content.index(some_tensors()["model.teacher.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"distcp is damaged \(model.teacher.weight: .*Bad CRC-32.*copy the checkpoint"
+    ):
+        read_tensors(folder)
+    assert set(read_tensors(folder, "model.student")) == {
+        name for name in some_tensors() if name.startswith("model.student")
+    }
+
+
+def test_what_has_no_checksum_is_read_and_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    read_state(folder)
+    assert caplog.messages == [
+        f"{folder / 'state.json'} was written without checksums: damage to it may not be noticed"
+    ]

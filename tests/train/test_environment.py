@@ -37,12 +37,13 @@ def test_a_session_says_what_it_takes_to_make_the_run_again(tmp_path: Path) -> N
     assert str(ROOT) not in text and os.uname().nodename not in text
 
 
-def test_a_damaged_file_is_told_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for damage in ("", "{", "[]", '{"sessions": [1]}', '{"sessions": null}'):
+def test_a_damaged_file_is_warned_of_kept_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for damage in ("", "{", "[]", '{"sessions": [1]}', '{"sessions": null}', '{"sessions": [{"first_step": -1}]}'):
         (tmp_path / ENVIRONMENT_FILE).write_text(damage)
         with caplog.at_level(logging.WARNING):
             record_environment(tmp_path, 10)
         assert ENVIRONMENT_FILE in caplog.text
+        assert (tmp_path / "environment.damaged.json").read_text() == damage
         assert [each["first_step"] for each in read_environment(tmp_path / ENVIRONMENT_FILE)] == [10]
 
 

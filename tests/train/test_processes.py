@@ -26,7 +26,7 @@ from tiny import (
     tensors,
 )
 
-from dinov2.train.checkpoint import read_state
+from dinov2.train.checkpoint_state import read_state
 
 pytestmark = pytest.mark.slow
 

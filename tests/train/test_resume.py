@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ from tiny import (
     metrics,
     run_train,
     tensors,
+    tiny_model,
+    without_privileges,
+    write_images,
 )
 
 from dinov2 import config
@@ -122,7 +127,12 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole(
         run_train(tmp_path)
     assert checkpoints(tmp_path) == []
     (unfinished,) = (tmp_path / "checkpoints").iterdir()
-    assert sorted(path.name for path in unfinished.iterdir()) == [".metadata", "__0_0.distcp", "state.json"]
+    assert sorted(path.name for path in unfinished.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "checksums.json",
+        "state.json",
+    ]
     run_train(tmp_path)
     assert_same_end(tmp_path, straight, LAST)
 
@@ -277,7 +287,8 @@ def test_a_state_without_an_entry_is_damaged_too(straight: Path, tmp_path: Path)
     state = json.loads(path.read_text())
     del state["scaler"]
     path.write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="cannot resume from .*model_0000007: .*scaler"):
+    path.with_name("checksums.json").unlink()
+    with pytest.raises(ValueError, match="cannot resume from .*model_0000007: .*lacks scaler"):
         run_train(tmp_path)
 
 
@@ -287,6 +298,88 @@ def test_when_it_is_deleted_the_run_continues_from_the_one_before(straight: Path
     shutil.rmtree(tmp_path / "checkpoints" / "model_0000007")
     run_train(tmp_path)
     assert_same_end(tmp_path, straight, LAST)
+
+
+@contextmanager
+def unreadable(path: Path) -> Iterator[None]:
+    """Nobody may read a file or folder in here, not even root."""
+    mode = path.stat().st_mode
+    path.chmod(0)
+    try:
+        with without_privileges():
+            yield
+    finally:
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/model_0000005", "checkpoints/model_0000005/state.json"])
+def test_a_run_that_cannot_look_for_its_checkpoint_stops_and_changes_nothing(
+    place: str, straight: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(straight, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoints/model_0000007")
+    before = contents(tmp_path / "out")
+    with pytest.raises(OSError, match=f"(?s)Permission denied: .*{place}"), unreadable(tmp_path / "out" / place):
+        run_train(tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_folder_of_checkpoints_on_a_disk_that_is_away_stops_the_run(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path / "out")
+    (tmp_path / "out" / "checkpoints").rename(tmp_path / "disk")
+    (tmp_path / "out" / "checkpoints").symlink_to(tmp_path / "away")
+    with pytest.raises(OSError, match="a link to nothing that is there: .*/out/checkpoints"):
+        run_train(tmp_path / "out")
+    assert metrics(tmp_path / "out") == metrics(straight)
+
+
+# --- What changed ----------------------------------------------------------------------------------------------------
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, start: str) -> list[str]:
+    return [message for message in caplog.messages if message.startswith(start)]
+
+
+def test_other_data_and_another_batch_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = f"train.dataset_path=ImageFolder:root={write_images(tmp_path / 'images', 6)}"
+    run_train(tmp_path / "out", folder, "optim.epochs=2")
+    run_train(tmp_path / "out", folder, "optim.epochs=3")
+    told = "resuming on other data or processes than before: "
+    assert warnings_of(caplog, told) == [], "the same images"
+    (tmp_path / "images" / "000.png").rename(tmp_path / "images" / "1000.png")
+    run_train(tmp_path / "out", folder, "optim.epochs=4")
+    (message,) = warnings_of(caplog, told)
+    assert "hash of the names of its images" in message and "images of the dataset" not in message
+    shutil.copy(tmp_path / "images" / "001.png", tmp_path / "images" / "more.png")
+    run_train(tmp_path / "out", folder, "optim.epochs=5", "train.batch_size_per_gpu=3")
+    message = warnings_of(caplog, told)[-1]
+    assert "images of a step: 4 -> 3; images of the dataset: 6 -> 7; hash of the names of its images" in message
+
+
+def test_initial_weights_are_not_needed_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = tmp_path / "backbone.pth"
+    torch.save(tiny_model(seed=3).student["backbone"].state_dict(), weights)
+    settings = (f"student.pretrained_weights={weights}", f"MODEL.WEIGHTS={tmp_path / 'whole'}")
+    run_train(tmp_path / "whole", "optim.epochs=1")
+    settings = (settings[0], f"MODEL.WEIGHTS={tmp_path / 'whole' / 'checkpoints' / 'model_0000001'}")
+    run_train(tmp_path / "out", "optim.epochs=2", *settings)
+    weights.unlink()
+    shutil.rmtree(tmp_path / "whole")
+    run_train(tmp_path / "out", "--dry-run", *settings)
+    assert f"step 4: resumes {tmp_path / 'out/checkpoints/model_0000003'}" in capsys.readouterr().out
+    run_train(tmp_path / "out", *settings)
+    assert checkpoints(tmp_path / "out")[-1] == LAST
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        run_train(tmp_path / "out", "--no-resume", *settings)
+    assert checkpoints(tmp_path / "out")[-1] == LAST, "a mistake sets nothing aside"
+
+
+def test_what_killed_processes_were_writing_is_removed(straight: Path, tmp_path: Path) -> None:
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    for name in ("eval/training_3/.teacher_checkpoint.pth", "health/.images.npz", ".environment.json"):
+        (tmp_path / f"{name}.4194300.unfinished").write_bytes(b"half of it")
+    run_train(tmp_path)
+    assert list(tmp_path.rglob("*.unfinished")) == []
 
 
 # --- What a checkpoint is --------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CENTERING, SEPARATE_HEADS, checkpoints, run_train, tensors, tiny_model
+from tiny import CENTERING, SEPARATE_HEADS, checkpoints, run_train, tensors, tiny_config, tiny_model
 from torch import Tensor
 
 from dinov2 import config
 from dinov2.train import checkpoint_command
-from dinov2.train.checkpoint import load_training_weights
+from dinov2.train.checkpoint import load_initial_weights, load_training_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 STANDSTILL = ["optim.epochs=1", "optim.base_lr=0", "optim.min_lr=0", "teacher.momentum_teacher=1"]
@@ -102,8 +102,11 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 # --- student.pretrained_weights --------------------------------------------------------------------------------------
 
 
-def starts_from(path: Path) -> SSLMetaArch:
-    return tiny_model(f"student.pretrained_weights={path}", seed=1)
+def starts_from(path: Path, *overrides: str) -> SSLMetaArch:
+    settings = (f"student.pretrained_weights={path}", *overrides)
+    model = tiny_model(*settings, seed=1)
+    load_initial_weights(model, tiny_config(*settings))
+    return model
 
 
 def test_pretrained_weights_fill_both_backbones_from_any_layout(trained: Path, tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_heads_of_a_pretrained_model_are_new(trained: Path) -> None:
 
 def test_a_pretrained_backbone_that_does_not_fit_is_refused(trained: Path) -> None:
     with pytest.raises(ValueError, match="(?s)do not fit this backbone, nothing was loaded.*blocks.2"):
-        tiny_model(f"student.pretrained_weights={dump(trained)}", "student.depth=3")
+        starts_from(dump(trained), "student.depth=3")
 
 
 # --- --eval-only -----------------------------------------------------------------------------------------------------

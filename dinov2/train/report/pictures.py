@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.analysis.pca import pca_colours, to_pictures
+from dinov2.files import read_array
 from dinov2.train.report.run import Run
 
 logger = logging.getLogger(__name__)
@@ -68,13 +69,13 @@ def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
 def read_tokens(path: Path) -> Tensor | None:
     """Patch tokens (n, h, w, D) of the first images; None, with a warning, if the file cannot be read."""
     try:
-        tokens = torch.from_numpy(np.load(path, allow_pickle=False)[:MAX_IMAGES]).float()
-        if tokens.ndim != 4 or min(tokens.shape) < 1 or tokens.shape[-1] < 3:
-            raise ValueError(f"expected (images, rows, columns, features), got the shape {tuple(tokens.shape)}")
-    except (OSError, ValueError, EOFError) as error:
+        tokens = read_array(path)
+        if tokens.dtype.kind != "f" or tokens.ndim != 4 or min(tokens.shape) < 1 or tokens.shape[-1] < 3:
+            raise ValueError(f"expected (images, rows, columns, features), got {tokens.dtype} of shape {tokens.shape}")
+    except (OSError, ValueError) as error:
         logger.warning("%s is left out: %s", path, error)
         return None
-    return tokens.nan_to_num()
+    return torch.from_numpy(tokens[:MAX_IMAGES].astype(np.float32)).nan_to_num()
 
 
 def spread(count: int, most: int) -> list[int]:

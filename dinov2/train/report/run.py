@@ -1,26 +1,28 @@
 """What a training run left in its output folder, as far as it has come: whatever is missing is empty, and noted."""
 
-import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, NamedTuple
-from zipfile import BadZipFile
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from dinov2 import config
 from dinov2.config import Config, ConfigError
+from dinov2.files import read_array, read_json
+from dinov2.log import readable_records
 from dinov2.train.alarms import Alarm, find_alarms
-from dinov2.train.best_teacher import Rating
+from dinov2.train.best_teacher import Rating, read_rating
 from dinov2.train.environment import ENVIRONMENT_FILE, read_environment
 from dinov2.train.report.state import State, read_state
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Record = dict[str, float]
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "training_metrics.json"
@@ -183,12 +185,12 @@ def read_run(folder: Path, name: str, tag: str = "") -> Run:
         config_text=text,
         records=records,
         alarms=find_alarms(records),
-        sessions=read_environment(folder / ENVIRONMENT_FILE),
+        sessions=_or_noted(lambda: read_environment(folder / ENVIRONMENT_FILE), [], notes),
         measurements=read_measurements(folder, notes),
-        best=read_best(folder / "eval" / "best" / "health.json", notes),
+        best=_or_noted(lambda: _rating(folder / "eval" / "best" / "health.json"), None, notes),
         images=read_images(folder / "health" / "images.npz", notes),
         tokens=find_tokens(folder / "health"),
-        state=read_state(folder, metrics),
+        state=read_state(folder, metrics, notes),
         notes=notes,
     )
 
@@ -212,13 +214,8 @@ def read_records(path: Path, notes: list[str]) -> list[Record]:
     if not path.exists():
         notes.append(f"There is no {METRICS_FILE} yet.")
         return []
-    records, unreadable = {}, 0
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            numbers = {str(key): float(value) for key, value in json.loads(line).items()}
-            records[numbers["iteration"]] = {key: value for key, value in numbers.items() if math.isfinite(value)}
-        except (ValueError, TypeError, KeyError, AttributeError):
-            unreadable += 1
+    found, unreadable = readable_records(path)
+    records = {record["iteration"]: record for record in found}
     if not records:
         notes.append(f"{METRICS_FILE} has no line yet.")
     if unreadable:
@@ -229,12 +226,14 @@ def read_records(path: Path, notes: list[str]) -> list[Record]:
 def read_measurements(folder: Path, notes: list[str]) -> list[Measurement]:
     """The numbers of all results files in the folder, the earliest teacher first."""
     patterns = ("knn.json", "results_eval_*.json", "*/results_eval_*.json", "eval/**/results_eval_*.json")
-    paths = {path.resolve(): path for pattern in patterns for path in folder.glob(pattern)}  # eval/best is a link
+    paths = {
+        os.path.realpath(path): path for pattern in patterns for path in folder.glob(pattern)
+    }  # eval/best is a link
     found: list[Measurement] = []
     for path in sorted(paths.values()):
         try:
-            found += measurements_of(json.loads(path.read_text()))
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            found += measurements_of(read_json(path))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, OSError) as error:
             notes.append(f"{path.relative_to(folder)} could not be read: {error!r}")
     return sorted(found, key=lambda each: (each.evaluation, -1 if each.teacher is None else each.teacher))
 
@@ -249,7 +248,7 @@ def measurements_of(results: Mapping[str, Any]) -> list[Measurement]:
     ]
     weights = (results.get("weights") or {}).get("path") or ""
     folder = Path(weights).parent.name.removeprefix("training_")
-    teacher = int(folder) if weights.endswith(_TEACHER) and folder.isdigit() else None
+    teacher = int(folder) if weights.endswith(_TEACHER) and folder.isdecimal() else None
     evaluation = str(results["evaluation"])
     return [
         Measurement(evaluation, teacher, ", ".join(data), name, value)
@@ -262,7 +261,7 @@ def _numbers(metrics: Any, evaluation: str, prefix: tuple[str, ...] = ()) -> lis
     if isinstance(metrics, bool | str | None):
         return []
     if isinstance(metrics, int | float):
-        return [(", ".join(prefix), float(metrics))]
+        return [(", ".join(prefix), float(metrics))] if math.isfinite(metrics) else []
     if isinstance(metrics, list) and metrics and all(isinstance(value, int | float) for value in metrics):
         return [(", ".join((*prefix, "mean")), float(np.mean(metrics)))]
     if isinstance(metrics, list):
@@ -275,16 +274,18 @@ def _numbers(metrics: Any, evaluation: str, prefix: tuple[str, ...] = ()) -> lis
     return found
 
 
-def read_best(path: Path, notes: list[str]) -> Rating | None:
-    """How the teacher that `eval/best` points to was rated, if there is one."""
-    if not path.exists():
-        return None
+def _or_noted(read: Callable[[], T], otherwise: T, notes: list[str]) -> T:
+    """What a function reads; if that fails, why is noted and something else given."""
     try:
-        rating = Rating(**json.loads(path.read_text()))
-        return rating._replace(iteration=int(rating.iteration), value=float(rating.value))
-    except (ValueError, TypeError, OSError) as error:
-        notes.append(f"eval/best/{path.name} could not be read: {error!r}")
-        return None
+        return read()
+    except (OSError, ValueError) as error:
+        notes.append(str(error))
+        return otherwise
+
+
+def _rating(path: Path) -> Rating | None:
+    """How the teacher that `eval/best` points to was rated, if there is one."""
+    return read_rating(path) if path.exists() else None
 
 
 def read_images(path: Path, notes: list[str]) -> np.ndarray | None:
@@ -292,9 +293,11 @@ def read_images(path: Path, notes: list[str]) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return file["images"]
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        images = read_array(path, "images")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or min(images.shape) < 1:
+            raise ValueError(f"expected images (n, 3, H, W) of bytes, got {images.dtype} {images.shape}")
+        return images
+    except (OSError, ValueError) as error:
         notes.append(f"health/{path.name} could not be read: {error}")
         return None
 
@@ -302,4 +305,4 @@ def read_images(path: Path, notes: list[str]) -> np.ndarray | None:
 def find_tokens(folder: Path) -> dict[int, Path]:
     """Files of patch tokens by step, the earliest first."""
     steps = ((path.stem.removeprefix("patch_tokens_"), path) for path in folder.glob("patch_tokens_*.npy"))
-    return dict(sorted((int(step), path) for step, path in steps if step.isdigit()))
+    return dict(sorted((int(step), path) for step, path in steps if step.isdecimal()))

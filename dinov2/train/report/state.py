@@ -25,18 +25,23 @@ class State(NamedTuple):
     checkpoint: int | None = None  # the last finished step of the latest one
 
 
-def read_state(folder: Path, metrics: Path) -> State:
-    """Look at lock, log and checkpoints of a run, and at its file of numbers."""
+def read_state(folder: Path, metrics: Path, notes: list[str]) -> State:
+    """Look at lock, log and checkpoints of a run, and at its file of numbers; what cannot be read is noted."""
     try:
         occupied = is_occupied(folder)
     except OSError as error:
         logger.info("whether %s is in use cannot be told: %s", folder, error)
         occupied = None
+    try:
+        checkpoint = max(complete_checkpoints(folder / "checkpoints"), default=None)
+    except OSError as error:
+        notes.append(f"Its checkpoints could not be listed: {error}")
+        checkpoint = None
     return State(
         occupied=occupied,
         silent=time.time() - metrics.stat().st_mtime if metrics.exists() else None,
         error=last_error(log_path(folder)),
-        checkpoint=max(complete_checkpoints(folder / "checkpoints"), default=None),
+        checkpoint=checkpoint,
     )
 
 
