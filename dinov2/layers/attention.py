@@ -8,7 +8,11 @@
 
 `auto` takes the first of the table that runs on the device, dtype and head width at hand. Whether one runs is found
 out by running it once: xFormers imports happily on machines where none of its kernels work.
-The environment variable `XFORMERS_DISABLED` (any value) removes xFormers from the choice.
+The environment variable `XFORMERS_DISABLED` (any value) removes xFormers from the choice. On a CPU, and in whatever is
+exported or compiled from outside, `auto` is `sdpa` without a search; `train.parallel` compiles with the choice made.
+
+The attention maps exist only where something needs them: dropout on them, or a hook on `attn_drop`, which gets them as
+(b, H, n, n). Then they are computed in the open, whatever the backend.
 
 Legend: T packed tokens, D width, H heads, d = D / H, B sequences of N tokens.
 """
@@ -17,12 +21,14 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dinov2.layers.hooks import has_hooks
 from dinov2.layers.packing import Segments, pack
 
 logger = logging.getLogger(__name__)
@@ -34,11 +40,14 @@ class Attention(nn.Module):
     """Multi-head self-attention with the published parameter names `qkv` and `proj`.
 
     Args:
-        dim: width D.
-        num_heads: heads H; must divide `dim`.
-        qkv_bias, proj_bias: whether the two projections have a bias.
-        attn_drop, proj_drop: must be 0. The published fast path ignores attention dropout; we refuse it instead.
-        attention_backend: one of `BACKENDS`.
+        dim: Width D.
+        num_heads: Number of heads H; must divide `dim`.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        proj_bias: Whether the output projection has a bias.
+        attn_drop: Dropout rate of the attention maps, in [0, 1]. While training a rate above 0 needs the maps, which
+            the fast kernels do not have; the published fast path ignores the rate.
+        proj_drop: Dropout rate of the output, in [0, 1].
+        attention_backend: One of `BACKENDS`.
     """
 
     def __init__(
@@ -54,48 +63,74 @@ class Attention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} is not divisible by {num_heads} heads")
-        if attn_drop or proj_drop:
-            raise ValueError(f"attention has no dropout here; got attn_drop={attn_drop}, proj_drop={proj_drop}")
         if attention_backend not in BACKENDS:
             raise ValueError(f"unknown attention backend {attention_backend!r}; known: {', '.join(BACKENDS)}")
         self.num_heads = num_heads
-        self.scale = (dim // num_heads) ** -0.5
+        self.head_dim = dim // num_heads
+        self.scale = self.head_dim**-0.5
         self.attention_backend = attention_backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop: nn.Module = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
-        # Code that replaces `forward` to look at attention maps expects these, and `scale`.
-        self.attn_drop = self.proj_drop = nn.Identity()
+        self.proj_drop: nn.Module = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         """Let every sequence attend to itself.
 
         Args:
             x: (T, D) packed tokens with `segments`, or (B, N, D) without.
+
+        Returns:
+            The attended tokens, in the shape of `x`.
         """
         qkv = self.qkv(x)  # (..., 3D), the shape that hooks on this layer are written for
         if segments is None:
             qkv, segments = pack([qkv])
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # (T, 3, H, d): rows of Q, then K, then V
-        backend = self.attention_backend
-        if backend == "auto":
-            exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # only sdpa is known to exporters
-            backend = "sdpa" if exporting else best_backend(qkv.device.type, qkv.dtype, qkv.shape[-1])
-        elif backend != "sdpa" and qkv.device.type != "cuda":
-            raise ValueError(f"attention backend {backend!r} runs on CUDA only, not on {qkv.device}; use auto or sdpa")
-        return self.proj(_KERNELS[backend](qkv, segments).view_as(x))
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))  # (T, 3, H, d): rows of Q, then K, then V
+        if self._needs_maps():
+            attended = _by_group(qkv, segments, self._attend_with_maps)
+        else:
+            attended = _KERNELS[self._backend(qkv)](qkv, segments)
+        return self.proj_drop(self.proj(attended.reshape(x.shape)))
+
+    def _backend(self, qkv: Tensor) -> str:
+        if self.attention_backend == "auto":
+            return best_backend(qkv.device.type, qkv.dtype, self.head_dim)
+        if self.attention_backend != "sdpa" and qkv.device.type != "cuda":
+            raise ValueError(
+                f"attention backend {self.attention_backend!r} runs on CUDA only, not on {qkv.device}; use auto or sdpa"
+            )
+        return self.attention_backend
+
+    def _needs_maps(self) -> bool:
+        """Whether `attn_drop` has something to do, or is listened to."""
+        drop = self.attn_drop
+        if type(drop) is nn.Dropout:
+            return (self.training and drop.p > 0) or has_hooks(drop)
+        return type(drop) is not nn.Identity or has_hooks(drop)
+
+    def _attend_with_maps(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of (b, H, n, d) each, through `attn_drop`."""
+        maps = torch.softmax(q * self.scale @ k.mT, dim=-1)
+        return self.attn_drop(maps).to(v.dtype) @ v
 
 
 MemEffAttention = Attention
 """The published name; there the memory-efficient variant was a subclass, here it is a choice of backend."""
 
 
-def _sdpa(qkv: Tensor, segments: Segments) -> Tensor:
-    """(T, 3, H, d) -> (T, H, d), a batched call per group."""
+def _by_group(qkv: Tensor, segments: Segments, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """(T, 3, H, d) -> (T, H, d), a batched call of q, k, v -> (b, H, n, d) for each group of (b, H, n, d)."""
     groups = []
     for (count, length), part in zip(segments, qkv.split([count * n for count, n in segments]), strict=True):
-        q, k, v = part.view(count, length, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)  # each (b, H, n, d)
-        groups.append(_attend(q, k, v).transpose(1, 2).flatten(0, 1))
+        q, k, v = part.unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)
+        groups.append(attend(q, k, v).transpose(1, 2).flatten(0, 1))
     return groups[0] if len(groups) == 1 else torch.cat(groups)
+
+
+def _sdpa(qkv: Tensor, segments: Segments) -> Tensor:
+    """(T, 3, H, d) -> (T, H, d), a batched call per group."""
+    return _by_group(qkv, segments, _attend)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -144,22 +179,29 @@ def _sequence_ends(segments: Segments, device: torch.device) -> Tensor:
 
 
 def best_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The first backend of the table above that computes attention and its gradient for such inputs."""
+    """The first backend of the table above that computes attention and its gradient for such inputs.
+
+    A compiler that traces this finds a constant without a search: `sdpa`, which every compiler and exporter knows. One
+    that has been asked to call it instead (`torch.compiler.assume_constant_result`) gets the choice made outside.
+    """
+    if device_type != "cuda" or torch.compiler.is_dynamo_compiling():
+        return "sdpa"  # before `is_exporting`, which Dynamo of torch 2.11 takes for true in every compilation
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "sdpa"
     return _find_backend(device_type, dtype, head_dim)
 
 
 @functools.cache
 def _find_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     here = f"{device_type}, {dtype}, {head_dim} channels per head"
-    if device_type == "cuda":
-        for name in ["varlen"] if "XFORMERS_DISABLED" in os.environ else ["xformers", "varlen"]:
-            try:
-                _try_backend(name, device_type, dtype, head_dim)
-            except Exception as error:  # any failure at all means: not usable here
-                logger.debug("attention backend %s does not run on %s: %s", name, here, error)
-            else:
-                logger.info("attention backend for %s: %s", here, name)
-                return name
+    for name in ["varlen"] if "XFORMERS_DISABLED" in os.environ else ["xformers", "varlen"]:
+        try:
+            _try_backend(name, device_type, dtype, head_dim)
+        except Exception as error:  # any failure at all means: not usable here
+            logger.debug("attention backend %s does not run on %s: %s", name, here, error)
+        else:
+            logger.info("attention backend for %s: %s", here, name)
+            return name
     logger.info("attention backend for %s: sdpa", here)
     return "sdpa"
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dinov2.layers.attention import Attention
 from dinov2.layers.drop_path import DropPath
 from dinov2.layers.ffn import Mlp
+from dinov2.layers.hooks import has_hooks
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.packing import Segments, pack, unpack
 
@@ -22,11 +23,21 @@ class Block(nn.Module):
     """x <- x + ls1(attn(norm1 x)); x <- x + ls2(ffn(norm2 x)).
 
     Args:
-        dim: width D.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the feed-forward network over `dim`.
-        drop_path: rate rho of stochastic depth.
-        init_values: start of LayerScale's gains; None or 0 leaves LayerScale out.
+        dim: Width D.
+        num_heads: Number of attention heads.
+        mlp_ratio: Hidden width of the feed-forward network over `dim`.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
+        proj_bias: Whether the output projection of attention has a bias.
+        ffn_bias: Whether the feed-forward network has biases.
+        drop: Dropout rate of the outputs of attention and feed-forward network, in [0, 1].
+        attn_drop: Dropout rate of the attention maps, in [0, 1].
+        init_values: Initial gain of LayerScale; None or 0 leaves LayerScale out.
+        drop_path: Rate rho of stochastic depth, in [0, 1).
+        act_layer: Activation of the feed-forward network, where it has a choice.
+        norm_layer: Normalization of D channels.
+        attn_class: Attention, called as `Attention` is.
+        ffn_layer: Feed-forward network, called as `Mlp` is.
+        attention_backend: See `layers.attention`.
     """
 
     def __init__(
@@ -37,19 +48,34 @@ class Block(nn.Module):
         qkv_bias: bool = False,
         proj_bias: bool = True,
         ffn_bias: bool = True,
-        drop_path: float = 0.0,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
         init_values: float | None = None,
+        drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
         norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        attn_class: Callable[..., nn.Module] = Attention,
         ffn_layer: Callable[..., nn.Module] = Mlp,
+        *,
         attention_backend: str = "auto",
     ) -> None:
         super().__init__()
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias, attention_backend=attention_backend)
+        self.attn = attn_class(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=drop,
+            **_unless_auto(attention_backend),
+        )
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path)
         self.norm2 = norm_layer(dim)
-        self.mlp = ffn_layer(in_features=dim, hidden_features=int(dim * mlp_ratio), bias=ffn_bias)
+        self.mlp = ffn_layer(
+            in_features=dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=drop, bias=ffn_bias
+        )
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path2 = DropPath(drop_path)
         self.sample_drop_ratio = drop_path
@@ -86,7 +112,8 @@ class Block(nn.Module):
 
     def _add(self, x: Tensor, residual: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
         """x + drop_path(scale(residual)), in one operation where nothing is dropped."""
-        if isinstance(scale, LayerScale) and not (self.training and self.sample_drop_ratio > 0):
+        drops = self.training and self.sample_drop_ratio > 0
+        if type(scale) is LayerScale and not drops and not has_hooks(scale) and not has_hooks(drop_path):
             return torch.addcmul(x, residual, scale.gamma)
         return x + drop_path(scale(residual))
 
@@ -96,7 +123,11 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor, segments: Segments | None) -> Tensor:
         x = self.norm1(x)
-        return self.attn(x) if segments is None else self.attn(x, segments)
+        if segments is None:
+            return self.attn(x)
+        if isinstance(self.attn, Attention):
+            return self.attn(x, segments)
+        return pack([self.attn(group) for group in unpack(x, segments)])[0]  # attention of others takes batches
 
     def _ffn(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x))
@@ -108,7 +139,7 @@ class Block(nn.Module):
             chosen = self._draw(count, x.device)
             keep = len(chosen)
             rows.append((start + chosen[:, None] * length + torch.arange(length, device=x.device)).flatten())
-            scales.append(x.new_full((keep * length, 1), count / keep))
+            scales.append(x.new_full((keep * length, 1), count / max(keep, 1)))
             kept.append((keep, length))
             start += count * length
         index = torch.cat(rows)
@@ -120,7 +151,7 @@ class Block(nn.Module):
         factors = []
         for count, length in segments:
             chosen = self._draw(count, x.device)
-            of_sequences = x.new_zeros(count).index_fill(0, chosen, count / len(chosen))
+            of_sequences = x.new_zeros(count).index_fill(0, chosen, count / max(len(chosen), 1))
             factors.append(of_sequences.repeat_interleave(length, output_size=count * length))
         return torch.cat(factors)[:, None]
 
@@ -128,6 +159,11 @@ class Block(nn.Module):
         """The sequences of a group whose residual is computed."""
         keep = max(int(count * (1 - self.sample_drop_ratio)), 1)
         return torch.randperm(count, device=device)[:keep]
+
+
+def _unless_auto(attention_backend: str) -> dict[str, str]:
+    """The keyword for the backend, which only our own attention knows, where one was asked for."""
+    return {} if attention_backend == "auto" else {"attention_backend": attention_backend}
 
 
 NestedTensorBlock = Block

@@ -4,10 +4,15 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """While training, zero whole samples with probability `drop_prob` and scale the others to keep the mean."""
+    """While training, zero whole samples with probability `drop_prob` and scale the others to keep the mean.
 
-    def __init__(self, drop_prob: float = 0.0) -> None:
+    Args:
+        drop_prob: Rate of stochastic depth, in [0, 1); None is 0.
+    """
+
+    def __init__(self, drop_prob: float | None = 0.0) -> None:
         super().__init__()
+        drop_prob = drop_prob or 0.0
         if not 0.0 <= drop_prob < 1.0:
             raise ValueError(f"the rate of stochastic depth must be at least 0 and below 1, not {drop_prob}")
         self.drop_prob = drop_prob

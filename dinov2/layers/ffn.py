@@ -7,7 +7,16 @@ from torch.nn import functional as F
 
 
 class Mlp(nn.Module):
-    """Linear, activation, Linear; parameters `fc1` and `fc2`."""
+    """Linear, activation, Linear; parameters `fc1` and `fc2`.
+
+    Args:
+        in_features: Width D of the tokens.
+        hidden_features: Hidden width; None: D.
+        out_features: Width of the result; None: D.
+        act_layer: Activation between the two layers.
+        drop: Dropout rate after each layer, in [0, 1].
+        bias: Whether the layers have biases.
+    """
 
     def __init__(
         self,
@@ -34,7 +43,17 @@ class SwiGLUFFN(nn.Module):
     """SiLU-gated network (Shazeer, arXiv 2002.05202); `w12` packs the gate and the value, `w3` projects back.
 
     The hidden width shrinks to two thirds, rounded up to a multiple of 8, to keep the parameters of an `Mlp`.
-    There is neither a choice of activation nor dropout.
+
+    Args:
+        in_features: Width D of the tokens.
+        hidden_features: Hidden width before it shrinks; None: D.
+        out_features: Width of the result; None: D.
+        act_layer: Has no effect, as published: the gate is a SiLU. Only the default of `Block` may be given.
+        drop: Must be 0: there is no dropout.
+        bias: Whether the layers have biases.
+
+    Raises:
+        ValueError: If another activation or dropout is asked for.
     """
 
     def __init__(
@@ -42,9 +61,15 @@ class SwiGLUFFN(nn.Module):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] | None = None,
+        drop: float = 0.0,
         bias: bool = True,
     ) -> None:
         super().__init__()
+        if act_layer not in (None, nn.GELU, nn.SiLU):
+            raise ValueError(f"the gate of SwiGLU is a SiLU, not act_layer={act_layer}; take mlp for a choice")
+        if drop:
+            raise ValueError(f"SwiGLU has no dropout, but drop={drop}; take mlp for one")
         hidden_features = hidden_features or in_features
         hidden_features = (int(hidden_features * 2 / 3) + 7) // 8 * 8
         self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)

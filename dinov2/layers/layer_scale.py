@@ -5,17 +5,25 @@ from torch import Tensor, nn
 
 
 class LayerScale(nn.Module):
-    """Multiply the last dimension, of size `dim`, by `gamma`, which starts at `init_values`."""
+    """Multiply the last dimension by a learned gain `gamma`.
 
-    def __init__(self, dim: int, init_values: float = 1e-5) -> None:
+    Args:
+        dim: Number of channels D.
+        init_values: Initial gain, one number or one for each channel (D,).
+        inplace: Whether the input is overwritten.
+    """
+
+    def __init__(self, dim: int, init_values: float | Tensor = 1e-5, inplace: bool = False) -> None:
         super().__init__()
         self.init_values = init_values
+        self.inplace = inplace
         self.gamma = nn.Parameter(torch.empty(dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.constant_(self.gamma, self.init_values)
+        with torch.no_grad():
+            self.gamma.copy_(torch.as_tensor(self.init_values))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return x * self.gamma
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma

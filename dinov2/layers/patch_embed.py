@@ -42,10 +42,26 @@ class PatchEmbed(nn.Module):
         """(B, C, H, W) -> (B, H/p * W/p, D), row by row.
 
         Raises:
-            ValueError: if a side is not a multiple of the patch.
+            ValueError: If these are no images for this model: no batch of floats, other channels, or a side that is
+                not a multiple of the patch.
         """
-        for side, size, patch in zip(("height", "width"), x.shape[-2:], self.patch_size, strict=True):
-            if size % patch:
-                raise ValueError(f"input image {side} {size} is not a multiple of patch {side} {patch}")
+        self._check(x)
         x = self.norm(self.proj(x).permute(0, 2, 3, 1))  # (B, H/p, W/p, D)
         return x.flatten(1, 2) if self.flatten_embedding else x
+
+    def _check(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise ValueError(f"images are a tensor (B, {self.in_chans}, H, W), not {type(images).__name__}")
+        if images.ndim != 4:
+            hint = "; one image needs a batch dimension: image.unsqueeze(0)" if images.ndim == 3 else ""
+            raise ValueError(f"images are (B, {self.in_chans}, H, W), not {tuple(images.shape)}{hint}")
+        if images.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images {tuple(images.shape)} have {images.shape[1]} channels, but this model takes {self.in_chans}: "
+                f"(B, {self.in_chans}, H, W)"
+            )
+        if not images.is_floating_point():
+            raise ValueError(f"images are floating-point numbers after normalization, not {images.dtype}")
+        for side, size, patch in zip(("height", "width"), images.shape[-2:], self.patch_size, strict=True):
+            if size % patch:
+                raise ValueError(f"input image {side} {size} is not a multiple of patch {side} {patch}")

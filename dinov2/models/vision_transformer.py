@@ -4,16 +4,18 @@ Legend: B images, (H, W) pixels, p patch side, n = H/p * W/p patches, R register
 A sequence is [class token, R registers, n patches row by row].
 """
 
-from collections.abc import Callable, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.layers import Block, Mlp, PatchEmbed, SwiGLUFFN, pack, unpack
 from dinov2.layers.packing import Segments
-from dinov2.models.positions import resample_positions
+from dinov2.models.positions import Grid, resample_positions
 
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
@@ -33,6 +35,9 @@ class DinoVisionTransformer(nn.Module):
         embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
         drop_path_rate: stochastic depth, a ramp from 0 to this rate, or the same everywhere (`drop_path_uniform`).
         init_values: start of LayerScale; None or 0 leaves it out.
+        embed_layer: patch projection, called as `PatchEmbed` is.
+        act_layer: activation of the feed-forward networks; `swiglu` has no choice.
+        block_fn: block, called as `Block` is.
         ffn_layer: a key of `FFN_LAYERS` (`swiglu` and `swiglufused` are the same).
         block_chunks: into how many groups the blocks are sharded, for whoever shards them. Changes nothing here: names
             are always flat (`blocks.7.`), and `models.weights` renames chunked checkpoints.
@@ -58,8 +63,9 @@ class DinoVisionTransformer(nn.Module):
         drop_path_rate: float = 0.0,
         drop_path_uniform: bool = False,
         init_values: float | None = None,
-        embed_layer: Callable[..., PatchEmbed] = PatchEmbed,
-        block_fn: Callable[..., Block] = Block,
+        embed_layer: Callable[..., Any] = PatchEmbed,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        block_fn: Callable[..., nn.Module] = Block,
         ffn_layer: str = "mlp",
         block_chunks: int = 0,
         num_register_tokens: int = 0,
@@ -105,9 +111,10 @@ class DinoVisionTransformer(nn.Module):
                 ffn_bias=ffn_bias,
                 drop_path=drop_path_rate if drop_path_uniform else ramp[index],
                 init_values=init_values,
+                act_layer=act_layer,
                 norm_layer=norm_layer,
                 ffn_layer=FFN_LAYERS[ffn_layer],
-                attention_backend=attention_backend,
+                **({} if attention_backend == "auto" else {"attention_backend": attention_backend}),
             )
             for index in range(depth)
         )
@@ -128,15 +135,37 @@ class DinoVisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @property
+    def position_grid(self) -> Grid:
+        """Rows and columns of the position table, which other code may have replaced.
+
+        They are those that the model was built for if the table has as many rows, else the table is of a square grid.
+
+        Raises:
+            ValueError: If it is neither.
+        """
+        shape = self.pos_embed.shape
+        if len(shape) == 3 and shape[2] == self.embed_dim:
+            built_for: Grid = getattr(self.patch_embed, "patches_resolution", (0, 0))
+            side = math.isqrt(max(shape[1] - 1, 0))
+            if built_for[0] * built_for[1] == shape[1] - 1:
+                return built_for
+            if side * side == shape[1] - 1:
+                return side, side
+        raise ValueError(
+            f"pos_embed {tuple(shape)} is no position table of a square grid of patches after a class token: "
+            f"(1, 1 + side * side, {self.embed_dim})"
+        )
+
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
         """The position table for images of `height` x `width` pixels: (1, 1 + n, D), in the dtype of the tokens `x`.
 
-        At the size the model was built for it is the table itself, otherwise see `positions.resample_positions`.
+        At the size the table is for it is the table itself, otherwise see `positions.resample_positions`.
         Name and order of the arguments are the published ones: other code calls and replaces this method.
         """
         positions = resample_positions(
             self.pos_embed,
-            self.patch_embed.patches_resolution,
+            self.position_grid,
             (height // self.patch_size, width // self.patch_size),
             offset=self.interpolate_offset,
             antialias=self.interpolate_antialias,
@@ -147,10 +176,14 @@ class DinoVisionTransformer(nn.Module):
         """Images (B, C, H, W), masks (B, n) bool or None -> tokens (B, 1 + R + n, D).
 
         Masked patches are replaced by the mask token before positions are added; registers get no position.
+
+        Raises:
+            ValueError: If the images or the masks are none for this model.
         """
-        height, width = x.shape[-2:]
-        x = self.patch_embed(x)
+        images, x = x, self.patch_embed(x)
+        height, width = images.shape[-2:]
         if masks is not None:
+            _check_masks(masks, x)
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         x = x + self.interpolate_pos_encoding(x, height, width)
@@ -176,8 +209,11 @@ class DinoVisionTransformer(nn.Module):
             For each batch a dict: `x_norm_clstoken` (B, D), `x_norm_regtokens` (B, R, D), `x_norm_patchtokens`
             (B, n, D), `x_prenorm` (B, 1 + R + n, D, before the last norm), `masks`.
         """
-        if not isinstance(x, Tensor):
-            return self.forward_features_list(x, masks or [None] * len(x), patches)  # type: ignore[arg-type]
+        if isinstance(x, list | tuple):
+            masks_list: Any = [None] * len(x) if masks is None else masks
+            return self.forward_features_list(x, masks_list, patches)
+        if patches is not None:
+            raise ValueError("patches are chosen of a list of batches; give [images] for one batch")
         tokens = self.prepare_tokens_with_masks(x, masks)  # type: ignore[arg-type]
         for block in self.blocks:
             tokens = block(tokens)
@@ -198,6 +234,8 @@ class DinoVisionTransformer(nn.Module):
                 computes nothing that serves the others only, and the features are `x_norm_clstoken` (B, D),
                 `x_norm_patchtokens` (M, D), and `masks`.
         """
+        if not len(x_list) == len(masks_list) == len(x_list if patches_list is None else patches_list) > 0:
+            raise ValueError(f"{len(x_list)} batches of images with {len(masks_list)} masks: give one or None for each")
         tokens, segments = pack(
             [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
         )
@@ -239,7 +277,7 @@ class DinoVisionTransformer(nn.Module):
     def get_intermediate_layers(
         self,
         x: Tensor,
-        n: int | Sequence[int] = 1,
+        n: SupportsIndex | Iterable[SupportsIndex] = 1,
         reshape: bool = False,
         return_class_token: bool = False,
         norm: bool = True,
@@ -248,13 +286,14 @@ class DinoVisionTransformer(nn.Module):
 
         Args:
             x: images (B, C, H, W).
-            n: how many last blocks, or the indices of the blocks (negative ones count from the end).
+            n: how many last blocks, or the indices of the blocks (negative ones count from the end); integers of any
+                library.
             reshape: give (B, D, H/p, W/p) instead of (B, n, D).
             return_class_token: give pairs (patch tokens, class token (B, D)). Registers are never returned.
             norm: apply the last norm to every output.
 
         Raises:
-            ValueError: if a block does not exist.
+            ValueError: if a block does not exist or is named twice, or the images are none for this model.
         """
         wanted = self._block_indices(n)
         tokens = self.prepare_tokens_with_masks(x)
@@ -271,21 +310,37 @@ class DinoVisionTransformer(nn.Module):
             return tuple((patch, output[:, 0]) for patch, output in zip(patches, outputs, strict=True))
         return tuple(patches)
 
-    def _block_indices(self, n: int | Sequence[int]) -> set[int]:
-        if isinstance(n, int):
-            wanted = set(range(self.n_blocks - n, self.n_blocks))
-        else:
-            wanted = {index if index >= 0 else index + self.n_blocks for index in n}
-        if not wanted or not all(0 <= index < self.n_blocks for index in wanted):
-            raise ValueError(f"blocks {n} asked of a model with {self.n_blocks} blocks")
+    def _block_indices(self, n: SupportsIndex | Iterable[SupportsIndex]) -> list[int]:
+        depth = self.n_blocks
+        try:
+            if isinstance(n, Iterable) and getattr(n, "ndim", 1) != 0:
+                wanted = [index % depth if -depth <= index < 0 else index for index in map(operator.index, n)]
+            else:  # a number, also one of a library whose numbers are arrays without dimensions
+                wanted = list(range(depth - operator.index(n), depth))  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError(f"n is how many last blocks, or a list of their indices, not {n!r}") from error
+        if not wanted or len(set(wanted)) < len(wanted) or not all(0 <= index < depth for index in wanted):
+            raise ValueError(f"blocks {n} asked of a model with {depth} blocks")
         return wanted
 
     def forward(
         self, x: Any, masks: Any = None, is_training: bool = False, patches: Sequence[Tensor] | None = None
     ) -> Tensor | dict[str, Any] | list[dict[str, Any]]:
         """The normalised class token (B, D) through `head` (the identity), or with `is_training` all features."""
+        if isinstance(x, list | tuple) and not is_training:
+            raise ValueError("a list of batches has features, is_training=True; class tokens are those of one batch")
         features: Any = self.forward_features(x, masks, patches)
         return features if is_training else self.head(features["x_norm_clstoken"])
+
+
+def _check_masks(masks: Tensor, patches: Tensor) -> None:
+    """Raise a ValueError if the masks do not say of every patch (B, n, D) whether it is masked."""
+    batch, num_patches, _ = patches.shape
+    if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
+        kind = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
+        raise ValueError(f"masks are a tensor of bool, True where a patch is masked, not {kind}")
+    if masks.ndim != 2 or masks.shape[1] != num_patches or masks.shape[0] not in (1, batch):
+        raise ValueError(f"masks {tuple(masks.shape)} are not of {batch} images of {num_patches} patches")
 
 
 def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:

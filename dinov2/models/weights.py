@@ -236,7 +236,7 @@ def _fitting_positions(table: Tensor, model: DinoVisionTransformer, source: str)
     side = math.isqrt(max(table.shape[1] - 1, 0))
     if side * side != table.shape[1] - 1 or table.shape[2] != model.embed_dim:
         return table  # not a square grid or another width: reported with the other mismatches
-    rows, columns = model.patch_embed.patches_resolution
+    rows, columns = model.position_grid
     logger.warning(
         "the position table of %s is for %d x %d patches, this model has %d x %d: resampled (bicubic)",
         source,

@@ -1,5 +1,6 @@
 """Networks for other runtimes: exported as people export the published models, they compute the same at any size."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 NAMES = ["dinov2_vits14", "dinov2_vits14_reg"]
 SIZES = [(56, 56), (42, 70), (28, 28), (14, 98)]  # the first is the one the model was built for
 Dim = torch.export.Dim
+
+
+class Choice(torch.nn.Module):
+    """Adds one where attention on a GPU is `sdpa`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if attention.best_backend("cuda", torch.float16, 64) == "sdpa" else x
 
 
 def small(name: str) -> DinoVisionTransformer:
@@ -100,18 +108,34 @@ def test_a_program_for_one_size_computes_exactly_the_same() -> None:
     assert torch.equal(program(x), model(x))
 
 
-def test_exporters_see_the_kernel_they_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is best on the device is not asked for, nor tried out, while exporting."""
+def test_exporters_and_compilers_see_the_kernel_they_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is best on a GPU is neither looked for nor tried out while somebody else's program is traced."""
 
     def asked(*_: object) -> str:
         raise AssertionError("asked for the best kernel")
 
-    monkeypatch.setattr(attention, "best_backend", asked)
-    model = small("dinov2_vits14")
-    program: Any = torch.export.export(model, (images(2, (28, 28)),))
-    assert "scaled_dot_product_attention" in str(program.graph)
+    monkeypatch.setattr(attention, "_find_backend", asked)
+    monkeypatch.delattr(attention.best_backend, "_dynamo_marked_constant", raising=False)  # by tests of compiled blocks
+    torch.compiler.reset()
+    x, expected = torch.zeros(2), torch.ones(2)
+    assert torch.equal(torch.export.export(Choice(), (x,)).module()(x), expected)
+    assert torch.equal(torch.compile(Choice(), backend="eager", fullgraph=True)(x), expected)
+    with warnings.catch_warnings(action="ignore"):
+        assert torch.equal(torch.jit.trace(Choice(), x, check_trace=False)(x), expected)
     with pytest.raises(AssertionError, match="asked for the best kernel"):
-        model(images(2, (28, 28)))
+        Choice()(x)
+    program = torch.export.export(small("dinov2_vits14"), (images(2, (28, 28)),))
+    assert "scaled_dot_product_attention" in str(program.graph)
+
+
+def test_blocks_compiled_for_training_take_the_best_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search runs outside of the compiled program, as `train.parallel` asks for."""
+    monkeypatch.setattr(attention, "_find_backend", lambda *_: logging.getLogger().debug("search") or "varlen")
+    monkeypatch.setattr(attention.best_backend, "_dynamo_marked_constant", True, raising=False)  # put back afterwards
+    torch.compiler.assume_constant_result(attention.best_backend)
+    torch.compiler.reset()
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(Choice(), backend="eager", fullgraph=True)(x), x)
 
 
 # --- Positions of sizes not known beforehand -------------------------------------------------------------------------

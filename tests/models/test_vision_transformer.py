@@ -324,7 +324,7 @@ def test_what_serves_unwanted_patches_only_is_not_computed() -> None:
 
 
 def test_a_list_needs_a_mask_or_none_for_each_batch() -> None:
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="2 batches of images with 1 masks: give one or None for each"):
         small_vit().forward_features([images(2, 3, 8, 8), images(2, 3, 4, 4)], [None])
 
 

@@ -1,0 +1,10 @@
+"""Modules whose work is fused into that of others, and who listens to them."""
+
+from torch import nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook listens to what `module` computes or changes it, so that the module must really be called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
