@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dinov2.hub.backbones import make_backbone, weights_source
 from dinov2.models.published import weights_url
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weights import load_backbone, read_state_dict
+from dinov2.models.weights import check_numbers, load_backbone, read_state_dict
 
 NUM_CLASSES = 1000
 
@@ -128,6 +128,7 @@ def make_classifier(
 def _load_head(head: nn.Linear, state: dict[str, Tensor], source: str) -> None:
     """Load a linear layer that is alone in its file, or the part `linear_head.` of a classifier."""
     names = {name.removeprefix("linear_head."): name for name in state if not name.startswith("backbone.")}
+    check_numbers({name: state[name] for name in names.values()}, source)
     try:
         head.load_state_dict({name: state[origin] for name, origin in names.items()})
     except RuntimeError as error:

@@ -11,7 +11,7 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
 
 
-def read_weights(source: str) -> tuple[str, StateDict]:
+def read_weights(source: str, checkpoint_key: str = "teacher") -> tuple[str, StateDict]:
     """Where the weights of a published name, a file, folder or URL are, and the tensors there.
 
     Raises:
@@ -22,7 +22,7 @@ def read_weights(source: str) -> tuple[str, StateDict]:
     if source in PUBLISHED:
         arch, registers = PUBLISHED[source]
         source = weights_url(arch, "pretrain", registers=registers)
-    return source, read_state_dict(source)
+    return source, read_state_dict(source, checkpoint_key)
 
 
 def num_heads_beside(source: str) -> int | None:
@@ -37,7 +37,9 @@ def build_published(name: str, num_heads: int | None = None) -> DinoVisionTransf
     return build_model(arch, **published_settings(arch, registers=registers), num_heads=num_heads)
 
 
-def load_from_weights(source: str, *, name: str | None = None, num_heads: int | None = None) -> DinoVisionTransformer:
+def load_from_weights(
+    source: str, *, name: str | None = None, num_heads: int | None = None, checkpoint_key: str = "teacher"
+) -> DinoVisionTransformer:
     """A frozen backbone with its weights, on the CPU.
 
     Args:
@@ -45,14 +47,15 @@ def load_from_weights(source: str, *, name: str | None = None, num_heads: int | 
         name: the published backbone that it is; None: the one that is its source, or what the tensors tell.
         num_heads: attention heads, which tensors do not tell; None: as a configuration of transformers in the folder
             says, or 64 channels per head.
+        checkpoint_key: which network, if the source holds several.
 
     Raises:
         FileNotFoundError, ConnectionError, ValueError: there are no such weights, or they fit no backbone.
     """
     num_heads = num_heads or num_heads_beside(source)
     name = name or (source if source in PUBLISHED else None)
-    source, tensors = read_weights(source)
-    state = backbone_state_dict(tensors)
+    source, tensors = read_weights(source, checkpoint_key)
+    state = backbone_state_dict(tensors, checkpoint_key, source)
     if name:
         model = build_published(name, num_heads)
     else:

@@ -41,6 +41,8 @@ def chunk_block_names(state: StateDict, depth: int, block_chunks: int) -> StateD
 # --- Any layout ------------------------------------------------------------------------------------------------------
 
 _HF_MARK = "embeddings.patch_embeddings.projection.weight"
+PATCH_PROJECTIONS = ("patch_embed.proj.weight", _HF_MARK)
+"""Names that only a backbone has, and any backbone, in one layout or another."""
 
 
 def layout_of(state: StateDict) -> str:

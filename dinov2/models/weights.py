@@ -2,9 +2,9 @@
 
 Read are files of `torch.save` and safetensors, URLs, and folders: as transformers writes them, or of a run's teacher
 (`OUT/eval/best`). In them: a flat state dict (the released backbones), `{"teacher": {...}}` (teacher dumps of a run,
-keys `backbone.`...), `{"model": {...}}` (published training checkpoints, `student.backbone.` or `teacher.backbone.`);
-with the published names, those of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`).
-Pickles are only ever read with `weights_only=True`.
+keys `backbone.`...), `{"model": {...}}` (published training checkpoints, `student.backbone.` or `teacher.backbone.`),
+or what other trainers make of these, see `models.networks`; with the published names, those of transformers or of timm;
+blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`). Pickles are only ever read with `weights_only=True`.
 
     python -m dinov2.models.weights inspect FILE               # what is in it
     python -m dinov2.models.weights convert FILE OUT --to hf   # for other libraries, see there
@@ -28,6 +28,7 @@ from torch import Tensor
 from dinov2.models.checksums import check_safetensors, check_zip
 from dinov2.models.download import download
 from dinov2.models.layouts import StateDict, chunk_block_names, flatten_block_names, layout_of, to_published
+from dinov2.models.networks import choose, find_state_dict, prefixes, without_wrappers
 from dinov2.models.positions import resample_positions
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -43,33 +44,44 @@ _FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", TEACHER_FILE)
 def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") -> StateDict:
     """Read the tensors of a checkpoint, on the CPU, with the published names and flat names of blocks.
 
-    If the file holds several networks (`teacher`, `model`, `student`), `checkpoint_key` is preferred.
+    The state dict may be nested in others, and have the prefixes of any wrapper. If the file holds several state dicts
+    with a network, `checkpoint_key` (`teacher`, `model_ema`, ...) says which; see `networks.choose`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, holds no tensors, or would need an unsafe pickle.
+        ValueError: if the file is truncated, holds no tensors, would need an unsafe pickle, or holds several networks
+            and the key is of none.
     """
-    content = read_file(path_or_url)
-    for key in (checkpoint_key, "teacher", "model", "state_dict", "student"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not _is_state_dict(content):
-        held = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path_or_url} holds no state dict of tensors; it holds: {held}")
-    state = flatten_block_names({name.removeprefix("module."): value for name, value in content.items()})
+    content, source = read_file(path_or_url), str(path_or_url)
+    state = find_state_dict(content, checkpoint_key, source)
+    if state is None:  # a head, or what is left of a backbone
+        for key in (checkpoint_key, "teacher", "model", "state_dict", "student"):
+            if isinstance(content, dict) and isinstance(content.get(key), dict):
+                content = content[key]
+                break
+        if not _is_state_dict(content):
+            held = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{source} holds no state dict of tensors; it holds: {held}")
+        state = without_wrappers(content, source)
+    state = flatten_block_names(state)
     if (layout := layout_of(state)) != "published":
-        logger.info("%s has the names of %s: translated", path_or_url, layout)
+        logger.info("%s has the names of %s: translated", source, layout)
+        if len(found := prefixes(state)) > 1:
+            chosen = choose(found, checkpoint_key, source)
+            state = {name.removeprefix(chosen): value for name, value in state.items() if name.startswith(chosen)}
     return to_published(state)
 
 
-def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher") -> StateDict:
-    """The part of a state dict that belongs to the backbone, without its prefix; all of it if there is no prefix."""
-    for prefix in (f"{checkpoint_key}.backbone.", "backbone."):
-        part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if part:
-            return part
-    return state
+def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher", source: str = "the file") -> StateDict:
+    """The part of a state dict that belongs to the backbone, without its prefix; all of it if there is no prefix.
+
+    Raises:
+        ValueError: if there are several backbones, and the key is of none.
+    """
+    found = prefixes(state)
+    prefix = choose(found, checkpoint_key, source) if found else "backbone."
+    part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return to_published(part) if part else state
 
 
 def load_backbone(
@@ -83,7 +95,7 @@ def load_backbone(
     Raises:
         ValueError: if names or shapes differ, listing them and what usually causes it.
     """
-    state = backbone_state_dict(read_state_dict(path_or_url, checkpoint_key), checkpoint_key)
+    state = backbone_state_dict(read_state_dict(path_or_url, checkpoint_key), checkpoint_key, str(path_or_url))
     return load_state(model, state, str(path_or_url))
 
 
@@ -103,9 +115,25 @@ def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> D
     ]
     if missing or foreign or misshapen:
         raise ValueError(_mismatch_message(source, missing, foreign, misshapen))
+    check_numbers(state, source)
     model.load_state_dict(state)
     logger.info("loaded %d tensors of the backbone from %s", len(state), source)
     return model
+
+
+def check_numbers(state: StateDict, source: str) -> None:
+    """Refuse weights that are not finite floating-point numbers, naming the first such tensors.
+
+    Raises:
+        ValueError: if there are such.
+    """
+    other = [f"{name} ({value.dtype})" for name, value in state.items() if not value.is_floating_point()]
+    if other:
+        raise ValueError(f"weights in {source} are no floating-point numbers: {', '.join(other[:6])}")
+    broken = [name for name, value in state.items() if not value.is_meta and not value.isfinite().all()]
+    if broken:
+        more = f" and {len(broken) - 6} more" if len(broken) > 6 else ""
+        raise ValueError(f"weights in {source} are not finite (NaN or infinite): {', '.join(broken[:6])}{more}")
 
 
 def _is_state_dict(content: object) -> TypeGuard[StateDict]:

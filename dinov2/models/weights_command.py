@@ -45,6 +45,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     for command in (look, turn):
         command.add_argument("source", metavar="SOURCE", help=what)
         command.add_argument("--num-heads", type=int, help="attention heads; default: 64 channels per head")
+        command.add_argument(
+            "--checkpoint-key", default="teacher", metavar="NAME", help="which network, if SOURCE holds several"
+        )
     turn.add_argument("--model", choices=PUBLISHED, metavar="NAME", help="the network; default: found from the tensors")
     turn.add_argument("output", type=Path, metavar="OUTPUT", help="the file to write, with --to hf the folder")
     turn.add_argument(
@@ -84,8 +87,9 @@ def _say(*lines: str) -> None:
 
 def inspect(args: argparse.Namespace) -> None:
     """Say what is in a file of weights."""
-    source, tensors = read_weights(args.source)
-    state, num_heads = backbone_state_dict(tensors), args.num_heads or num_heads_beside(args.source)
+    source, tensors = read_weights(args.source, args.checkpoint_key)
+    state = backbone_state_dict(tensors, args.checkpoint_key, source)
+    num_heads = args.num_heads or num_heads_beside(args.source)
     lines = [source, *(f"  {title:14} {value}" for title, value in _description(state, num_heads))]
     values = {id(value) for value in state.values()}
     if others := [name for name, value in tensors.items() if id(value) not in values]:
@@ -133,7 +137,9 @@ def convert(args: argparse.Namespace) -> None:
         raise FileExistsError(f"{output} exists already: give another name, or --force to replace it")
     if output.exists() and output.is_dir() != (args.to == "hf"):
         raise FileExistsError(f"{output} is {'a folder' if output.is_dir() else 'a file'}: give another name")
-    model = load_from_weights(args.source, name=args.model, num_heads=args.num_heads)
+    model = load_from_weights(
+        args.source, name=args.model, num_heads=args.num_heads, checkpoint_key=args.checkpoint_key
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         unfinished = Path(folder) / output.name
