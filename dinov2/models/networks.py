@@ -38,7 +38,8 @@ def find_state_dict(content: object, checkpoint_key: str, source: str) -> StateD
     found = {f"{path}{prefix}": path for path, tensors in holders.items() for prefix in prefixes(tensors)}
     if not found:
         return None
-    state = holders[found[choose(list(found), checkpoint_key, source)] if len(holders) > 1 else found.popitem()[1]]
+    several_in_one = len(holders) == 1 < len(found)  # left to whoever wants a backbone, not all of the state dict
+    state = holders[found[next(iter(found)) if several_in_one else choose(list(found), checkpoint_key, source)]]
     while (parent := _common_parent(state)) is not None:
         state = {name.removeprefix(parent): value for name, value in state.items()}
     return state
@@ -66,7 +67,11 @@ def choose(networks: Sequence[str], checkpoint_key: str, source: str) -> str:
         if len(matching) == 1:
             return matching[0]
     names = ", ".join(name.rstrip(".") or "one without prefix" for name in networks)
-    raise ValueError(f"{source} holds several networks: {names}; checkpoint_key={checkpoint_key!r} names none of them")
+    raise ValueError(
+        f"{source} holds several networks: {names}; checkpoint_key = {checkpoint_key!r} is none of them or several. "
+        "Say which: load_backbone(..., checkpoint_key=NAME), or python -m dinov2.models.weights convert with "
+        "--checkpoint-key NAME"
+    )
 
 
 def without_wrappers(tensors: StateDict, source: str) -> StateDict:

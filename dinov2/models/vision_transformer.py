@@ -319,8 +319,12 @@ class DinoVisionTransformer(nn.Module):
                 wanted = list(range(depth - operator.index(n), depth))  # type: ignore[arg-type]
         except TypeError as error:
             raise ValueError(f"n is how many last blocks, or a list of their indices, not {n!r}") from error
-        if not wanted or len(set(wanted)) < len(wanted) or not all(0 <= index < depth for index in wanted):
+        if not wanted or not all(0 <= index < depth for index in wanted):
             raise ValueError(f"blocks {n} asked of a model with {depth} blocks")
+        if len(set(wanted)) < len(wanted):
+            raise ValueError(
+                f"blocks {n} of a model with {depth} blocks name one twice; each is returned once, in order"
+            )
         return wanted
 
     def forward(

@@ -1,5 +1,6 @@
 """Attention: what it computes, and that every backend computes the same or says that it cannot run."""
 
+import contextlib
 import importlib.util
 import math
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2.layers import Attention, MemEffAttention, pack, unpack
 from dinov2.layers.attention import _KERNELS, BACKENDS, _sequence_ends, _try_backend, best_backend
@@ -106,6 +108,105 @@ def test_the_published_class_is_this_one() -> None:
     assert MemEffAttention is Attention
     assert list(attention_of().state_dict()) == ["qkv.weight", "qkv.bias", "proj.weight", "proj.bias"]
     assert list(Attention(8, 2, proj_bias=False).state_dict()) == ["qkv.weight", "proj.weight"]
+
+
+# --- Maps and dropout ------------------------------------------------------------------------------------------------
+
+
+def naive_maps(attention: Attention, x: Tensor) -> Tensor:
+    """Softmax of the scaled products of queries and keys, (N, D) -> (H, N, N)."""
+    q, k = (x @ attention.qkv.weight.T + attention.qkv.bias).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)[:2]
+    return torch.stack([q[:, h] @ k[:, h].T for h in range(attention.num_heads)]).mul(attention.scale).softmax(dim=-1)
+
+
+def test_a_hook_on_the_dropout_gets_the_maps_of_each_group() -> None:
+    attention, groups = attention_of().double(), groups_of(24, torch.float64)
+    tokens, segments = pack(groups)
+    expected, maps = attention(tokens, segments), list[Tensor]()
+    handle = attention.attn_drop.register_forward_hook(lambda module, inputs, output: maps.append(output))
+    torch.testing.assert_close(attention(tokens, segments), expected)
+    for group, found in zip(groups, maps, strict=True):
+        torch.testing.assert_close(found, torch.stack([naive_maps(attention, sequence) for sequence in group]))
+    assert attention(groups[0]).shape == groups[0].shape and maps[-1].shape == (2, 3, 5, 5)
+    handle.remove()
+    attention(tokens, segments)
+    assert len(maps) == 4, "without the hook there are no maps"
+
+
+@pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_full_backward_hook"])
+def test_every_kind_of_hook_on_the_dropout_is_called(register: str) -> None:
+    attention, calls = attention_of(), list[int]()
+    getattr(attention.attn_drop, register)(lambda *_: calls.append(1))
+    attention(torch.randn(2, 5, 24)).sum().backward()
+    assert calls == [1]
+
+
+def test_a_hook_may_change_the_maps() -> None:
+    attention, x = attention_of(), torch.randn(2, 5, 24)
+    attention.attn_drop.register_forward_hook(lambda module, inputs, output: torch.full_like(output, 1 / 5))
+    values = attention.qkv(x)[..., 48:].mean(dim=1, keepdim=True)
+    torch.testing.assert_close(attention(x), attention.proj(values).expand(-1, 5, -1))
+
+
+def test_modules_put_in_place_of_the_dropouts_are_called() -> None:
+    class Uniform(torch.nn.Module):
+        def forward(self, maps: Tensor) -> Tensor:
+            return torch.full_like(maps, 1 / maps.shape[-1])
+
+    attention, x = attention_of(), torch.randn(2, 5, 24)
+    attention.attn_drop, attention.proj_drop = Uniform(), torch.nn.Tanh()
+    values = attention.qkv(x)[..., 48:].mean(dim=1, keepdim=True)
+    torch.testing.assert_close(attention(x), attention.proj(values).expand(-1, 5, -1).tanh())
+
+
+def test_dropout_acts_on_the_maps_and_on_the_output_while_training() -> None:
+    plain, x = attention_of(), torch.randn(2, 5, 24)
+    attention = Attention(24, 3, qkv_bias=True, attn_drop=0.5, proj_drop=0.25)
+    attention.load_state_dict(plain.state_dict())
+    assert (attention.attn_drop.p, attention.proj_drop.p) == (0.5, 0.25)
+    assert (plain.attn_drop.p, plain.proj_drop.p) == (0.0, 0.0), "other code reads them"
+    assert torch.equal(attention.eval()(x), plain(x))
+    attention.train()
+    outputs = torch.stack([attention(x) for _ in range(4000)])
+    assert abs(float((outputs == 0).double().mean()) - 0.25) < 0.01
+    torch.testing.assert_close(outputs.mean(dim=0), plain(x), rtol=0, atol=0.05)
+    attention.attn_drop.p = attention.proj_drop.p = 0.0
+    torch.testing.assert_close(attention(x), plain(x))
+
+
+# --- One sequence, no sequence, transformations ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("math", [False, True])
+def test_a_batch_of_one_is_half_of_a_batch_of_two(dtype: torch.dtype, math: bool) -> None:
+    attention, x = attention_of().to(dtype), groups_of(24, torch.float64)[0].to(dtype)
+    with sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext():
+        both = attention(x)
+        alone = attention(x[:1])
+        (gradient,) = torch.autograd.grad(alone.float().sin().sum(), attention.qkv.weight)
+    torch.testing.assert_close(alone, both[:1], rtol=2e-2, atol=2e-2)
+    assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_per_sample_gradients_are_those_of_each_sample() -> None:
+    attention, x = attention_of().double(), groups_of(24, torch.float64)[0]
+    weights = {name: value.detach() for name, value in attention.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(attention, weights, (sample[None],)).sin().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights, x)
+    for index, sample in enumerate(x):
+        one_by_one = torch.func.grad(loss)(weights, sample)
+        torch.testing.assert_close({name: value[index] for name, value in together.items()}, one_by_one)
+
+
+def test_no_sequences_and_strided_ones() -> None:
+    attention, x = attention_of(), torch.randn(5, 3, 24)
+    assert attention(x[:0]).shape == (0, 3, 24)
+    torch.testing.assert_close(attention(x.transpose(0, 1)), attention(x.transpose(0, 1).contiguous()))
 
 
 # --- Choice of backend -----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2.layers import Block, NestedTensorBlock, SwiGLUFFN
+from dinov2.layers import Attention, Block, Mlp, NestedTensorBlock, SwiGLUFFN
 
 DIM = 8
 
@@ -96,6 +96,66 @@ def test_evaluation_ignores_the_rate(rate: float) -> None:
     assert torch.equal(block(x), plain(x))
     for ours, expected in zip(block([x, x[:, :3]]), plain([x, x[:, :3]]), strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_the_published_order_of_arguments() -> None:
+    block = Block(8, 2, 3.0, True, False, False, 0.1, 0.2, 0.5, 0.3, nn.ReLU, nn.LayerNorm, Attention, Mlp)
+    assert block.attn.qkv.bias is not None and block.attn.proj.bias is None and block.mlp.fc1.bias is None
+    assert (block.mlp.fc1.out_features, type(block.mlp.act)) == (24, nn.ReLU)
+    assert (block.attn.attn_drop.p, block.attn.proj_drop.p, block.mlp.drop.p) == (0.2, 0.1, 0.1)
+    assert (block.ls1.gamma == 0.5).all() and block.sample_drop_ratio == block.drop_path1.drop_prob == 0.3
+
+
+class MeanOfTokens(nn.Module):
+    """Attention of somebody else, who knows batches only."""
+
+    def __init__(self, dim: int, num_heads: int, **options: object) -> None:
+        super().__init__()
+        assert options == {"qkv_bias": False, "proj_bias": True, "attn_drop": 0.0, "proj_drop": 0.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1, keepdim=True).expand_as(x)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_attention_of_others_is_taken_for_batches_and_lists(drop_path: float) -> None:
+    block = Block(DIM, 2, attn_class=MeanOfTokens, drop_path=drop_path, ffn_layer=lambda **_: nn.Identity())
+    groups = [torch.randn(4, 3, DIM), torch.randn(2, 5, DIM)]
+    assert [output.shape for output in block(groups)] == [group.shape for group in groups]
+    block.eval()
+    for output, group in zip(block(groups), groups, strict=True):
+        x = group + block.norm1(group).mean(dim=1, keepdim=True)
+        torch.testing.assert_close(output, x + block.norm2(x))
+        torch.testing.assert_close(block(group), output)
+
+
+@pytest.mark.parametrize("name", ["ls1", "ls2"])
+def test_a_hook_on_layer_scale_sees_and_changes_the_residual(name: str) -> None:
+    """Without hooks it is fused with the sum."""
+    block, x = block_of().eval(), torch.randn(2, 5, DIM)
+    expected, seen = block(x), list[Tensor]()
+    handle = getattr(block, name).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(block(x), expected)
+    assert [output.shape for output in seen] == [x.shape]
+    handle.remove()
+    getattr(block, name).register_forward_hook(lambda module, inputs, output: torch.zeros_like(output))
+    assert not torch.allclose(block(x), expected)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("training", [False, True])
+def test_no_images_give_no_tokens(drop_path: float, training: bool) -> None:
+    block = block_of(drop_path).train(training)
+    assert block(torch.zeros(0, 5, DIM)).shape == (0, 5, DIM)
+    assert [len(group) for group in block([torch.zeros(0, 5, DIM), torch.zeros(2, 3, DIM)])] == [0, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("drop_path", [0.0, 0.05, 0.5])
+def test_one_image_in_half_precision_has_a_gradient(dtype: torch.dtype, drop_path: float) -> None:
+    block = block_of(drop_path).train().to(dtype)
+    block(torch.randn(1, 5, DIM, dtype=dtype)).sum().backward()
+    assert block.attn.qkv.weight.grad is not None and block.attn.qkv.weight.grad.isfinite().all()
 
 
 def test_the_published_class_is_this_one() -> None:

@@ -38,3 +38,15 @@ def test_layer_scale_multiplies_channels() -> None:
     with torch.no_grad():
         scale.gamma.copy_(torch.tensor([1.0, 2.0, 3.0]))
     assert scale(torch.ones(2, 4, 3))[1, 2].tolist() == [1, 2, 3]
+
+
+def test_layer_scale_can_overwrite_its_input_and_start_from_a_vector() -> None:
+    scale, x = LayerScale(3, torch.tensor([1.0, 2.0, 3.0]), inplace=True), torch.ones(2, 3)
+    with torch.no_grad():
+        assert scale(x) is x
+    assert x.tolist() == [[1.0, 2.0, 3.0]] * 2
+
+
+def test_no_rate_is_a_rate_of_zero() -> None:
+    x = torch.randn(3, 2)
+    assert DropPath(None).train()(x) is x

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from dinov2.layers import Mlp, SwiGLUFFN, SwiGLUFFNFused
 
@@ -54,3 +55,17 @@ def test_biases_can_be_left_out(layer: type[Mlp] | type[SwiGLUFFN]) -> None:
 @pytest.mark.parametrize("layer", [Mlp, SwiGLUFFN])
 def test_output_width_can_differ(layer: type[Mlp] | type[SwiGLUFFN]) -> None:
     assert layer(6, 24, out_features=5)(torch.randn(2, 6)).shape == (2, 5)
+
+
+def test_swiglu_takes_the_published_arguments_that_change_nothing() -> None:
+    ffn = SwiGLUFFN(6, 24, 5, nn.GELU, 0.0, False)
+    assert ffn.w3.out_features == 5 and ffn.w12.bias is None
+    with pytest.raises(ValueError, match="the gate of SwiGLU is a SiLU, not act_layer=<class .*ReLU'>; take mlp"):
+        SwiGLUFFN(6, act_layer=nn.ReLU)
+    with pytest.raises(ValueError, match=r"SwiGLU has no dropout, but drop=0\.1; take mlp"):
+        SwiGLUFFN(6, drop=0.1)
+
+
+def test_mlp_takes_the_activation() -> None:
+    ffn, x = Mlp(6, 8, act_layer=nn.Tanh), torch.randn(3, 6)
+    assert torch.equal(ffn(x), ffn.fc2(ffn.fc1(x).tanh()))

@@ -1,5 +1,8 @@
 """Patch embedding: every patch through one linear map, row by row, for any multiple of the patch."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -46,3 +49,22 @@ def test_published_attributes() -> None:
 def test_a_side_that_is_no_multiple_is_named(height: int, width: int, side: str) -> None:
     with pytest.raises(ValueError, match=f"{side} is not a multiple of patch .* 14"):
         PatchEmbed(patch_size=14)(torch.zeros(1, 3, height, width))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 28, 28), r"not \(3, 28, 28\); one image needs a batch dimension: image.unsqueeze\(0\)"),
+        (torch.zeros(28, 28), r"images are \(B, 3, H, W\), not \(28, 28\)$"),
+        (torch.zeros(1, 2, 3, 28, 28), r"images are \(B, 3, H, W\), not \(1, 2, 3, 28, 28\)$"),
+        (torch.zeros(2, 1, 28, 28), r"images \(2, 1, 28, 28\) have 1 channels, but this model takes 3: "),
+        (torch.zeros(2, 28, 28, 3), r"images \(2, 28, 28, 3\) have 28 channels, but this model takes 3: "),
+        (torch.zeros(2, 3, 28, 28, dtype=torch.uint8), "floating-point numbers after normalization, not torch.uint8"),
+        (torch.zeros(2, 3, 28, 28, dtype=torch.int64), "floating-point numbers after normalization, not torch.int64"),
+        (np.zeros((2, 3, 28, 28), dtype=np.float32), r"images are a tensor \(B, 3, H, W\), not ndarray"),
+        ([torch.zeros(3, 28, 28)], r"images are a tensor \(B, 3, H, W\), not list"),
+    ],
+)
+def test_what_are_no_images_for_the_model_is_refused_in_words(images: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PatchEmbed(img_size=28, patch_size=14, embed_dim=8)(images)

@@ -2,7 +2,9 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -76,4 +78,37 @@ def test_the_last_layer_is_what_forward_features_gives(model: DinoVisionTransfor
 @pytest.mark.parametrize("n", [0, -1, 6, [5], [-6], [], [0, 9]])
 def test_blocks_that_do_not_exist_are_named(model: DinoVisionTransformer, x: Tensor, n: int | Sequence[int]) -> None:
     with pytest.raises(ValueError, match=r"blocks .* asked of a model with 5 blocks"):
+        model.get_intermediate_layers(x, n)
+
+
+@pytest.mark.parametrize(
+    ("n", "indices"),
+    [
+        (np.int64(2), [3, 4]),
+        (np.uint8(2), [3, 4]),
+        (np.array(2), [3, 4]),
+        (torch.tensor(2), [3, 4]),
+        (range(1, 4), [1, 2, 3]),
+        (np.array([0, 3]), [0, 3]),
+        (torch.tensor([-1, 1]), [1, 4]),
+        ({0, 2}, [0, 2]),
+        ((np.int32(0), torch.tensor(4)), [0, 4]),
+    ],
+    ids=repr,
+)
+def test_integers_of_any_library_are_taken(model: DinoVisionTransformer, x: Tensor, n: Any, indices: list[int]) -> None:
+    layers = model.get_intermediate_layers(x, n)
+    for layer, expected in zip(layers, model.get_intermediate_layers(x, indices), strict=True):
+        assert torch.equal(layer, expected)
+
+
+@pytest.mark.parametrize("n", [1.0, "2", [1.5], ["1"], None, np.array(1.0), torch.tensor([0.5])], ids=repr)
+def test_what_is_no_integer_is_refused(model: DinoVisionTransformer, x: Tensor, n: Any) -> None:
+    with pytest.raises(ValueError, match="n is how many last blocks, or a list of their indices, not "):
+        model.get_intermediate_layers(x, n)
+
+
+@pytest.mark.parametrize("n", [[1, 1], [-1, 4]])
+def test_a_block_named_twice_is_refused(model: DinoVisionTransformer, x: Tensor, n: list[int]) -> None:
+    with pytest.raises(ValueError, match="of a model with 5 blocks name one twice"):
         model.get_intermediate_layers(x, n)

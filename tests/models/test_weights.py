@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2.layers import DINOHead
+from dinov2.models.layouts import to_hf, to_timm
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import chunk_block_names, flatten_block_names, load_backbone, read_state_dict
 
@@ -44,6 +46,15 @@ def published_checkpoint(state: StateDict) -> object:
     return {"model": model, "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}, "iteration": 7}
 
 
+def wrapped_inside(state: StateDict) -> StateDict:
+    """As sharding and activation checkpointing name the parameters of each block."""
+    return {
+        "_fsdp_wrapped_module.backbone."
+        + re.sub(r"(blocks\.\d+\.)(\d+\.)", r"\1_fsdp_wrapped_module.\2_checkpoint_wrapped_module.", name): value
+        for name, value in state.items()
+    }
+
+
 LAYOUTS: dict[str, Callable[[StateDict], object]] = {
     "flat": lambda state: state,
     "chunked": lambda state: chunk_block_names(state, depth=3, block_chunks=2),
@@ -55,6 +66,25 @@ LAYOUTS: dict[str, Callable[[StateDict], object]] = {
     "published checkpoint": published_checkpoint,
     "model": lambda state: {"model": state, "epoch": 3},
     "state_dict": lambda state: {"state_dict": prefixed("module.", state)},
+    "compiled": lambda state: prefixed("_orig_mod.", state),
+    "compiled and parallel": lambda state: prefixed("module._orig_mod.", state),
+    "lightning": lambda state: {"state_dict": prefixed("model.", state), "epoch": 3, "hyper_parameters": {"lr": 1e-3}},
+    "lightning, compiled": lambda state: {"state_dict": prefixed("model._orig_mod.backbone.", state) | heads()},
+    "model.backbone": lambda state: {"state_dict": prefixed("model.backbone.", state) | prefixed("model.", heads())},
+    "encoder": lambda state: prefixed("encoder.", state) | {"decoder.weight": torch.zeros(3)},
+    "mmengine": lambda state: {"meta": {"epoch": 1}, "state_dict": prefixed("backbone.", state), "message_hub": {}},
+    "nested twice": lambda state: {
+        "model": {"state_dict": prefixed("net.encoder.", state)},
+        "optimizer": {"state": {}},
+    },
+    "deepspeed": lambda state: {"module": prefixed("module.", state), "lr_scheduler": None},
+    "sharded and recomputed": lambda state: {
+        "model": wrapped_inside(chunk_block_names(state, depth=3, block_chunks=2))
+    },
+    "one of several": lambda state: prefixed("teacher.", state) | prefixed("sam.", vit().state_dict()),
+    "one of several dictionaries": lambda state: {"model": vit().state_dict(), "teacher": {"state_dict": state}},
+    "teacher in words": lambda state: prefixed("student_net.", vit().state_dict()) | prefixed("teacher_net.", state),
+    "extra numbers": lambda state: {**state, "epoch": 3, "name": "vit"},
     "half precision": lambda state: {name: value.half() for name, value in state.items()},
 }
 
@@ -126,6 +156,77 @@ def test_read_state_dict_keeps_heads_and_flattens_names(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"teacher": prefixed("backbone.", chunk_block_names(state, 3, 3)) | heads()}, path)
     assert set(read_state_dict(path)) == set(prefixed("backbone.", state) | heads())
+
+
+# --- Several networks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        (lambda a, b: {"model": a, "model_ema": b}, "model, model_ema"),
+        (lambda a, b: {"model": a, "student": b}, "model, student"),
+        (lambda a, b: prefixed("image.", a) | prefixed("sam.backbone.", b), "image, sam.backbone"),
+        (lambda a, b: {"state_dict": a | prefixed("ema.", b)}, "one without prefix, ema"),
+        (lambda a, b: {"x": {"teacher": a}, "y": {"teacher": b}}, "x.teacher, y.teacher"),
+        (lambda a, b: prefixed("student.", to_hf(a)) | prefixed("ema.", to_hf(b)), "student, ema"),
+    ],
+)
+def test_one_of_several_networks_is_never_taken_silently(
+    tmp_path: Path, content: Callable[[StateDict, StateDict], object], names: str
+) -> None:
+    torch.save(content(vit().state_dict(), vit().state_dict()), tmp_path / "weights.pth")
+    message = f"holds several networks: {names}; checkpoint_key = 'teacher' is none of them or several"
+    assert_refused(vit(), tmp_path / "weights.pth", message)
+
+
+@pytest.mark.parametrize("key", ["model_ema", "model", "ema"])
+def test_the_key_says_which(tmp_path: Path, key: str) -> None:
+    model, average = vit().state_dict(), vit().state_dict()
+    torch.save({"model": model, "model_ema": {"state_dict": average}}, tmp_path / "weights.pth")
+    loaded = load_backbone(vit(), tmp_path / "weights.pth", checkpoint_key=key)
+    assert_loaded(loaded, model if key == "model" else average)
+
+
+@pytest.mark.parametrize("layout", [to_hf, to_timm])
+def test_networks_of_other_libraries_are_told_apart(tmp_path: Path, layout: Callable[[StateDict], StateDict]) -> None:
+    state = vit().state_dict()
+    others = prefixed("student.", layout(vit().state_dict()))
+    torch.save({"state_dict": others | prefixed("teacher.net.", layout(state))}, tmp_path / "weights.pth")
+    assert_loaded(load_backbone(vit(), tmp_path / "weights.pth"), state | {"mask_token": torch.zeros(1, 12)})
+
+
+def test_a_student_that_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.save(teacher_dump(state := vit().state_dict()), tmp_path / "weights.pth")
+    assert_loaded(load_backbone(vit(), tmp_path / "weights.pth", checkpoint_key="student"), state)
+    assert "holds no student: its teacher is taken" in caplog.text
+
+
+def test_names_that_meet_are_refused(tmp_path: Path) -> None:
+    state = vit().state_dict()
+    torch.save(state | prefixed("module.", state), tmp_path / "weights.pth")
+    assert_refused(vit(), tmp_path / "weights.pth", "tensors with and without wrapper")
+
+
+def test_a_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, object] = {"epoch": 3}
+    content["model"] = content
+    torch.save(content, tmp_path / "weights.pth")
+    assert_refused(vit(), tmp_path / "weights.pth", "no state dict of tensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    state = {name: tensor.clone() for name, tensor in vit().state_dict().items()}
+    state["blocks.1.attn.qkv.weight"][3, 2] = value
+    torch.save(teacher_dump(state), tmp_path / "weights.pth")
+    assert_refused(vit(), tmp_path / "weights.pth", "are not finite (NaN or infinite): blocks.1.attn.qkv.weight")
+
+
+def test_weights_that_are_integers_are_named(tmp_path: Path) -> None:
+    state = vit().state_dict()
+    torch.save({**state, "norm.weight": (127 * state["norm.weight"]).to(torch.int8)}, tmp_path / "weights.pth")
+    assert_refused(vit(), tmp_path / "weights.pth", "are no floating-point numbers: norm.weight (torch.int8)")
 
 
 # --- Names of blocks in chunks ---------------------------------------------------------------------------------------

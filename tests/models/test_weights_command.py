@@ -156,6 +156,28 @@ def test_what_computes_something_else_is_not_kept(
     assert not list(output.parent.iterdir())
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = {name: value.clone() for name, value in small().state_dict().items()}
+    state["blocks.1.norm1.bias"][5] = float("nan")
+    source = written(tmp_path, state)
+    assert main(["convert", source, str(tmp_path / "OUT.safetensors"), "--to", "safetensors"]) == 1
+    message = f"error: weights in {source} are not finite (NaN or infinite): blocks.1.norm1.bias\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "OUT.safetensors").exists()
+
+
+def test_one_of_several_networks_is_converted_by_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, average = small(), small(depth=3)
+    torch.save({"model": model.state_dict(), "model_ema": average.state_dict()}, tmp_path / "weights.pth")
+    source, output = str(tmp_path / "weights.pth"), str(tmp_path / "OUT.safetensors")
+    assert main(["convert", source, output, "--to", "safetensors"]) == 1
+    assert "holds several networks: model, model_ema; " in capsys.readouterr().err
+    assert main(["inspect", source, "--checkpoint-key", "model"]) == 0
+    assert "128, 2 blocks, 2 heads" in capsys.readouterr().out
+    assert main(["convert", source, output, "--to", "safetensors", "--checkpoint-key", "model_ema"]) == 0
+    assert read_state_dict(output).keys() == average.state_dict().keys()
+
+
 def test_nothing_is_replaced_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path, small().state_dict())
     for name, form in (("OUT.pth", "torch"), ("OUT", "hf")):
