@@ -89,6 +89,13 @@ class ImageDataset(Dataset, ABC):
             digest.update(b"\0" + os.fsencode("/".join(self.describe(index).rsplit("/", 2)[-2:])))
         return digest.hexdigest()
 
+    def image_files(self) -> Iterator[str]:
+        """The file that each image is read from, its own one or an archive; one that does not exist if there is none.
+
+        By its size and time of change one notices that images were replaced. By default what `describe` names.
+        """
+        return map(self.describe, range(len(self)))
+
     def open_image(self, index: int) -> Picture:
         """The picture of sample `index`, decoded as late as possible, not transformed. What it takes to read it fails
         here or when it is loaded.

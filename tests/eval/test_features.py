@@ -14,6 +14,7 @@ from eval_pictures import Pictures, tiny_backbone
 from eval_shared_work import shared_work
 from torch.nn.functional import normalize
 
+from dinov2.data.images import BadImageError
 from dinov2.eval import features as features_module
 from dinov2.eval.features import (
     ModelWithIntermediateLayers,
@@ -24,7 +25,7 @@ from dinov2.eval.features import (
     tokens_of_blocks,
 )
 from dinov2.eval.linear_heads import create_linear_input
-from dinov2.eval.readable import collate_readable
+from dinov2.eval.readable import collate_readable, readable_batches
 
 HERE = Path(__file__).resolve().parent
 
@@ -76,10 +77,11 @@ def test_broken_pictures_are_left_out_and_named(caplog: pytest.LogCaptureFixture
 
 
 def test_too_many_broken_pictures_are_an_error() -> None:
-    with pytest.raises(ValueError, match="3 of 200 images cannot be read"):
+    with pytest.raises(ValueError, match="3 of 200 images cannot be read; the first: .*sample 1 .*no image format"):
         extract_features(tiny_backbone(), Pictures(200, broken=[1, 70, 190]), 64, 0)
-    with pytest.raises(ValueError, match="not one of the 2 images of a batch can be read"):
-        collate_readable([None, None])
+    batch = collate_readable([BadImageError("no file a.png"), BadImageError("no file b.png")])
+    with pytest.raises(ValueError, match="not one of the 2 images of a batch can be read; the first: no file a.png"):
+        list(readable_batches([batch]))
 
 
 def test_tokens_of_the_last_blocks_are_frozen_and_go_from_shallow_to_deep() -> None:
