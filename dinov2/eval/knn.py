@@ -59,7 +59,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         default=[10, 20, 100, 200],
         help="how many neighbours vote",
     )
-    add("--temperature", type=float, default=0.07, help="softmax temperature of the votes")
+    add("--temperature", type=setup.positive_number, default=0.07, help="softmax temperature of the votes")
     add("--gather-on-cpu", action="store_true", help="keep the gathered features in host memory")
     add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
     add("--num-workers", type=int, default=5, help="data loader workers per process")

@@ -97,7 +97,13 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         help="epochs between two checkpoints that are kept",
     )
     add("--eval-period-iterations", type=setup.positive_int, default=1250, help="iterations between two validations")
-    add("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), help="for a batch of 256 images")
+    add(
+        "--learning-rates",
+        type=setup.positive_number,
+        nargs="+",
+        default=list(LEARNING_RATES),
+        help="for a batch of 256 images",
+    )
     add("--no-resume", action="store_true", help="start anew even if the output folder has a checkpoint")
     add("--val-metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
     add("--test-metric-types", choices=metric_types, nargs="+", help="one per test set (default: that of validation)")

@@ -59,12 +59,28 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     add("--finetune-on-val", action="store_true", help="without such a set: choose C on the validation set")
     metric_types = [t.value for t in MetricType if t is not MetricType.IMAGENET_REAL_ACCURACY]
     add("--metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
-    add("--train-features-device", default="cpu", help="where the features are kept; cuML is used on CUDA if installed")
+    add(
+        "--train-features-device",
+        type=_device,
+        default="cpu",
+        help="where the features are kept; cuML is used on CUDA if installed",
+    )
     add("--train-dtype", choices=list(DTYPES), default="float64", help="precision of the fit")
     add("--max-train-iters", type=setup.positive_int, default=1000, help="iterations of the solver")
     add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
     add("--num-workers", type=int, default=0, help="data loader workers per process")
     return parser
+
+
+def _device(text: str) -> str:
+    """The type of a flag that names a device of this machine."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise argparse.ArgumentTypeError(f"expected cpu or, on a machine with a GPU, cuda, got {text!r}")
+    return text
 
 
 class LogRegModule(nn.Module):
@@ -282,6 +298,8 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     with distributed.session():
         cfg = setup.setup(args)
+        if args.finetune_dataset_str and args.finetune_on_val:
+            logger.warning("--finetune-on-val has no effect: C is chosen on the images of --finetune-dataset-str")
         transform, cache = setup.eval_transform(args, cfg, RESIZE_SIZE), setup.feature_cache(args, cfg, RESIZE_SIZE)
         names = (args.val_dataset, args.finetune_dataset_str)
         path = Path(args.output_dir) / RESULTS_FILE

@@ -26,6 +26,7 @@ from dinov2.models.weights import load_backbone
 
 logger = logging.getLogger(__name__)
 
+MOST_CLASSES = 1_000_000  # labels above it are numbers of something else, such as of products
 PUBLISHED_CROP_SIZE = 224
 SMALLEST_PUBLISHED_SIZE = 96  # a model trained on smaller global crops is evaluated at the size of its crops
 
@@ -76,6 +77,17 @@ def positive_int(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return number
+
+
+def positive_number(text: str) -> float:
+    """The type of flags for rates and temperatures, with which float32 can compute."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 1e-20 <= number <= 1e20:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 that is not extreme, got {text!r}")
     return number
 
 
@@ -276,6 +288,11 @@ def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor], *, seve
     targets = dataset.get_targets()
     if targets is None or targets.max() < 0:  # lists may all be empty
         raise ValueError(f"dataset {dataset_str!r} has no labels, which this evaluation needs")
+    if targets.max() >= MOST_CLASSES:
+        first = dataset.describe(int(targets.reshape(len(targets), -1).max(axis=1).argmax()))
+        raise ValueError(
+            f"dataset {dataset_str!r} has labels up to {targets.max()} ({first}), and labels are indices of classes from 0"
+        )
     if targets.ndim == 1 and targets.min() < 0:
         first = dataset.describe(int(targets.argmin()))
         raise ValueError(f"{(targets < 0).sum()} images of {dataset_str!r} have a label below 0, such as {first}")

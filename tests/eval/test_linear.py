@@ -314,15 +314,23 @@ def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path, capsys: py
 
 
 def test_rates_that_diverge_are_not_chosen_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = {"epochs": 1, "epoch_length": 6, "batch_size": 8}
-    metrics = run(tmp_path, **options, learning_rates=[0.1, 1e41])["metrics"]
-    assert len(metrics["val"]) == 4 == len(metrics["diverged"])
-    assert all("_lr_0_" in name for name in [*metrics["val"], metrics["best_classifier"]["name"]])
-    assert not any("_lr_0_" in name for name in metrics["diverged"])
-    assert f"diverged, and not among the choices: {metrics['diverged'][0]}" in caplog.text
+    run(tmp_path, epochs=1, epoch_length=6, batch_size=8, learning_rates=[0.1, 0.2])
+    checkpoint = tmp_path / "out" / "model_final.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    for rate, left in (("00313", 4), ("00625", 0)):
+        for name, value in state["model"].items():
+            if name.endswith(f"{rate}.linear.weight"):
+                value[0] = torch.nan  # of which topk makes the surest class
+        torch.save(state, checkpoint)
+        if left:
+            metrics = run(tmp_path, classifier_fpath=checkpoint)["metrics"]
+            assert [len(metrics[key]) for key in ("val", "diverged")] == [left, 4]
+            assert all("00625" in name for name in [*metrics["val"], metrics["best_classifier"]["name"]])
+            assert all(rate in name for name in metrics["diverged"])
+            assert f"diverged, and not among the choices: {metrics['diverged'][0]}" in caplog.text
     with pytest.raises(ValueError, match="no classifier is left for .*give smaller --learning-rates"):
-        run(tmp_path / "b", **options, learning_rates=[1e41])
-    assert not (tmp_path / "b" / "out" / "results_eval_linear.json").exists()
+        run(tmp_path, classifier_fpath=checkpoint)
+    assert not (tmp_path / "out" / "results_eval_linear.json").exists()
 
 
 def test_other_images_under_the_same_names_are_not_resumed_with(tmp_path: Path) -> None:

@@ -124,6 +124,13 @@ def test_a_fit_that_has_not_converged_is_reported(caplog: pytest.LogCaptureFixtu
     assert result["converged"] and not caplog.records
 
 
+def test_devices_that_are_not_there_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cudaa", "meta"):
+        with pytest.raises(SystemExit):
+            log_regression.get_args_parser().parse_args([f"--train-features-device={device}"])
+        assert f"expected cpu or, on a machine with a GPU, cuda, got '{device}'" in capsys.readouterr().err
+
+
 def test_a_rare_class_does_not_end_the_command(tmp_path: Path) -> None:
     words = command(tmp_path, max_train_iters=5)
     for path in sorted((tmp_path / "train" / "b").iterdir())[1:]:

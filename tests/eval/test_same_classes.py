@@ -38,9 +38,12 @@ def test_classes_without_training_images_are_warned_of(caplog: pytest.LogCapture
         check_labels(np.array([0, 1]), Pictures(10), "val", num_classes=2)
 
 
-def test_labels_below_zero_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_that_are_no_indices_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = Pictures(10)
     pictures.labels[[4, 7]] = -1
     monkeypatch.setattr("dinov2.eval.setup.make_dataset", lambda **_: pictures)
     with pytest.raises(ValueError, match="2 images of 'Pictures' have a label below 0, such as Pictures sample 4"):
+        labelled_dataset("Pictures", lambda image: image)
+    pictures.labels = 10**12 * np.arange(10)
+    with pytest.raises(ValueError, match="has labels up to 9000000000000 .Pictures sample 9., and labels are indices"):
         labelled_dataset("Pictures", lambda image: image)
