@@ -61,6 +61,13 @@ class ImageDataset(Dataset, ABC):
     def get_target(self, index: int) -> int | list[int] | None:
         """The class index of sample `index`, a list in data sets with several, None when there are no labels."""
 
+    def image_files(self) -> Iterator[str]:
+        """The file that each image is read from, its own one or an archive; one that does not exist if there is none.
+
+        By its size and time of change one notices that images were replaced. By default what `describe` names.
+        """
+        return map(self.describe, range(len(self)))
+
     def get_targets(self) -> np.ndarray | None:
         """The class indices of all samples, (len(self),) int64, None when the data set has no labels.
 
@@ -88,13 +95,6 @@ class ImageDataset(Dataset, ABC):
         for index in range(0, len(self), max(1, len(self) // NAMES_HASHED)):
             digest.update(b"\0" + os.fsencode("/".join(self.describe(index).rsplit("/", 2)[-2:])))
         return digest.hexdigest()
-
-    def image_files(self) -> Iterator[str]:
-        """The file that each image is read from, its own one or an archive; one that does not exist if there is none.
-
-        By its size and time of change one notices that images were replaced. By default what `describe` names.
-        """
-        return map(self.describe, range(len(self)))
 
     def open_image(self, index: int) -> Picture:
         """The picture of sample `index`, decoded as late as possible, not transformed. What it takes to read it fails

@@ -7,8 +7,8 @@ set back, is not noticed. Shapes: n images of a dataset.
 import hashlib
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, NamedTuple
@@ -28,22 +28,35 @@ MISSING = (-1, -1)
 
 
 def image_identity(dataset: ImageDataset) -> str:
-    """A digest of the names, sizes and times of change of the image files and of the labels, that of rank 0.
+    """A digest of the names, sizes and times of change of the image files, of how they are read, and of the labels.
 
     It differs for datasets with other images, another order or other labels. Images without files on disk, such as
-    those of an array, have a name only. All processes must call it together.
+    those of an array, have a name only. All processes must call it together; rank 0 looks at the files.
     """
     return str(distributed.all_gather_object(_identity(dataset) if distributed.is_main() else None)[0])
 
 
 def _identity(dataset: ImageDataset) -> str:
-    digest = hashlib.sha256(file_stats(dataset.image_files(), len(dataset)).tobytes())
-    for index in range(len(dataset)):
-        digest.update(os.fsencode(f"{dataset.describe(index)}\n"))
+    digest = hashlib.sha256()
+
+    def hashed(names: Iterable[str]) -> Iterator[str]:
+        for name in names:
+            digest.update(os.fsencode(f"{name}\n"))
+            yield name
+
+    digest.update(file_stats(hashed(dataset.image_files()), len(dataset)).tobytes())
+    if not _have_own_files(dataset):
+        deque(hashed(map(dataset.describe, range(len(dataset)))), maxlen=0)
+    digest.update(repr(getattr(dataset, "image_options", None)).encode())  # with a range measured on other images
     targets = dataset.get_targets()
     if targets is not None:
         digest.update(str(targets.shape).encode() + targets.tobytes())
     return digest.hexdigest()
+
+
+def _have_own_files(dataset: ImageDataset) -> bool:
+    """Whether `describe` names the file of each image, rather than an archive and what is in it."""
+    return len(dataset) > 0 and dataset.describe(0) == next(iter(dataset.image_files()))
 
 
 def file_stats(paths: Iterable[str], count: int) -> np.ndarray:
@@ -71,29 +84,30 @@ def _stat(path: str) -> tuple[int, int]:
 # --- Equal images ----------------------------------------------------------------------------------------------------
 
 
-class Labelled(NamedTuple):
+class LabelledSet(NamedTuple):
     """A dataset in which equal images are looked for, and its labels in terms of the training classes."""
 
     dataset: ImageDataset
     labels: np.ndarray | None  # (n,) int64, or (n, L) padded with -1; None: not comparable
 
     @classmethod
-    def of(cls, dataset: ImageDataset) -> "Labelled":
+    def of(cls, dataset: ImageDataset) -> "LabelledSet":
         return cls(dataset, dataset.get_targets())
 
     def own_sizes(self) -> np.ndarray:
         """Size in bytes of each image that has a file of its own, -1 for the others: (n,) int64."""
-        sizes = file_stats(self.dataset.image_files(), len(self.dataset))[:, 0]
-        if len(sizes) and self.dataset.describe(0) != next(iter(self.dataset.image_files())):
-            sizes[:] = -1  # of archives
-        return sizes
+        if not _have_own_files(self.dataset):
+            return np.full(len(self.dataset), -1)
+        return file_stats(self.dataset.image_files(), len(self.dataset))[:, 0]
 
     def labels_at(self, index: int) -> set[int]:
         """The labels of an image, none if they are not comparable."""
         return set() if self.labels is None else set(np.atleast_1d(self.labels[index]).tolist()) - {-1}
 
 
-def report_equal_images(train_name: str, train: Labelled, others: Mapping[str, Labelled]) -> dict[str, dict[str, int]]:
+def report_equal_images(
+    train_name: str, train: LabelledSet, others: Mapping[str, LabelledSet]
+) -> dict[str, dict[str, int]]:
     """Count, on rank 0, the images of which the training set has a copy, byte for byte, and warn of them.
 
     Only files of one size are read. Images in archives and arrays are not compared.
@@ -126,7 +140,7 @@ def report_equal_images(train_name: str, train: Labelled, others: Mapping[str, L
     return found
 
 
-def _count_equal(sets: list[Labelled]) -> list[dict[str, int]]:
+def _count_equal(sets: list[LabelledSet]) -> list[dict[str, int]]:
     """See `report_equal_images`; the training set comes first."""
     sizes = [each.own_sizes() for each in sets]
     chosen, left_out = _sizes_to_read(sizes)

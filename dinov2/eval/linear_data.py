@@ -23,7 +23,7 @@ from dinov2.data.stream import Place, PlaceBatches
 from dinov2.data.transforms import make_classification_train_transform
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, ModelWithPooledTokens, extract_features
-from dinov2.eval.image_files import Labelled, report_equal_images
+from dinov2.eval.image_files import LabelledSet, report_equal_images
 from dinov2.eval.linear_checkpoint import read_checkpoint
 from dinov2.eval.linear_heads import classifiers_from_state_dict
 from dinov2.eval.metrics import MetricType
@@ -194,8 +194,8 @@ def equal_images(sets: LinearSets, train_name: str) -> dict[str, dict[str, int]]
     for each in (sets.val, *sets.tests):
         mapping = None if each.class_mapping is None else np.append(each.class_mapping.cpu(), -1)  # padding stays -1
         labels = labels_of(each.dataset)
-        others[each.name] = Labelled(each.dataset, labels if mapping is None else mapping[labels])
-    return report_equal_images(train_name, Labelled.of(sets.train), others)
+        others[each.name] = LabelledSet(each.dataset, labels if mapping is None else mapping[labels])
+    return report_equal_images(train_name, LabelledSet.of(sets.train), others)
 
 
 def extract_tokens(

@@ -17,7 +17,7 @@ from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.feature_cache import FeatureCache
-from dinov2.eval.image_files import Labelled, report_equal_images
+from dinov2.eval.image_files import LabelledSet, report_equal_images
 from dinov2.eval.results import weights_fingerprint
 from dinov2.log import setup_logging
 from dinov2.models import build_model
@@ -248,7 +248,7 @@ def compare_sets(train_name: str, train: ImageDataset, others: Mapping[str, Imag
         check_same_classes(train, other, name)
         check_labels(labels_of(train), other, name)
     return report_equal_images(
-        train_name, Labelled.of(train), {name: Labelled.of(other) for name, other in others.items()}
+        train_name, LabelledSet.of(train), {name: LabelledSet.of(other) for name, other in others.items()}
     )
 
 
@@ -291,7 +291,7 @@ def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor], *, seve
     if targets.max() >= MOST_CLASSES:
         first = dataset.describe(int(targets.reshape(len(targets), -1).max(axis=1).argmax()))
         raise ValueError(
-            f"dataset {dataset_str!r} has labels up to {targets.max()} ({first}), and labels are indices of classes from 0"
+            f"dataset {dataset_str!r} has labels up to {targets.max()} ({first}); labels are indices of classes, from 0"
         )
     if targets.ndim == 1 and targets.min() < 0:
         first = dataset.describe(int(targets.argmin()))

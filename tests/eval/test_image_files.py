@@ -12,7 +12,7 @@ from eval_pictures import Pictures, write_pictures
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.eval import image_files
-from dinov2.eval.image_files import Labelled, file_stats, image_identity, report_equal_images
+from dinov2.eval.image_files import LabelledSet, file_stats, image_identity, report_equal_images
 
 MINUTE_NS = 60 * 10**9
 
@@ -84,7 +84,7 @@ def test_copies_of_training_images_are_counted(folder: Path, tmp_path: Path, cap
     (tmp_path / "val" / "b" / "link.png").symlink_to(folder / "b" / "2.png")
     train, val = dataset(folder), dataset(tmp_path / "val")
     with caplog.at_level(logging.WARNING):
-        found = report_equal_images("train", Labelled.of(train), {"val": Labelled.of(val)})
+        found = report_equal_images("train", LabelledSet.of(train), {"val": LabelledSet.of(val)})
     assert found == {
         "train": {"compared": 6, "equal": 0, "with_other_labels": 0},
         "val": {"compared": 10, "equal": 4, "with_other_labels": 1},
@@ -98,17 +98,17 @@ def test_contradictions_in_the_training_set_are_warned_of_and_mere_copies_are_no
 ) -> None:
     caplog.set_level(logging.INFO)
     (folder / "r" / "copy.png").write_bytes((folder / "r" / "0.png").read_bytes())
-    counts = report_equal_images("train", Labelled.of(dataset(folder)), {})["train"]
+    counts = report_equal_images("train", LabelledSet.of(dataset(folder)), {})["train"]
     assert counts == {"compared": 7, "equal": 2, "with_other_labels": 0}
     assert [record.levelname for record in caplog.records if "more than once" in record.message] == ["INFO"]
     (folder / "b" / "copy.png").write_bytes((folder / "r" / "0.png").read_bytes())
-    counts = report_equal_images("train", Labelled.of(dataset(folder)), {})["train"]
+    counts = report_equal_images("train", LabelledSet.of(dataset(folder)), {})["train"]
     assert counts == {"compared": 8, "equal": 3, "with_other_labels": 3}
     assert "3 of 8 images are there more than once (the same bytes), 3 of them with another label" in caplog.text
 
 
 def test_the_same_set_for_both_is_noticed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    both = Labelled.of(dataset(folder))
+    both = LabelledSet.of(dataset(folder))
     report_equal_images("set", both, {"set": both})
     assert "set: the images that are tested on are the training images" in caplog.text
 
@@ -117,14 +117,14 @@ def test_of_many_files_a_share_is_compared(folder: Path, tmp_path: Path, monkeyp
     for number, path in enumerate(sorted(folder.rglob("*.png"))):
         path.write_bytes(path.read_bytes() + bytes(number))  # six sizes
     shutil.copytree(folder, tmp_path / "val")
-    train, val = Labelled.of(dataset(folder)), Labelled.of(dataset(tmp_path / "val"))
+    train, val = LabelledSet.of(dataset(folder)), LabelledSet.of(dataset(tmp_path / "val"))
     monkeypatch.setattr(image_files, "MOST_FILES", 5)
     some = report_equal_images("train", train, {"val": val})["val"]
     assert 0 < some["equal"] == some["compared"] < 6
 
 
 def test_images_without_files_are_not_compared_but_have_an_identity() -> None:
-    labelled = Labelled.of(Pictures(5))
+    labelled = LabelledSet.of(Pictures(5))
     assert report_equal_images("a", labelled, {"b": labelled})["b"] == {
         "compared": 0,
         "equal": 0,

@@ -45,5 +45,5 @@ def test_labels_that_are_no_indices_are_an_error(tmp_path: Path, monkeypatch: py
     with pytest.raises(ValueError, match="2 images of 'Pictures' have a label below 0, such as Pictures sample 4"):
         labelled_dataset("Pictures", lambda image: image)
     pictures.labels = 10**12 * np.arange(10)
-    with pytest.raises(ValueError, match="has labels up to 9000000000000 .Pictures sample 9., and labels are indices"):
+    with pytest.raises(ValueError, match="has labels up to 9000000000000 .Pictures sample 9.; labels are indices"):
         labelled_dataset("Pictures", lambda image: image)
