@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import time
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from dinov2 import distributed
 from dinov2.data.base import ImageDataset
 from dinov2.eval.image_files import image_identity
 from dinov2.files import replacing
+from dinov2.models.checksums import check_zip
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +79,7 @@ class FeatureCache:
 def _read(path: Path, described: str, dataset: ImageDataset) -> Features | None:
     """What a file holds; None, and a warning, if it is damaged or not what it should be."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+        check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         features, labels = content["features"], content["labels"]
         if content["of"] != described:

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dinov2 import distributed
 from dinov2.files import replacing
+from dinov2.models.checksums import check_zip
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +99,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: if it is damaged, or no checkpoint of linear classifiers.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise ValueError(f"the checksum of {damaged} is wrong")
+        if zipfile.is_zipfile(path):  # unlike files of torch before 1.6
+            check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise

@@ -107,7 +107,7 @@ def flip_a_bit(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (flip_a_bit, "checksum|CRC"),
+        (flip_a_bit, "damaged"),
         (lambda path: replaced(path, of="{}"), "they are of other images, weights or settings"),
         (lambda path: replaced(path, features=torch.zeros(11, 24)), "11 features and 12 labels"),
         (lambda path: replaced(path, features=torch.zeros(12, 24).double()), "float64"),
