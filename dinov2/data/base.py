@@ -61,6 +61,13 @@ class ImageDataset(Dataset, ABC):
     def get_target(self, index: int) -> int | list[int] | None:
         """The class index of sample `index`, a list in data sets with several, None when there are no labels."""
 
+    def image_files(self) -> Iterator[str]:
+        """The file that each image is read from, its own one or an archive; one that does not exist if there is none.
+
+        By its size and time of change one notices that images were replaced. By default what `describe` names.
+        """
+        return map(self.describe, range(len(self)))
+
     def get_targets(self) -> np.ndarray | None:
         """The class indices of all samples, (len(self),) int64, None when the data set has no labels.
 

@@ -69,6 +69,10 @@ class ImageNet22k(ImageDataset):
         entry = self._entries.array[index]
         return f"{self._tarball(str(entry['class_id']))}: {entry['filename']}"
 
+    def image_files(self) -> Iterator[str]:
+        """The tarball of each image."""
+        return (str(self._tarball(str(class_id))) for class_id in self._entries.array["class_id"])
+
     def get_image_data(self, index: int) -> bytes:
         """The image file of sample `index`, with the zeros that fill its last block in the tarball."""
         entry = self._entries.array[index]

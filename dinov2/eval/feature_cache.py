@@ -1,8 +1,8 @@
 """Features on disk: extracted once, used again by every evaluation that would compute the same ones.
 
-A file holds the features and labels of one data set. Its name has a digest of all they depend on: weights, backbone,
-image sizes and normalisation, precision, and the images' names and labels. That the *content* of an image has changed
-under the same name is not noticed.
+A file holds the features and labels of one dataset, and a description of all they depend on: weights, backbone, image
+sizes and normalization, precision, labels, and the names, sizes and times of change of the image files. A digest of
+it is in the name of the file. What is read is used only if the description is the same and the checksums are right.
 """
 
 import hashlib
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from dinov2 import distributed
 from dinov2.data.base import ImageDataset
+from dinov2.eval.image_files import image_identity
 from dinov2.files import replacing
+from dinov2.models.checksums import check_zip
 
 logger = logging.getLogger(__name__)
 
@@ -54,44 +56,52 @@ class FeatureCache:
         return features
 
     def _get(self, directory: Path, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
-        facts = {**self.facts, "features": kind, "dataset": type(dataset).__name__, "images": _digest_of(dataset)}
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        facts = {**self.facts, "features": kind, "dataset": type(dataset).__name__, "images": image_identity(dataset)}
+        described = json.dumps(facts, sort_keys=True)
+        digest = hashlib.sha256(described.encode()).hexdigest()
         path = directory / f"{kind}-{type(dataset).__name__}-{digest[:16]}.pth"
-        found = _read(path) if path.exists() else None
+        found = _read(path, described, dataset) if path.exists() else None
         if all(distributed.all_gather_object(found is not None)) and found is not None:
-            logger.info("features of %d images: from %s", len(dataset), path)
+            logger.info("features of %d images: from %s", len(found[0]), path)
+            if len(found[0]) < len(dataset):
+                num_bad = len(dataset) - len(found[0])
+                logger.warning("%d of %d images could not be read and are left out", num_bad, len(dataset))
             self.files.setdefault(str(path), "read")
             return found
         features, labels = extract()
         if distributed.is_main():
-            content = {"features": features.cpu(), "labels": labels.cpu(), "of": json.dumps(facts)}
+            content = {"features": features.cpu(), "labels": labels.cpu(), "of": described}
             if _write(path, content):
                 self.files[str(path)] = "written"
         return features, labels
 
 
-def _digest_of(dataset: ImageDataset) -> str:
-    """Tells data sets with other images, another order or other labels apart."""
-    digest = hashlib.sha256()
-    targets = dataset.get_targets()
-    for index in range(len(dataset)):
-        digest.update(f"{dataset.describe(index)}\n".encode())
-    if targets is not None:
-        digest.update(str(targets.shape).encode() + targets.tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> Features | None:
-    """What a file holds; None, and a warning, if it cannot be used."""
+def _read(path: Path, described: str, dataset: ImageDataset) -> Features | None:
+    """What a file holds; None, and a warning, if it is damaged or not what it should be."""
     try:
+        check_zip(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         features, labels = content["features"], content["labels"]
-        if len(features) != len(labels):
-            raise ValueError(f"{len(features)} features and {len(labels)} labels")
+        if content["of"] != described:
+            raise ValueError("they are of other images, weights or settings than its name says")
+        _check(features, labels, dataset)
     except Exception as error:  # a damaged file raises nearly anything
         logger.warning("cannot use the features in %s, they are computed again: %s", path, error)
         return None
     return features, labels
+
+
+def _check(features: Tensor, labels: Tensor, dataset: ImageDataset) -> None:
+    """Raises a `ValueError` unless these can be features and labels of the dataset."""
+    if features.dtype != torch.float32 or labels.dtype != torch.int64 or features.ndim < 2:
+        raise ValueError(f"{features.dtype} {tuple(features.shape)} features and {labels.dtype} labels")
+    if not 0 < len(features) == len(labels) <= len(dataset):
+        raise ValueError(f"{len(features)} features and {len(labels)} labels of {len(dataset)} images")
+    targets = dataset.get_targets()
+    if targets is not None and len(labels) == len(dataset) and not torch.equal(labels, torch.from_numpy(targets)):
+        raise ValueError("the labels are not those of the images")
+    if not features.isfinite().all():
+        raise ValueError("they are not finite")
 
 
 def _write(path: Path, content: dict[str, Any]) -> bool:

@@ -17,8 +17,9 @@ from torch.utils.data import default_collate
 from dinov2 import distributed
 from dinov2.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader
 from dinov2.data.base import ImageDataset, label_table
+from dinov2.data.images import BadImageError
 from dinov2.eval.feature_cache import FeatureCache
-from dinov2.eval.readable import ReadableOnly, collate_readable
+from dinov2.eval.readable import ReadableOnly, collate_readable, readable_batches
 from dinov2.log import MetricLogger
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -96,6 +97,36 @@ def run_model(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     return torch.cat([model(part) for part in images.split(at_once)])
 
 
+def require_finite(features: Tensor, names: Callable[[int], str], model: nn.Module) -> None:
+    """Refuse features with NaN or infinite values, from which any number could follow.
+
+    Args:
+        features: (n, ...) of n images that were run together.
+        names: position among them -> where the image comes from.
+        model: that computed them.
+
+    Raises:
+        ValueError: naming the tensor of the weights that is not finite, else the first such image.
+    """
+    is_bad = ~features.isfinite().flatten(1).all(dim=1)
+    if not is_bad.any():
+        return
+    backbone = next((module for module in model.modules() if isinstance(module, DinoVisionTransformer)), model)
+    for name, weight in backbone.state_dict().items():
+        if num_bad := int((~weight.isfinite()).sum()):
+            raise ValueError(
+                f"the weights of the model are damaged or have diverged: {num_bad} of the {weight.numel()} values of "
+                f"{name} are NaN or infinite, and so are the features of {names(int(is_bad.int().argmax()))}"
+            )
+    cause = "the weights, though finite, are too large" if is_bad.all() else "the image is out of the ordinary"
+    if distributed.device().type != "cpu":
+        cause += ", or half precision overflows (compute_precision.teacher.backbone.mixed_precision.param_dtype=fp32)"
+    raise ValueError(
+        f"the features of {names(int(is_bad.int().argmax()))} are NaN or infinite, those of {int(is_bad.sum())} of "
+        f"{len(is_bad)} images that were run together: {cause}"
+    )
+
+
 def extract_features(
     model: nn.Module,
     dataset: ImageDataset,
@@ -124,7 +155,7 @@ def extract_features(
         be read. Lists of labels are (n, longest list), filled up with -1.
 
     Raises:
-        ValueError: if more than `MAX_BAD_SHARE` of the images cannot be read.
+        ValueError: if more than `MAX_BAD_SHARE` of the images cannot be read, or a feature is not finite.
     """
 
     def compute() -> tuple[Tensor, Tensor]:
@@ -167,7 +198,7 @@ def _run_over(
     features, labels, seen = torch.empty(0), torch.empty(0), torch.zeros(len(dataset), dtype=torch.bool)
     progress = MetricLogger("  ", is_main=distributed.is_main())
     for images, (index, targets) in progress.log_every(
-        loader, 10, "Features:", batch_size=batch_size * distributed.world_size()
+        readable_batches(loader), 10, "Features:", len(loader), batch_size=batch_size * distributed.world_size()
     ):
         with autocast(autocast_dtype):
             output = run_model(model, images.to(device, non_blocking=True)).float()
@@ -176,11 +207,19 @@ def _run_over(
             labels = torch.full((len(dataset), *targets.shape[1:]), -1, device=target_device)
             seen = seen.to(target_device)
         gathered = [distributed.all_gather_varied(t.to(device)).to(target_device) for t in (index, output, targets)]
+        require_finite(gathered[1], partial(_describe, dataset, gathered[0]), model)
         # By position: images that were dealt twice to fill up the last batches land in the same place.
         features[gathered[0]] = gathered[1]
         labels[gathered[0]] = gathered[2]
         seen[gathered[0]] = True
-    return _readable_rows(features, labels, seen)
+    if not seen.all():
+        _allow_unreadable(dataset, (~seen).nonzero().flatten().tolist())
+    return (features, labels) if seen.all() else (features[seen], labels[seen])
+
+
+def _describe(dataset: ImageDataset, positions: Tensor, row: int) -> str:
+    """Where the image in a row of a batch comes from."""
+    return dataset.describe(int(positions[row]))
 
 
 def collate_enumerated(samples: Sequence[tuple[Tensor, tuple[int, Any]]], width: int | None = None) -> Any:
@@ -191,12 +230,13 @@ def collate_enumerated(samples: Sequence[tuple[Tensor, tuple[int, Any]]], width:
     return default_collate(list(images)), (torch.tensor(positions), table)
 
 
-def _readable_rows(features: Tensor, labels: Tensor, readable: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that were filled in."""
-    num_bad = int((~readable).sum())
-    if num_bad == 0:
-        return features, labels
-    if num_bad > MAX_BAD_SHARE * len(labels):
-        raise ValueError(f"{num_bad} of {len(labels)} images cannot be read; the log names them")
-    logger.warning("%d of %d images cannot be read and are left out", num_bad, len(labels))
-    return features[readable], labels[readable]
+def _allow_unreadable(dataset: ImageDataset, positions: Sequence[int]) -> None:
+    """Raises a `ValueError` if these images, which cannot be read, are too many."""
+    reason = ""
+    try:
+        dataset.get_image(positions[0])
+    except BadImageError as error:
+        reason = f"; the first: {error}"
+    if len(positions) > MAX_BAD_SHARE * len(dataset):
+        raise ValueError(f"{len(positions)} of {len(dataset)} images cannot be read{reason}")
+    logger.warning("%d of %d images cannot be read and are left out%s", len(positions), len(dataset), reason)

@@ -25,7 +25,7 @@ from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
 from dinov2.eval.metrics import MetricType, build_metric
-from dinov2.eval.results import as_table, run_facts, set_facts, write_results
+from dinov2.eval.results import archive_results, as_table, run_facts, set_facts, write_results
 from dinov2.log import run_command
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         default=[10, 20, 100, 200],
         help="how many neighbours vote",
     )
-    add("--temperature", type=float, default=0.07, help="softmax temperature of the votes")
+    add("--temperature", type=setup.positive_number, default=0.07, help="softmax temperature of the votes")
     add("--gather-on-cpu", action="store_true", help="keep the gathered features in host memory")
     add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
     add("--num-workers", type=int, default=5, help="data loader workers per process")
@@ -306,9 +306,11 @@ def main(args: argparse.Namespace) -> None:
     with distributed.session():
         cfg = setup.setup(args)
         transform, cache = setup.eval_transform(args, cfg), setup.feature_cache(args, cfg)
-        train_dataset = setup.labelled_dataset(args.train_dataset, transform)
+        path = Path(args.output_dir) / RESULTS_FILE
+        archive_results(path)
+        train_dataset = setup.training_dataset(args.train_dataset, transform)
         val_dataset = setup.labelled_dataset(args.val_dataset, transform)
-        setup.check_same_classes(train_dataset, val_dataset, args.val_dataset)
+        equal_images = setup.compare_sets(args.train_dataset, train_dataset, {args.val_dataset: val_dataset})
         scores = eval_knn(
             setup.build_model_for_eval(cfg, args.pretrained_weights),
             train_dataset,
@@ -328,7 +330,7 @@ def main(args: argparse.Namespace) -> None:
         for (name, k), accuracies in scores.items():
             metrics.setdefault(name, {})[str(k)] = {top: 100 * value for top, value in accuracies.items()}
         facts = run_facts({args.train_dataset: train_dataset, args.val_dataset: val_dataset}, cache, started)
-        write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="knn", metrics=metrics, args=args, **facts)
+        write_results(path, evaluation="knn", metrics=metrics, args=args, **facts, equal_images=equal_images)
 
 
 if __name__ == "__main__":

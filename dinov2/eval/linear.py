@@ -26,20 +26,23 @@ from dinov2.config import Config
 from dinov2.data.base import ImageDataset
 from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache, Features
-from dinov2.eval.features import ModelWithIntermediateLayers, autocast, tokens_of_blocks
+from dinov2.eval.features import ModelWithIntermediateLayers, autocast, require_finite, tokens_of_blocks
+from dinov2.eval.image_files import image_identity
 from dinov2.eval.linear_checkpoint import FINAL, RUNNING, LinearCheckpointer, read_checkpoint
-from dinov2.eval.linear_data import EvalSet, LinearSets, extract_tokens, make_sets, make_train_loader
+from dinov2.eval.linear_data import EvalSet, LinearSets, equal_images, extract_tokens, make_sets, make_train_loader
 from dinov2.eval.linear_heads import (
     AllClassifiers,
     LinearClassifier,
     LinearPostprocessor,
+    check_width,
     classifiers_from_state_dict,
     create_linear_input,
     scale_lr,
     setup_linear_classifiers,
 )
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
-from dinov2.eval.results import as_table, run_facts, set_facts, weights_fingerprint, write_results
+from dinov2.eval.readable import readable_batches
+from dinov2.eval.results import archive_results, as_table, run_facts, set_facts, write_results
 from dinov2.log import MetricLogger, run_command
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -94,7 +97,13 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         help="epochs between two checkpoints that are kept",
     )
     add("--eval-period-iterations", type=setup.positive_int, default=1250, help="iterations between two validations")
-    add("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES), help="for a batch of 256 images")
+    add(
+        "--learning-rates",
+        type=setup.positive_number,
+        nargs="+",
+        default=list(LEARNING_RATES),
+        help="for a batch of 256 images",
+    )
     add("--no-resume", action="store_true", help="start anew even if the output folder has a checkpoint")
     add("--val-metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
     add("--test-metric-types", choices=metric_types, nargs="+", help="one per test set (default: that of validation)")
@@ -111,24 +120,42 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 def evaluate_linear_classifiers(
     classifiers: Mapping[str, LinearClassifier], eval_set: EvalSet, features: Features, num_classes: int
 ) -> dict[str, Accuracies]:
-    """Accuracies of each classifier by name.
+    """Accuracies of each classifier by name, without those that have diverged.
 
     Args:
         classifiers: by name.
         eval_set: what to measure.
-        features: this rank's tokens (n, L, 2, D) and labels of the set, see `extract_tokens`.
+        features: this rank's tokens (n, L, 2, D), all finite, and labels of the set, see `extract_tokens`.
         num_classes: of the training set.
+
+    Raises:
+        ValueError: if all of them have diverged.
     """
     device, mapping = distributed.device(), eval_set.class_mapping
     width = num_classes if mapping is None else len(mapping)
     postprocessors = {name: LinearPostprocessor(classifier, mapping) for name, classifier in classifiers.items()}
     metrics = {name: build_metric(eval_set.metric_type, num_classes=width).to(device) for name in classifiers}
+    is_finite = {name: torch.ones((), dtype=torch.bool, device=device) for name in classifiers}
     tokens, labels = features
     for some_tokens, some_labels in zip(tokens.split(SCORED_AT_ONCE), labels.split(SCORED_AT_ONCE), strict=True):
         blocks, targets = tokens_of_blocks(some_tokens.to(device)), some_labels.to(device)
         for name, postprocessor in postprocessors.items():
-            metrics[name].update(**postprocessor(blocks, targets))
-    return {name: {top: value.tolist() for top, value in metric.compute().items()} for name, metric in metrics.items()}
+            outputs = postprocessor(blocks, targets)
+            is_finite[name] &= outputs["preds"].isfinite().all()
+            metrics[name].update(**outputs)
+    # An accuracy of NaN is that of one constant class.
+    mine = {name for name, finite in is_finite.items() if not finite}
+    diverged = set().union(*distributed.all_gather_object(mine))
+    scores = {name: {top: v.tolist() for top, v in metric.compute().items()} for name, metric in metrics.items()}
+    if diverged:
+        names = ", ".join(name for name in classifiers if name in diverged)
+        if len(diverged) == len(classifiers):
+            raise ValueError(
+                f"no classifier is left for {eval_set.name}: the outputs of {names} are NaN or infinite, as those of "
+                "classifiers that diverge; give smaller --learning-rates"
+            )
+        logger.warning("diverged, and not among the choices: %s", names)
+    return {name: accuracies for name, accuracies in scores.items() if name not in diverged}
 
 
 def best_of(scores: Mapping[str, Accuracies]) -> str:
@@ -184,6 +211,7 @@ def eval_linear(
     output_dir: Path,
     resume: bool,
     run: dict[str, Any],
+    validated_on: str = "",
 ) -> list[dict[str, Any]]:
     """Train the classifiers in place, from the latest checkpoint if there is one and `resume`.
 
@@ -196,20 +224,25 @@ def eval_linear(
         plan: when what happens.
         output_dir: of the checkpoints.
         resume: whether to look for a checkpoint.
-        run: see `LinearCheckpointer`.
+        run, validated_on: see `LinearCheckpointer`.
 
     Returns:
         The validations on the way (not the one after the last iteration, which is the caller's).
+
+    Raises:
+        ValueError: if the features of an image are not finite.
     """
     device = distributed.device()
     optimizer, scheduler = build_optimizer(param_groups, plan.max_iter)
-    checkpointer = LinearCheckpointer(output_dir, classifiers, optimizer, scheduler, run=run)
+    checkpointer = LinearCheckpointer(output_dir, classifiers, optimizer, scheduler, run=run, validated_on=validated_on)
     start, history = checkpointer.load_latest() if resume else (0, [])
     model = nn.parallel.DistributedDataParallel(classifiers) if distributed.is_enabled() else classifiers
     progress = MetricLogger("  ", is_main=distributed.is_main())
-    batches = progress.log_every(batches_from(start), 10, "Training", plan.max_iter, start)
+    batches = progress.log_every(readable_batches(batches_from(start)), 10, "Training", plan.max_iter, start)
     for iteration, (images, labels) in enumerate(batches, start):
         features = feature_model(images.to(device, non_blocking=True))
+        all_inputs = create_linear_input(features, len(features), use_avgpool=True)
+        require_finite(all_inputs, f"image {{}} of the batch of iteration {iteration}".format, feature_model)
         losses = train_step(model, features, labels.to(device, non_blocking=True), optimizer)
         progress.update(loss=torch.stack(list(losses.values())).sum(), lr=optimizer.param_groups[0]["lr"])
         scheduler.step()
@@ -248,14 +281,16 @@ def run_eval_linear(
     tokens_of = partial(
         extract_tokens, feature_model, batch_size=args.batch_size, num_workers=args.num_workers, cache=cache
     )
-    validate = partial(evaluate_linear_classifiers, eval_set=sets.val, features=tokens_of(sets.val.dataset))
+    val_tokens = tokens_of(sets.val.dataset)
+    validate = partial(evaluate_linear_classifiers, eval_set=sets.val, features=val_tokens)
     if sets.train is None:
         state = read_checkpoint(Path(args.classifier_fpath))
         classifiers = classifiers_from_state_dict(state["model"], args.classifier_fpath).to(distributed.device())
+        check_width(classifiers, tokens_of_blocks(val_tokens[0][:1].to(distributed.device())), args.classifier_fpath)
         history: list[dict[str, Any]] = []
         iteration = state.get("iteration", -1) + 1
     else:
-        classifiers, history = train_classifiers(feature_model, sets.train, validate, args, cfg)
+        classifiers, history = train_classifiers(feature_model, sets, validate, args, cfg)
         iteration = args.epochs * args.epoch_length
     named, num_classes = classifiers.by_name(), classifiers.num_classes
     scores = validate(named, num_classes=num_classes)
@@ -269,6 +304,7 @@ def run_eval_linear(
             {"dataset": test_set.name, "metric": test_set.metric_type.value, **percent(test[best])}
             for test_set, test in zip(sets.tests, tests, strict=True)
         ],
+        "diverged": [name for name in named if name not in scores],
         "history": history,
     }
     log_results(results, sets)
@@ -293,15 +329,14 @@ def log_results(results: dict[str, Any], sets: LinearSets) -> None:
 
 def train_classifiers(
     feature_model: ModelWithIntermediateLayers,
-    dataset: ImageDataset,
+    sets: LinearSets,
     validate: Callable[..., dict[str, Accuracies]],
     args: argparse.Namespace,
     cfg: Config,
 ) -> tuple[AllClassifiers, list[dict[str, Any]]]:
     """The trained grid, and the validations on the way by `validate(classifiers, num_classes=...)`."""
-    targets = dataset.get_targets()
-    assert targets is not None, "labelled"
-    num_classes = 1 + int(targets.max())
+    assert sets.train is not None, "there is something to train on"
+    num_classes = 1 + int(setup.labels_of(sets.train).max())
     _, crop = setup.image_sizes(args, cfg)
     classifiers, param_groups = setup_linear_classifiers(
         feature_model(torch.zeros(1, 3, crop, crop, device=distributed.device())),
@@ -311,12 +346,11 @@ def train_classifiers(
         num_classes,
         world_size=distributed.world_size(),
     )
-    weights = weights_fingerprint(args.pretrained_weights)
     history = eval_linear(
         feature_model,
         classifiers,
         param_groups,
-        partial(make_train_loader, dataset=dataset, batch_size=args.batch_size, num_workers=args.num_workers),
+        partial(make_train_loader, dataset=sets.train, batch_size=args.batch_size, num_workers=args.num_workers),
         partial(validate, classifiers.by_name(), num_classes=num_classes),
         Plan(
             max_iter=args.epochs * args.epoch_length,
@@ -327,13 +361,15 @@ def train_classifiers(
         output_dir=Path(args.output_dir),
         resume=not args.no_resume,
         run={
-            "weights": weights and weights["sha256"],
+            **setup.model_facts(args, cfg),
             "training set": args.train_dataset,
-            "classes": setup.class_names(dataset),
+            "names, sizes, times and labels of its images": image_identity(sets.train)[:16],
+            "classes": setup.class_names(sets.train),
             "images per iteration": args.batch_size * distributed.world_size(),
             "iterations": args.epochs * args.epoch_length,
             "learning rates": args.learning_rates,
         },
+        validated_on=image_identity(sets.val.dataset),
     )
     return classifiers, history
 
@@ -343,11 +379,14 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     with distributed.session():
         cfg = setup.setup(args)
+        path = Path(args.output_dir) / RESULTS_FILE
+        archive_results(path)
         sets, cache = make_sets(args, cfg), setup.feature_cache(args, cfg)
+        equal = equal_images(sets, args.train_dataset)
         model = setup.build_model_for_eval(cfg, args.pretrained_weights)
         metrics = run_eval_linear(model, sets, args, cfg, cache)
         facts = run_facts(sets.by_name(args.train_dataset), cache, started)
-        write_results(Path(args.output_dir) / RESULTS_FILE, evaluation="linear", metrics=metrics, args=args, **facts)
+        write_results(path, evaluation="linear", metrics=metrics, args=args, **facts, equal_images=equal)
 
 
 if __name__ == "__main__":

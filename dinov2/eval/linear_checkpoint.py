@@ -1,6 +1,8 @@
 """Checkpoints of the linear evaluation: one file each, with the published keys (model, optimizer, scheduler, ...)."""
 
 import logging
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dinov2 import distributed
 from dinov2.files import replacing
+from dinov2.models.checksums import check_zip
 
 logger = logging.getLogger(__name__)
 
+START_ANEW = "start anew with --no-resume, or use another --output-dir"
 RUNNING, FINAL = "running_checkpoint_linear_eval", "model_final"
 
 
@@ -28,6 +32,7 @@ class LinearCheckpointer:
         scheduler: LRScheduler,
         *,
         run: dict[str, Any],
+        validated_on: str = "",
     ) -> None:
         """Keep references.
 
@@ -36,8 +41,9 @@ class LinearCheckpointer:
             model: the classifiers, not wrapped.
             optimizer, scheduler: saved and restored with them.
             run: what makes this run the one it is; a checkpoint of another run is not resumed from.
+            validated_on: identity of the validation images; of others, the validations on the way are forgotten.
         """
-        self.output_dir, self.run = output_dir, run
+        self.output_dir, self.run, self.validated_on = output_dir, run, validated_on
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         self.pointer = output_dir / "last_checkpoint"
 
@@ -46,7 +52,7 @@ class LinearCheckpointer:
         if not distributed.is_main():
             return
         state = {key: part.state_dict() for key, part in self.parts.items()}
-        state |= {"iteration": iteration, "history": history, "run": self.run}
+        state |= {"iteration": iteration, "history": history, "run": self.run, "validated_on": self.validated_on}
         path = self.output_dir / f"{name}.pth"
         with replacing(path) as file:
             torch.save(state, file)
@@ -62,35 +68,44 @@ class LinearCheckpointer:
         """
         if not self.pointer.is_file():
             return 0, []
-        path = self.output_dir / self.pointer.read_text().strip()
+        name = self.pointer.read_bytes().decode(errors="replace").strip()
+        if not re.fullmatch(r"[\w-]+\.pth", name):
+            raise ValueError(f"{self.pointer} is damaged: {name[:40]!r} is no name of a checkpoint; {START_ANEW}")
+        path = self.output_dir / name
         state = read_checkpoint(path)
-        stored = state.get("run", {})
+        stored = state["run"]
         other = [key for key, value in self.run.items() if stored.get(key) != value]
         if other:
             differences = "; ".join(f"{key}: {stored.get(key)!r} then, {self.run[key]!r} now" for key in other)
-            raise ValueError(
-                f"{path} belongs to another run ({differences}); "
-                "start anew with --no-resume, or use another --output-dir"
-            )
-        for key, part in self.parts.items():
-            part.load_state_dict(state[key])
-        logger.info("resumed from %s, finished iteration %d", path, state["iteration"])
-        return state["iteration"] + 1, state["history"]
+            raise ValueError(f"{path} belongs to another run ({differences}); {START_ANEW}")
+        try:
+            for key, part in self.parts.items():
+                part.load_state_dict(state[key])
+            iteration, history = int(state["iteration"]), [dict(record) for record in state["history"]]
+        except Exception as error:  # whatever the parts make of wrong keys, types and shapes
+            raise ValueError(f"{path} is damaged: {error}; {START_ANEW}") from error
+        if history and state.get("validated_on") != self.validated_on:
+            logger.warning("%s: its validations were of other images and are forgotten", path)
+            history = []
+        logger.info("resumed from %s, finished iteration %d", path, iteration)
+        return iteration + 1, history
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """The content of a checkpoint, on the CPU; the facts `run` are empty if it has none, as published ones.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or no checkpoint of linear classifiers.
     """
     try:
+        if zipfile.is_zipfile(path):  # unlike files of torch before 1.6
+            check_zip(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # damaged bytes surface as an error of any type
         raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
-    if not isinstance(state, dict) or "model" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} is no checkpoint of a linear evaluation: it has no 'model'")
-    return state
+    return state | {"run": state["run"] if isinstance(state.get("run"), dict) else {}}

@@ -23,10 +23,21 @@ from dinov2.data.stream import Place, PlaceBatches
 from dinov2.data.transforms import make_classification_train_transform
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, ModelWithPooledTokens, extract_features
+from dinov2.eval.image_files import LabelledSet, report_equal_images
 from dinov2.eval.linear_checkpoint import read_checkpoint
+from dinov2.eval.linear_heads import classifiers_from_state_dict
 from dinov2.eval.metrics import MetricType
 from dinov2.eval.readable import ReadableOnly, collate_readable
-from dinov2.eval.setup import check_classes, class_names, eval_transform, image_sizes, labelled_dataset
+from dinov2.eval.setup import (
+    check_classes,
+    check_labels,
+    class_names,
+    eval_transform,
+    image_sizes,
+    labelled_dataset,
+    labels_of,
+    training_dataset,
+)
 
 
 class AugmentedTrainingSet(Dataset[tuple[Tensor, int]]):
@@ -85,9 +96,7 @@ def make_eval_set(
     class_mapping_fpath: str | None = None,
 ) -> EvalSet:
     """The set of a dataset string; a class mapping is read from a `.npy` file."""
-    mapping = None
-    if class_mapping_fpath is not None:
-        mapping = torch.from_numpy(np.load(class_mapping_fpath).astype(np.int64)).to(distributed.device())
+    mapping = None if class_mapping_fpath is None else _read_class_mapping(Path(class_mapping_fpath))
     several = metric_type is MetricType.IMAGENET_REAL_ACCURACY
     dataset = labelled_dataset(dataset_str, transform, several=several)
     targets = dataset.get_targets()
@@ -97,6 +106,17 @@ def make_eval_set(
             "(ImageNet:split=VAL:root=...:extra=...:real=/path/real.json has)"
         )
     return EvalSet(dataset_str, dataset, metric_type, mapping)
+
+
+def _read_class_mapping(path: Path) -> Tensor:
+    """The numbers of a `.npy` file, (C',) int64 on this process's device."""
+    try:
+        mapping = np.load(path)
+    except (EOFError, ValueError) as error:
+        raise ValueError(f"cannot read the class mapping {path}: {error}") from error
+    if not isinstance(mapping, np.ndarray) or mapping.ndim != 1 or mapping.dtype.kind not in "iu" or not len(mapping):
+        raise ValueError(f"the class mapping {path} must be a list of whole numbers, one for each class")
+    return torch.from_numpy(mapping.astype(np.int64)).to(distributed.device())
 
 
 class LinearSets(NamedTuple):
@@ -117,7 +137,7 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
 
     Raises:
         ValueError: if there are not as many test metrics or class mappings as test sets, or a set has other classes
-            than those trained on and no class mapping.
+            than those trained on and no class mapping, or labels that no classifier can give.
     """
     make = partial(make_eval_set, transform=eval_transform(args, cfg))
     datasets = args.test_datasets or []
@@ -136,29 +156,46 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
         for dataset, metric, mapping in zip(datasets, metric_types, mappings, strict=True)
     ]
     if args.classifier_fpath:
-        run = read_checkpoint(Path(args.classifier_fpath)).get("run") or {}
-        _check_classes(run.get("classes") or [], [val, *tests])
+        state = read_checkpoint(Path(args.classifier_fpath))
+        num_classes = classifiers_from_state_dict(state["model"], args.classifier_fpath).num_classes
+        _check_classes(state["run"].get("classes") or [], np.arange(num_classes), [val, *tests])
         return LinearSets(None, val, tests)
     _, crop = image_sizes(args, cfg)
     augmentation = make_classification_train_transform(
         crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
     )
-    train = labelled_dataset(args.train_dataset, augmentation)
-    _check_classes(class_names(train), [val, *tests])
+    train = training_dataset(args.train_dataset, augmentation)
+    _check_classes(class_names(train), labels_of(train), [val, *tests])
     return LinearSets(train, val, tests)
 
 
-def _check_classes(trained: list[str], sets: list[EvalSet]) -> None:
-    """Every label must mean the class that a classifier has learnt under it, unless a mapping says what it means."""
+def _check_classes(names: list[str], train_targets: np.ndarray, sets: list[EvalSet]) -> None:
+    """Every label must mean the class that a classifier has learned under it, unless a mapping says what it means."""
+    num_classes = 1 + int(train_targets.max())
     for each in sets:
-        mapping = None if each.class_mapping is None else each.class_mapping.tolist()
-        if mapping is None:
-            check_classes(trained, each.dataset, each.name)
-        elif trained and not all(0 <= index < len(trained) for index in mapping):
+        if each.class_mapping is None:
+            check_classes(names, each.dataset, each.name)
+            check_labels(train_targets, each.dataset, each.name, num_classes=num_classes)
+            continue
+        mapping = each.class_mapping.tolist()
+        if not 0 <= min(mapping) <= max(mapping) < num_classes:
             raise ValueError(
                 f"the class mapping of {each.name} has numbers from {min(mapping)} to {max(mapping)}, "
-                f"but there are {len(trained)} classes"
+                f"but there are {num_classes} classes"
             )
+        check_labels(np.arange(len(mapping)), each.dataset, each.name, num_classes=len(mapping))
+
+
+def equal_images(sets: LinearSets, train_name: str) -> dict[str, dict[str, int]]:
+    """See `report_equal_images`."""
+    if sets.train is None:
+        return {}
+    others = {}
+    for each in (sets.val, *sets.tests):
+        mapping = None if each.class_mapping is None else np.append(each.class_mapping.cpu(), -1)  # padding stays -1
+        labels = labels_of(each.dataset)
+        others[each.name] = LabelledSet(each.dataset, labels if mapping is None else mapping[labels])
+    return report_equal_images(train_name, LabelledSet.of(sets.train), others)
 
 
 def extract_tokens(

@@ -156,14 +156,28 @@ def classifiers_from_state_dict(state: Mapping[str, Tensor], source: str) -> All
     """The classifiers of a checkpoint, whatever grid it was trained with.
 
     Raises:
-        ValueError: if `state`, which comes from `source`, holds none.
+        ValueError: if `state`, which comes from `source`, holds none, or incomplete ones.
     """
     classifiers = {}
-    for match in filter(None, map(_NAME.fullmatch, state)):
-        num_classes, width = state[match[0]].shape
-        classifiers[match[1]] = LinearClassifier(width, int(match[2]), match[3] == "True", num_classes)
-    if not classifiers:
-        raise ValueError(f"no linear classifiers in {source}; it holds: {', '.join(list(state)[:4])}")
-    model = AllClassifiers(classifiers)
-    model.load_state_dict(dict(state))
+    try:
+        for match in filter(None, map(_NAME.fullmatch, state)):
+            num_classes, width = state[match[0]].shape
+            classifiers[match[1]] = LinearClassifier(width, int(match[2]), match[3] == "True", num_classes)
+        if not classifiers:
+            raise ValueError(f"no linear classifiers in {source}; it holds: {', '.join(list(state)[:4])}")
+        model = AllClassifiers(classifiers)
+        model.load_state_dict(dict(state))
+    except (AttributeError, RuntimeError, TypeError) as error:  # tensors are missing, or none, or of other shapes
+        raise ValueError(f"{source} holds no complete linear classifiers: {error}") from error
     return model
+
+
+def check_width(classifiers: AllClassifiers, x_tokens_list: TokensOfBlocks, source: str) -> None:
+    """Raises a `ValueError` unless the classifiers of a file can take these tokens."""
+    for name, classifier in classifiers.by_name().items():
+        width = create_linear_input(x_tokens_list, classifier.use_n_blocks, classifier.use_avgpool).shape[1]
+        if width != classifier.out_dim:
+            raise ValueError(
+                f"the classifiers of {source} are for another backbone: {name} takes {classifier.out_dim} features, "
+                f"and this one has {width}"
+            )

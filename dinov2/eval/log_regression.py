@@ -26,7 +26,7 @@ from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
-from dinov2.eval.results import as_table, run_facts, set_facts, write_results
+from dinov2.eval.results import archive_results, as_table, run_facts, set_facts, write_results
 from dinov2.log import run_command
 
 logger = logging.getLogger(__name__)
@@ -59,12 +59,28 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     add("--finetune-on-val", action="store_true", help="without such a set: choose C on the validation set")
     metric_types = [t.value for t in MetricType if t is not MetricType.IMAGENET_REAL_ACCURACY]
     add("--metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
-    add("--train-features-device", default="cpu", help="where the features are kept; cuML is used on CUDA if installed")
+    add(
+        "--train-features-device",
+        type=_device,
+        default="cpu",
+        help="where the features are kept; cuML is used on CUDA if installed",
+    )
     add("--train-dtype", choices=list(DTYPES), default="float64", help="precision of the fit")
     add("--max-train-iters", type=setup.positive_int, default=1000, help="iterations of the solver")
     add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
     add("--num-workers", type=int, default=0, help="data loader workers per process")
     return parser
+
+
+def _device(text: str) -> str:
+    """The type of a flag that names a device of this machine."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise argparse.ArgumentTypeError(f"expected cpu or, on a machine with a GPU, cuda, got {text!r}")
+    return text
 
 
 class LogRegModule(nn.Module):
@@ -92,8 +108,14 @@ class LogRegModule(nn.Module):
         from sklearn.exceptions import ConvergenceWarning
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the tolerance is below what the solver can see
+            warnings.simplefilter("ignore", ConvergenceWarning)  # also of a fit as good as rounding allows; see below
             self.estimator.fit(self._array(train_features.to(self.dtype)), self._array(train_labels))
+
+    @property
+    def converged(self) -> bool:
+        """Whether the fit ended before the last iteration allowed; also if the solver does not report iterations."""
+        iterations = getattr(self.estimator, "n_iter_", None)
+        return iterations is None or bool(np.max(iterations) < self.estimator.max_iter)
 
     def forward(self, samples: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Class probabilities (B, C) of features (B, D), in the form that metrics take."""
@@ -131,21 +153,50 @@ class Fitter(NamedTuple):
 def sweep_C_values(
     fitter: Fitter, train: Labelled, choice: Labelled, C_values: Sequence[float] = C_VALUES
 ) -> list[Accuracies]:
-    """Accuracies on `choice` of a model fitted to `train` for each C; the ranks share the work."""
+    """Accuracies on `choice` of a model fitted to `train` for each C, and whether it `converged`; the ranks share."""
     mine = {}
     for i in range(distributed.rank(), len(C_values), distributed.world_size()):
-        mine[i] = fitter.score(fitter.fit(C_values[i], train), choice)
+        model = fitter.fit(C_values[i], train)
+        mine[i] = fitter.score(model, choice) | {"converged": model.converged}
         logger.info("C = %.3g: top-1 %.2f", C_values[i], top_1(mine[i]))
     everything = {i: scores for part in distributed.all_gather_object(mine) for i, scores in part.items()}
+    unfinished = [f"{C:.3g}" for i, C in enumerate(C_values) if not everything[i]["converged"]]
+    if unfinished and distributed.is_main():
+        logger.warning(
+            "not converged after %d iterations (--max-train-iters): %d of %d fits, C = %s%s",
+            *(
+                fitter.max_iter,
+                len(unfinished),
+                len(C_values),
+                ", ".join(unfinished[:4]),
+                ", ..." * (len(unfinished) > 4),
+            ),
+        )
     return [everything[i] for i in range(len(C_values))]
 
 
 def hold_out(train: Labelled) -> tuple[Labelled, Labelled]:
-    """A random tenth (rounded down) of a training set to choose C on, and the rest: (rest, tenth)."""
+    """A random tenth (rounded down) of a training set to choose C on, and the rest: (rest, tenth).
+
+    As published, the first tenth of a random order; but the last image of each class in that order stays in the rest.
+
+    Raises:
+        ValueError: if there are too few images.
+    """
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
-    tenth, rest = order[: len(order) // 10], order[len(order) // 10 :]
-    if not len(tenth):
-        raise ValueError(f"{len(train.labels)} training images are too few to hold out a tenth; use --finetune-on-val")
+    backwards = train.labels.cpu()[order].flip(0).numpy()
+    _, last_of_class = np.unique(backwards, return_index=True)
+    may_go = torch.ones(len(order), dtype=torch.bool)
+    may_go[len(order) - 1 - torch.from_numpy(last_of_class)] = False
+    positions = may_go.nonzero().flatten()[: len(order) // 10]
+    if not len(positions):
+        raise ValueError(
+            f"{len(order)} training images of {len(last_of_class)} classes are too few to hold out a tenth to choose C "
+            "on and leave one of each class: choose it on the validation set with --finetune-on-val, or on another set "
+            "with --finetune-dataset-str"
+        )
+    is_held_out = torch.zeros(len(order), dtype=torch.bool).index_fill_(0, positions, value=True)
+    tenth, rest = order[is_held_out], order[~is_held_out]
     return Labelled(*(t[rest] for t in train)), Labelled(*(t[tenth] for t in train))
 
 
@@ -164,7 +215,11 @@ def eval_log_regression(
     chosen on `val`, the final model is fitted to the images of the choice, too.
 
     Returns:
-        On rank 0 {"top-1": fraction, ..., "best_C": C, "sweep": [{"C": C, "top-1": ...}, ...]}, elsewhere nothing.
+        On rank 0 {"top-1": fraction, ..., "best_C": C, "converged": whether the final fit did, "sweep":
+        [{"C": C, "top-1": ..., "converged": ...}, ...]}, elsewhere nothing.
+
+    Raises:
+        ValueError: if there are too few images, or all that are fitted to are of one class.
     """
     fitted = everything = train
     if finetune is not None:
@@ -179,9 +234,15 @@ def eval_log_regression(
         return {}
     best = max(range(len(C_values)), key=lambda i: top_1(sweep[i]))  # the first of several
     logger.info("best C = %.3g; fitting to all %d images", C_values[best], len(everything.labels))
-    scores = fitter.score(fitter.fit(C_values[best], everything), val)
+    final = fitter.fit(C_values[best], everything)
+    if not final.converged:
+        logger.warning(
+            "the final fit has not converged after --max-train-iters %d iterations: its accuracy may differ from "
+            "that of the solution",
+            fitter.max_iter,
+        )
     by_C = [{"C": C, **accuracies} for C, accuracies in zip(C_values, sweep, strict=True)]
-    return {**scores, "best_C": C_values[best], "sweep": by_C}
+    return {**fitter.score(final, val), "best_C": C_values[best], "converged": final.converged, "sweep": by_C}
 
 
 def eval_log_regression_with_model(
@@ -237,14 +298,19 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     with distributed.session():
         cfg = setup.setup(args)
+        if args.finetune_dataset_str and args.finetune_on_val:
+            logger.warning("--finetune-on-val has no effect: C is chosen on the images of --finetune-dataset-str")
         transform, cache = setup.eval_transform(args, cfg, RESIZE_SIZE), setup.feature_cache(args, cfg, RESIZE_SIZE)
-        names = (args.train_dataset, args.val_dataset, args.finetune_dataset_str)
-        sets = {name: setup.labelled_dataset(name, transform) for name in names if name}
-        for name, dataset in sets.items():
-            setup.check_same_classes(sets[args.train_dataset], dataset, name)
+        names = (args.val_dataset, args.finetune_dataset_str)
+        path = Path(args.output_dir) / RESULTS_FILE
+        archive_results(path)
+        train_dataset = setup.training_dataset(args.train_dataset, transform)
+        others = {name: setup.labelled_dataset(name, transform) for name in names if name}
+        equal_images = setup.compare_sets(args.train_dataset, train_dataset, others)
+        sets = {args.train_dataset: train_dataset} | others
         results = eval_log_regression_with_model(
             setup.build_model_for_eval(cfg, args.pretrained_weights),
-            train_dataset=sets[args.train_dataset],
+            train_dataset=train_dataset,
             val_dataset=sets[args.val_dataset],
             finetune_dataset=sets.get(args.finetune_dataset_str),
             finetune_on_val=args.finetune_on_val,
@@ -260,8 +326,10 @@ def main(args: argparse.Namespace) -> None:
         if distributed.is_main():
             metrics = percent(results) | {"sweep": [percent(scores) for scores in results["sweep"]]}
             log_scores(metrics, sets[args.val_dataset])
-            path, facts = Path(args.output_dir) / RESULTS_FILE, run_facts(sets, cache, started)
-            write_results(path, evaluation="log_regression", metrics=metrics, args=args, **facts)
+            facts = run_facts(sets, cache, started)
+            write_results(
+                path, evaluation="log_regression", metrics=metrics, args=args, **facts, equal_images=equal_images
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Images that cannot be read are left out of an evaluation, and said so."""
+"""Images that cannot be read are left out of an evaluation, each with a warning that gives the reason."""
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from torch.utils.data import Dataset, default_collate
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class ReadableOnly(Dataset[Any]):
-    """A data set in which samples whose image cannot be read are None."""
+    """A dataset in which the samples whose image cannot be read are the error."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -25,16 +25,29 @@ class ReadableOnly(Dataset[Any]):
             return self.dataset[key]
         except BadImageError as error:
             logger.warning("left out of the evaluation: %s", error)
-            return None
+            return error
+
+
+class UnreadableBatch(NamedTuple):
+    """A batch of which no image can be read."""
+
+    size: int
+    reason: str  # that of the first
 
 
 def collate_readable(samples: Sequence[Any], collate: Callable[[list[Any]], Any] = default_collate) -> Any:
-    """A batch of the samples that are not None.
+    """A batch of the samples that are no `BadImageError`, an `UnreadableBatch` if there is none."""
+    readable = [sample for sample in samples if not isinstance(sample, BadImageError)]
+    return collate(readable) if readable else UnreadableBatch(len(samples), str(samples[0]))
+
+
+def readable_batches(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader with `collate_readable`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is an `UnreadableBatch` among them. Not in a worker, which would add its traceback.
     """
-    readable = [sample for sample in samples if sample is not None]
-    if not readable:
-        raise ValueError(f"not one of the {len(samples)} images of a batch can be read; the log names them")
-    return collate(readable)
+    for batch in batches:
+        if isinstance(batch, UnreadableBatch):
+            raise ValueError(f"not one of the {batch.size} images of a batch can be read; the first: {batch.reason}")
+        yield batch

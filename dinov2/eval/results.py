@@ -28,10 +28,16 @@ from dinov2.models.weights import files_in
 logger = logging.getLogger(__name__)
 
 
+def archive_results(path: Path) -> None:
+    """Rename the results of an earlier run, on rank 0: an evaluation that fails leaves none that look like its own."""
+    if distributed.is_main() and path.exists():
+        path.replace(path.with_name(f"{path.name}.previous"))
+
+
 def write_results(
     path: Path, *, evaluation: str, metrics: Mapping[str, Any], args: argparse.Namespace, **facts: Any
 ) -> None:
-    """Write the results on rank 0, in place of those of an earlier run.
+    """Write the results on rank 0.
 
     Args:
         path: the JSON file.

@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.feature_cache import FeatureCache
+from dinov2.eval.image_files import LabelledSet, report_equal_images
 from dinov2.eval.results import weights_fingerprint
 from dinov2.log import setup_logging
 from dinov2.models import build_model
@@ -23,6 +26,7 @@ from dinov2.models.weights import load_backbone
 
 logger = logging.getLogger(__name__)
 
+MOST_CLASSES = 1_000_000  # labels above it are numbers of something else, such as of products
 PUBLISHED_CROP_SIZE = 224
 SMALLEST_PUBLISHED_SIZE = 96  # a model trained on smaller global crops is evaluated at the size of its crops
 
@@ -73,6 +77,17 @@ def positive_int(text: str) -> int:
         number = 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return number
+
+
+def positive_number(text: str) -> float:
+    """The type of flags for rates and temperatures, with which float32 can compute."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 1e-20 <= number <= 1e20:
+        raise argparse.ArgumentTypeError(f"expected a number above 0 that is not extreme, got {text!r}")
     return number
 
 
@@ -156,17 +171,20 @@ def feature_cache(args: argparse.Namespace, cfg: Config, published_resize_size: 
     """Where the features of the evaluated model are kept, and what they depend on besides the data set."""
     if args.feature_cache == "none":
         return FeatureCache()
+    folder = Path(args.feature_cache or Path(args.output_dir) / "features")
+    return FeatureCache(folder, model_facts(args, cfg, published_resize_size))
+
+
+def model_facts(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> dict[str, Any]:
+    """What tells one model, and one way of preparing images, from another; JSON."""
     weights = weights_fingerprint(args.pretrained_weights)
-    return FeatureCache(
-        Path(args.feature_cache or Path(args.output_dir) / "features"),
-        {
-            "weights": weights["sha256"] if weights else f"random, seed {cfg.train.seed}",
-            "backbone": config.backbone_arguments(cfg),
-            "image sizes": image_sizes(args, cfg, published_resize_size),
-            "normalisation": [cfg.augmentation.mean, cfg.augmentation.std],
-            "precision": str(get_autocast_dtype(cfg)),
-        },
-    )
+    return {
+        "weights": weights["sha256"] if weights else f"random, seed {cfg.train.seed}",
+        "backbone": config.backbone_arguments(cfg),
+        "image sizes": list(image_sizes(args, cfg, published_resize_size)),
+        "normalization": [list(cfg.augmentation.mean), list(cfg.augmentation.std)],
+        "precision": str(get_autocast_dtype(cfg)),
+    }
 
 
 def check_same_classes(train_dataset: ImageDataset, other: ImageDataset, other_name: str) -> None:
@@ -194,6 +212,70 @@ def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> 
         )
 
 
+def check_labels(
+    train_targets: np.ndarray, other: ImageDataset, other_name: str, *, num_classes: int | None = None
+) -> None:
+    """Labels that are tested on should be among those trained on.
+
+    Args:
+        train_targets: labels of the training images.
+        other: dataset to test on.
+        other_name: its dataset string.
+        num_classes: labels that a classifier can give; None: any.
+
+    Raises:
+        ValueError: if a label is not below `num_classes`.
+    """
+    targets = labels_of(other)
+    if num_classes is not None and targets.max() >= num_classes:
+        raise ValueError(f"{other_name} has labels up to {targets.max()}, but there are {num_classes} classes, from 0")
+    unseen = np.setdiff1d(targets, train_targets)
+    if targets.ndim == 1 and len(unseen):
+        names = ", ".join(map(str, unseen[:6])) + (", ..." if len(unseen) > 6 else "")
+        logger.warning(
+            "%s: %d of %d images are of classes without a training image, which cannot be predicted: labels %s",
+            *(other_name, np.isin(targets, unseen).sum(), len(targets), names),
+        )
+
+
+def compare_sets(train_name: str, train: ImageDataset, others: Mapping[str, ImageDataset]) -> dict[str, dict[str, int]]:
+    """See that training images and others, by dataset string, go together; what `report_equal_images` finds.
+
+    Raises:
+        ValueError: if they have other classes.
+    """
+    for name, other in others.items():
+        check_same_classes(train, other, name)
+        check_labels(labels_of(train), other, name)
+    return report_equal_images(
+        train_name, LabelledSet.of(train), {name: LabelledSet.of(other) for name, other in others.items()}
+    )
+
+
+def labels_of(dataset: ImageDataset) -> np.ndarray:
+    """The labels of a dataset that has some, as those of `labelled_dataset` have."""
+    targets = dataset.get_targets()
+    assert targets is not None, "labelled"
+    return targets
+
+
+def training_dataset(dataset_str: str, transform: Callable[..., Tensor]) -> ImageDataset:
+    """As `labelled_dataset`, of images to tell classes apart by.
+
+    Raises:
+        ValueError: if they are all of one class, too.
+    """
+    dataset = labelled_dataset(dataset_str, transform)
+    targets = labels_of(dataset)
+    if (targets == targets[0]).all():
+        name = next(iter(class_names(dataset)[targets[0] :]), "")
+        raise ValueError(
+            f"all {len(targets)} images of --train-dataset {dataset_str!r} are of one class (label {targets[0]}"
+            f"{name and f', {name}'}): there is nothing to tell apart; of a folder of images, each class has a folder"
+        )
+    return dataset
+
+
 def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor], *, several: bool = False) -> ImageDataset:
     """The data set of a string, with images transformed, and with one label per image unless `several` are fine, too.
 
@@ -206,6 +288,14 @@ def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor], *, seve
     targets = dataset.get_targets()
     if targets is None or targets.max() < 0:  # lists may all be empty
         raise ValueError(f"dataset {dataset_str!r} has no labels, which this evaluation needs")
+    if targets.max() >= MOST_CLASSES:
+        first = dataset.describe(int(targets.reshape(len(targets), -1).max(axis=1).argmax()))
+        raise ValueError(
+            f"dataset {dataset_str!r} has labels up to {targets.max()} ({first}); labels are indices of classes, from 0"
+        )
+    if targets.ndim == 1 and targets.min() < 0:
+        first = dataset.describe(int(targets.argmin()))
+        raise ValueError(f"{(targets < 0).sum()} images of {dataset_str!r} have a label below 0, such as {first}")
     if targets.ndim > 1 and not several:
         raise ValueError(
             f"dataset {dataset_str!r} has lists of labels, which only the metric imagenet_real_accuracy "

@@ -10,7 +10,7 @@ from eval_pictures import CONFIG, tiny_backbone
 from PIL import Image
 
 from dinov2 import config
-from dinov2.eval import knn, setup
+from dinov2.eval import knn, linear, setup
 
 
 def parsed(*words: str, config_file: str | Path = "eval/vits14_pretrain") -> argparse.Namespace:
@@ -37,6 +37,16 @@ def test_counts_below_one_are_named(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             knn.get_args_parser().parse_args(["--config-file", "a", "--random-init", *words])
         assert f"expected an integer of at least 1, got '{words[-1]}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-0.1", "nan", "inf", "1e41", "warm"])
+def test_rates_and_temperatures_of_which_nothing_can_be_computed_are_named(
+    number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for evaluation, flag in ((knn, "--temperature"), (linear, "--learning-rates")):
+        with pytest.raises(SystemExit):
+            evaluation.get_args_parser().parse_args(["--config-file", "a", "--random-init", f"{flag}={number}"])
+        assert f"expected a number above 0 that is not extreme, got '{number}'" in capsys.readouterr().err
 
 
 def test_overrides_of_one_command_line_do_not_reach_the_next() -> None:

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from eval_pictures import Pictures, tiny_backbone
+from eval_pictures import Pictures, tiny_backbone, to_tensor
 from eval_shared_work import shared_work
+from PIL import Image
 from torch.nn.functional import normalize
 
+from dinov2.data.images import BadImageError
 from dinov2.eval import features as features_module
 from dinov2.eval.features import (
     ModelWithIntermediateLayers,
@@ -24,7 +27,7 @@ from dinov2.eval.features import (
     tokens_of_blocks,
 )
 from dinov2.eval.linear_heads import create_linear_input
-from dinov2.eval.readable import collate_readable
+from dinov2.eval.readable import collate_readable, readable_batches
 
 HERE = Path(__file__).resolve().parent
 
@@ -76,10 +79,40 @@ def test_broken_pictures_are_left_out_and_named(caplog: pytest.LogCaptureFixture
 
 
 def test_too_many_broken_pictures_are_an_error() -> None:
-    with pytest.raises(ValueError, match="3 of 200 images cannot be read"):
+    with pytest.raises(ValueError, match="3 of 200 images cannot be read; the first: .*sample 1 .*no image format"):
         extract_features(tiny_backbone(), Pictures(200, broken=[1, 70, 190]), 64, 0)
-    with pytest.raises(ValueError, match="not one of the 2 images of a batch can be read"):
-        collate_readable([None, None])
+    batch = collate_readable([BadImageError("no file a.png"), BadImageError("no file b.png")])
+    with pytest.raises(ValueError, match="not one of the 2 images of a batch can be read; the first: no file a.png"):
+        list(readable_batches([batch]))
+
+
+def test_weights_that_are_not_finite_are_named_whatever_is_around_the_backbone() -> None:
+    model = tiny_backbone()
+    model.blocks[2].attn.proj.weight.data[0, :2] = torch.nan
+    for around in (model, ModelWithNormalize(model), ModelWithPooledTokens(ModelWithIntermediateLayers(model, 4))):
+        with pytest.raises(
+            ValueError, match=r"2 of the 576 values of blocks\.2\.attn\.proj\.weight are NaN or infinite"
+        ):
+            extract_features(around, Pictures(10), 4, 0)
+
+
+def overflowing(image: Image.Image) -> torch.Tensor:
+    """A transform that one of the images does not survive."""
+    tensor = to_tensor(image)
+    return tensor * torch.inf if np.array_equal(np.array(image), Pictures(10).get_image(6)) else tensor
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_image_whose_features_are_not_finite_is_named(num_workers: int) -> None:
+    with pytest.raises(ValueError, match="features of Pictures sample 6 are NaN or infinite, those of 1 of 4 images"):
+        extract_features(tiny_backbone(), Pictures(10, transform=overflowing), 4, num_workers)
+
+
+def test_weights_that_are_finite_but_too_large_are_blamed() -> None:
+    model = tiny_backbone()
+    model.patch_embed.proj.weight.data *= 1e38
+    with pytest.raises(ValueError, match="those of 4 of 4 images .* the weights, though finite, are too large"):
+        extract_features(model, Pictures(10), 4, 0)
 
 
 def test_tokens_of_the_last_blocks_are_frozen_and_go_from_shallow_to_deep() -> None:

@@ -169,3 +169,27 @@ def test_data_without_labels_and_weights_that_do_not_fit_are_errors(tmp_path: Pa
     torch.save({"norm.weight": torch.zeros(24)}, tmp_path / "part.pth")
     with pytest.raises(ValueError, match="do not fit this backbone"):
         run(tmp_path / "b", pretrained_weights=tmp_path / "part.pth")
+
+
+def test_features_that_are_not_finite_leave_no_results(tmp_path: Path) -> None:
+    run(tmp_path, nb_knn=[1])
+    model = tiny_backbone()
+    model.patch_embed.proj.weight.data *= 1e38  # finite, but nothing computed with them is
+    torch.save(model.state_dict(), tmp_path / "large.pth")
+    with pytest.raises(ValueError, match="are NaN or infinite"):
+        run(tmp_path, pretrained_weights=tmp_path / "large.pth")
+    out = tmp_path / "out"
+    assert not (out / "results_eval_knn.json").exists() and (out / "results_eval_knn.json.previous").is_file()
+    assert len(list((out / "features").iterdir())) == 2, "those of the run before"
+
+
+def test_images_that_are_tested_on_and_trained_on_are_in_the_results(tmp_path: Path) -> None:
+    words = command(tmp_path, nb_knn=[1])
+    (tmp_path / "val" / "b" / "copy.png").write_bytes((tmp_path / "train" / "r" / "0.png").read_bytes())
+    knn.main(knn.get_args_parser().parse_args(words))
+    results = json.loads((tmp_path / "out" / "results_eval_knn.json").read_text())
+    train, val = (words[words.index(flag) + 1] for flag in ("--train-dataset", "--val-dataset"))
+    assert results["equal_images"] == {
+        train: {"compared": 30, "equal": 0, "with_other_labels": 0},
+        val: {"compared": 22, "equal": 1, "with_other_labels": 1},
+    }

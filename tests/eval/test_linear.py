@@ -1,6 +1,7 @@
 """The linear evaluation trains each classifier as if it were alone, resumes exactly, and writes what it found."""
 
 import json
+import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
@@ -198,6 +199,61 @@ def test_the_first_of_the_best_is_chosen_also_when_none_is_right() -> None:
     assert linear.best_of({"a": {"top-1": [0.5, 0.1]}, "b": {"top-1": [0.2, 0.6]}}) == "b"
 
 
+def test_features_of_training_images_that_are_not_finite_end_it(tmp_path: Path) -> None:
+    experiment = Experiment()
+    experiment.pictures.transform = lambda image: to_tensor(image) * torch.inf
+    with pytest.raises(ValueError, match="the features of image 0 of the batch of iteration 0 are NaN or infinite"):
+        experiment.train(tmp_path)
+
+
+def test_validations_of_other_images_are_forgotten(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def train(validated_on: str) -> list[dict]:
+        experiment = Experiment()
+        arguments = (experiment.batches_from, experiment.validate, PLAN)
+        options = {"output_dir": tmp_path, "resume": True, "run": {}, "validated_on": validated_on}
+        return eval_linear(experiment.tokens, *experiment.grid, *arguments, **options)
+
+    history = train("some")
+    assert len(history) == 2 and train("some") == history
+    assert train("others") == [] and "its validations were of other images and are forgotten" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("last_checkpoint", b"\xff\0"),
+        ("last_checkpoint", b""),
+        ("last_checkpoint", b"../model_final.pth"),
+        ("model_final.pth", {"model": {}, "run": {}}),
+        ("model_final.pth", {"model": 3}),
+        ("model_final.pth", {"iteration": "seven"}),
+        ("model_final.pth", {"history": [1]}),
+        ("model_final.pth", {"optimizer": {"state": {}}}),
+        ("model_final.pth", {"run": [1]}),
+    ],
+)
+def test_what_a_run_left_is_checked(file: str, content: bytes | dict, tmp_path: Path) -> None:
+    Experiment().train(tmp_path, run={"weights": "abc"})
+    if isinstance(content, dict):
+        content = torch.load(tmp_path / file, weights_only=True) | content
+        torch.save(content, tmp_path / file)
+    else:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} (is damaged|is no checkpoint|belongs to another run)"):
+        Experiment().train(tmp_path, run={"weights": "abc"})
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    experiment = Experiment()
+    experiment.train(tmp_path)
+    data = bytearray((tmp_path / "model_final.pth").read_bytes())
+    weight = next(iter(experiment.grid.classifiers.by_name().values())).linear.weight.detach().numpy().tobytes()
+    data[data.index(weight) + 10] ^= 1
+    (tmp_path / "model_final.pth").write_bytes(data)
+    with pytest.raises(ValueError, match=r"model_final\.pth is damaged"):
+        Experiment().train(tmp_path)
+
+
 def run(folder: Path, **options: object) -> dict:
     linear.main(linear.get_args_parser().parse_args(command(folder, **options)))
     return json.loads((folder / "out" / "results_eval_linear.json").read_text())
@@ -255,6 +311,60 @@ def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path, capsys: py
     assert list(again["feature_files"].values()) == ["read"]
     uncached = run(tmp_path, classifier_fpath=str(checkpoint), feature_cache="none")
     assert uncached["metrics"]["val"] == results["val"] and uncached["feature_files"] == {}
+
+
+def test_rates_that_diverge_are_not_chosen_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, epochs=1, epoch_length=6, batch_size=8, learning_rates=[0.1, 0.2])
+    checkpoint = tmp_path / "out" / "model_final.pth"
+    state = torch.load(checkpoint, weights_only=True)
+    for rate, left in (("00313", 4), ("00625", 0)):
+        for name, value in state["model"].items():
+            if name.endswith(f"{rate}.linear.weight"):
+                value[0] = torch.nan  # of which topk makes the surest class
+        torch.save(state, checkpoint)
+        if left:
+            metrics = run(tmp_path, classifier_fpath=checkpoint)["metrics"]
+            assert [len(metrics[key]) for key in ("val", "diverged")] == [left, 4]
+            assert all("00625" in name for name in [*metrics["val"], metrics["best_classifier"]["name"]])
+            assert all(rate in name for name in metrics["diverged"])
+            assert f"diverged, and not among the choices: {metrics['diverged'][0]}" in caplog.text
+    with pytest.raises(ValueError, match="no classifier is left for .*give smaller --learning-rates"):
+        run(tmp_path, classifier_fpath=checkpoint)
+    assert not (tmp_path / "out" / "results_eval_linear.json").exists()
+
+
+def test_other_images_under_the_same_names_are_not_resumed_with(tmp_path: Path) -> None:
+    options = {"epochs": 1, "epoch_length": 4, "batch_size": 8, "learning_rates": [0.1]}
+    run(tmp_path, **options)
+    os.utime(tmp_path / "val" / "r" / "0.png", (0, 0))
+    run(tmp_path, **options)  # which is only tested on
+    os.utime(tmp_path / "train" / "r" / "0.png", (0, 0))
+    with pytest.raises(ValueError, match="belongs to another run .names, sizes, times and labels .*--no-resume"):
+        run(tmp_path, **options)
+    with pytest.raises(ValueError, match="random, seed 0' then, 'random, seed 3' now"):
+        run(tmp_path, **options, opts=["train.seed=3"])
+    run(tmp_path, **options, no_resume=True)
+
+
+def test_sets_that_no_classifier_fits_are_refused_before_training(tmp_path: Path) -> None:
+    options = {"epochs": 1, "epoch_length": 2, "batch_size": 64, "learning_rates": [0.1]}  # more than there are images
+    run(tmp_path, **options)
+    classifiers = str(tmp_path / "out" / "model_final.pth")
+    with pytest.raises(ValueError, match="are for another backbone: .* takes 24 features, and this one has 48"):
+        run(tmp_path, classifier_fpath=classifiers, opts=["student.embed_dim=48"])
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name, message in (("text", "must be a list of whole numbers"), ("empty", "cannot read the class mapping")):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path, **options, val_class_mapping_fpath=tmp_path / f"{name}.npy")
+    lists = {"train": "r/0.png\t0\nb/2.png\t1\n", "val": "r/0.png\t0\nb/2.png\t2\n"}
+    for name, text in lists.items():
+        (tmp_path / name / "list.tsv").write_text(text)
+    words = command(tmp_path, **options)
+    for name in lists:
+        words[words.index(f"--{name}-dataset") + 1] = f"ImageList:file={tmp_path / name / 'list.tsv'}"
+    with pytest.raises(ValueError, match="val/list.tsv has labels up to 2, but there are 2 classes"):
+        linear.main(linear.get_args_parser().parse_args(words))
 
 
 def test_lists_that_do_not_match_the_test_sets_are_named(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Logistic regression is scikit-learn's, C is chosen on the right images, and the command writes what it found."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from eval_pictures import command, write_pictures
 from sklearn.linear_model import LogisticRegression
 
-from dinov2.eval import log_regression
+from dinov2.eval import knn, linear, log_regression
 from dinov2.eval.log_regression import C_VALUES, Fitter, Labelled, eval_log_regression, hold_out, sweep_C_values
 from dinov2.eval.metrics import MetricType
 
@@ -91,9 +92,61 @@ def test_the_first_of_equal_cs_wins_and_classes_are_averaged_to_compare() -> Non
     assert result["best_C"] == 1.0
 
 
-def test_too_few_images_to_hold_some_out_are_an_error() -> None:
-    with pytest.raises(ValueError, match="9 training images are too few"):
-        eval_log_regression(data(9, 0), data(9, 1), fitter=Fitter(num_classes=4))
+@pytest.mark.parametrize("counts", [(9, 0), (2, 2)])
+def test_too_few_images_to_hold_some_out_are_an_error(counts: tuple[int, int]) -> None:
+    words = (
+        "training images of [0-9] classes are too few to hold out a tenth .*--finetune-on-val.*--finetune-dataset-str"
+    )
+    with pytest.raises(ValueError, match=words):
+        hold_out(data(*counts))
+    with pytest.raises(ValueError, match="12 training images of 12 classes are too few"):
+        hold_out(Labelled(torch.randn(12, 3), torch.arange(12)))
+
+
+@pytest.mark.parametrize("counts", [(10, 1), (1, 10), (1,) * 9 + (3,), (30, 1, 1, 1, 1), (11, 11)])
+def test_every_class_keeps_an_image_to_fit_to(counts: tuple[int, ...]) -> None:
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    rest, tenth = hold_out(Labelled(torch.arange(len(labels)), labels))
+    assert rest.labels.unique().tolist() == list(range(len(counts)))
+    assert len(tenth.labels) == len(labels) // 10
+    assert sorted(torch.cat([rest.features, tenth.features]).tolist()) == list(range(len(labels)))
+
+
+def test_a_fit_that_has_not_converged_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    train, val = data(80, 0), data(20, 1)
+    result = eval_log_regression(train, val, fitter=Fitter(num_classes=4, max_iter=40), C_values=[1e-3, 1e3, 1e4])
+    assert [scores["converged"] for scores in result["sweep"]] == [True, False, False]
+    assert "not converged after 40 iterations (--max-train-iters): 2 of 3 fits, C = 1e+03, 1e+04" in caplog.text
+    assert result["converged"] == (result["best_C"] == 1e-3)
+    assert ("the final fit has not converged" in caplog.text) != result["converged"]
+    caplog.clear()
+    result = eval_log_regression(train, val, fitter=Fitter(num_classes=4), C_values=[1e-3, 1.0])
+    assert result["converged"] and not caplog.records
+
+
+def test_devices_that_are_not_there_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cudaa", "meta"):
+        with pytest.raises(SystemExit):
+            log_regression.get_args_parser().parse_args([f"--train-features-device={device}"])
+        assert f"expected cpu or, on a machine with a GPU, cuda, got '{device}'" in capsys.readouterr().err
+
+
+def test_a_rare_class_does_not_end_the_command(tmp_path: Path) -> None:
+    words = command(tmp_path, max_train_iters=5)
+    for path in sorted((tmp_path / "train" / "b").iterdir())[1:]:
+        path.unlink()
+    log_regression.main(log_regression.get_args_parser().parse_args(words))
+    results = json.loads((tmp_path / "out" / "results_eval_log_regression.json").read_text())
+    assert results["sets"][words[words.index("--train-dataset") + 1]] == {"images": 21, "classes": 3}
+
+
+def test_images_of_one_class_are_an_error_in_the_words_of_the_user(tmp_path: Path) -> None:
+    words = command(tmp_path)
+    shutil.rmtree(tmp_path / "train" / "b")
+    shutil.rmtree(tmp_path / "train" / "g")
+    for evaluation in (log_regression, knn, linear):
+        with pytest.raises(ValueError, match="all 10 images of --train-dataset '.*' are of one class .label 0, r."):
+            evaluation.main(evaluation.get_args_parser().parse_args(words))
 
 
 def test_the_command_writes_percents_and_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

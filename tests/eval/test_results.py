@@ -61,7 +61,7 @@ def test_sets_files_and_times_are_recorded(tmp_path: Path) -> None:
     assert set_facts(Pictures(10)) == {"images": 10, "classes": 3}
     assert set_facts(SomeUnlabelled(8)) == {"images": 6, "classes": 2}
     cache, pictures = FeatureCache(tmp_path), Pictures(4)
-    cache.get("a", pictures, lambda: (time.sleep(0.05), (torch.zeros(4, 2), torch.zeros(4)))[1])
+    cache.get("a", pictures, lambda: (time.sleep(0.05), (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))[1])
     facts = run_facts({"A": pictures}, cache, time.monotonic() - 1)
     (file,) = tmp_path.iterdir()
     assert facts["sets"] == {"A": {"images": 4, "classes": 3}}

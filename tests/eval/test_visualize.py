@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from dinov2 import config
 from dinov2.eval import visualize
 from dinov2.eval.pictures.video import Video, writing_video
+from dinov2.models import build_model
 
 CONFIG = """
 student: {arch: vit_small, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3, init_std: 0.3}
@@ -185,6 +187,34 @@ def test_what_cannot_be_drawn_is_said(
     monkeypatch.chdir(pictures)
     with pytest.raises((ValueError, OSError), match=message):
         run(*words, *model, "--images", "a.png")
+
+
+@pytest.mark.parametrize(
+    "words", [["pca"], ["attention"], ["similarity", "--point", "1,1"], ["neighbours", "--query", "a.png"]]
+)
+def test_features_that_are_not_finite_are_not_drawn(
+    model: list[str], pictures: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.chdir(pictures)
+    cfg = config.load(model[1])
+    backbone = build_model(**config.backbone_arguments(cfg))
+    backbone.patch_embed.proj.weight.data *= 1e38  # finite, but nothing computed with them is
+    torch.save(backbone.state_dict(), "large.pth")
+    model = [*model[:2], "--pretrained-weights", "large.pth"]
+    with pytest.raises(ValueError, match=r"the features of a\.png are NaN or infinite"):
+        run(*words, *model, "--images", "a.png", "b.png", "--output", "drawn.png")
+    assert not Path("drawn.png").exists() and not Path("drawn.json").exists()
+
+
+def test_when_no_image_can_be_read_the_reason_is_given(
+    model: list[str], pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(pictures)
+    for name in ("a.png", "b.png"):
+        Path(name).write_bytes(b"no picture")
+    for words in (["pca"], ["neighbours", "--query", "c.png"]):
+        with pytest.raises(ValueError, match=r"not one of 2 images can be read; the first: .*a\.png.*no image format"):
+            run(*words, *model, "--images", "a.png", "b.png", "--output", "drawn.png")
 
 
 def test_a_wrong_command_line_is_explained(capsys: pytest.CaptureFixture[str]) -> None:

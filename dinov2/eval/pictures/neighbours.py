@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from dinov2.data.transforms import make_classification_eval_transform
-from dinov2.eval.features import autocast, run_model
+from dinov2.eval.features import autocast, require_finite, run_model
 from dinov2.eval.pictures.frozen_backbone import LARGE_SIZE, FrozenBackbone
-from dinov2.eval.pictures.sources import Source, TransformedPictures
+from dinov2.eval.pictures.sources import Source, TransformedPictures, none_readable
 from dinov2.eval.setup import PUBLISHED_CROP_SIZE
 
 BATCH_SIZE = 32
@@ -50,7 +50,7 @@ def find_neighbours(
         The neighbours of each query that can be read, and the class tokens (n, D) of the pictures that can be read.
 
     Raises:
-        ValueError: if none of the queries or none of the pictures can be read.
+        ValueError: if none of the queries or none of the pictures can be read, or a feature is not finite.
     """
     queries, asked = _class_tokens(backbone, queries, side, num_workers)
     pictures, features = _class_tokens(backbone, pictures, side, num_workers)
@@ -97,10 +97,13 @@ def _class_tokens(
     tokens = []
     for samples in DataLoader(dataset, BATCH_SIZE, num_workers=num_workers, collate_fn=list):
         if found := [sample for sample in samples if sample is not None]:
-            readable += [pictures[index] for index, _ in found]
+            sources = [pictures[index] for index, _ in found]
             images = torch.stack([image for _, image in found]).to(backbone.model.cls_token.device)
             with autocast(backbone.autocast_dtype):
-                tokens.append(functional.normalize(run_model(backbone.model, images).float(), dim=-1).cpu())
+                features = run_model(backbone.model, images).float().cpu()
+            require_finite(features, [source.path for source in sources].__getitem__, backbone.model)
+            readable += sources
+            tokens.append(functional.normalize(features, dim=-1))
     if not readable:
-        raise ValueError(f"not one of {len(pictures)} images can be read; the log names them")
+        raise none_readable(pictures)
     return readable, torch.cat(tokens)

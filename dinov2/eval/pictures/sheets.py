@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.analysis.pca import fit_colouring, fit_foreground, to_pictures
+from dinov2.eval.features import require_finite
 from dinov2.eval.pictures.contact_sheet import Cell, Legend, contact_sheet, draw_sheet, heat_map, overlay
 from dinov2.eval.pictures.feature_maps import (
     cell_at,
@@ -58,6 +59,7 @@ def pca_sheet(
     """
     images = _seen(backbone, pictures, shorter_side)
     tokens = image_tokens(backbone, images, shifts=shifts)
+    _require_finite(tokens, pictures, backbone)
     batches = [grid[None] for grid in tokens]
     colouring = fit_colouring(batches, fit_foreground(batches) if foreground else None)
     colours = [colouring(batch) for batch in batches]
@@ -83,6 +85,7 @@ def attention_sheet(
     """Images, and where the class token looks in the last block: the mean of all heads, and each head."""
     images = _seen(backbone, pictures, shorter_side)
     attention = image_attention(backbone, images)
+    _require_finite(attention, pictures, backbone)
     lines: list[list[Cell | None]] = []
     for picture, image, heads in zip(pictures, images, attention, strict=True):
         named = [Cell(_attention_map(head), f"head {n}: {head.sum():.0%}") for n, head in enumerate(heads, start=1)]
@@ -116,6 +119,7 @@ def similarity_sheet(
     places = [locate(point, pictures[0].image.size) for point in points]
     images = _seen(backbone, pictures, shorter_side)
     tokens = image_tokens(backbone, images)
+    _require_finite(tokens, pictures, backbone)
     maps = [similarity_maps(tokens, 0, cell_at(place, (tokens[0].shape[0], tokens[0].shape[1]))) for place in places]
     low = min(float(values.min()) for row in maps for values in row)
     lines = []
@@ -164,6 +168,12 @@ def _seen(backbone: FrozenBackbone, pictures: Sequence[LoadedPicture], shorter_s
     images = [resized(picture.image, shorter_side, patch_size) for picture in pictures]
     say_sizes([(picture.image.size, image.size) for picture, image in zip(pictures, images, strict=True)], patch_size)
     return images
+
+
+def _require_finite(features: Sequence[Tensor], pictures: Sequence[LoadedPicture], backbone: FrozenBackbone) -> None:
+    """Refuse features (...) of each image that are not finite, see `require_finite`."""
+    largest = torch.stack([values.abs().amax() for values in features])[:, None]  # NaN and inf come through
+    require_finite(largest, [picture.path for picture in pictures].__getitem__, backbone.model)
 
 
 def _attention_map(values: Tensor) -> Image.Image:

@@ -72,7 +72,17 @@ def load_pictures(pictures: Sequence[Source]) -> Iterator[LoadedPicture]:
             continue
         yield LoadedPicture(picture.name, picture.path, image)
     if num_bad == len(pictures):
-        raise ValueError(f"not one of {num_bad} images can be read; the log names them")
+        raise none_readable(pictures)
+
+
+def none_readable(pictures: Sequence[Source]) -> ValueError:
+    """The error when none of some images can be read, with the reason for the first."""
+    reason = ""
+    try:
+        pictures[0].load()
+    except BadImageError as error:
+        reason = f"; the first: {error}"
+    return ValueError(f"not one of {len(pictures)} images can be read{reason}")
 
 
 class TransformedPictures(Dataset[tuple[int, Any] | None]):

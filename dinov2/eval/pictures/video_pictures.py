@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from dinov2 import distributed
 from dinov2.analysis.pca import fit_colouring, fit_foreground
+from dinov2.eval.features import require_finite
 from dinov2.eval.pictures.feature_maps import input_size, patch_tokens, say_sizes
 from dinov2.eval.pictures.frozen_backbone import FrozenBackbone
 from dinov2.eval.pictures.video import Video, writing_video
@@ -166,7 +167,9 @@ def _fill(
     with tqdm(total=expected or None, desc="features", disable=not sys.stderr.isatty()) as bar:
         for batch in _batches(frames):
             images = (torch.from_numpy(batch).permute(0, 3, 1, 2).float().contiguous() / 255 - mean) / std
-            store.add(patch_tokens(backbone.model, images, shifts=shifts, autocast_dtype=backbone.autocast_dtype))
+            tokens = patch_tokens(backbone.model, images, shifts=shifts, autocast_dtype=backbone.autocast_dtype)
+            require_finite(tokens.half(), f"frame {{}} after the first {len(store)}".format, backbone.model)
+            store.add(tokens)
             bar.update(len(batch))
     speed = len(store) / (time.perf_counter() - started)
     logger.info("%d frames, %d x %d patches each: %.1f frames/s", len(store), *store.shape[:2], speed)
