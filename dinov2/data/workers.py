@@ -268,7 +268,7 @@ class SupervisedLoader(DataLoader[Any]):
         except LoadingError:
             raise
         except (RuntimeError, OSError, EOFError) as error:  # of torch's loader; those of the dataset are a _Failure
-            dead = self._death(patient=True)
+            dead = self._death(missed=True)
             advice = f". {NO_MEMORY}" if getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN) else ""
             raise LoadingError(dead or f"loading the images failed: {_in_words(error)}{advice}") from error
 
@@ -301,10 +301,10 @@ class SupervisedLoader(DataLoader[Any]):
             + (f", or raise {self.patience_key} (0 waits for ever)" if self.patience_key else "")
         )
 
-    def _death(self, *, patient: bool = False) -> str:
-        """What to say of a worker that has ended, if any has; `patient`: within a second."""
-        deadline = time.monotonic() + patient
-        while not (dead := [worker for worker in self.workers if not worker.is_alive()]):
+    def _death(self, *, missed: bool = False) -> str:
+        """What to say of a worker that has ended, if any has; within a second, and also in good order, if `missed`."""
+        deadline = time.monotonic() + missed
+        while not (dead := [each for each in self.workers if not each.is_alive() and (missed or each.exitcode)]):
             if time.monotonic() >= deadline:
                 return ""
             time.sleep(0.01)
