@@ -18,7 +18,7 @@ from dinov2.models import build_model
 from dinov2.trackers import check_trackers
 from dinov2.train.checkpoint import load_training_weights
 from dinov2.train.memory import estimate, masked_patches_per_image
-from dinov2.train.probe import labelled_dataset
+from dinov2.train.probe import NoLabels, labelled_dataset
 from dinov2.train.schedules import build_schedules, global_batch_size
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
@@ -39,7 +39,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
     dataset = make_dataset(dataset_str=cfg.train.dataset_path)
     _check_readable(dataset, cfg.train.max_bad_image_share)
     build_schedules(cfg, cfg.optim.lr)
-    labelled = labelled_dataset(cfg, dataset)
+    knn = _knn(cfg, dataset)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     with torch.device("cpu" if cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS else "meta"):
         model = SSLMetaArch(cfg)  # loads the pretrained weights
@@ -47,7 +47,7 @@ def dry_run(cfg: Config, world_size: int) -> None:
         load_training_weights(model, cfg.MODEL.WEIGHTS)
     plan = _plan(cfg, model, len(dataset), world_size)
     watched = f"every {cfg.health.period} steps" if cfg.health.period else "not measured (health.period=0)"
-    plan |= {"health": watched, "k-NN while training": _knn(cfg) if labelled else "none: no labels, or switched off"}
+    plan |= {"health": watched, "k-NN while training": knn}
     lines = [f"{name:32} {value}" for name, value in plan.items()]
     if (batch := global_batch_size(cfg, world_size)) > len(dataset):
         lines += [
@@ -58,7 +58,11 @@ def dry_run(cfg: Config, world_size: int) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _knn(cfg: Config) -> str:
+def _knn(cfg: Config, dataset: ImageDataset) -> str:
+    try:
+        labelled_dataset(cfg, dataset)
+    except NoLabels as error:
+        return f"none, {error}"
     period = cfg.health.knn_period
     when = "with every teacher dump" if period is None else f"every {period} steps"
     return f"{cfg.health.knn_images} images of {cfg.health.knn_dataset or cfg.train.dataset_path}, {when}"
