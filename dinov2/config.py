@@ -145,6 +145,7 @@ class Train:
     log_published_losses: bool
     max_nonfinite_steps: Size
     max_bad_image_share: Probability
+    data_timeout: Count
 
 
 @dataclass(frozen=True)

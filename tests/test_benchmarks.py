@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from scripts.soak import slope
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["student.embed_dim=32", "student.num_heads=2", "dino.head_hidden_dim=32", "dino.head_n_prototypes=16"]
 TINY_STEP = [
@@ -96,3 +98,19 @@ def test_nearest_neighbours() -> None:
         assert {"ours / bare", "ours / sklearn"} <= ratio.keys()
         assert all(map(is_spread, ratio.values()))
     assert min(record["found_by_both"].values()) > 0.999
+
+
+def test_soaking() -> None:
+    record = record_of("soak", "--minutes=0.15", "--interval=0.5", "--images=24", "health.period=0")
+    assert record["steps"] > 0 and record["samples"] > 5
+    assert record["growth"].keys() == {"trainer", "worker 0", "worker 1"}
+    for grown in record["growth"].values():
+        assert {len(grown["pss_mb_per_hour"]), len(grown["anonymous_mb_per_hour"])} == {2}
+        assert all(megabytes > 10 for megabytes in grown["pss_mb_at_minute"].values())
+
+
+def test_a_slope_is_found_with_its_error() -> None:
+    seconds = [3.0 * number for number in range(400)]
+    noise = [0.5 * (-1) ** number for number in range(400)]
+    fitted, error = slope(seconds, [100 + each / 3600 * 60 + other for each, other in zip(seconds, noise, strict=True)])
+    assert abs(fitted - 60) < 3 * error < 1

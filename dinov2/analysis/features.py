@@ -50,12 +50,14 @@ def nearest_distance(features: Tensor) -> Tensor:
 def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 10, temperature: float = 0.07) -> float:
     """Share of images that the weighted vote of their k nearest neighbours among the others puts into their class.
 
-    The vote is that of the k-NN evaluation (Wu et al. 2018, arXiv 1805.01978).
+    NaN if any feature is not finite. The vote is that of the k-NN evaluation (Wu et al. 2018, arXiv 1805.01978).
 
     Args:
         features: (n, D), not normalised; n > 1.
         labels: (n,) int64, from 0.
     """
+    if not features.isfinite().all():
+        return math.nan
     unit = functional.normalize(features.double(), dim=-1)
     cosines, neighbours = (unit @ unit.T).fill_diagonal_(-torch.inf).topk(min(k, len(unit) - 1), dim=1)
     votes = unit.new_zeros(len(unit), int(labels.max()) + 1)

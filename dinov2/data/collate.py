@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     mask_index: Tensor  # (M,) int64, where masks.flatten() is True, ascending
     mask_weight: Tensor  # (M,) float32, 1 / masked patches of the same crop
     upperbound: int  # >= M, the same for every batch of these settings
-    bad_images: tuple[str, ...] = ()  # images that could not be read and were replaced by others
+    bad_images: tuple[str, ...] = ()  # "path: reason" of images that could not be read and were replaced by others
 
 
 def collate_data_and_cast(

@@ -1,7 +1,6 @@
 """Data loaders: a plain one, the one of training, and the way of batches to the device."""
 
 import logging
-import signal
 from collections.abc import Callable, Generator, Iterable
 from enum import Enum
 from typing import Any
@@ -23,6 +22,7 @@ from dinov2.data.samplers import (
 )
 from dinov2.data.stream import AugmentedDataset, PlaceBatches, StreamCollate
 from dinov2.data.uncut import UncutAugmentation, UncutBatch, cut
+from dinov2.data.workers import DEFAULT_TIMEOUT, SupervisedLoader
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def make_data_loader(
             rank=rank,
             world_size=world_size,
         )
-    loader = DataLoader(
+    loader = SupervisedLoader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle if sampler is None else None,
@@ -129,6 +129,8 @@ def make_train_loader(
     start_position: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    patience: float = DEFAULT_TIMEOUT,
+    while_waiting: Callable[[], object] | None = None,
 ) -> Iterable[Batch] | Iterable[UncutBatch]:
     """Endless batches of one rank, beginning where ``start_position`` images have been used by all ranks together.
 
@@ -152,6 +154,8 @@ def make_train_loader(
             any when ``world_size`` has changed; the other samplers skip what each rank would have had.
         rank: of this process.
         world_size: number of processes.
+        patience: seconds after which a batch that does not come is an error; 0 waits for ever.
+        while_waiting: called every second while a batch is waited for; may raise what ends the wait.
     """
     if augment_on not in ("cpu", "device"):
         raise ValueError(f"cannot augment on {augment_on!r}; it is cpu or device")
@@ -177,7 +181,7 @@ def make_train_loader(
         dtype=dtype,
         crop_format=uncut.crop_format(dtype) if uncut else None,
     )
-    return DataLoader(
+    return SupervisedLoader(
         AugmentedDataset(dataset, uncut or augmentation, seed),
         batch_sampler=PlaceBatches(
             indices, batch_size=batch_size, start_position=start_position, rank=rank, world_size=world_size
@@ -186,20 +190,10 @@ def make_train_loader(
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
-        worker_init_fn=outlive_signals,
+        patience=patience,
+        patience_key="train.data_timeout",
+        while_waiting=while_waiting,
     )
-
-
-def outlive_signals(worker_id: int) -> None:
-    """Let the training process alone react to signals that schedulers, or Ctrl-C, send to all processes of a job.
-
-    A worker killed by one would take the training down before its last checkpoint is written. It ends with its
-    parent; SIGTERM, by which the parent would end a stuck worker, leaves it a minute.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 def _uncut(augmentation: Callable[[Any], MultiCrop]) -> UncutAugmentation:

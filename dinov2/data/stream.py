@@ -22,6 +22,7 @@ from dinov2.data.images import BadImageError, ImageDecodeError
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.randomness import seed_for
 from dinov2.data.uncut import CropFormat, UncutBatch, UncutPicture, pack
+from dinov2.data.workers import LoadingError, note_sample
 
 _MAX_REPLACEMENTS = 10  # tried for one image that cannot be read
 
@@ -38,7 +39,7 @@ class Sample(NamedTuple):
 
     position: int
     crops: MultiCrop | UncutPicture
-    bad_images: tuple[str, ...]  # images that could not be read and that this one replaces
+    bad_images: tuple[str, ...]  # "path: reason" of images that could not be read and that this one replaces
 
 
 class PlaceBatches(Sampler[list[Place]]):
@@ -91,12 +92,13 @@ class AugmentedDataset(Dataset[Sample]):
             try:
                 return Sample(place.position, self._augmented(index, place.position), tuple(bad_images))
             except BadImageError as error:
-                bad_images.append(error.path or str(error))
+                bad_images.append(_with_reason(error))
                 rng = random.Random(seed_for(self.seed, "replacement", place.position, attempt))
                 index = rng.randrange(len(self.dataset))  # type: ignore[arg-type]
-        raise OSError(f"{len(bad_images)} images drawn in a row cannot be read: {', '.join(bad_images)}")
+        raise LoadingError(f"{len(bad_images)} images drawn in a row cannot be read: {'; '.join(bad_images)}")
 
     def _augmented(self, index: int, position: int) -> MultiCrop | UncutPicture:
+        note_sample(index)
         image = self.dataset.open_image(index) if self.opens else self.dataset[index][0]  # type: ignore[attr-defined]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(self.seed, "augment", position))
@@ -105,6 +107,12 @@ class AugmentedDataset(Dataset[Sample]):
             except ImageDecodeError as error:  # of a picture that was opened but cannot be decoded
                 path = self.dataset.describe(index) if self.opens else ""  # type: ignore[attr-defined]
                 raise BadImageError(f"cannot read the image of sample {index}: {error}", path=path) from error
+
+
+def _with_reason(error: BadImageError) -> str:
+    """Which image cannot be read, and why: "path: reason"."""
+    reason = error.__cause__ or error
+    return f"{error.path}: {reason}" if error.path and error.path not in str(reason) else str(reason)
 
 
 def _gives_plain_pictures(dataset: Dataset) -> bool:
@@ -143,7 +151,7 @@ class StreamCollate:
 
     def __call__(self, samples: list[Sample]) -> Batch | UncutBatch:
         crops: list[Any] = [sample.crops for sample in samples]
-        bad_images = tuple(path for sample in samples for path in sample.bad_images)
+        bad_images = tuple(bad for sample in samples for bad in sample.bad_images)
         masking: dict[str, Any] = {
             "mask_ratio_tuple": self.mask_ratio_tuple,
             "mask_probability": self.mask_probability,

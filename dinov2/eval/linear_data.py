@@ -21,6 +21,7 @@ from dinov2.data.randomness import seed_for
 from dinov2.data.samplers import GlobalOrderSampler
 from dinov2.data.stream import Place, PlaceBatches
 from dinov2.data.transforms import make_classification_train_transform
+from dinov2.data.workers import SupervisedLoader
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, ModelWithPooledTokens, extract_features
 from dinov2.eval.image_files import LabelledSet, report_equal_images
@@ -67,7 +68,7 @@ def make_train_loader(
         world_size=world_size,
         start_position=start_position,
     )
-    return DataLoader(
+    return SupervisedLoader(
         ReadableOnly(AugmentedTrainingSet(dataset, seed)),
         batch_sampler=PlaceBatches(
             order, batch_size=batch_size, start_position=start_position, rank=rank, world_size=world_size

@@ -3,7 +3,8 @@
 Every rule hears the records of `training_metrics.json` one after the other and finds something or not. An alarm begins
 when it has found something in `patience` records in a row that it could judge, and is over with the first one in which
 it does not. Rules compare a run with itself: what numbers are normal depends on recipe, data and size. The limits were
-chosen on small runs, healthy ones and such made to fail in known ways (`tests/train/test_alarms.py`).
+chosen on small runs, healthy ones and such made to fail in known ways (`tests/train/test_alarms.py`). A number that
+cannot inform, such as an effective rank of two images or a k-NN accuracy that guessing reaches, raises none.
 """
 
 import logging
@@ -56,7 +57,7 @@ class FewPrototypes(Rule):
 
     def judge(self, record: Record) -> str | None:
         perplexity, capacity = (record.get(f"{self.targets}_target_{name}") for name in ("perplexity", "capacity"))
-        if perplexity is None or capacity is None or capacity < math.log(MIN_ROWS):
+        if perplexity is None or capacity is None or has_few_rows(record) or capacity < math.log(MIN_ROWS):
             return None
         if math.log(max(perplexity, 1.0)) >= self.LIMIT * capacity:
             return ""
@@ -86,7 +87,7 @@ class AlikeTargets(Rule):
     def judge(self, record: Record) -> str | None:
         information, capacity = record.get("cls_target_information"), record.get("cls_target_capacity")
         warm = self.warm_up.is_over(record)
-        if information is None or capacity is None or capacity < math.log(MIN_ROWS):
+        if information is None or capacity is None or has_few_rows(record):
             return None
         share = information / capacity
         self.most = max(self.most, share)
@@ -130,7 +131,7 @@ class LostRank(Rule):
 
     def judge(self, record: Record) -> str | None:
         warm, rank = self.warm_up.is_over(record), record.get("probe_cls_rank_me")
-        if rank is None:
+        if rank is None or has_few_images(record):
             return None
         self.highest = max(self.highest, rank)
         if rank < self.LOST * self.highest:
@@ -156,8 +157,8 @@ class LostAccuracy(Rule):
         if accuracy is None:
             return None
         self.highest = max(self.highest, accuracy)
-        if accuracy > self.LOST * self.highest:
-            return ""
+        if accuracy > self.LOST * self.highest or self.highest <= record.get("knn_chance", 0.0):
+            return ""  # or never was more than guessing
         return f"the k-NN accuracy fell from {self.highest:.0f} to {accuracy:.0f} %"
 
 
@@ -180,7 +181,7 @@ class LostLoss(Rule):
 
     def judge(self, record: Record) -> str | None:
         loss, information = record.get("total_loss"), record.get("cls_target_information")
-        if loss is None or information is None:
+        if loss is None or information is None or has_few_rows(record):
             return None
         self.first = loss if self.first is None else self.first
         self.lowest, self.most = min(self.lowest, loss), max(self.most, information)
@@ -239,7 +240,7 @@ class DecayingPatches(Rule):
 
     def judge(self, record: Record) -> str | None:
         similarity, rank = record.get("probe_patch_similarity"), record.get("probe_cls_rank_me")
-        if similarity is None or rank is None:
+        if similarity is None or rank is None or has_few_images(record):
             return None
         self.lowest, self.highest_rank = min(self.lowest, similarity), max(self.highest_rank, rank)
         rising = similarity > self.lowest + self.RISEN * (1 - self.lowest)
@@ -258,6 +259,7 @@ class Starved(Rule):
     )
     patience = 5
     LIMIT, BEGINNING = 0.4, 40  # steps, in which loading gets under way
+    MIN_SECONDS = 0.005  # a step; less is no loss
 
     def __init__(self) -> None:
         self.first: float | None = None
@@ -267,7 +269,7 @@ class Starved(Rule):
         share, seconds = record.get("data_wait"), record.get("data_time")
         if share is None or seconds is None or record["iteration"] < self.first + self.BEGINNING:
             return None
-        if share < self.LIMIT:
+        if share < self.LIMIT or seconds < self.MIN_SECONDS:
             return ""
         return f"{share:.0%} of the time goes into waiting for images ({seconds:.2f} s a step)"
 
@@ -285,7 +287,19 @@ class WarmUp:
 
 
 MIN_ROWS = 16  # of targets; fewer can be alike by chance
+MIN_IMAGES = 8  # whose features make a rank; fewer can be alike by chance
+MIN_STEPS = 10  # from the first to the last record that an alarm is raised by, as single steps scatter
 WORDS = {"cls": "class", "patch": "patch"}
+
+
+def has_few_rows(record: Record) -> bool:
+    """Whether the images of a step, or the prototypes, are too few for their targets to say anything."""
+    return record.get("cls_target_capacity", math.inf) < math.log(MIN_ROWS)
+
+
+def has_few_images(record: Record) -> bool:
+    """Whether the images of the probe are too few for the rank of their features to say anything."""
+    return min(record.get(f"probe_{kind}images", math.inf) for kind in ("", "distinct_")) < MIN_IMAGES
 
 
 class AlarmBell:
@@ -340,7 +354,7 @@ class AlarmBell:
             return []
         steps = self._began.setdefault(rule, [])
         steps.append(step)
-        if len(steps) < rule.patience:
+        if len(steps) < rule.patience or (rule.patience > 1 and step - steps[0] < MIN_STEPS):
             return []
         self._ringing[rule] = len(self.alarms)
         self.alarms.append(Alarm(rule.kind, steps[0], step, False, finding, rule.advice))

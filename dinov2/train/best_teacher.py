@@ -2,7 +2,7 @@
 
 Each has a `health.json` that says by what it is judged: by default k-NN accuracy where the run has labels, else RankMe
 of class tokens, which goes along with accuracy on many data sets (Garrido et al. 2022, arXiv 2210.02885) but is no
-measurement of it.
+measurement of it. A k-NN accuracy that guessing reaches says nothing: such a teacher is rated by the next measure.
 """
 
 import json
@@ -42,20 +42,23 @@ def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], be
     Args:
         folder: that of the teacher.
         iteration: after which it was written.
-        measured: of that iteration; without one of the signals there is no rating.
+        measured: of that iteration; without one of the signals that says something there is no rating.
         best_by: a key of `SIGNALS`.
 
     Raises:
         OSError: if the rating cannot be written. Where there are no links that is only said.
     """
-    signal = next((name for name in SIGNALS[best_by] if name in measured), None)
+    signal = next((name for name in SIGNALS[best_by] if _says_something(name, measured)), None)
     if signal is None:
+        if measured:
+            logger.info("the teacher of step %d is not rated: no measure of %s says anything", iteration, best_by)
         return
     with replacing(folder / "health.json") as file:
         file.write(json.dumps(Rating(iteration, signal, measured[signal])._asdict()).encode())
     rated = {path.parent: _read(path) for path in folder.parent.glob("training_*/health.json")}
+    signal = next(name for name in SIGNALS[best_by] if name in {rating.signal for rating in rated.values() if rating})
     comparable = {place: rating for place, rating in rated.items() if rating and rating.signal == signal}
-    best = max(comparable, key=lambda place: (comparable[place].value, comparable[place].iteration))
+    best = max(comparable, key=lambda place: (round(comparable[place].value, 3), comparable[place].iteration))
     link, made = folder.parent / "best", folder.parent / ".best"
     try:
         made.unlink(missing_ok=True)
@@ -64,6 +67,13 @@ def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], be
     except OSError as error:
         logger.warning("cannot make the link %s to %s: %s", link, best.name, error)
     logger.info("best teacher so far: %s (%s %.4g)", best, signal, comparable[best].value)
+
+
+def _says_something(signal: str, measured: Mapping[str, float]) -> bool:
+    """Whether a value was measured, and is one that training rather than chance can have brought about."""
+    least = measured.get("knn_chance", 0.0) if signal == "knn" else 0.0
+    value = measured.get(signal, math.nan)
+    return math.isfinite(value) and value > least
 
 
 def _read(path: Path) -> Rating | None:

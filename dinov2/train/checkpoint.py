@@ -116,6 +116,7 @@ class Checkpointer:
         self._group = distributed.cpu_group()  # the writing thread's own
         self._copies = _LastingStager()
         self._pending: _Pending | None = None
+        self._newest = -1  # step of the newest checkpoint that is written, being written, or loaded
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -135,6 +136,8 @@ class Checkpointer:
     def save(self, step: int, extra_state: dict[str, Any]) -> None:
         """Begin to write the checkpoint of `step`, the last finished iteration; `finish` completes it.
 
+        If there is one already, nothing is written.
+
         Args:
             step: goes into the name.
             extra_state: what else belongs into `state.json`.
@@ -143,6 +146,8 @@ class Checkpointer:
             OSError: if this or the checkpoint before cannot be written (disk full, ...); complete ones are untouched.
         """
         self.finish()
+        if step <= self._newest:
+            return
         started = time.perf_counter()
         folder = self.directory / f"model_{step:07d}"
         unfinished = folder.with_suffix(_UNFINISHED)
@@ -166,6 +171,7 @@ class Checkpointer:
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._failure(step, folder, error) from error
         assert isinstance(written, Future), "what async_save gives when it stages in the foreground"
+        self._newest = step
         self._pending = _Pending(step, folder, written, started, time.perf_counter() - started)
 
     def finish(self, *, wait: bool = True) -> None:
@@ -237,6 +243,7 @@ class Checkpointer:
                 f"back or use --no-resume or another --output-dir; if the folder is damaged, delete it to continue "
                 f"from the one before."
             ) from error
+        self._newest = state["iteration"]
         logger.info("resumed from %s, finished iteration %d", folder, state["iteration"])
         return state
 

@@ -21,7 +21,7 @@ from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
 from dinov2.train.memory import estimate, masked_patches_per_image
 from dinov2.train.preflight import check_settings
-from dinov2.train.probe import labelled_dataset
+from dinov2.train.probe import NoLabels, labelled_dataset
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
@@ -42,7 +42,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     _check_writable(Path(cfg.train.output_dir))
     dataset = make_dataset(dataset_str=cfg.train.dataset_path)
     _check_readable(dataset, cfg.train.max_bad_image_share)
-    labelled = labelled_dataset(cfg, dataset)
+    knn = _knn(cfg, dataset)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     latest = latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") if resume else None
     starts_from_weights = latest is None and (cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
@@ -52,7 +52,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
         load_initial_weights(model, cfg)
     plan = _start(latest, cfg, model) | _plan(cfg, model, len(dataset), world_size)
     watched = f"every {cfg.health.period} steps" if cfg.health.period else "not measured (health.period=0)"
-    plan |= {"health": watched, "k-NN while training": _knn(cfg) if labelled else "none: no labels, or switched off"}
+    plan |= {"health": watched, "k-NN while training": knn}
     lines = [f"{name:32} {value}" for name, value in plan.items()]
     if (batch := global_batch_size(cfg, world_size)) > len(dataset):
         lines += [
@@ -83,7 +83,11 @@ def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, st
     return {"starts from": f"step {step:,}: resumes {latest}"}
 
 
-def _knn(cfg: Config) -> str:
+def _knn(cfg: Config, dataset: ImageDataset) -> str:
+    try:
+        labelled_dataset(cfg, dataset)
+    except NoLabels as error:
+        return f"none, {error}"
     period = cfg.health.knn_period
     when = "with every teacher dump" if period is None else f"every {period} steps"
     return f"{cfg.health.knn_images} images of {cfg.health.knn_dataset or cfg.train.dataset_path}, {when}"

@@ -81,15 +81,24 @@ class NonFiniteGuard:
 
 
 class BadImageGuard:
-    """Logs unreadable images, which the loader has replaced by others, and stops a run that has too many."""
+    """Logs unreadable images, which the loader has replaced by others, and stops a run that has too many.
+
+    Each image is logged once with its reason, and no more than `MAX_LINES` of them; what comes up again, or comes after
+    those, is counted and logged whenever its number has doubled.
+    """
 
     PATIENCE = 200
     """Images to see before a share means anything."""
+
+    MAX_LINES = 100
 
     def __init__(self, max_share: float) -> None:
         self.max_share = max_share
         self.seen = 0
         self.bad = 0
+        self._logged: set[str] = set()
+        self._last = ""
+        self._next_summary = self.MAX_LINES
 
     def check(self, batches: Sequence[Batch]) -> None:
         """Count the images of some batches.
@@ -97,17 +106,26 @@ class BadImageGuard:
         Raises:
             OSError: if the share of unreadable images so far is above the limit.
         """
-        bad_images = [path for batch in batches for path in batch.bad_images]
+        bad_images = [bad for batch in batches for bad in batch.bad_images]
         self.seen += sum(len(batch.global_crops) // 2 for batch in batches) + len(bad_images)
         self.bad += len(bad_images)
-        for path in bad_images:
-            logger.warning("unreadable image replaced by another (%d of %d drawn): %s", self.bad, self.seen, path)
+        for bad in bad_images:
+            self._log(bad)
         if self.bad > self.max_share * self.seen and self.seen >= self.PATIENCE:
             raise OSError(
                 f"{self.bad} of the first {self.seen} images drawn could not be read, more than "
-                f"train.max_bad_image_share={self.max_share}; the last one was "
-                f"{bad_images[-1] if bad_images else 'named above'}"
+                f"train.max_bad_image_share={self.max_share}; the last one was {self._last}"
             )
+
+    def _log(self, bad: str) -> None:
+        self._last = bad
+        counted = f"unreadable image replaced by another ({self.bad} of {self.seen} drawn)"
+        if bad not in self._logged and len(self._logged) < self.MAX_LINES:
+            self._logged.add(bad)
+            logger.warning("%s: %s", counted, bad)
+        elif self.bad >= self._next_summary:
+            self._next_summary = 2 * self.bad
+            logger.warning("%s; the latest, among such as are not logged one by one: %s", counted, bad)
 
 
 def _fetch(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -3,12 +3,14 @@
 import logging
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 
 from dinov2 import distributed
+from dinov2.data.workers import LoadingError
 
 logger = logging.getLogger(__name__)
 
@@ -18,19 +20,30 @@ SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 REPEATS = 1.0
 """Seconds in which a signal may come several times and means once: from the terminal and from torchrun."""
 
+GRACE = 20.0
+"""Seconds after a signal that the images of the current step may still take; schedulers kill after 30 or more."""
+
+
+class NoImages(LoadingError):
+    """A signal came, and no images have come since."""
+
 
 class Interruption:
     """Catches the signals while the context is open; a second Ctrl-C acts at once.
 
-    with Interruption() as interruption:
-        for step in ...:
+    with Interruption(save) as interruption:
+        for step, images in ...:  # asks `interruption.check_wait` while it waits for images
             ...
             if interruption.requested():  # on all processes alike
-                save(step)
+                save()
                 interruption.leave()
+
+    Args:
+        save: completes the checkpoint of the last finished step; for a stop while images do not come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, save: Callable[[], object] = lambda: None) -> None:
+        self.save = save
         self.signum = 0
         self._noted = 0.0  # seconds, of time.monotonic
         self._former: dict[int, Any] = {}
@@ -42,8 +55,14 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for signum, handler in self._former.items():
-            signal.signal(signum, handler)
+        try:
+            if isinstance(error, NoImages) and not distributed.is_enabled():
+                logger.warning("%s: the run stops with a checkpoint of the last finished step", error)
+                self.save()
+                self.leave()
+        finally:
+            for signum, handler in self._former.items():
+                signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if not self.signum:
@@ -54,6 +73,18 @@ class Interruption:
         elif signum == signal.SIGINT == self.signum and time.monotonic() > self._noted + REPEATS:
             signal.signal(signum, self._former[signum])
             signal.raise_signal(signum)
+
+    def check_wait(self) -> None:
+        """To be called now and then while images are waited for.
+
+        Raises:
+            NoImages: a signal came more than `GRACE` seconds ago. One process then stops with a checkpoint. Several
+                cannot agree on that: the others may be in the middle of the step, waiting for this one.
+        """
+        if self.signum and time.monotonic() > self._noted + GRACE:
+            name = signal.Signals(self.signum).name
+            end = "; the last complete checkpoint counts" if distributed.is_enabled() else ""
+            raise NoImages(f"no batch of images came within {GRACE:g} seconds of {name}{end}")
 
     def requested(self) -> bool:
         """Whether any process was told to stop; to be asked by all of them after every step."""

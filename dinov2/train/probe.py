@@ -8,7 +8,7 @@ Shapes: n images, N patches each, D width.
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +46,21 @@ class _Images(NamedTuple):
 
     pixels: Tensor  # (share, 3, G, G) uint8, of this process
     positions: Tensor  # (n,) int64, in the data set, of all processes
+    digests: list[bytes]  # of the pixels of all n images; equal ones are the same image
+
+
+class Labelled(NamedTuple):
+    """Images for k-NN, those left out that would say nothing."""
+
+    images: _Images
+    rows: Tensor  # (m,) int64, which of the images
+    labels: Tensor  # (m,) int64, from 0, each at least twice
+
+    @property
+    def chance(self) -> float:
+        """Percent that guessing reaches in one of 40 cases: the share of the largest class and two standard errors."""
+        share = float(self.labels.bincount().max()) / len(self.labels)
+        return min(100 * (share + 2 * math.sqrt(share * (1 - share) / len(self.labels))), 100.0)
 
 
 class Probe:
@@ -69,15 +84,38 @@ class Probe:
         positions = np.arange(len(dataset))
         self.images = self._read(dataset, _spread(positions, max(cfg.health.probe_images, 2)))
         self.pictured = self._read(dataset, _spread(positions, PICTURED))
-        mine = [sha256(pixels.numpy()).digest() for pixels in self.images.pixels]
-        self.num_distinct = len({digest for share in distributed.all_gather_object(mine) for digest in share})
-        self.labelled: tuple[_Images, Tensor] | None = None
-        if (found := labelled_dataset(cfg, dataset)) is not None:
-            labelled, targets = found
-            images = self._read(labelled, _of_some_classes(targets, cfg.health.knn_images))
-            classes, labels = np.unique(targets[images.positions], return_inverse=True)
-            self.labelled = images, torch.from_numpy(labels)
-        logger.info("health: %d fixed images; k-NN: %s", len(self.images.positions), _knn_in_words(self.labelled))
+        self.num_distinct = len(set(self.images.digests))
+        self.labelled: Labelled | None = None
+        try:
+            self.labelled = self._labelled(*labelled_dataset(cfg, dataset))
+            knn = _knn_in_words(self.labelled)
+        except NoLabels as error:
+            knn = f"none, {error}"
+        logger.info("health: %d fixed images; k-NN: %s", len(self.images.positions), knn)
+
+    def _labelled(self, dataset: ImageDataset, targets: np.ndarray) -> Labelled:
+        """Images of some classes.
+
+        Raises:
+            NoLabels, ValueError: if there are no two classes with two images each, see `labelled_dataset`.
+        """
+        images = self._read(dataset, _of_some_classes(targets, self.cfg.health.knn_images))
+        targets = targets[images.positions]
+        rows = _telling(images, targets)
+        if wrong := _contradicting(images.digests, targets):
+            twins = [row for row in wrong if images.digests[row] == images.digests[wrong[0]]]
+            named = (f"{dataset.describe(int(images.positions[row]))} (class {targets[row]})" for row in twins[:3])
+            logger.warning(
+                "health: %d of %d images for k-NN are identical to one of another class, and left out; such as %s",
+                *(len(wrong), len(targets), " and ".join(named)),
+            )
+        classes, labels = np.unique(targets[rows], return_inverse=True)
+        if len(classes) < 2:
+            why = (
+                f"only {len(classes)} of {len(set(targets))} classes have two images left, of {len(targets)} looked at"
+            )
+            raise _no_labels(self.cfg, why)
+        return Labelled(images, torch.from_numpy(rows), torch.from_numpy(labels))
 
     def _read(self, dataset: ImageDataset, positions: np.ndarray) -> _Images:
         """This process's share of the images at some positions; for unreadable ones those that follow."""
@@ -87,10 +125,12 @@ class Probe:
         mine = np.array_split(positions, distributed.world_size())[distributed.rank()]
         pixels, found = torch.empty(len(mine), 3, side, side, dtype=torch.uint8), []
         for row, position in enumerate(mine.tolist()):
-            image, where = _first_readable(dataset, position)
+            image, position = _first_readable(dataset, position)
             pixels[row] = to_pixels(image)
-            found.append(where)
-        return _Images(pixels, torch.tensor(sum(distributed.all_gather_object(found), []), dtype=torch.int64))
+            found.append((position, sha256(pixels[row].numpy().tobytes()).digest()))
+        of_all = [each for share in distributed.all_gather_object(found) for each in share]
+        positions_read = torch.tensor([position for position, _ in of_all], dtype=torch.int64)
+        return _Images(pixels, positions_read, [digest for _, digest in of_all])
 
     def _features(self, images: _Images, function: Callable[[Tensor], Features] | None = None) -> Features:
         """The teacher's features of some images in order, on all processes, `x_norm_clstoken` and so on: (n, ..., D).
@@ -135,15 +175,17 @@ class Probe:
     def look(self) -> dict[str, float]:
         """The state of the features, by name.
 
-        `probe_distinct_images`: how many of the images differ. `probe_cls_rank_me`, `probe_patch_rank_me`: effective
-        ranks. `probe_patch_similarity`: mean cosine of two patches of an image. `probe_cls_norm`, `probe_patch_norm`,
-        `probe_patch_norm_max`: lengths of tokens before the final norm: means, and the mean over images of the largest.
+        `probe_images`: how many images these are of; `probe_distinct_images`: how many of them differ.
+        `probe_cls_rank_me`, `probe_patch_rank_me`: effective ranks. `probe_patch_similarity`: mean cosine of two
+        patches of an image. `probe_cls_norm`, `probe_patch_norm`, `probe_patch_norm_max`: lengths of tokens before the
+        final norm: means, and the mean over images of the largest.
         """
         features = self._features(self.images)
         patches, before_norm = features["x_norm_patchtokens"], features["x_prenorm"].norm(dim=-1)
         patch_norms = before_norm[:, -patches.shape[1] :]  # after class token and registers
         flat = patches.flatten(0, 1)
         return {
+            "probe_images": float(len(self.images.positions)),
             "probe_distinct_images": float(self.num_distinct),
             "probe_cls_rank_me": rank_me(features["x_norm_clstoken"]),
             "probe_patch_rank_me": rank_me(flat[:: math.ceil(len(flat) / MAX_PATCHES)]),
@@ -154,12 +196,16 @@ class Probe:
         }
 
     def knn(self) -> dict[str, float]:
-        """`knn`, the leave-one-out accuracy of class tokens in percent; empty without labels."""
+        """`knn`, the leave-one-out accuracy of class tokens in percent, and `knn_chance`, up to which it says nothing.
+
+        Empty without labels.
+        """
         if self.labelled is None:
             return {}
-        images, labels = self.labelled
+        images, rows, labels = self.labelled
         features = self._features(images, self._class_tokens)["x_norm_clstoken"].cpu()
-        return {"knn": 100 * leave_one_out_accuracy(features, labels)}
+        accuracy = leave_one_out_accuracy(features[rows], labels)
+        return {"knn": 100 * accuracy, "knn_chance": self.labelled.chance}
 
     def save_pictured(self, folder: Path, step: int) -> None:
         """Keep what pictures of the features at this step need: `patch_tokens_<step>.npy` (n, h, w, D) float16.
@@ -182,35 +228,64 @@ class Probe:
             logger.warning("cannot keep features of step %d for pictures in %s: %s", step, folder, error)
 
 
-def labelled_dataset(cfg: Config, dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray] | None:
-    """The data set for k-NN and its labels: what `health.knn_dataset` names, else the one trained on, if it has some.
+class NoLabels(ValueError):
+    """There is no k-NN while training, for the reason that the message gives."""
+
+
+def labelled_dataset(cfg: Config, dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray]:
+    """The data set for k-NN and its labels: what `health.knn_dataset` names, else the one trained on.
 
     Raises:
+        NoLabels: if it is switched off, or the data set trained on has no labels of which k-NN could make something.
         ValueError: naming the key, if a data set that was asked for cannot be had or has no such labels.
     """
     named = cfg.health.knn_dataset
     if cfg.health.period == 0 or cfg.health.knn_period == 0 or named == "none":
-        return None
+        raise NoLabels("switched off by health.period, health.knn_period or health.knn_dataset")
     if named:
         try:
             dataset = make_dataset(dataset_str=named)
         except (ValueError, OSError) as error:
             raise ValueError(f"health.knn_dataset={named!r}: {error}") from error
     targets = dataset.get_targets()
-    if targets is not None and targets.ndim == 1 and len(np.unique(targets[targets >= 0])) > 1:
-        return dataset, targets
-    if named:
-        raise ValueError(
-            f"health.knn_dataset={named!r} needs labels of two classes at least, one for an image, which it does not "
-            "have; none switches k-NN off"
+    if targets is None or targets.ndim > 1:
+        raise _no_labels(cfg, "there are no labels, one for an image")
+    counts = np.unique(targets[targets >= 0], return_counts=True)[1]
+    if (usable := int((counts > 1).sum())) < 2:
+        raise _no_labels(
+            cfg, f"labels of two classes with two images each are needed; {usable} of {len(counts)} have two"
         )
-    return None
+    return dataset, targets
 
 
-def _knn_in_words(labelled: tuple[_Images, Tensor] | None) -> str:
-    if labelled is None:
-        return "none, for want of labels or as health.knn_... says"
-    return f"{len(labelled[1])} images of {int(labelled[1].max()) + 1} classes, each classified by the others"
+def _no_labels(cfg: Config, why: str) -> ValueError:
+    named = cfg.health.knn_dataset
+    return ValueError(f"health.knn_dataset={named!r}: {why}; none switches k-NN off") if named else NoLabels(why)
+
+
+def _knn_in_words(labelled: Labelled) -> str:
+    count, images = len(labelled.labels), len(labelled.images.positions)
+    left_out = f" ({images - count} more were left out)" if images > count else ""
+    return f"{count} images of {int(labelled.labels.max()) + 1} classes, each classified by the others{left_out}"
+
+
+def _contradicting(digests: Sequence[bytes], targets: np.ndarray) -> list[int]:
+    """Which images are identical to one of another class, (n,) each."""
+    classes: dict[bytes, set[int]] = {}
+    for digest, target in zip(digests, targets.tolist(), strict=True):
+        classes.setdefault(digest, set()).add(target)
+    return [row for row, digest in enumerate(digests) if len(classes[digest]) > 1]
+
+
+def _telling(images: _Images, targets: np.ndarray) -> np.ndarray:
+    """Which images k-NN can say something of: those with one class that some other image among them has as well.
+
+    An image that stands there twice, because one before it could not be read, counts once.
+    """
+    once = np.unique(images.positions.numpy(), return_index=True)[1]
+    rows = np.setdiff1d(once[targets[once] >= 0], _contradicting(images.digests, targets))
+    classes, counts = np.unique(targets[rows], return_counts=True)
+    return rows[np.isin(targets[rows], classes[counts > 1])]
 
 
 def _spread(positions: np.ndarray, count: int) -> np.ndarray:
@@ -220,10 +295,14 @@ def _spread(positions: np.ndarray, count: int) -> np.ndarray:
 
 
 def _of_some_classes(targets: np.ndarray, count: int) -> np.ndarray:
-    """Positions of about `count` images: as many of each class, of as many classes as get `MIN_PER_CLASS`."""
-    classes = np.unique(targets[targets >= 0])
-    classes = _spread(classes, max(count // MIN_PER_CLASS, 2))
-    return np.concatenate([_spread(np.flatnonzero(targets == each), count // len(classes)) for each in classes])
+    """Positions of about `count` images: as many of each class, of as many classes as get `MIN_PER_CLASS`.
+
+    Classes of one image are left out, and of the others two are taken at least.
+    """
+    classes, counts = np.unique(targets[targets >= 0], return_counts=True)
+    classes = _spread(classes[counts > 1], max(count // MIN_PER_CLASS, 2))
+    of_each = max(count // len(classes), 2)
+    return np.concatenate([_spread(np.flatnonzero(targets == each), of_each) for each in classes])
 
 
 def _first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, int]:

@@ -10,9 +10,10 @@ import argparse
 import logging
 import random
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
@@ -185,11 +186,20 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
 
     due = False  # whether a checkpoint is, put off while steps are refused
     logger.info("%d of %d steps are done; %d images each", start, total_steps, global_batch)
-    loading = closing(to_device(build_loader(cfg, dataset, images_seen), device))  # its processes end with the loop
+    step = start - 1  # the last finished one
+
+    def save(*, wait: bool) -> None:
+        progress = {"images_seen": images_seen, "metrics": metrics.state_dict()}
+        checkpointer.save(step, progress | setup._asdict())
+        checkpointer.finish(wait=wait)
+
+    interruption = Interruption(partial(save, wait=True))
+    loader = build_loader(cfg, dataset, images_seen, while_waiting=interruption.check_wait)
+    loading = closing(to_device(loader, device))  # its processes end with the loop
     tracking = distributed.on_main(
         open_trackers(**asdict(cfg.tracking), output_dir=output_dir, start=start, config=config.to_dict(cfg))
     )
-    with tracking as trackers, loading as micro_batches, checkpointer, Interruption() as interruption:
+    with tracking as trackers, loading as micro_batches, checkpointer, interruption:
         metrics.listeners = [bell.hear, *(trackers or [])]
         steps = enumerate(zip(*[micro_batches] * cfg.train.accumulate_steps, strict=False), start)
         for step, batches in metrics.log_every(
@@ -221,9 +231,8 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             healthy = nonfinite.in_a_row == 0 or step == total_steps - 1  # else older checkpoints are worth more
             if stopping or (due and healthy):
                 due = False
-                progress = {"images_seen": images_seen, "metrics": metrics.state_dict()}
-                checkpointer.save(step, progress | setup._asdict())
-            checkpointer.finish(wait=stopping)
+                save(wait=stopping)
+            checkpointer.finish(wait=False)
             if stopping:
                 interruption.leave()
     watched = bell.summary() if panel.probe else "health was not measured"
@@ -319,7 +328,9 @@ def changed_settings(former: Path, cfg: Config) -> list[str]:
         return []
 
 
-def build_loader(cfg: Config, dataset: ImageDataset, images_seen: int) -> Iterable[Batch] | Iterable[UncutBatch]:
+def build_loader(
+    cfg: Config, dataset: ImageDataset, images_seen: int, while_waiting: Callable[[], object] | None = None
+) -> Iterable[Batch] | Iterable[UncutBatch]:
     """Endless micro-batches of this process, continuing where `images_seen` have been used by all; for `to_device`."""
     crops, patch_size = cfg.crops, cfg.student.patch_size
     augmentation = DataAugmentationDINO(
@@ -342,6 +353,8 @@ def build_loader(cfg: Config, dataset: ImageDataset, images_seen: int) -> Iterab
         start_position=images_seen,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
+        patience=cfg.train.data_timeout,
+        while_waiting=while_waiting,
         mask_generator=MaskingGenerator(
             (side, side), max_num_patches=published_max_num_patches(crops.global_crops_size, patch_size)
         ),

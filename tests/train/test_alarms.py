@@ -118,3 +118,38 @@ def test_the_bell_tells_once_and_goes_on_where_a_resumed_run_was(caplog: pytest.
         assert "over" in caplog.text
     assert resumed.alarms == [find_alarms(records)[0]._replace(over=True)]
     assert isinstance(resumed.alarms[0], Alarm)
+
+
+# --- Numbers that cannot inform --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"knn": 0.0, "knn_chance": 0.0},  # there never was more
+        {"knn": 36.0, "knn_chance": 90.0},  # guessing reaches as much
+        {"probe_cls_rank_me": 1.0, "probe_images": 2.0, "probe_distinct_images": 2.0},
+        {"probe_cls_rank_me": 1.0, "probe_images": 64.0, "probe_distinct_images": 4.0},
+        {"probe_patch_similarity": 0.9, "probe_images": 2.0},
+        {"data_wait": 0.9, "data_time": 0.0004},
+        {"cls_target_capacity": math.log(2), "cls_target_information": 0.0, "cls_target_perplexity": 1.0},
+        {"cls_target_capacity": math.log(2), "patch_target_capacity": math.log(99), "patch_target_perplexity": 1.0},
+        {"cls_target_capacity": math.log(2), "cls_target_information": 0.0, "total_loss": 9.0},
+    ],
+)
+def test_a_number_that_cannot_inform_raises_no_alarm(changed: dict[str, float]) -> None:
+    start = 0 if "knn" in changed and changed["knn"] == 0 else 20
+    assert find_alarms(run(start, **changed)) == []
+
+
+def test_a_fall_from_above_chance_is_an_alarm() -> None:
+    assert kinds(run(20, knn=36.0, knn_chance=20.0)) == {"collapse"}
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 8])
+def test_a_run_of_a_few_steps_raises_none_but_that_there_is_one_image(num_steps: int) -> None:
+    fallen = {"knn": 1.0, "probe_cls_rank_me": 1.0, "cls_target_information": 0.0, "cls_target_perplexity": 1.0}
+    first = {**healthy(NUM_LINES), "iteration": 0}
+    records = [first, *({**first, **fallen, "iteration": step, "lr": 1e-5} for step in range(1, num_steps))]
+    assert find_alarms(records) == []
+    assert [alarm.kind for alarm in find_alarms([{**records[0], "probe_distinct_images": 1.0}])] == ["collapse"]

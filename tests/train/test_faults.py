@@ -334,9 +334,9 @@ def test_a_few_broken_images_are_replaced_named_and_survived(tmp_path: Path, cap
         run_train(tmp_path / "out", dataset, *FOLDER, "train.max_bad_image_share=0.1")
     assert checkpoints(tmp_path / "out") == [11]
     told = [message for message in caplog.messages if message.startswith("unreadable image")]
-    assert len(told) == 6, "12 batches of half the images: the broken one came up in every second"
+    assert len(told) == 1, "though it came up in every second of 12 batches"
     assert told[0].startswith("unreadable image replaced by another (1 of ")
-    assert told[0].endswith(str(tmp_path / "images" / "000.png"))
+    assert f"drawn): {tmp_path / 'images' / '000.png'}: " in told[0] and "decode" in told[0]
 
 
 def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
@@ -355,11 +355,22 @@ def test_nothing_but_broken_images_is_an_error_at_once(tmp_path: Path) -> None:
 def test_a_share_means_nothing_before_some_images_are_seen() -> None:
     guard = BadImageGuard(0.01)
     batch = random_batch(num_images=4)
-    guard.check([batch._replace(bad_images=("a.png", "b.png"))])
+    guard.check([batch._replace(bad_images=("a.png: truncated", "b.png: truncated"))])
     for _ in range(48):
         guard.check([batch])
-    with pytest.raises(OSError, match=r"3 of the first 203 images .*the last one was c.png"):
-        guard.check([batch._replace(bad_images=("c.png",))])
+    with pytest.raises(OSError, match=r"3 of the first 203 images .*the last one was c.png: truncated"):
+        guard.check([batch._replace(bad_images=("c.png: truncated",))])
+
+
+def test_masses_of_broken_images_are_named_up_to_a_limit_and_then_counted(caplog: pytest.LogCaptureFixture) -> None:
+    guard = BadImageGuard(1.0)
+    batch = random_batch(num_images=4)
+    for number in range(1000):
+        guard.check([batch._replace(bad_images=(f"{number}.png: 0 bytes", "always.png: 0 bytes"))])
+    one_by_one = [message for message in caplog.messages if "latest" not in message]
+    assert len(one_by_one) == guard.MAX_LINES and sum("always.png" in message for message in one_by_one) == 1
+    assert 3 <= len(caplog.messages) - len(one_by_one) <= 8
+    assert "(1600 of 4800 drawn)" in caplog.messages[-1] and "799.png: 0 bytes" in caplog.messages[-1]
 
 
 # --- Two runs in one folder ------------------------------------------------------------------------------------------

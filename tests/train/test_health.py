@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import metrics, random_batch, run_train, tensors, tiny_model, write_images
+from tiny import metrics, random_batch, run_train, tensors, tiny_config, tiny_model, write_images
 from torch import Tensor, nn
 
+from dinov2.data import make_dataset
 from dinov2.train.best_teacher import rate_teacher
 from dinov2.train.health import TargetWatch, relative_distance
+from dinov2.train.probe import Labelled, Probe
 from dinov2.train.ssl_meta_arch import Predictions, Targets
 
 
@@ -161,3 +163,98 @@ def test_gradients_do_not_flow_through_what_is_watched() -> None:
     seen = TargetWatch()
     seen.add(targets, predictions)
     assert not any(isinstance(value, Tensor) and value.requires_grad for value in seen.measured().values())
+
+
+# --- Measures that say nothing ---------------------------------------------------------------------------------------
+
+
+def write_classes(folder: Path, sizes: dict[str, int]) -> str:
+    """Folders of so many photographs each, as a data set string; no two are the same."""
+    photographs = sorted(write_images(folder / "all", sum(sizes.values())).iterdir())
+    for name, size in sizes.items():
+        (folder / "classes" / name).mkdir(parents=True)
+        for _ in range(size):
+            path = photographs.pop()
+            path.rename(folder / "classes" / name / path.name)
+    return f"ImageFolder:root={folder / 'classes'}"
+
+
+@pytest.mark.parametrize("sizes", [{f"P{i:02d}": 1 for i in range(9)}, {"only": 9}, {"many": 8, "one": 1}])
+def test_without_two_classes_of_two_images_there_is_no_knn(
+    sizes: dict[str, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_classes(tmp_path, sizes)
+    with caplog.at_level("INFO", "dinov2"):
+        run_train(tmp_path / "run", f"train.dataset_path={data}", "optim.epochs=2")
+    assert "k-NN: none, labels of two classes with two images each are needed" in caplog.text
+    assert not any("knn" in line for line in metrics(tmp_path / "run"))
+    assert "probe_cls_rank_me" in (tmp_path / "run" / "eval" / "best" / "health.json").read_text()
+    with pytest.raises(ValueError, match=r"health.knn_dataset='ImageFolder.*two images each.*none switches k-NN off"):
+        run_train(tmp_path / "named", f"train.dataset_path={data}", f"health.knn_dataset={data}")
+
+
+def test_classes_of_one_image_are_left_out_of_knn(tmp_path: Path) -> None:
+    data = write_classes(tmp_path, {"a": 3, "b": 1, "c": 4, "d": 1})
+    probe = Probe(tiny_config(f"train.dataset_path={data}"), tiny_model(), make_dataset(dataset_str=data))
+    assert probe.labelled is not None
+    assert probe.labelled.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+
+
+def test_images_under_two_labels_are_named_and_left_out_of_knn(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_classes(tmp_path, {"a": 4, "b": 4})
+    twice = next((tmp_path / "classes" / "a").iterdir())
+    (tmp_path / "classes" / "b" / "z.png").symlink_to(twice)
+    probe = Probe(tiny_config(f"train.dataset_path={data}"), tiny_model(), make_dataset(dataset_str=data))
+    assert probe.labelled is not None and len(probe.labelled.labels) == 7
+    assert "2 of 9 images for k-NN are identical to one of another class" in caplog.text
+    assert str(twice) in caplog.text and "z.png (class 1)" in caplog.text
+    for path in (tmp_path / "classes" / "a").iterdir():
+        (tmp_path / "classes" / "b" / path.name).symlink_to(path)
+    for path in (tmp_path / "classes" / "b").iterdir():
+        if not path.is_symlink():
+            (tmp_path / "classes" / "a" / path.name).symlink_to(path)
+    everything_twice = make_dataset(dataset_str=data)
+    assert Probe(tiny_config(f"train.dataset_path={data}"), tiny_model(), everything_twice).labelled is None
+
+
+def test_an_unreadable_image_does_not_make_the_next_one_its_own_neighbour(tmp_path: Path) -> None:
+    data = write_classes(tmp_path, {"a": 4, "b": 4})
+    next((tmp_path / "classes" / "a").iterdir()).write_bytes(b"")
+    probe = Probe(tiny_config(f"train.dataset_path={data}"), tiny_model(), make_dataset(dataset_str=data))
+    assert probe.labelled is not None and sorted(probe.labelled.labels.tolist()) == [0, 0, 0, 1, 1, 1, 1]
+
+
+def test_chance_is_what_guessing_reaches() -> None:
+    images = Probe(tiny_config(), tiny_model(), make_dataset(dataset_str="FashionMNIST:split=VAL")).images
+    labelled = Labelled(images, torch.arange(100), torch.arange(100) % 4)
+    assert labelled.chance == pytest.approx(100 * (0.25 + 2 * math.sqrt(0.25 * 0.75 / 100)))
+    assert Labelled(images, torch.arange(4), torch.tensor([0, 0, 1, 1])).chance == 100
+
+
+@pytest.mark.parametrize(
+    ("useless", "by"),
+    [
+        ({"knn": 0.0}, "probe_cls_rank_me"),
+        ({"knn": 30.0, "knn_chance": 35.0}, "probe_cls_rank_me"),
+        ({"knn": math.nan}, "probe_cls_rank_me"),
+        ({"knn": 40.0, "knn_chance": 35.0}, "knn"),
+    ],
+)
+def test_the_best_teacher_is_not_chosen_by_a_measure_that_says_nothing(
+    useless: dict[str, float], by: str, tmp_path: Path
+) -> None:
+    for iteration, rank in ((3, 9.0), (7, 5.0), (11, 5.0)):
+        folder = tmp_path / f"training_{iteration}"
+        folder.mkdir()
+        rate_teacher(folder, iteration, {"probe_cls_rank_me": rank, **useless})
+    assert json.loads((tmp_path / "best" / "health.json").read_text())["signal"] == by
+    assert (tmp_path / "best").resolve().name == ("training_11" if by == "knn" else "training_3")
+    (tmp_path / "training_15").mkdir()
+    rate_teacher(tmp_path / "training_15", 15, {"probe_cls_rank_me": 1.0, "knn": 50.0, "knn_chance": 35.0})
+    assert (tmp_path / "best").resolve().name == "training_15", "which k-NN tells from the others"
+    (tmp_path / "training_19").mkdir()
+    rate_teacher(tmp_path / "training_19", 19, {"probe_cls_rank_me": math.nan, "knn": 35.0, "knn_chance": 35.0})
+    assert (tmp_path / "best").resolve().name == "training_15"
+    assert not (tmp_path / "training_19" / "health.json").exists()

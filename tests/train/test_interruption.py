@@ -1,6 +1,7 @@
 """A signal ends a run after the step, with a checkpoint; checkpoints are written while training goes on."""
 
 import itertools
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import torch.distributed.checkpoint as dcp
 from tiny import assert_same_end, checkpoints, metrics, run_train
 
 from dinov2 import distributed
+from dinov2.data import workers
+from dinov2.data.fashion_mnist import FashionMNIST
 from dinov2.train import interruption, train
 from dinov2.train.interruption import SIGNALS, Interruption
 
@@ -90,6 +93,60 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 def test_one_that_comes_twice_at_once_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with signalled_in(1, signal.SIGINT, monkeypatch, times=2), pytest.raises(KeyboardInterrupt):
         run_train(tmp_path, RARELY)
+    assert checkpoints(tmp_path) == [1]
+
+
+@contextmanager
+def images_that_stop_coming(after: int, signum: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Reading hangs from an image on, as on a network drive that does not answer; then comes a signal."""
+    original, count = FashionMNIST.open_image, itertools.count()
+
+    def hang(self: FashionMNIST, index: int) -> Any:
+        if next(count) >= after:
+            threading.Timer(0.3, os.kill, (os.getpid(), signum)).start()
+            os.read(os.pipe()[0], 1)
+        return original(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FashionMNIST, "open_image", hang)
+        patch.setattr(interruption, "GRACE", 0.2)
+        patch.setattr(workers, "FIRST_CHECK", 0.2)
+        patch.setattr(workers, "CHECK_PERIOD", 0.1)
+        yield
+
+
+NO_PROBE = "health.period=0"
+
+
+@pytest.mark.parametrize(("signum", "error"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_while_no_images_come_ends_the_run_with_a_checkpoint(
+    signum: int, error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_train(tmp_path / "straight", NO_PROBE)
+    with images_that_stop_coming(3 * 4 + 1, signum, monkeypatch), pytest.raises(error):
+        run_train(tmp_path / "run", NO_PROBE, RARELY)
+    assert checkpoints(tmp_path / "run") == [2], "of the last finished step"
+    run_train(tmp_path / "run", NO_PROBE)
+    assert_same_end(tmp_path / "run", tmp_path / "straight", 7)
+
+
+@pytest.mark.parametrize("num_images", [1, 2 * 4 + 1])
+def test_a_signal_while_no_images_come_writes_no_checkpoint_twice(
+    num_images: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with images_that_stop_coming(num_images, signal.SIGTERM, monkeypatch), pytest.raises(SystemExit) as stop:
+        run_train(tmp_path, NO_PROBE)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert checkpoints(tmp_path) == ([1] if num_images > 8 else [])
+
+
+def test_images_that_do_not_come_end_the_run_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    message = r"no batch of images came for train.data_timeout=1 seconds: this process is reading sample \d+ \(Fashion"
+    with (
+        images_that_stop_coming(9, signal.SIGURG, monkeypatch),
+        pytest.raises(OSError, match=message),
+    ):
+        run_train(tmp_path, NO_PROBE, "train.data_timeout=1")
     assert checkpoints(tmp_path) == [1]
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
 from dinov2.data.transforms import make_classification_eval_transform
+from dinov2.data.workers import SupervisedLoader
 from dinov2.eval.features import autocast, require_finite, run_model
 from dinov2.eval.pictures.frozen_backbone import LARGE_SIZE, FrozenBackbone
 from dinov2.eval.pictures.sources import Source, TransformedPictures, none_readable
@@ -95,7 +95,7 @@ def _class_tokens(
     dataset = TransformedPictures(pictures, transform)
     readable: list[Source] = []
     tokens = []
-    for samples in DataLoader(dataset, BATCH_SIZE, num_workers=num_workers, collate_fn=list):
+    for samples in SupervisedLoader(dataset, batch_size=BATCH_SIZE, num_workers=num_workers, collate_fn=list):
         if found := [sample for sample in samples if sample is not None]:
             sources = [pictures[index] for index, _ in found]
             images = torch.stack([image for _, image in found]).to(backbone.model.cls_token.device)

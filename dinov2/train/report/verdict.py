@@ -39,7 +39,9 @@ def _judgement(run: Run) -> tuple[Level, str]:
     if len(run.records) < _FEW_LINES:
         return "unclear", "Too early to say" if run.records else "Nothing to judge yet"
     loss, accuracy = _change(run, "total_loss"), [value for _, value in run.comparable("knn")]
-    if len(accuracy) > 1 and accuracy[-1] < (accuracy[0] + max(accuracy)) / 2:  # half of what was won is lost again
+    chance = max((value for _, value in run.comparable("knn_chance")), default=0.0)
+    lost = len(accuracy) > 1 and accuracy[-1] < (accuracy[0] + max(accuracy)) / 2  # half of what was won
+    if lost and max(accuracy) > chance:
         return "unclear", "Look closer: k-NN accuracy fell"
     if loss and loss[1] >= loss[0] and len(accuracy) < 2:
         return "unclear", "Look closer: the loss did not fall"
