@@ -12,6 +12,7 @@ import numpy as np
 
 from dinov2.data.base import ImageDataset
 from dinov2.data.file_list import PathTable
+from dinov2.data.images import read_image_file
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class ImageList(ImageDataset):
         return os.path.join(self.root, self._paths[index])
 
     def get_image_data(self, index: int) -> bytes:
-        return Path(self.describe(index)).read_bytes()
+        return read_image_file(self.describe(index), self.image_options)
 
     def get_target(self, index: int) -> int | None:
         return None if self._targets is None else int(self._targets[index])

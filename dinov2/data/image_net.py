@@ -14,6 +14,7 @@ import numpy as np
 
 from dinov2.data.base import ImageDataset, label_table
 from dinov2.data.extra_file import ExtraFile
+from dinov2.data.images import read_image_file
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class ImageNet(ImageDataset):
         return str(self.root / self.split.image_path(int(entry["actual_index"]), str(entry["class_id"])))
 
     def get_image_data(self, index: int) -> bytes:
-        return Path(self.describe(index)).read_bytes()
+        return read_image_file(self.describe(index), self.image_options)
 
     def get_target(self, index: int) -> int | list[int] | None:
         if self.split is ImageNetSplit.TEST:

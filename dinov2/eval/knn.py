@@ -306,8 +306,8 @@ def main(args: argparse.Namespace) -> None:
     with distributed.session():
         cfg = setup.setup(args)
         transform, cache = setup.eval_transform(args, cfg), setup.feature_cache(args, cfg)
-        train_dataset = setup.labelled_dataset(args.train_dataset, transform)
-        val_dataset = setup.labelled_dataset(args.val_dataset, transform)
+        train_dataset = setup.labelled_dataset(args.train_dataset, transform, image_options=setup.image_options(cfg))
+        val_dataset = setup.labelled_dataset(args.val_dataset, transform, image_options=train_dataset.image_options)
         setup.check_same_classes(train_dataset, val_dataset, args.val_dataset)
         scores = eval_knn(
             setup.build_model_for_eval(cfg, args.pretrained_weights),

@@ -239,7 +239,11 @@ def main(args: argparse.Namespace) -> None:
         cfg = setup.setup(args)
         transform, cache = setup.eval_transform(args, cfg, RESIZE_SIZE), setup.feature_cache(args, cfg, RESIZE_SIZE)
         names = (args.train_dataset, args.val_dataset, args.finetune_dataset_str)
-        sets = {name: setup.labelled_dataset(name, transform) for name in names if name}
+        sets: dict[str, ImageDataset] = {}
+        options = setup.image_options(cfg)
+        for name in filter(None, names):
+            sets[name] = setup.labelled_dataset(name, transform, image_options=options)
+            options = sets[args.train_dataset].image_options
         for name, dataset in sets.items():
             setup.check_same_classes(sets[args.train_dataset], dataset, name)
         results = eval_log_regression_with_model(

@@ -13,6 +13,7 @@ from dinov2 import config, distributed
 from dinov2.config import DTYPES, Config
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
+from dinov2.data.images import ImageOptions
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.results import weights_fingerprint
@@ -164,6 +165,7 @@ def feature_cache(args: argparse.Namespace, cfg: Config, published_resize_size: 
             "backbone": config.backbone_arguments(cfg),
             "image sizes": image_sizes(args, cfg, published_resize_size),
             "normalisation": [cfg.augmentation.mean, cfg.augmentation.std],
+            "images": dataclasses.asdict(cfg.images),
             "precision": str(get_autocast_dtype(cfg)),
         },
     )
@@ -194,13 +196,27 @@ def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> 
         )
 
 
-def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor], *, several: bool = False) -> ImageDataset:
+def image_options(cfg: Config) -> ImageOptions:
+    """How the images of an evaluation are read: as in training.
+
+    Of several datasets, all but the first take the options of the first, with the value range measured there, if one was.
+    """
+    return ImageOptions(**vars(cfg.images))
+
+
+def labelled_dataset(
+    dataset_str: str,
+    transform: Callable[..., Tensor],
+    *,
+    several: bool = False,
+    image_options: ImageOptions | None = None,
+) -> ImageDataset:
     """The data set of a string, with images transformed, and with one label per image unless `several` are fine, too.
 
     Raises:
         ValueError: if it is empty or has not such labels.
     """
-    dataset = make_dataset(dataset_str=dataset_str, transform=transform)
+    dataset = make_dataset(dataset_str=dataset_str, transform=transform, image_options=image_options)
     if len(dataset) == 0:
         raise ValueError(f"dataset {dataset_str!r} is empty")
     targets = dataset.get_targets()

@@ -194,7 +194,7 @@ def labelled_dataset(cfg: Config, dataset: ImageDataset) -> tuple[ImageDataset, 
         return None
     if named:
         try:
-            dataset = make_dataset(dataset_str=named)
+            dataset = make_dataset(dataset_str=named, image_options=dataset.image_options)
         except (ValueError, OSError) as error:
             raise ValueError(f"health.knn_dataset={named!r}: {error}") from error
     targets = dataset.get_targets()
