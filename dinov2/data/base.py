@@ -118,8 +118,8 @@ class ImageDataset(Dataset, ABC):
         if self.image_options.value_range is None and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%s has more than 8 bits, and no image of the sample has: each such image is mapped to 8 bits by its own "
-                "values; images.value_range=[low,high] sets one range for all",
+                "%s has more than 8 bits, and no image of the sample has: each such image is mapped to 8 bits by its "
+                "own values; images.value_range=[low,high] sets one range for all",
                 self.describe(index),
             )
 

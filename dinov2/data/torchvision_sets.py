@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.base import ImageDataset
-from dinov2.data.file_list import PathTable
+from dinov2.data.file_list import PathTable, check_folder
 from dinov2.data.images import Picture, encode_png, read_image_file
 from dinov2.data.torchvision_sources import SOURCES, Arrays, Pairs, Source
 
@@ -146,6 +146,8 @@ class TorchvisionSet(ImageDataset):
 
     def _look(self, source: Source, arguments: dict[str, Any]) -> tuple[list[str], Pairs | Arrays]:
         """`_ask` if there is something to ask about: some classes of torchvision make the folders that they miss."""
+        if self.root.exists():
+            check_folder(self.root)
         for place in (self.root, self.root / source.place):
             if not place.exists():
                 raise FileNotFoundError(f"there is no {place}")

@@ -199,7 +199,7 @@ def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> 
 def image_options(cfg: Config) -> ImageOptions:
     """How the images of an evaluation are read: as in training.
 
-    Of several datasets, all but the first take the options of the first, with the value range measured there, if one was.
+    Of several datasets, all but the first take the options of the first, with the value range measured there.
     """
     return ImageOptions(**vars(cfg.images))
 
