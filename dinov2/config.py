@@ -61,6 +61,9 @@ AreaRange = Annotated[tuple[PositiveShare, PositiveShare], _ASCENDING]
 PositiveRange = Annotated[tuple[Positive, Positive], _ASCENDING]
 ProbabilityRange = Annotated[tuple[Probability, Probability], _ASCENDING]
 
+Level = Annotated[int, Limit("from 0 to 255", lambda n: 0 <= n <= 255)]
+ValueRange = Annotated[tuple[Real, Real], Limit("the smaller one first", lambda pair: pair[0] < pair[1])]
+
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -225,6 +228,14 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
+class Images:
+    value_range: ValueRange | None
+    max_pixels: Size
+    max_file_size: Size
+    background: tuple[Level, Level, Level] | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     eval_period_iterations: int
 
@@ -259,6 +270,7 @@ class Config:
     optim: Optim
     crops: Crops
     augmentation: Augmentation
+    images: Images
     evaluation: Evaluation
     health: Health
     tracking: Tracking

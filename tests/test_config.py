@@ -112,6 +112,10 @@ for network in ("teacher", "student"):
         }
 
 OUR_DEFAULTS = {
+    "images.value_range": None,
+    "images.max_pixels": 178956970,
+    "images.max_file_size": 1024,
+    "images.background": None,
     "health.period": 100,
     "health.probe_images": 64,
     "health.knn_period": None,

@@ -1,6 +1,7 @@
-"""What every data set of pictures has in common."""
+"""What every dataset of images has in common."""
 
 import hashlib
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dinov2.data.images import BadImageError, Picture, open_picture
+from dinov2.data.images import DEFAULT_OPTIONS, BadImageError, ImageOptions, Picture, open_picture
+from dinov2.data.survey import ImageSurvey, survey_images
+
+logger = logging.getLogger(__name__)
 
 NAMES_HASHED = 10_000
 """Names that `ImageDataset.fingerprint` looks at."""
@@ -35,7 +39,14 @@ class ImageDataset(Dataset, ABC):
         transforms: applied to (picture, target), returns both; excludes the other two.
         transform: applied to the picture (PIL, RGB).
         target_transform: applied to the target.
+
+    Attributes:
+        image_options: How image files are read, with the value range once it is known; `make_dataset` sets it.
     """
+
+    image_options: ImageOptions = DEFAULT_OPTIONS
+    _survey: ImageSurvey | None = None
+    _has_warned = False
 
     def __init__(
         self,
@@ -104,7 +115,39 @@ class ImageDataset(Dataset, ABC):
             BadImageError: it cannot be read; names the index and the file, the cause is chained.
         """
         with self._naming(index):
-            return open_picture(self.get_image_data(index))
+            picture = open_picture(self.get_image_data(index), self.image_options)
+            if picture.is_deep and self.image_options.value_range is None:
+                picture.options = self.survey().options
+                self._warn_of_own_range(index)
+            return picture
+
+    def survey(self) -> ImageSurvey:
+        """What is in a sample of the images, and the value range for all of them; measured once.
+
+        Images of more than 8 bits are mapped to 8 bits by this range.
+        """
+        if self._survey is None:
+            self._survey = survey_images(self.get_image_data, self.describe, len(self), self.image_options)
+            self.image_options = self._survey.options
+        return self._survey
+
+    def notes(self) -> list[tuple[int, str]]:
+        """What a person should know of files and images, each with its level of logging; see `ImageSurvey.notes`."""
+        return [(logging.INFO, note) for note in self.notes_on_files()] + self.survey().notes()
+
+    def notes_on_files(self) -> list[str]:
+        """Files that were found but are no samples, in words, for log and dry run."""
+        return []
+
+    def _warn_of_own_range(self, index: int) -> None:
+        """Once, if an image has more than 8 bits and none of the sample had."""
+        if self.image_options.value_range is None and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "%s has more than 8 bits, and no image of the sample has: each such image is mapped to 8 bits by its "
+                "own values; images.value_range=[low,high] sets one range for all",
+                self.describe(index),
+            )
 
     def get_image(self, index: int) -> Image.Image:
         """The picture of sample `index`, RGB, not transformed.
@@ -137,8 +180,10 @@ class ImageDataset(Dataset, ABC):
     @contextmanager
     def _naming(self, index: int) -> Iterator[None]:
         """Turns any error into one that says which sample it was."""
-        path = self.describe(index)
+        path = ""
         try:
+            path = self.describe(index)
             yield
         except Exception as error:
-            raise BadImageError(f"cannot read the image of sample {index} ({path}): {error}", path=path) from error
+            where = f"sample {index} ({path})" if path else f"sample {index}"
+            raise BadImageError(f"cannot read the image of {where}: {error}", path=path) from error

@@ -15,6 +15,7 @@ from dinov2.data.folder import ImageFolder
 from dinov2.data.image_list import ImageList
 from dinov2.data.image_net import ImageNet
 from dinov2.data.image_net_22k import ImageNet22k
+from dinov2.data.images import ImageOptions
 from dinov2.data.torchvision_sets import TorchvisionSet
 from dinov2.data.torchvision_sources import SOURCES
 
@@ -123,6 +124,7 @@ def make_dataset(
     dataset_str: str,
     transform: Callable[[Any], Any] | None = None,
     target_transform: Callable[[Any], Any] | None = None,
+    image_options: ImageOptions | None = None,
 ) -> Any:
     """Makes the data set that a dataset string describes.
 
@@ -130,6 +132,8 @@ def make_dataset(
         dataset_str: see `parse_dataset_str`; `~` at the beginning of a path is the home folder.
         transform: applied to the pictures.
         target_transform: applied to the targets.
+        image_options: how image files are read, see `ImageOptions`; without a value range one is measured where there
+            are images of more than 8 bits, and is then in `image_options` of the dataset.
 
     Returns:
         The data set; what it has, see `ImageDataset`.
@@ -149,6 +153,10 @@ def make_dataset(
                 raise _unknown_key(unknown, dataset_str)
     dataset = DATASETS[name].factory(**arguments, transform=transform, target_transform=target_transform)
     logger.info("%d samples in dataset %r", len(dataset), dataset_str)
+    if isinstance(dataset, ImageDataset):
+        dataset.image_options = image_options or dataset.image_options
+        for level, note in dataset.notes():
+            logger.log(level, "%s", note)
     return dataset
 
 

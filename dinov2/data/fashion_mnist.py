@@ -2,7 +2,9 @@
 
 import gzip
 import importlib.resources
+import io
 import math
+import zlib
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -13,6 +15,8 @@ from PIL import Image
 
 from dinov2.data.base import ImageDataset
 from dinov2.data.images import Picture, encode_png
+
+_MAX_IDX_BYTES = 2**26  # unzipped; the larger file has 47 MB
 
 
 class FashionMNISTSplit(Enum):
@@ -87,9 +91,12 @@ class FashionMNIST(ImageDataset):
 
 def _embedded(split: FashionMNISTSplit) -> tuple[np.ndarray, np.ndarray]:
     resource = importlib.resources.files("dinov2.data.embedded") / "fashion_mnist_12k.npz"
-    with resource.open("rb") as file, np.load(file) as arrays:
-        prefix = split.name.lower()
-        return arrays[f"{prefix}_images"], arrays[f"{prefix}_labels"]
+    try:
+        with resource.open("rb") as file, np.load(file) as arrays:
+            prefix = split.name.lower()
+            return _checked(arrays[f"{prefix}_images"], arrays[f"{prefix}_labels"])
+    except Exception as error:  # a damaged file raises nearly anything
+        raise OSError(f"{resource} is damaged, install the package again: {error}") from error
 
 
 def _full(split: FashionMNISTSplit, root: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -97,6 +104,23 @@ def _full(split: FashionMNISTSplit, root: Path) -> tuple[np.ndarray, np.ndarray]
     labels = _read_idx(_find(root, f"{split.value}-labels-idx1-ubyte"), num_dimensions=1)
     if len(images) != len(labels):
         raise ValueError(f"{root} has {len(images)} images but {len(labels)} labels of split {split.name}")
+    return _checked(images, labels)
+
+
+def _checked(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels, if they can be that.
+
+    Raises:
+        ValueError: Their types, sizes or values are wrong.
+    """
+    if images.dtype != np.uint8 or images.ndim != 3 or labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{images.dtype} images of shape {images.shape}, {labels.dtype} labels of shape {labels.shape}"
+        )
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images but {len(labels)} labels")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < len(FashionMNIST.classes):
+        raise ValueError(f"labels from {labels.min()} to {labels.max()}")
     return images, labels
 
 
@@ -112,7 +136,11 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
     """An array of bytes in the idx format: 0, 0, 8 (bytes), number of dimensions, sizes (big-endian), values."""
     data = path.read_bytes()
     if path.suffix == ".gz":
-        data = gzip.decompress(data)
+        try:
+            with gzip.open(io.BytesIO(data)) as file:
+                data = file.read(_MAX_IDX_BYTES)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is no complete gzip file: {error}") from error
     header = 4 + 4 * num_dimensions
     shape = tuple(int.from_bytes(data[start : start + 4], "big") for start in range(4, header, 4))
     if data[:4] != bytes([0, 0, 8, num_dimensions]) or len(data) != header + math.prod(shape):

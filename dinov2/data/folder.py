@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.base import ImageDataset
-from dinov2.data.file_list import PathTable, list_images
+from dinov2.data.file_list import PathTable, check_folder, list_images
+from dinov2.data.images import read_image_file
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class ImageFolder(ImageDataset):
         transforms, transform, target_transform: see `ImageDataset`.
 
     Raises:
-        FileNotFoundError: the folder is missing or has no images.
+        OSError: the folder is missing, cannot be read, is a file or has no images.
     """
 
     def __init__(
@@ -45,9 +46,9 @@ class ImageFolder(ImageDataset):
     ) -> None:
         super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
         self.root = Path(root) if split is None else Path(root, split)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"no folder {self.root}{_folders_in(Path(root))}")
-        self._files = list_images(self.root)
+        check_folder(self.root)
+        listed = list_images(self.root)
+        self._files, self._note = listed.images, listed.note_on_others()
         ranges = _class_ranges(self._files)
         self.classes = _complete(sorted(ranges), self.root.parent / "train")
         self._targets = _targets(ranges, self.classes) if ranges else None
@@ -72,7 +73,10 @@ class ImageFolder(ImageDataset):
         return self._files.fingerprint()
 
     def get_image_data(self, index: int) -> bytes:
-        return (self.root / self._files[index]).read_bytes()
+        return read_image_file(self.root / self._files[index], self.image_options)
+
+    def notes_on_files(self) -> list[str]:
+        return [] if self._note is None else [f"{self.root}: {self._note}"]
 
     def get_target(self, index: int) -> int | None:
         return None if self._targets is None else int(self._targets[index])
@@ -102,7 +106,7 @@ def _class_ranges(files: PathTable) -> dict[str, slice]:
 def _complete(classes: list[str], train: Path) -> list[str]:
     """The classes of the folder `train` if they are all of `classes` and more, else `classes`."""
     if classes and train.is_dir() and set(classes) < {path.name for path in train.iterdir()}:
-        train_classes = _class_ranges(list_images(train))
+        train_classes = _class_ranges(list_images(train).images)
         if set(classes) < set(train_classes):
             return sorted(train_classes)
     return classes
@@ -114,11 +118,3 @@ def _targets(ranges: dict[str, slice], classes: list[str]) -> np.ndarray:
     for class_index, name in enumerate(classes):
         targets[ranges.get(name, slice(0))] = class_index
     return targets
-
-
-def _folders_in(root: Path) -> str:
-    """What there is instead, for the message about a missing folder."""
-    if not root.is_dir():
-        return ""
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())[:20]
-    return f"; folders in {root}: {', '.join(folders) or 'none'}"

@@ -4,7 +4,7 @@ import csv
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,11 @@ import numpy as np
 
 from dinov2.data.base import ImageDataset
 from dinov2.data.file_list import PathTable
+from dinov2.data.images import kind_of_file, read_image_file
 
 logger = logging.getLogger(__name__)
+
+_MAX_DIGITS = 9  # of a class index
 
 
 class ImageList(ImageDataset):
@@ -75,7 +78,7 @@ class ImageList(ImageDataset):
         return self._paths.fingerprint()
 
     def get_image_data(self, index: int) -> bytes:
-        return Path(self.describe(index)).read_bytes()
+        return read_image_file(self.describe(index), self.image_options)
 
     def get_target(self, index: int) -> int | None:
         return None if self._targets is None else int(self._targets[index])
@@ -117,14 +120,28 @@ def read_list(file: Path) -> tuple[list[str], list[str] | None]:
 
 def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Number and columns of the lines that are not empty."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder, not a list; for its images write ImageFolder:root={file}")
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file} is {kind_of_file(file.stat().st_mode)}, not a list")
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:  # as paths are decoded
         if file.suffix.lower() == ".csv":
-            reader = csv.reader(text, skipinitialspace=True)
-            yield from ((reader.line_num, row) for row in reader if row)
+            reader = csv.reader(_without_nul(text, file), skipinitialspace=True)
+            try:
+                yield from ((reader.line_num, row) for row in reader if row)
+            except csv.Error as error:
+                raise ValueError(f"line {reader.line_num} of {file} is not as it should be: {error}") from error
         else:
-            for number, line in enumerate(text, start=1):
+            for number, line in enumerate(_without_nul(text, file), start=1):
                 if line := line.rstrip("\r\n"):
                     yield number, line.split("\t")
+
+
+def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ValueError(f"line {number} of {file} has bytes of zero: it is no text file, or not in UTF-8")
+        yield line
 
 
 def read_class_names(file: Path) -> list[str] | None:
@@ -150,6 +167,8 @@ def _classes_and_targets(
         return known or [], None
     unknown = sorted(set(labels) - set(known or []))
     if _are_numbers(labels) and unknown:
+        if (longest := max(map(len, labels))) > _MAX_DIGITS:
+            raise ValueError(f"{file} has a class index of {longest} digits")
         targets = np.array([int(label) for label in labels], np.int64)
         if targets.min() < 0 or (known is not None and targets.max() >= len(known)):
             limit = "" if known is None else f" and below {len(known)}, the number of classes"

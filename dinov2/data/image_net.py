@@ -13,11 +13,15 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.base import ImageDataset, label_table
-from dinov2.data.extra_file import ExtraFile
+from dinov2.data.extra_file import INTEGERS, TEXT, ExtraFile, check_classes
+from dinov2.data.images import read_image_file
 
 logger = logging.getLogger(__name__)
 
 JPEG_SUFFIXES = (".jpeg", ".jpg")
+_FIELDS = {"actual_index": INTEGERS, "class_index": INTEGERS, "class_id": TEXT, "class_name": TEXT}
+_NUM_CHECKED = 100  # entries, when the tables are opened: to read all of them takes a while
+_AT_ONCE = 2**18  # entries that are compared at once; bounds the memory
 NO_CLASS = 2**32 - 1  # class_index of the test images, whose labels are not public
 
 
@@ -96,18 +100,31 @@ class ImageNet(ImageDataset):
             "from dinov2.data.datasets import ImageNet; "
             f"ImageNet(split=ImageNet.Split.{split.name}, root={str(root)!r}, extra={str(extra)!r}).dump_extra()"
         )
-        self._entries = ExtraFile(Path(extra, f"entries-{split.name}.npy"), creation)
+        self._entries = ExtraFile(Path(extra, f"entries-{split.name}.npy"), creation, _FIELDS)
         self._class_ids = ExtraFile(Path(extra, f"class-ids-{split.name}.npy"), creation)
         self._class_names = ExtraFile(Path(extra, f"class-names-{split.name}.npy"), creation)
         self._length_is_checked = False
 
     def __len__(self) -> int:
         length = len(self._entries.array)
+        if not self._length_is_checked:
+            self._check_tables()
         if length != self.split.official_length and not self._length_is_checked:
             official = self.split.official_length
             logger.warning("%s has %d images, ImageNet %s has %d", self.root, length, self.split.name, official)
         self._length_is_checked = True
         return length
+
+    def _check_tables(self) -> None:
+        """Raises a `ValueError` if the tables do not belong together; only of some entries it is checked here."""
+        if self.split is ImageNetSplit.TEST:
+            return
+        num_ids, num_names = len(self._class_ids.array), len(self._class_names.array)
+        if num_ids != num_names:
+            raise self._class_names.damaged(f"it has {num_names} classes, {self._class_ids.path} has {num_ids}")
+        step = max(len(self._entries.array) // _NUM_CHECKED, 1)
+        for index in range(0, len(self._entries.array), step):
+            check_classes(self._entries, self._class_ids, index)
 
     def describe(self, index: int) -> str:
         """The path of the image."""
@@ -115,26 +132,34 @@ class ImageNet(ImageDataset):
         return str(self.root / self.split.image_path(int(entry["actual_index"]), str(entry["class_id"])))
 
     def get_image_data(self, index: int) -> bytes:
-        return Path(self.describe(index)).read_bytes()
+        return read_image_file(self.describe(index), self.image_options)
 
     def get_target(self, index: int) -> int | list[int] | None:
         if self.split is ImageNetSplit.TEST:
             return None
         if self._real_file is not None:
             return self._real_labels[index]
+        check_classes(self._entries, self._class_ids, index)
         return int(self._entries.array[index]["class_index"])
 
     def get_targets(self) -> np.ndarray | None:
         if self._real_file is not None:
             return label_table(self._real_labels)
-        return None if self.split is ImageNetSplit.TEST else self._entries.array["class_index"].astype(np.int64)
+        if self.split is ImageNetSplit.TEST:
+            return None
+        for start in range(0, len(self), _AT_ONCE):
+            check_classes(self._entries, self._class_ids, slice(start, start + _AT_ONCE))
+        return self._entries.array["class_index"].astype(np.int64)
 
     @cached_property
     def _real_labels(self) -> list[list[int]]:
         """The reassessed labels of each sample."""
         assert self._real_file is not None, "only asked for with such a file"
         by_number = _read_real(self._real_file, self.split.official_length, len(self._class_ids.array))
-        return [by_number[number - 1] for number in self._entries.array["actual_index"].tolist()]
+        numbers = self._entries.array["actual_index"]
+        if not 1 <= numbers.min() <= numbers.max() <= len(by_number):
+            raise self._entries.damaged(f"it has images numbered {numbers.min()} to {numbers.max()}")
+        return [by_number[number - 1] for number in numbers.tolist()]
 
     def get_class_id(self, index: int) -> str | None:
         """WordNet id of the class of sample `index`, None for TEST."""
@@ -232,6 +257,8 @@ def _read_labels(path: Path) -> dict[str, str]:
             rows = list(csv.reader(file))
     except OSError as error:
         raise RuntimeError(f"cannot read the class names from {path}: {error}") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} is no table of classes and their names: {error}") from error
     for number, row in enumerate(rows, start=1):
         if len(row) not in (0, 2):  # 0: an empty line
             raise ValueError(f"{path}, row {number}: {row} should be a class and its name, like n01440764,tench")
@@ -247,7 +274,7 @@ def _read_real(path: Path, length: int, num_classes: int) -> list[list[int]]:
     """
     try:
         lists = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(lists, list) or len(lists) != length:
         found = f"a list of {len(lists)}" if isinstance(lists, list) else f"a {type(lists).__name__}"

@@ -1,16 +1,37 @@
-"""Bytes of an image file -> an upright 8-bit RGB picture, whatever the file holds; and pixels -> a file."""
+"""An image file -> an upright 8-bit RGB image, whatever the file holds; and pixels -> a file.
+
+Every image of every dataset, visualization and evaluation is read and decoded here, see `read_image_file` and
+`open_picture`.
+"""
 
 import io
+import math
+import os
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-# EXIF orientation -> the transposition that turns the picture upright.
+from dinov2.data.image_formats import (
+    bits_of_jpeg2000,
+    is_cut_to_8_bits,
+    is_deep,
+    open_header,
+    read_16_bits,
+)
+from dinov2.data.image_limits import check_header, check_jpeg_scans, check_pixels, png_chunks
+from dinov2.data.pixel_range import ValueRange, measure_range, to_8_bit
+from dinov2.data.tiff import TiffHeader, is_tiff, read_samples, read_tiff_header
+
+# EXIF orientation -> the transposition that turns the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -20,18 +41,22 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SIDEWAYS = (5, 6, 7, 8)  # orientations of pictures that are stored lying on their side
+_SIDEWAYS = (5, 6, 7, 8)  # orientations of images that are stored lying on their side
+_PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may have an orientation
+_MAX_EXIF_BYTES = 2**16 - 1  # that are searched for the orientation; as many as a JPEG file can hold
+_MAX_SAMPLES_OF_PILLOW = 6  # per pixel of a TIFF file; of more it logs an error, each time
+_MAX_BYTES_PER_PIXEL = 8  # of all samples, decoded; with the limit on pixels it bounds the memory
 
 
 class ImageDecodeError(ValueError):
-    """The bytes are not a picture: truncated, corrupt, of unknown format, or absurdly large."""
+    """The bytes are not a usable image: truncated, corrupt, of another format, or absurdly large."""
 
 
 class BadImageError(RuntimeError):
-    """A sample of a data set has no usable picture (missing, unreadable or undecodable file).
+    """A sample of a dataset has no usable image (missing, unreadable or undecodable file).
 
     Attributes:
-        path: where the picture was read from, as `describe(index)` of the data set says.
+        path: Where the image was read from, as `describe(index)` of the dataset says.
     """
 
     def __init__(self, message: str, path: str = "") -> None:
@@ -39,8 +64,74 @@ class BadImageError(RuntimeError):
         self.path = path
 
 
+@dataclass(frozen=True)
+class ImageOptions:
+    """How image files are read: the section `images` of the configuration.
+
+    Attributes:
+        value_range: Pixel values (low, high) of images of more than 8 bits that become 0 and 255; None: measured.
+        max_pixels: Largest number of pixels of an image; others are unreadable.
+        max_file_size: Largest size of an image file in MiB; others are unreadable.
+        background: Color (red, green, blue), each from 0 to 255, that transparent images are composited on; None:
+            transparency is dropped, and what lies under it shows.
+    """
+
+    value_range: ValueRange | None = None
+    max_pixels: int = 178_956_970
+    max_file_size: int = 1024
+    background: tuple[int, int, int] | None = None
+
+    @property
+    def max_bytes(self) -> int:
+        """Largest size of an image file in bytes."""
+        return self.max_file_size * 2**20
+
+    def with_range(self, value_range: ValueRange | None) -> "ImageOptions":
+        """The same with another value range."""
+        return replace(self, value_range=value_range)
+
+
+DEFAULT_OPTIONS = ImageOptions()
+
+
+class Samples(NamedTuple):
+    """Pixels of other types than 8 bits, as they are stored: (H, W, S), of which H and W may still lie sideways."""
+
+    values: np.ndarray  # (H, W, 1) or (H, W, 3), any real type; NaN where there is no data
+    alpha: np.ndarray | None  # (H, W), integers of the full range of their type or fractions from 0 to 1
+
+    @property
+    def is_transparent(self) -> bool:
+        """Whether a pixel is not opaque."""
+        return self.alpha is not None and float(self.alpha.min()) < _opaque(self.alpha)
+
+
+def read_image_file(path: str | Path, options: ImageOptions = DEFAULT_OPTIONS) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        OSError: It is missing, no regular file (a named pipe, a device, a folder), or larger than the limit.
+    """
+    # Without O_NONBLOCK, opening a named pipe waits for ever for somebody who writes to it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is {kind_of_file(status.st_mode)}, not a regular file")
+        if status.st_size > options.max_bytes:
+            raise OSError(
+                f"{path} has {status.st_size / 2**20:,.0f} MiB, limit {options.max_file_size:,} (images.max_file_size)"
+            )
+        return file.read(status.st_size)
+
+
+def kind_of_file(mode: int) -> str:
+    """What a file that is not regular is, from its `st_mode`."""
+    kinds = {stat.S_IFREG: "a file", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
 class Picture:
-    """A picture of known size whose pixels come when they are asked for, smaller if that will do.
+    """An image of known size whose pixels come when they are asked for, smaller if that will do.
 
     Attributes:
         size: (width, height), upright.
@@ -52,10 +143,10 @@ class Picture:
         self.size = image.size
 
     def load(self, reduction: int = 1) -> Image.Image:
-        """The picture in mode RGB, its sides divided by ``reduction`` (1, 2, 4 or 8) and rounded up.
+        """The image in mode RGB, its sides divided by ``reduction`` (1, 2, 4 or 8) and rounded up.
 
         Raises:
-            ImageDecodeError: truncated or corrupt data.
+            ImageDecodeError: Truncated or corrupt data.
         """
         return self._image if reduction == 1 else self._image.reduce(reduction)
 
@@ -64,27 +155,195 @@ class Picture:
         return np.array(self.load(reduction))
 
 
-class _JpegPicture(Picture):
-    """A JPEG file of which only the header is read; it can be decoded at a smaller scale, in a fraction of the time."""
+class FilePicture(Picture):
+    """An image file of which only the header is read; a JPEG file can be decoded at a smaller scale, in less time.
 
-    def __init__(self, data: bytes, opened: Image.Image) -> None:
+    Attributes:
+        size: (width, height), upright.
+        options: How it is read. Who knows the value range of the dataset sets it before the image is loaded.
+        tiff: Header of a TIFF file, else None.
+        is_deep: Whether it has more than 8 bits, so that its values must be mapped to 8 bits.
+    """
+
+    def __init__(self, data: bytes, options: ImageOptions) -> None:
+        """Reads the header.
+
+        Raises:
+            ValueError: It has too many pixels, or would take too long.
+            Exception: Nearly any, for a damaged file.
+        """
+        self.options = options
         self._data = data
-        self._opened: Image.Image | None = opened  # until it is decoded, which can be done once
-        self._plain = opened.mode == "RGB" and _orientation(opened) not in _UPRIGHT
-        width, height = opened.size
-        self.size = (height, width) if _orientation(opened) in _SIDEWAYS else (width, height)
+        check_header(data)
+        self._opened: Image.Image | None = None  # until it is decoded, which can be done once
+        self.tiff = read_tiff_header(data) if is_tiff(data) else None
+        if self.tiff is not None:
+            check_pixels(self.tiff.size, options.max_pixels)
+        if self.tiff is None:
+            self._opened = open_header(data)
+        elif self.tiff.samples <= _MAX_SAMPLES_OF_PILLOW:
+            with suppress(Exception):  # it does not know all kinds of TIFF
+                self._opened = open_header(data)
+        stored = self.tiff.size if self.tiff is not None else self.opened.size
+        check_pixels(stored, options.max_pixels)
+        if is_jpeg := isinstance(self._opened, JpegImageFile):
+            check_jpeg_scans(data, stored)
+        self.is_deep = (
+            is_deep(self.opened) or is_cut_to_8_bits(self.opened) if self.tiff is None else self._is_deep_tiff
+        )
+        self._orientation = self.tiff.orientation if self.tiff is not None else self._read_orientation()
+        self._is_plain_jpeg = is_jpeg and self.opened.mode == "RGB" and self._orientation not in _UPRIGHT
+        self.size = (stored[1], stored[0]) if self._orientation in _SIDEWAYS else stored
+
+    @property
+    def opened(self) -> Image.Image:
+        """The header as Pillow reads it, again if the image has been decoded since."""
+        if self._opened is None:
+            self._opened = open_header(self._data)
+        return self._opened
+
+    @property
+    def _is_deep_tiff(self) -> bool:
+        # Pillow converts inks, palettes and the like, in 8 bits.
+        assert self.tiff is not None, "of TIFF files only"
+        return self._opened is None or (self.tiff.is_deep and self.tiff.photometric in (0, 1, 2))
+
+    def _read_orientation(self) -> int | None:
+        if self.opened.format != "PNG":
+            return _orientation(self.opened)
+        texts = (self._data[at : at + 24] if kind != b"eXIf" else kind for kind, at in png_chunks(self._data))
+        if not any(text.startswith(_PNG_ORIENTATION) for text in texts):
+            return None
+        self.opened.load()  # the orientation may stand behind the pixels
+        orientation = _orientation(self.opened)
+        if self.is_deep:
+            self._opened = None  # its pixels have been cut to 8 bits
+        return orientation
 
     def load(self, reduction: int = 1) -> Image.Image:
         with _decoding(self._data):
-            image, self._opened = self._opened or Image.open(io.BytesIO(self._data)), None
-            if reduction > 1:
-                image.draft(None, (max(image.width // reduction, 1), max(image.height // reduction, 1)))
-            image.load()
-            return _to_rgb(_turn_upright(image))
+            if self.is_deep:
+                image = self._mapped(self.samples())
+            else:
+                image, self._opened = self.opened, None
+                if isinstance(image, JpegImageFile) and reduction > 1:
+                    image.draft(None, (max(image.width // reduction, 1), max(image.height // reduction, 1)))
+                    reduction = 1
+                image.load()  # before the orientation: TIFF is turned while it loads
+                upright = image if self.tiff is not None else _turn(image, self._orientation)
+                image = _to_rgb(upright, self.options.background)
+            return image if reduction == 1 else image.reduce(reduction)
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
-        fast = _decode_at_once(self._data) if self._plain and reduction == 1 else None
+        fast = _decode_at_once(self._data) if self._is_plain_jpeg and reduction == 1 else None
         return super().pixels(reduction) if fast is None else fast
+
+    def samples(self) -> Samples:
+        """The pixels of a deep image, the first band or the first three.
+
+        Raises:
+            Exception: Nearly any, for a damaged file.
+        """
+        if self.tiff is None:
+            stored = self._read_by_pillow()
+            assert stored is not None, "this layout is always read"
+            num_bands = stored.shape[2] - 1 if stored.shape[2] in (2, 4) else stored.shape[2]
+            alpha = num_bands if num_bands < stored.shape[2] else None
+        else:
+            stored, num_bands, alpha = self._read_tiff(self.tiff), self.tiff.num_bands, self.tiff.alpha
+        bands = np.delete(stored, alpha, axis=2) if alpha is not None and alpha < min(num_bands, 3) else stored
+        values = bands[..., : 3 if num_bands >= 3 else 1]
+        return Samples(values, None if alpha is None else stored[..., alpha])
+
+    def _read_tiff(self, tiff: TiffHeader) -> np.ndarray:
+        """All samples of a TIFF file, (H, W, S)."""
+        if tiff.kind == "c" or tiff.photometric not in (0, 1, 2):
+            raise ValueError(f"{tiff}, color model {tiff.photometric}, which cannot be used; convert it to gray or RGB")
+        if tiff.samples * tiff.bits > 8 * max(_MAX_BYTES_PER_PIXEL, len(self._data) // max(math.prod(tiff.size), 1)):
+            check_pixels((tiff.size[0] * tiff.samples, tiff.size[1]), self.options.max_pixels)
+        try:
+            samples = read_samples(self._data, tiff)
+        except Exception as error:
+            found = None if self._opened is None else self._read_by_pillow()
+            if found is None:
+                raise ValueError(
+                    f"{tiff}, which cannot be read ({error}); convert it to Deflate or no compression, for instance "
+                    "with gdal_translate -co COMPRESS=DEFLATE"
+                ) from error
+            samples = found
+        if tiff.nodata is not None and (tiff.kind != "u" or tiff.nodata > 0):
+            empty = samples == tiff.nodata
+            if empty.any():
+                samples = np.where(empty, np.nan, samples)
+        return samples
+
+    def _read_by_pillow(self) -> np.ndarray | None:
+        """All samples, (H, W, S), of an image of which Pillow knows the samples; None if it does not."""
+        image, self._opened = self.opened, None
+        if is_cut_to_8_bits(image):
+            samples = read_16_bits(image, open_header(self._data))
+        elif is_deep(image):
+            samples = np.asarray(image)[..., None]
+            if self.tiff is not None and (self.tiff.kind, self.tiff.bits) == ("u", 32):
+                samples = samples.view(np.uint32)  # Pillow has signed ones only
+        else:
+            samples = None
+        if samples is not None and self.tiff is not None:
+            self._orientation = 1  # Pillow has turned it
+        return samples
+
+    def _mapped(self, samples: Samples) -> Image.Image:
+        """Samples -> 8 bits, upright RGB."""
+        values, alpha = samples
+        if self.tiff is not None and not self.tiff.is_deep:
+            value_range = (0.0, float(2**self.tiff.bits - 1))
+        else:
+            value_range = self.options.value_range or measure_range([values]) or (0.0, 1.0)
+        levels = to_8_bit(values, value_range)
+        if self.tiff is not None and self.tiff.photometric == 0:  # white is 0
+            levels = 255 - levels
+        image = Image.fromarray(levels if levels.shape[2] == 3 else levels[..., 0]).convert("RGB")
+        if alpha is not None and self.options.background is not None:
+            image.putalpha(Image.fromarray(to_8_bit(alpha, (0.0, _opaque(alpha)))))
+        return _to_rgb(_turn(image, self._orientation), self.options.background)
+
+    # --- What is not used of it ---
+
+    @property
+    def num_dropped_bands(self) -> int:
+        """Bands beyond the first three, or of two bands the second; alpha is none."""
+        if self.tiff is None or self.tiff.photometric not in (0, 1, 2):
+            return 0
+        return self.tiff.num_bands - (3 if self.tiff.num_bands >= 3 else 1)
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether pixels may be transparent."""
+        if self.tiff is not None and self.tiff.alpha is not None:
+            return True
+        return _may_be_transparent(self.opened) if self.tiff is None else False
+
+    def is_transparent(self) -> bool:
+        """Whether a pixel of an image of 8 bits is not opaque; decodes it.
+
+        Raises:
+            Exception: Nearly any, for a damaged file.
+        """
+        image, self._opened = self.opened, None
+        return int(np.asarray(image.convert("RGBA").getchannel("A")).min()) < 255
+
+    @property
+    def has_more_frames(self) -> bool:
+        """Whether there are pages or frames after the first."""
+        return self.tiff.has_more_pages if self.tiff is not None else getattr(self.opened, "is_animated", False)
+
+    @property
+    def lost_bits(self) -> int:
+        """Bits of a sample that are dropped because no library at hand reads them: those beyond 8 of some formats."""
+        if self.is_deep:
+            return 0
+        bits = self.tiff.bits if self.tiff is not None else bits_of_jpeg2000(self._data)
+        return max(bits - 8, 0)
 
 
 def _decode_at_once(data: bytes) -> np.ndarray | None:
@@ -100,35 +359,37 @@ def _decode_at_once(data: bytes) -> np.ndarray | None:
     return None
 
 
-def open_picture(data: bytes) -> Picture:
-    """Opens an image file of any format and mode that Pillow reads as an upright RGB picture.
+def open_picture(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> FilePicture:
+    """Opens an image file of one of `image_formats.FORMATS`, of any type of pixels, as an upright 8-bit RGB image.
 
-    Only of JPEG files is the decoding put off; they make up most data sets and can be decoded at a smaller scale.
+    Only the header is read here; what is wrong with the pixels shows when they are loaded.
 
-    - Turned by its EXIF orientation. The published code ignores it: on pictures with such a tag, training and
-      evaluation differ from the published behaviour.
-    - Transparency is dropped, not composited on a background: the colours under it show, as in the published code.
-    - 16-bit grey keeps its upper 8 bits; wider integers and floats are scaled by their own range. A plain conversion
-      would clip them to white.
-    - The first frame of an animation.
+    - Turned by its EXIF orientation. The published code ignores it: on images with such a tag, training and
+      evaluation differ from the published behavior.
+    - Transparency is dropped, not composited on a background: the colors under it show, as in the published code;
+      see `ImageOptions.background`.
+    - Values of more than 8 bits are mapped to 8 bits by `ImageOptions.value_range`. Without one it is measured on this
+      image alone, see `pixel_range.RangeMeasurement`; datasets measure one for all their images.
+    - Of more than three bands the first three, of two the first; of pages and frames the first.
 
     Args:
-        data: content of the file.
+        data: Content of the file.
+        options: See `ImageOptions`.
 
     Raises:
-        ImageDecodeError: truncated, corrupt or unknown data, or more pixels than Pillow's decompression bomb limit.
+        ImageDecodeError: Corrupt data, a format that is not read, or more pixels than allowed.
     """
     with _decoding(data):
-        image = Image.open(io.BytesIO(data))
-        if isinstance(image, JpegImageFile):
-            return _JpegPicture(data, image)
-        image.load()  # before the orientation: TIFF is turned while it loads
-        return Picture(_to_rgb(_turn_upright(image)))
+        return FilePicture(data, options)
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """The picture of an image file, upright and in mode RGB; see `open_picture`."""
-    return open_picture(data).load()
+def decode_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> Image.Image:
+    """The image of an image file, upright and in mode RGB; see `open_picture`.
+
+    Raises:
+        ImageDecodeError: It cannot be decoded.
+    """
+    return open_picture(data, options).load()
 
 
 @contextmanager
@@ -136,51 +397,50 @@ def _decoding(data: bytes) -> Iterator[None]:
     """Makes one error of all that Pillow raises, and no noise."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on broken metadata and the like: once per picture
+            warnings.simplefilter("ignore")  # Pillow's remarks on broken metadata and the like: once per image
             yield
-    except UnidentifiedImageError as error:
-        raise ImageDecodeError(f"{len(data)} bytes in no image format that Pillow knows") from error
     except Exception as error:  # broken files make Pillow raise nearly anything: SyntaxError, struct.error, ...
         raise ImageDecodeError(f"cannot decode {len(data)} bytes: {error}") from error
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """A PNG file of a picture, (H, W) or (H, W, 3) uint8."""
+    """A PNG file of an image, (H, W) or (H, W, 3) uint8."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()
 
 
-def _turn_upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose, which copies upright pictures and rewrites the EXIF block of the others: it fails
+def _turn(image: Image.Image, orientation: int | None) -> Image.Image:
+    # Not ImageOps.exif_transpose, which copies upright images and rewrites the EXIF block of the others: it fails
     # on the malformed blocks that are common in photographs from the web.
-    orientation = _orientation(image)
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _orientation(image: Image.Image) -> int | None:
     try:
+        block = image.info.get("exif")
+        if block is not None and len(block) > _MAX_EXIF_BYTES:  # tags that all point to one large value fill the memory
+            exif = Image.Exif()
+            exif.load(block[:_MAX_EXIF_BYTES])
+            return exif.get(ExifTags.Base.Orientation)
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
-        return None  # an unreadable EXIF block says nothing about the picture
+        return None  # an unreadable EXIF block says nothing about the image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        image = Image.fromarray(_to_8_bit(np.asarray(image)))
-    return image.convert("RGB")
+def _may_be_transparent(image: Image.Image) -> bool:
+    return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
 
 
-def _to_8_bit(pixels: np.ndarray) -> np.ndarray:
-    """Grey values of more than 8 bits, (H, W) uint16, int32 or float32, -> (H, W) uint8."""
-    if np.issubdtype(pixels.dtype, np.integer) and pixels.min() >= 0 and pixels.max() < 2**16:
-        return (pixels >> 8).astype(np.uint8)
-    values = pixels.astype(np.float64)
-    finite = np.isfinite(values)
-    if not finite.any():
-        return np.zeros(values.shape, np.uint8)
-    low, high = values[finite].min(), values[finite].max()
-    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
-    return ((values - low) * (255 / max(high - low, np.finfo(np.float64).tiny))).round().astype(np.uint8)
+def _opaque(alpha: np.ndarray) -> float:
+    """The value of an opaque pixel."""
+    return 1.0 if alpha.dtype.kind == "f" else float(np.iinfo(alpha.dtype).max)
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:
+    """An image of 8 bits in mode RGB, composited on the background, if there is one."""
+    if background is not None and _may_be_transparent(image):
+        below = Image.new("RGBA", image.size, (*background, 255))
+        below.alpha_composite(image.convert("RGBA"))
+        return below.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

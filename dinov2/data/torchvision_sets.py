@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.base import ImageDataset
-from dinov2.data.file_list import PathTable
-from dinov2.data.images import Picture, encode_png
+from dinov2.data.file_list import PathTable, check_folder
+from dinov2.data.images import Picture, encode_png, read_image_file
 from dinov2.data.torchvision_sources import SOURCES, Arrays, Pairs, Source
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,9 @@ class TorchvisionSet(ImageDataset):
     def get_image_data(self, index: int) -> bytes:
         """The file of sample `index`; where there is none, the picture as a PNG file."""
         image = self._images[index]
-        return Path(self.root, image).read_bytes() if isinstance(image, str) else encode_png(image)
+        if isinstance(image, str):
+            return read_image_file(os.path.join(self.root, image), self.image_options)
+        return encode_png(image)
 
     def get_target(self, index: int) -> int | None:
         return None if self._targets is None else int(self._targets[index])
@@ -144,6 +146,8 @@ class TorchvisionSet(ImageDataset):
 
     def _look(self, source: Source, arguments: dict[str, Any]) -> tuple[list[str], Pairs | Arrays]:
         """`_ask` if there is something to ask about: some classes of torchvision make the folders that they miss."""
+        if self.root.exists():
+            check_folder(self.root)
         for place in (self.root, self.root / source.place):
             if not place.exists():
                 raise FileNotFoundError(f"there is no {place}")

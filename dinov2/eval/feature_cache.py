@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,13 @@ class FeatureCache:
         return features
 
     def _get(self, directory: Path, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
-        facts = {**self.facts, "features": kind, "dataset": type(dataset).__name__, "images": image_identity(dataset)}
+        facts = {
+            **self.facts,
+            "features": kind,
+            "dataset": type(dataset).__name__,
+            "images": image_identity(dataset),
+            "image options": asdict(dataset.image_options),
+        }
         described = json.dumps(facts, sort_keys=True)
         digest = hashlib.sha256(described.encode()).hexdigest()
         path = directory / f"{kind}-{type(dataset).__name__}-{digest[:16]}.pth"

@@ -308,8 +308,8 @@ def main(args: argparse.Namespace) -> None:
         transform, cache = setup.eval_transform(args, cfg), setup.feature_cache(args, cfg)
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
-        train_dataset = setup.training_dataset(args.train_dataset, transform)
-        val_dataset = setup.labelled_dataset(args.val_dataset, transform)
+        train_dataset = setup.training_dataset(args.train_dataset, transform, setup.image_options(cfg))
+        val_dataset = setup.labelled_dataset(args.val_dataset, transform, image_options=train_dataset.image_options)
         equal_images = setup.compare_sets(args.train_dataset, train_dataset, {args.val_dataset: val_dataset})
         scores = eval_knn(
             setup.build_model_for_eval(cfg, args.pretrained_weights),

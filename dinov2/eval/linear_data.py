@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dinov2 import distributed
 from dinov2.config import Config
 from dinov2.data.base import ImageDataset
+from dinov2.data.images import ImageOptions
 from dinov2.data.randomness import seed_for
 from dinov2.data.samplers import GlobalOrderSampler
 from dinov2.data.stream import Place, PlaceBatches
@@ -34,6 +35,7 @@ from dinov2.eval.setup import (
     check_labels,
     class_names,
     eval_transform,
+    image_options,
     image_sizes,
     labelled_dataset,
     labels_of,
@@ -95,11 +97,12 @@ def make_eval_set(
     *,
     metric_type: MetricType,
     class_mapping_fpath: str | None = None,
+    image_options: ImageOptions | None = None,
 ) -> EvalSet:
     """The set of a dataset string; a class mapping is read from a `.npy` file."""
     mapping = None if class_mapping_fpath is None else _read_class_mapping(Path(class_mapping_fpath))
     several = metric_type is MetricType.IMAGENET_REAL_ACCURACY
-    dataset = labelled_dataset(dataset_str, transform, several=several)
+    dataset = labelled_dataset(dataset_str, transform, several=several, image_options=image_options)
     targets = dataset.get_targets()
     if several and targets is not None and targets.ndim == 1:
         raise ValueError(
@@ -140,7 +143,15 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
         ValueError: if there are not as many test metrics or class mappings as test sets, or a set has other classes
             than those trained on and no class mapping, or labels that no classifier can give.
     """
-    make = partial(make_eval_set, transform=eval_transform(args, cfg))
+    options, train = image_options(cfg), None
+    if not args.classifier_fpath:
+        _, crop = image_sizes(args, cfg)
+        augmentation = make_classification_train_transform(
+            crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
+        )
+        train = training_dataset(args.train_dataset, augmentation, options)
+        options = train.image_options
+    make = partial(make_eval_set, transform=eval_transform(args, cfg), image_options=options)
     datasets = args.test_datasets or []
     metric_types = args.test_metric_types or [args.val_metric_type] * len(datasets)
     mappings = args.test_class_mapping_fpaths or ["None"] * len(datasets)
@@ -156,17 +167,12 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
         make(dataset, metric_type=MetricType(metric), class_mapping_fpath=None if mapping == "None" else mapping)
         for dataset, metric, mapping in zip(datasets, metric_types, mappings, strict=True)
     ]
-    if args.classifier_fpath:
-        state = read_checkpoint(Path(args.classifier_fpath))
-        num_classes = classifiers_from_state_dict(state["model"], args.classifier_fpath).num_classes
-        _check_classes(state["run"].get("classes") or [], np.arange(num_classes), [val, *tests])
-        return LinearSets(None, val, tests)
-    _, crop = image_sizes(args, cfg)
-    augmentation = make_classification_train_transform(
-        crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
-    )
-    train = training_dataset(args.train_dataset, augmentation)
-    _check_classes(class_names(train), labels_of(train), [val, *tests])
+    if train is not None:
+        _check_classes(class_names(train), labels_of(train), [val, *tests])
+        return LinearSets(train, val, tests)
+    state = read_checkpoint(Path(args.classifier_fpath))
+    num_classes = classifiers_from_state_dict(state["model"], args.classifier_fpath).num_classes
+    _check_classes(state["run"].get("classes") or [], np.arange(num_classes), [val, *tests])
     return LinearSets(train, val, tests)
 
 

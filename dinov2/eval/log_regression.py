@@ -304,8 +304,9 @@ def main(args: argparse.Namespace) -> None:
         names = (args.val_dataset, args.finetune_dataset_str)
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
-        train_dataset = setup.training_dataset(args.train_dataset, transform)
-        others = {name: setup.labelled_dataset(name, transform) for name in names if name}
+        train_dataset = setup.training_dataset(args.train_dataset, transform, setup.image_options(cfg))
+        options = train_dataset.image_options
+        others = {name: setup.labelled_dataset(name, transform, image_options=options) for name in names if name}
         equal_images = setup.compare_sets(args.train_dataset, train_dataset, others)
         sets = {args.train_dataset: train_dataset} | others
         results = eval_log_regression_with_model(

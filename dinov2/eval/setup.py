@@ -15,6 +15,7 @@ from dinov2 import config, distributed
 from dinov2.config import DTYPES, Config
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
+from dinov2.data.images import ImageOptions
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.image_files import LabelledSet, report_equal_images
@@ -183,6 +184,7 @@ def model_facts(args: argparse.Namespace, cfg: Config, published_resize_size: in
         "backbone": config.backbone_arguments(cfg),
         "image sizes": list(image_sizes(args, cfg, published_resize_size)),
         "normalization": [list(cfg.augmentation.mean), list(cfg.augmentation.std)],
+        "image options": dataclasses.asdict(cfg.images),
         "precision": str(get_autocast_dtype(cfg)),
     }
 
@@ -259,13 +261,13 @@ def labels_of(dataset: ImageDataset) -> np.ndarray:
     return targets
 
 
-def training_dataset(dataset_str: str, transform: Callable[..., Tensor]) -> ImageDataset:
+def training_dataset(dataset_str: str, transform: Callable[..., Tensor], image_options: ImageOptions) -> ImageDataset:
     """As `labelled_dataset`, of images to tell classes apart by.
 
     Raises:
         ValueError: if they are all of one class, too.
     """
-    dataset = labelled_dataset(dataset_str, transform)
+    dataset = labelled_dataset(dataset_str, transform, image_options=image_options)
     targets = labels_of(dataset)
     if (targets == targets[0]).all():
         name = next(iter(class_names(dataset)[targets[0] :]), "")
@@ -276,13 +278,27 @@ def training_dataset(dataset_str: str, transform: Callable[..., Tensor]) -> Imag
     return dataset
 
 
-def labelled_dataset(dataset_str: str, transform: Callable[..., Tensor], *, several: bool = False) -> ImageDataset:
+def image_options(cfg: Config) -> ImageOptions:
+    """How the images of an evaluation are read: as in training.
+
+    Of several datasets, all but the first take the options of the first, with the value range measured there.
+    """
+    return ImageOptions(**vars(cfg.images))
+
+
+def labelled_dataset(
+    dataset_str: str,
+    transform: Callable[..., Tensor],
+    *,
+    several: bool = False,
+    image_options: ImageOptions | None = None,
+) -> ImageDataset:
     """The data set of a string, with images transformed, and with one label per image unless `several` are fine, too.
 
     Raises:
         ValueError: if it is empty or has not such labels.
     """
-    dataset = make_dataset(dataset_str=dataset_str, transform=transform)
+    dataset = make_dataset(dataset_str=dataset_str, transform=transform, image_options=image_options)
     if len(dataset) == 0:
         raise ValueError(f"dataset {dataset_str!r} is empty")
     targets = dataset.get_targets()

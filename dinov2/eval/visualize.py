@@ -215,8 +215,8 @@ def draw_similarity(args: argparse.Namespace) -> None:
 
 def _draw(args: argparse.Namespace, draw: Callable[..., Drawn], **options: Any) -> None:
     """Read the images, draw a sheet of them, write it."""
-    pictures = list(load_pictures(list_pictures(args.images, args.num_images)))
     backbone = load_frozen_backbone(args)
+    pictures = list(load_pictures(list_pictures(args.images, args.num_images, backbone.image_options)))
     drawn = draw(backbone, pictures, shorter_side=_shorter_side(args, backbone), **options)
     if args.npy:
         for what, arrays in drawn.arrays.items():
@@ -229,8 +229,10 @@ def draw_neighbours(args: argparse.Namespace) -> None:
     """Nearest neighbours of some images, as a sheet and as a list."""
     if args.size == "original":
         raise ValueError("--size original does not go with neighbours: all images are cut to one square")
-    queries, pictures = list_pictures(args.query, args.num_queries), list_pictures(args.images, args.num_images)
     backbone = load_frozen_backbone(args)
+    options = backbone.image_options
+    queries = list_pictures(args.query, args.num_queries, options)
+    pictures = list_pictures(args.images, args.num_images, options)
     rows, tokens = find_neighbours(
         backbone, queries, pictures, count=args.k, side=args.size, num_workers=args.num_workers
     )

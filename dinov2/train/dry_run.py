@@ -11,7 +11,6 @@ from torch import nn
 
 from dinov2 import config, distributed
 from dinov2.config import Config
-from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.images import BadImageError
 from dinov2.models import build_model
@@ -24,6 +23,7 @@ from dinov2.train.preflight import check_settings
 from dinov2.train.probe import NoLabels, labelled_dataset
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
+from dinov2.train.training_data import open_dataset
 
 PROCESSES_PER_MACHINE = 8
 """Assumed where the processes are yet to be started."""
@@ -40,8 +40,8 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     """
     findings = check_settings(cfg, world_size)
     _check_writable(Path(cfg.train.output_dir))
-    dataset = make_dataset(dataset_str=cfg.train.dataset_path)
-    _check_readable(dataset, cfg.train.max_bad_image_share)
+    cfg, dataset = open_dataset(cfg, resume=resume)
+    unreadable = _check_readable(dataset, cfg.train.max_bad_image_share)
     knn = _knn(cfg, dataset)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     latest = latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") if resume else None
@@ -59,6 +59,8 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
             "",
             f"mind: a step takes {batch:,} images, and the data set has {len(dataset):,}: they repeat within it",
         ]
+    notes = [note for _, note in dataset.notes()] + [f"unreadable: {error}" for error in unreadable]
+    lines += ["", *(f"mind: {note}" for note in notes)] if notes else []
     lines += ["", *(f"warning: {warning}" for warning in findings)] if findings else []
     but = f" but for {len(findings)} warning(s)" if findings else ""
     text = "\n".join([config.to_yaml(cfg), *lines, "", f"dry run: everything is in order{but}, nothing was trained"])
@@ -93,8 +95,12 @@ def _knn(cfg: Config, dataset: ImageDataset) -> str:
     return f"{cfg.health.knn_images} images of {cfg.health.knn_dataset or cfg.train.dataset_path}, {when}"
 
 
-def _check_readable(dataset: ImageDataset, max_bad_share: float) -> None:
-    """Read some images, evenly spread; of which one, or the share that the run bears, may be broken."""
+def _check_readable(dataset: ImageDataset, max_bad_share: float) -> list[BadImageError]:
+    """Read some images, evenly spread; returns why some cannot be: one, or the share that the run bears, may be broken.
+
+    Raises:
+        OSError: More cannot be read.
+    """
     sample = range(0, len(dataset), max(len(dataset) // IMAGES_TRIED, 1))[:IMAGES_TRIED]
     broken = []
     for index in sample:
@@ -104,6 +110,7 @@ def _check_readable(dataset: ImageDataset, max_bad_share: float) -> None:
             broken.append(error)
     if len(broken) > max(min(1, len(sample) - 1), max_bad_share * len(sample)):
         raise OSError(f"{len(broken)} of {len(sample)} images tried cannot be read; the first: {broken[0]}")
+    return broken
 
 
 def _check_writable(folder: Path) -> None:

@@ -244,7 +244,7 @@ def labelled_dataset(cfg: Config, dataset: ImageDataset) -> tuple[ImageDataset, 
         raise NoLabels("switched off by health.period, health.knn_period or health.knn_dataset")
     if named:
         try:
-            dataset = make_dataset(dataset_str=named)
+            dataset = make_dataset(dataset_str=named, image_options=dataset.image_options)
         except (ValueError, OSError) as error:
             raise ValueError(f"health.knn_dataset={named!r}: {error}") from error
     targets = dataset.get_targets()

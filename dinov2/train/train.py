@@ -25,7 +25,7 @@ from torch import nn
 
 from dinov2 import config, distributed
 from dinov2.config import DTYPES, Config
-from dinov2.data import DataAugmentationDINO, MaskingGenerator, make_dataset
+from dinov2.data import DataAugmentationDINO, MaskingGenerator
 from dinov2.data.base import ImageDataset
 from dinov2.data.collate import Batch
 from dinov2.data.loader import SamplerType, make_train_loader, to_device
@@ -58,6 +58,7 @@ from dinov2.train.parallel import parallelize
 from dinov2.train.preflight import check_settings
 from dinov2.train.schedules import build_schedules, global_batch_size, is_due, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
+from dinov2.train.training_data import open_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
         if not args.eval_only:
             for warning in check_settings(cfg, distributed.world_size()):
                 logger.warning("%s", warning)
-        dataset = make_dataset(dataset_str=cfg.train.dataset_path)  # before the model: mistakes show at once
+        cfg, dataset = open_dataset(cfg, resume=not args.no_resume)  # before the model: mistakes show at once
         model = SSLMetaArch(cfg).to(distributed.device())
         with distributed.on_main(occupying(output_dir)):
             if args.eval_only:

@@ -101,11 +101,13 @@ def test_offsets_are_of_64_bits_and_files_with_32_are_read(root):
 def test_an_offset_beyond_4_gib_is_read(root):
     start = 2**32 + 1024
     with (root / "n001.tar").open("r+b") as file:  # a sparse file: takes no space
-        file.seek(start + 512)
-        file.write(grey_png(99))
+        file.seek(start)
+        member = tarfile.TarInfo("n001_1.JPEG")
+        member.size = len(grey_png(99))
+        file.write(member.tobuf() + grey_png(99).ljust(1024, b"\0"))
     dataset = dumped(root)
     entries = np.load(root / "extra" / "entries.npy")
-    entries["start_offset"][0], entries["end_offset"][0] = start, start + 512 + len(grey_png(99))
+    entries["start_offset"][0], entries["end_offset"][0] = start, start + 512 + -(-len(grey_png(99)) // 512) * 512
     np.save(root / "extra" / "entries.npy", entries)
     dataset = ImageNet22k(root=root, extra=root / "extra", transform=grey)
     assert dataset[0] == (99, 0)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from dinov2 import config, distributed
+from dinov2.data.images import DEFAULT_OPTIONS, ImageOptions
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from dinov2.eval import setup
 from dinov2.models.backbones import build_published, load_from_weights
@@ -30,6 +31,7 @@ class FrozenBackbone(NamedTuple):
     std: Sequence[float] = IMAGENET_DEFAULT_STD
     autocast_dtype: torch.dtype = torch.float32
     size: int = LARGE_SIZE  # pixels of the shorter side of images, unless a person says otherwise
+    image_options: ImageOptions = DEFAULT_OPTIONS  # how image files are read
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -143,4 +145,5 @@ def _of_config(file: str, args: argparse.Namespace) -> FrozenBackbone:
         cfg.augmentation.std,
         setup.get_autocast_dtype(cfg),
         trained if trained < setup.SMALLEST_PUBLISHED_SIZE else LARGE_SIZE,
+        setup.image_options(cfg),
     )

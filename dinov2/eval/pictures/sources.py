@@ -14,8 +14,15 @@ from torch.utils.data import Dataset
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.datasets import DATASETS
-from dinov2.data.folder import ImageFolder
-from dinov2.data.images import BadImageError, ImageDecodeError, decode_image
+from dinov2.data.images import (
+    DEFAULT_OPTIONS,
+    BadImageError,
+    ImageDecodeError,
+    ImageOptions,
+    decode_image,
+    read_image_file,
+)
+from dinov2.data.survey import survey_images
 from dinov2.eval.pictures.video import Video, is_video
 
 logger = logging.getLogger(__name__)
@@ -39,19 +46,25 @@ class LoadedPicture(NamedTuple):
     image: Image.Image
 
 
-def list_pictures(sources: Sequence[str], num_images: int | None = None) -> list[Source]:
+def list_pictures(
+    sources: Sequence[str], num_images: int | None = None, image_options: ImageOptions = DEFAULT_OPTIONS
+) -> list[Source]:
     """The pictures that people mean, in their order.
 
     Args:
         sources: image files, videos, folders, globs (`'holiday/*.jpg'`) and dataset strings.
         num_images: at most so many of each folder, glob, data set and video, evenly spaced; None: all of them, of a
             video `MOST_FRAMES`, because they are held in memory.
+        image_options: How image files are read; without a value range, one is measured on the files that are given one
+            by one, on each glob, folder and dataset, where there are images of more than 8 bits.
 
     Raises:
         FileNotFoundError: a source is none of these, or has no images.
         ValueError: a wrong dataset string, or a video that cannot be read.
     """
-    return [picture for source in sources for picture in _list_source(source, num_images)]
+    files = [path for path in (Path(source).expanduser() for source in sources) if path.is_file()]
+    of_files = _measured([path for path in files if not is_video(path)], image_options)
+    return [picture for source in sources for picture in _list_source(source, num_images, image_options, of_files)]
 
 
 def load_pictures(pictures: Sequence[Source]) -> Iterator[LoadedPicture]:
@@ -102,17 +115,19 @@ class TransformedPictures(Dataset[tuple[int, Any] | None]):
             return None
 
 
-def _list_source(source: str, num_images: int | None) -> list[Source]:
+def _list_source(source: str, num_images: int | None, options: ImageOptions, of_files: ImageOptions) -> list[Source]:
     path = Path(source).expanduser()
     if path.is_file():
-        return _video_frames(path, num_images) if is_video(path) else [_of_file(path)]
+        return _video_frames(path, num_images) if is_video(path) else [_of_file(path, of_files)]
     if path.is_dir():
-        return _spaced(_of_dataset(ImageFolder(root=path)), num_images)
+        source = f"ImageFolder:root={path}"
     if source.partition(":")[0] in DATASETS:
-        return _spaced(_of_dataset(make_dataset(dataset_str=source)), num_images)
+        return _spaced(_of_dataset(make_dataset(dataset_str=source, image_options=options)), num_images)
     if files := [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]:
         videos = [file for file in files if is_video(file)]
-        images = [_of_file(file) for file in files if file not in videos]
+        image_files = [file for file in files if file not in videos]
+        of_glob = _measured(image_files, options)
+        images = [_of_file(file, of_glob) for file in image_files]
         return _spaced(images, num_images) + [frame for file in videos for frame in _video_frames(file, num_images)]
     if glob.has_magic(source):
         raise FileNotFoundError(f"no file matches {source!r}")
@@ -127,13 +142,21 @@ def _spaced(pictures: Sequence[Source], num_images: int | None) -> list[Source]:
     return [pictures[position * len(pictures) // count] for position in range(count)]
 
 
-def _of_file(path: Path) -> Source:
-    return Source(path.name, str(path), partial(_load_file, path))
+def _measured(files: Sequence[Path], options: ImageOptions) -> ImageOptions:
+    """The options with one value range for all of some files."""
+    survey = survey_images(
+        lambda index: read_image_file(files[index], options), lambda index: str(files[index]), len(files), options
+    )
+    return survey.options
 
 
-def _load_file(path: Path) -> Image.Image:
+def _of_file(path: Path, options: ImageOptions) -> Source:
+    return Source(path.name, str(path), partial(_load_file, path, options))
+
+
+def _load_file(path: Path, options: ImageOptions) -> Image.Image:
     try:
-        return decode_image(path.read_bytes())
+        return decode_image(read_image_file(path, options), options)
     except (OSError, ImageDecodeError) as error:
         raise BadImageError(f"cannot read the image {path}: {error}", path=str(path)) from error
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dinov2.data.images import ImageDecodeError, open_picture, read_image_file
+
 logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
@@ -28,9 +30,8 @@ def is_video(path: Path) -> bool:
     """Whether a file is one by its name; a GIF if it moves."""
     if path.suffix.lower() == ".gif":
         try:
-            with Image.open(path) as image:
-                return getattr(image, "n_frames", 1) > 1
-        except OSError:
+            return open_picture(read_image_file(path)).has_more_frames
+        except (OSError, ImageDecodeError):
             return False
     return path.suffix.lower() in VIDEO_SUFFIXES
 

@@ -1,0 +1,148 @@
+"""Which image formats are read, decided by content, and what is refused before anything is decoded."""
+
+import importlib
+import io
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# Format -> the module of Pillow that reads it. None of them starts a program, as those of EPS and the like do.
+FORMATS = {
+    "JPEG": "Jpeg",
+    "PNG": "Png",
+    "WEBP": "WebP",
+    "TIFF": "Tiff",
+    "BMP": "Bmp",
+    "GIF": "Gif",
+    "PPM": "Ppm",
+    "JPEG2000": "Jpeg2K",
+    "AVIF": "Avif",
+}
+
+# How files begin that are often among images but are none that is read -> what they are.
+_OTHERS = {
+    b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
+    b"%PDF": "PDF",
+    b"8BPS": "Photoshop",
+    b"<svg": "SVG",
+    b"<?xml": "XML",
+    b"<": "HTML or XML, such as the page of a failed download",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x93NUMPY": "a NumPy array",
+    b"\x89HDF": "HDF5",
+    b"\0\0\1\0": "an icon",
+    b"SIMPLE": "FITS",
+    b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull",
+}
+
+
+@cache
+def _openers() -> list[tuple[Callable[[bytes], bool | str], Callable[..., Any]]]:
+    """Of each format that this Pillow reads: a test of how the file begins, and the class that reads it."""
+    for name in FORMATS.values():
+        with suppress(ImportError):  # AVIF came with Pillow 11.3
+            importlib.import_module(f"PIL.{name}ImagePlugin")
+    found = [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
+    return [(accept, factory) for factory, accept in found if accept is not None]
+
+
+def open_header(data: bytes) -> Image.Image:
+    """Opens an image file of a format in `FORMATS` by its content, without decoding its pixels.
+
+    Pillow's own `Image.open` is not used because of its limit on pixels, which cannot be set for one image.
+
+    Raises:
+        ValueError: It has another format.
+        Exception: Nearly any, for a damaged file.
+    """
+    prefix = data[:16]
+    for accept, factory in _openers():
+        accepted = accept(prefix)
+        if isinstance(accepted, str):
+            raise ValueError(accepted)
+        if accepted:
+            return factory(io.BytesIO(data), "")
+    known = ", ".join(name for name in FORMATS if name in Image.OPEN)
+    raise ValueError(f"in no image format that is read ({known}); {_what_it_is(data)}")
+
+
+def _what_it_is(data: bytes) -> str:
+    if not data:
+        return "the file is empty"
+    if not data.strip(b"\0"):
+        return "it holds only zeros"
+    if data[128:132] == b"DICM":
+        return "it is DICOM: convert it to PNG or TIFF of 16 bits"
+    if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
+        return "it is HEIC: convert it to JPEG"
+    if data[257:262] == b"ustar":
+        return "it is a tar archive: unpack it"
+    start = data[:64].lstrip()
+    name = next((name for begin, name in _OTHERS.items() if start.lower().startswith(begin.lower())), None)
+    return f"it begins with {data[:8]!r}" if name is None else f"it is {name}"
+
+
+# --- Samples of more than 8 bits ---
+
+
+def is_cut_to_8_bits(image: Image.Image) -> bool:
+    """Whether Pillow keeps only the upper 8 of 16 bits of an image whose header is open."""
+    return image.format in ("PNG", "TIFF") and ";16" in _raw_mode(image) and not is_deep(image)
+
+
+def bits_of_jpeg2000(data: bytes) -> int:
+    """Bits of the first sample, as the header of a JPEG 2000 file says; 8 for other files."""
+    if data[:4] != b"\xff\x4f\xff\x51" and data[4:8] != b"jP  ":
+        return 8
+    start = data.find(b"\xff\x4f\xff\x51")
+    return (data[start + 42] & 127) + 1 if 0 <= start < len(data) - 42 else 8
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether Pillow reads the image, of one band, in more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
+
+
+def read_16_bits(image: Image.Image, again: Image.Image) -> np.ndarray | None:
+    """All 16 bits of an image of several samples per pixel, of which Pillow keeps 8: it decodes each half in turn.
+
+    Args:
+        image: Opened, not loaded.
+        again: The same.
+
+    Returns:
+        The samples, (H, W, S) uint16; None for a layout in which that is not possible.
+    """
+    mode, _, order = _raw_mode(image).partition(";16")
+    if mode == "LA":  # two samples of 16 bits are taken for four of 8
+        _set_raw_mode(image, "RGBA")
+        halves = np.asarray(image).astype(np.uint16)
+        return halves[..., 0::2] << 8 | halves[..., 1::2]
+    if mode not in ("RGB", "RGBX", "RGBA") or order not in ("L", "B", "N"):
+        return None
+    native_is_little = sys.byteorder == "little"
+    swapped = {"L": "B", "B": "L", "N": "B" if native_is_little else "L"}[order]
+    _set_raw_mode(again, f"{mode};16{swapped}")
+    return np.asarray(image).astype(np.uint16) << 8 | np.asarray(again)
+
+
+def _raw_mode(image: Image.Image) -> str:
+    """How samples are stored, in the words of Pillow's decoders."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0][3] if tiles else ""
+    return str(arguments[0]) if isinstance(arguments, tuple) and arguments else str(arguments)
+
+
+def _set_raw_mode(image: Image.Image, raw_mode: str) -> None:
+    def changed(tile: Any) -> Any:
+        arguments = (raw_mode, *tile[3][1:]) if isinstance(tile[3], tuple) else raw_mode
+        return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
+
+    image.tile = [changed(tile) for tile in image.tile]  # type: ignore[attr-defined]

@@ -1,0 +1,108 @@
+"""Image files that would take minutes or all memory, recognized in their first bytes before a library reads them.
+
+Libraries go through the parts of a header one by one, some of them in Python, and through all scans of a JPEG: a few
+megabytes, made for it or by a broken program, then hold up a run. The limits are far above what real files have.
+"""
+
+import struct
+from collections.abc import Callable, Iterator
+
+_MAX_PARTS = 10_000  # of the header of a JPEG or GIF file
+_MAX_CHUNKS = 200_000  # of a PNG file; pixels come in chunks of 8 KiB and more
+_MAX_SCANS = 100  # of a JPEG file; progressive ones have about ten
+_MAX_SCANNED_PIXELS = 4 * 10**9  # of all scans together; each goes over the whole image
+_MAX_SLOW_BYTES = 2**25  # of formats that Pillow decodes in Python, half a second a megabyte
+
+
+def check_header(data: bytes) -> None:
+    """Refuses a file whose header has absurdly many parts.
+
+    Raises:
+        ValueError: Saying what there is too much of.
+    """
+    for begin, check in _CHECKS.items():
+        if data.startswith(begin):
+            check(data)
+
+
+def check_pixels(size: tuple[int, int], limit: int) -> None:
+    """Refuses an image of more pixels than ``limit``.
+
+    Raises:
+        ValueError: Naming both, and the key.
+    """
+    if (pixels := size[0] * size[1]) > limit:
+        raise ValueError(f"{pixels:,} pixels ({size[0]} x {size[1]}), limit {limit:,} (images.max_pixels)")
+
+
+def check_jpeg_scans(data: bytes, size: tuple[int, int]) -> None:
+    """Refuses a JPEG file of so many scans that decoding it would take minutes.
+
+    Raises:
+        ValueError: Naming their number.
+    """
+    scans = data.count(b"\xff\xda")  # also those of a thumbnail; in coded pixels these bytes do not occur
+    if scans > _MAX_SCANS or scans * size[0] * size[1] > _MAX_SCANNED_PIXELS:
+        raise ValueError(f"a JPEG of {size[0]} x {size[1]} pixels in {scans:,} scans, which would take too long")
+
+
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """Type of each chunk of a PNG file, and where its content begins."""
+    position = 8
+    while position + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, position)
+        yield kind, position + 8
+        position += length + 12
+
+
+def _check_jpeg(data: bytes) -> None:
+    position = 2
+    for _ in range(_MAX_PARTS):
+        if position + 4 > len(data) or data[position] != 0xFF or data[position + 1] == 0xDA:
+            return  # the first scan, or what a library will complain of
+        is_padding = data[position + 1] == 0xFF
+        position += 1 if is_padding else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    raise ValueError(f"a JPEG with more than {_MAX_PARTS:,} segments before its pixels")
+
+
+def _check_png(data: bytes) -> None:
+    for number, _ in enumerate(png_chunks(data)):
+        if number > _MAX_CHUNKS:
+            raise ValueError(f"a PNG of more than {_MAX_CHUNKS:,} chunks")
+
+
+def _check_gif(data: bytes) -> None:
+    if len(data) < 13:
+        return
+    position = 13 + (3 << (data[10] & 7) + 1 if data[10] & 128 else 0)
+    for _ in range(_MAX_PARTS):
+        if position + 2 > len(data) or data[position] != 0x21:
+            return  # the first frame
+        position += 2
+        while position < len(data) and data[position]:
+            position += data[position] + 1
+            if position > _MAX_PARTS * 256:
+                raise ValueError("a GIF with megabytes of comments before its pixels")
+        position += 1
+    raise ValueError(f"a GIF with more than {_MAX_PARTS:,} blocks before its pixels")
+
+
+def _check_bmp(data: bytes) -> None:
+    if len(data) > _MAX_SLOW_BYTES and data[30:34] in (b"\1\0\0\0", b"\2\0\0\0"):
+        raise ValueError(f"a run-length coded BMP of more than {_MAX_SLOW_BYTES >> 20} MiB, which would take too long")
+
+
+def _check_plain_pnm(data: bytes) -> None:
+    if len(data) > _MAX_SLOW_BYTES:
+        raise ValueError(f"a PNM in plain text of more than {_MAX_SLOW_BYTES >> 20} MiB, which would take too long")
+
+
+_CHECKS: dict[bytes, Callable[[bytes], None]] = {
+    b"\xff\xd8": _check_jpeg,
+    b"\x89PNG\r\n\x1a\n": _check_png,
+    b"GIF8": _check_gif,
+    b"BM": _check_bmp,
+    b"P1": _check_plain_pnm,
+    b"P2": _check_plain_pnm,
+    b"P3": _check_plain_pnm,
+}
