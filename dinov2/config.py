@@ -406,7 +406,7 @@ def _parse_override(word: str) -> dict[str, Any]:
     kind = _keys().get(key)
     if kind is str or get_origin(kind) is Literal:  # what YAML would make of `#`, `: ` or `null` is not what was named
         if text[:1] in ("'", '"') and text[1:].endswith(text[0]):
-            raise ConfigError(f"override {word!r}: its quotes would belong to the text; without: {key}={text[1:-1]}")
+            raise ConfigError(f"override {word!r}: quotes would become part of the text; write {key}={text[1:-1]}")
         return {key: text}
     if not text:
         return {key: ""}
@@ -415,7 +415,7 @@ def _parse_override(word: str) -> dict[str, Any]:
     except yaml_values.YamlError as error:
         raise ConfigError(f"override {word!r}: {text!r} is not a YAML value") from error
     if re.search(r"(?:\A|\s)#", text):
-        raise ConfigError(f"override {word!r}: the comment that # begins would be dropped without a word")
+        raise ConfigError(f"override {word!r}: # begins a comment, which does not belong here")
     if value is None and _is_section(key):
         raise ConfigError(f"override {word!r}: {_unknown(key, value)}")
     return {key: value}

@@ -26,6 +26,8 @@ _COMMENT_WITHOUT_SPACE = re.compile(r"[ \t]+#\S")
 
 
 class _Loader(yaml.SafeLoader):
+    """Resolves as above, and refuses tags, a key given twice and ` #` without a space in what ends a text."""
+
     yaml_implicit_resolvers = {None: _RESOLVERS}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:

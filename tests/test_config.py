@@ -465,7 +465,7 @@ def test_quotes_around_a_text_are_an_error_that_shows_how_it_goes_without(word):
     """They were needed while overrides were YAML, and would silently be part of the name now."""
     with pytest.raises(ConfigError) as error:
         load(None, [word])
-    assert str(error.value).endswith(f"without: {word.replace(chr(39), '').replace(chr(34), '')}")
+    assert str(error.value).endswith(f"write {word.replace(chr(39), '').replace(chr(34), '')}")
 
 
 @pytest.mark.parametrize("value", ["${oc.env:HOME}/x", "a${b"])
