@@ -1,13 +1,14 @@
 """A file is whole or not there; a folder is somebody's or free."""
 
 import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from dinov2.files import is_occupied, replacing
+from dinov2.files import is_occupied, remove_leftovers, replacing
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -20,6 +21,45 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     with replacing(path) as file:
         file.write(b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"] and path.read_text() == "new"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from dinov2.files import replacing
+with replacing(Path(sys.argv[1])) as file:
+    print("here", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_nothing_of_a_living_one(tmp_path: Path) -> None:
+    path = tmp_path / "eval" / "knn" / "features.pth"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    foreign = tmp_path / "images" / "a" / ".b.1.unfinished"  # the folder may hold other things, too
+    foreign.touch()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], **pipes) as writer:  # type: ignore[call-overload]
+        assert writer.stdout.readline() == b"here\n"
+        remove_leftovers(tmp_path, ["eval", "health"])
+        assert [file.suffix for file in path.parent.iterdir()] == [".unfinished"]
+        writer.kill()
+    remove_leftovers(tmp_path, ["eval", "health"])
+    assert list(path.parent.iterdir()) == [] and foreign.exists()
+
+
+def test_without_locks_only_what_is_old_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    old, new = tmp_path / ".a.1.unfinished", tmp_path / ".b.1.unfinished"
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (0, 0))
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [new]
 
 
 HOLDER = """

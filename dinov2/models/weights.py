@@ -213,13 +213,13 @@ def files_in(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if there are none, with a hint where those of a run are.
+        ValueError: if their index is damaged.
     """
     for name in _FILES_IN_FOLDERS:
         if (folder / name).is_file():
             return [folder / name]
         if (folder / f"{name}.index.json").is_file():
-            index = json.loads((folder / f"{name}.index.json").read_text())["weight_map"]
-            return [folder / part for part in sorted(set(index.values()))]
+            return _parts(folder / f"{name}.index.json")
     if found := sorted([*folder.glob(f"eval/*/{TEACHER_FILE}"), *folder.glob(f"*/{TEACHER_FILE}")]):
         teachers = ", ".join(str(path.parent) for path in found[:3])
         hint = f"; teachers of this run: {teachers}{', ...' * (len(found) > 3)}"
@@ -232,6 +232,21 @@ def files_in(folder: Path) -> list[Path]:
         hint = ""
     wanted = f"{', '.join(_FILES_IN_FOLDERS[:-1])} or {_FILES_IN_FOLDERS[-1]}"
     raise FileNotFoundError(f"no weights at {folder}: a folder without {wanted}{hint}")
+
+
+def _parts(index: Path) -> list[Path]:
+    """The files that an index lists, all of which lie beside it.
+
+    Raises:
+        ValueError: naming the index, if it is damaged.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not names or any(Path(name).name != name or not name.strip(".") for name in names):
+            raise ValueError(f"it lists {names[:3]}")
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{index} is damaged, it is no index of files of weights: {error}") from error
+    return [index.with_name(name) for name in names]
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from dinov2 import distributed
 from dinov2.config import Config
 from dinov2.files import replacing
+from dinov2.log import read_records
 from dinov2.models.weights import load_backbone, read_state_dict
 from dinov2.train.checkpoint_folder import (
     SafeReader,
@@ -268,6 +269,23 @@ class Checkpointer:
                 folders[iteration].rename(folders[iteration].with_suffix(_UNFINISHED))
         for leftover in self.directory.glob(f"*{_UNFINISHED}"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def has_lost_checkpoints(output_dir: Path, period: int) -> bool:
+    """Whether a run without checkpoints went on for so long that it must have had some; a warning, if so.
+
+    They were deleted, or are on a disk that is not there. Metrics of less than two periods may be from before the first
+    one was complete.
+    """
+    records = read_records(output_dir / "training_metrics.json")
+    if not records or records[-1]["iteration"] < 2 * period:
+        return False
+    logger.warning(
+        "there is no checkpoint in %s, but the metrics of an earlier run go to step %d",
+        output_dir / "checkpoints",
+        records[-1]["iteration"],
+    )
+    return True
 
 
 def set_aside(output_dir: Path) -> None:

@@ -64,7 +64,8 @@ def read_checked(folder: Path, name: str) -> bytes:
     try:
         checksums = read_json(folder / CHECKSUMS_FILE)
     except FileNotFoundError:
-        logger.info("%s was written without checksums: damage to it may not be noticed", folder / name)
+        unverified = f"{folder / name} was written without checksums: damage to it may not be noticed"
+        logger.info("%s", unverified, extra={"only_in_file": True})
         return content
     except ValueError as error:
         raise ValueError(f"{error}: {ADVICE}") from error

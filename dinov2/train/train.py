@@ -41,6 +41,7 @@ from dinov2.train.best_teacher import rate_teacher
 from dinov2.train.checkpoint import (
     OUTPUTS,
     Checkpointer,
+    has_lost_checkpoints,
     latest_checkpoint,
     load_initial_weights,
     load_training_weights,
@@ -138,10 +139,11 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         remove_leftovers(output_dir, OUTPUTS)
     epoch_length, total_steps = cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     latest = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
+    checkpoint_period = cfg.train.checkpoint_period or 3 * epoch_length
     if latest is None:
         load_initial_weights(model, cfg)
-    if not resume:
-        set_aside(output_dir)
+        if not resume or distributed.from_main(lambda: has_lost_checkpoints(output_dir, checkpoint_period)):
+            set_aside(output_dir)
     model.train()
     parallelize(
         model.student,
@@ -164,7 +166,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         model,
         optimizer,
         scaler,
-        period=cfg.train.checkpoint_period or 3 * epoch_length,
+        period=checkpoint_period,
         last_step=total_steps - 1,
         keep=cfg.train.checkpoint_keep,
         keep_every=cfg.train.checkpoint_keep_every,

@@ -2,8 +2,13 @@
 
 import io
 import logging
+import os
+import pickle
 import random
+import traceback
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,3 +95,33 @@ def test_a_checksum_hinders_no_other_reader(tmp_path: Path) -> None:
     with pytest.importorskip("safetensors").safe_open(path, framework="pt") as file:
         assert file.metadata().keys() == {"format", CHECKSUM_KEY} and set(file.keys()) == some_weights().keys()
         assert all(torch.equal(file.get_tensor(name), value) for name, value in some_weights().items())
+
+
+class _Code:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("true",)
+
+
+def write_script(path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_script,
+        lambda path: torch.save({"a": _Code()}, path),
+        lambda path: torch.save({"a": torch.nn.Linear(2, 2)}, path),
+        lambda path: torch.save({"a": Path("a")}, path, _use_new_zipfile_serialization=False),
+        lambda path: path.write_bytes(pickle.dumps(_Code())),
+    ],
+)
+def test_nobody_is_advised_to_run_what_is_in_a_file(write: Callable[[Path], object], tmp_path: Path) -> None:
+    write(tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="a.pth is no checkpoint of plain tensors.*: ") as caught:
+        read_file(tmp_path / "a.pth")
+    told = "".join(traceback.format_exception(caught.value))
+    assert "weights_only=False" not in told and "`weights_only`" not in told and "add_safe_globals" not in told
+    assert not str(caught.value).endswith(": ")

@@ -204,6 +204,23 @@ def test_a_folder_without_weights_says_what_it_looked_for(tmp_path: Path) -> Non
         read_state_dict(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "[" * 10**5]
+    + [
+        '{"weight_map": {"a": "../other.safetensors"}}',
+        '{"weight_map": {"a": ["b"]}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": ".."}}',
+    ],
+)
+def test_a_damaged_index_of_parts_is_named(content: str, tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(ValueError, match=f"{index} is damaged, it is no index"):
+        read_state_dict(tmp_path)
+
+
 def test_the_teacher_of_a_run_may_be_given_as_its_folder(tmp_path: Path) -> None:
     teacher = tmp_path / "eval" / "training_99" / "teacher_checkpoint.pth"
     teacher.parent.mkdir(parents=True)

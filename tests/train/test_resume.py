@@ -333,6 +333,19 @@ def test_a_folder_of_checkpoints_on_a_disk_that_is_away_stops_the_run(straight: 
     assert metrics(tmp_path / "out") == metrics(straight)
 
 
+def test_a_run_that_lost_its_checkpoints_begins_anew_and_keeps_its_metrics(
+    straight: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(straight, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").mkdir()  # as where a disk is mounted at other times
+    run_train(tmp_path, "optim.epochs=1")
+    assert "there is no checkpoint in" in caplog.text and "go to step 7" in caplog.text
+    kept = (tmp_path / "earlier.1" / "training_metrics.json").read_text()
+    assert kept == (straight / "training_metrics.json").read_text()
+    assert [line["iteration"] for line in metrics(tmp_path)] == [0, 1]
+
+
 # --- What changed ----------------------------------------------------------------------------------------------------
 
 

@@ -191,7 +191,7 @@ def read_run(folder: Path, name: str, tag: str = "") -> Run:
         images=read_images(folder / "health" / "images.npz", notes),
         tokens=find_tokens(folder / "health"),
         state=read_state(folder, metrics, notes),
-        notes=notes,
+        notes=[note.replace(f"{folder}/", "") for note in notes],
     )
 
 
@@ -279,7 +279,7 @@ def _or_noted(read: Callable[[], T], otherwise: T, notes: list[str]) -> T:
     try:
         return read()
     except (OSError, ValueError) as error:
-        notes.append(str(error))
+        notes.append(f"A file could not be read: {error}")
         return otherwise
 
 
