@@ -64,8 +64,9 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     parser.add_argument(
         "--feature-cache",
         metavar="FOLDER",
-        help="where extracted features are kept and looked for; several evaluations may share one (default: features "
-        "in the output folder); none: keep nothing",
+        help="where extracted features are kept, and looked for while the weights, settings and labels, and the names, "
+        "sizes and times of the images, are the same; several evaluations may share one (default: features in the "
+        "output folder); none: keep nothing",
     )
     return parser
 
