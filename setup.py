@@ -21,6 +21,8 @@ def read_version() -> str:
     return match[1]
 
 
+DEV = {re.split("[<>=]", line)[0]: line for line in read_requirements("requirements-dev.txt")}
+
 setup(
     name="dinov2",
     version=read_version(),
@@ -32,9 +34,9 @@ setup(
     python_requires=">=3.11",
     install_requires=read_requirements("requirements.txt"),
     extras_require={
-        "video": ["av>=14"],
-        "tracking": ["tensorboard>=2.18", "wandb>=0.31"],
-        "dev": read_requirements("requirements-dev.txt"),
+        "video": [DEV["av"]],
+        "tracking": [DEV["tensorboard"], DEV["wandb"]],
+        "dev": list(DEV.values()),
     },
     # Namespace packages too: folders of configurations need no __init__.py to be part of the package.
     packages=find_namespace_packages(include=["dinov2", "dinov2.*"], exclude=["*.__pycache__"]),

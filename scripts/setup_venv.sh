@@ -1,19 +1,19 @@
 # To be sourced: defines setup_venv, which makes or reuses a virtual environment and sets PYTHON to its interpreter.
 #
-#   setup_venv requirements.txt [MORE FILES...]
+#   setup_venv [--oldest] requirements.txt [MORE FILES...]
 #
-# The environment is the one that VENV names, else .venv in the repository. Installing is skipped when the same
-# requirements were installed into it before.
+# The environment is the one that VENV names, else .venv in the repository. With --oldest it is the one that VENV_OLDEST
+# names, else .venv-oldest; it gets the lowest version that each requirement allows, and the lowest Python that is there.
+# Installing is skipped when the same requirements were installed into the environment before.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${VENV:-$ROOT/.venv}
-[[ $VENV = /* ]] || VENV=$PWD/$VENV
-export VENV
+VENV_OLDEST=${VENV_OLDEST:-$ROOT/.venv-oldest}
 
-# The first Python on PATH that is new enough.
+# The first of these Pythons on PATH that is new enough.
 _find_python() {
     local name
-    for name in python3 python3.14 python3.13 python3.12 python3.11 python; do
+    for name in "$@"; do
         if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$name"
             return
@@ -40,26 +40,39 @@ _make_venv() {
     return 1
 }
 
+# The lower bound of each requirement in the files as a pin: torch==2.11 of `torch>=2.11  # everything`.
+lower_bounds() {
+    sed -nE 's/^([A-Za-z0-9._-]+)>=([^],;#[:space:]]+).*/\1==\2/p' "$@"
+}
+
 setup_venv() {
-    local python files stamp wanted
+    local python files stamp wanted oldest='' pythons=(python3 python3.14 python3.13 python3.12 python3.11 python)
+    if [ "$1" = --oldest ]; then
+        shift
+        oldest=oldest-
+        pythons=(python3.11 python3.12 "${pythons[@]}")
+        VENV=$VENV_OLDEST
+    fi
+    [[ $VENV = /* ]] || VENV=$PWD/$VENV
     if [ ! -x "$VENV/bin/python" ]; then
         if [ -e "$VENV" ] && [ -n "$(ls -A "$VENV")" ]; then
             echo "$VENV is not empty and not a virtual environment: set VENV to another folder, or remove it" >&2
             return 1
         fi
-        python=$(_find_python) || return
+        python=$(_find_python "${pythons[@]}") || return
         echo "making a virtual environment in $VENV" >&2
         _make_venv "$python" || return
     fi
     PYTHON=$VENV/bin/python
     files=$(printf '%s-' "$@")
-    stamp=$VENV/.installed-${files%-}
+    stamp=$VENV/.installed-$oldest${files%-}
     wanted=$(cd "$ROOT" && cat "$@" | sha256sum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "installing $* into $VENV (a few minutes the first time)" >&2
         # shellcheck disable=SC2046 -- one -r before each file
-        (cd "$ROOT" && "$PYTHON" -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@")) || return
+        (cd "$ROOT" && "$PYTHON" -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@") \
+            ${oldest:+-c <(lower_bounds "$@")}) || return
         echo "$wanted" >"$stamp"
     fi
-    export PYTHON
+    export VENV PYTHON
 }

@@ -5,10 +5,10 @@
 #   bash scripts/test.sh slurm                 also those that submit jobs to a SLURM of their own on this machine, and
 #                                              those that look at pages in a browser
 #   bash scripts/test.sh all                   also the slow ones, and those that need a GPU
+#   bash scripts/test.sh oldest                a selection, with the lowest versions that the requirements allow
 #   bash scripts/test.sh [all] tests/hub -x    further words go to pytest
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
-setup_venv requirements.txt requirements-dev.txt
 cd "$ROOT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests are small: more threads make them slower
 
@@ -41,6 +41,18 @@ install_browser() {
     fi
 }
 
+# What a run with the lowest versions must do: train, compile, write checkpoints, resume, attend with every backend,
+# reproduce the recordings, be loaded and converted, evaluate, draw, read images.
+oldest=(
+    tests/test_config.py tests/test_golden.py tests/test_packaging.py tests/layers tests/loss
+    tests/train/test_{checkpoint_command,checkpoint_folder,compile,dry_run,resume}.py
+    tests/train/test_processes.py::test_a_run_continues_on_another_number_of_processes
+    tests/test_quickstart.py::test_quickstart_leaves_everything_in_one_folder_and_runs_twice
+    tests/hub/test_hub.py tests/models/test_{export,intermediate_layers,peers,weights}.py
+    tests/eval/test_{features,knn,linear,log_regression,visualize}.py
+    tests/data/test_{images,loader,uncut}.py tests/test_trackers.py
+)
+
 selection=(-m "not slow and not slurm and not gpu")
 case ${1:-} in
     slurm)
@@ -55,8 +67,15 @@ case ${1:-} in
         selection=()
         shift
         ;;
+    oldest)
+        setup_venv --oldest requirements.txt requirements-dev.txt
+        shift
+        [ $# -gt 0 ] || set -- "${oldest[@]}"
+        exec "$PYTHON" -m pytest -m "not slurm and not gpu" "$@"
+        ;;
 esac
 
+setup_venv requirements.txt requirements-dev.txt
 status=0
 bash scripts/lint.sh || status=1
 "$PYTHON" -m pytest "${selection[@]}" "$@" || status=1

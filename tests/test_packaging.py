@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import dinov2
 
@@ -83,11 +84,23 @@ def test_an_installed_package_works_away_from_the_clone(wheel: Path, tmp_path: P
         assert "--nodes" in run(sys.executable, site / "bin" / command, "--help", cwd=tmp_path, PYTHONPATH=str(site))
 
 
-def test_every_requirement_is_installed_in_a_version_that_is_declared() -> None:
-    from packaging.requirements import Requirement
+def requirements(name: str) -> list[Requirement]:
+    lines = [line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    return [Requirement(line) for line in lines if line]
 
-    lines = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    requirements = [Requirement(line) for line in lines if line]
-    for requirement in requirements:
+
+def test_every_requirement_is_installed_in_a_version_that_is_declared() -> None:
+    for requirement in requirements("requirements.txt"):
         if requirement.marker is None or requirement.marker.evaluate():
             assert requirement.specifier.contains(version(requirement.name), prereleases=True), requirement
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
+def test_every_requirement_has_a_lower_bound_that_the_tests_of_the_oldest_versions_install(name: str) -> None:
+    command = f". scripts/setup_venv.sh; lower_bounds {name}"
+    pins = [Requirement(pin) for pin in run("bash", "-c", command, cwd=ROOT).splitlines()]
+    declared = requirements(name)
+    assert [pin.name for pin in pins] == [requirement.name for requirement in declared]
+    for pin, requirement in zip(pins, declared, strict=True):
+        (lowest,) = (bound for bound in requirement.specifier if bound.operator == ">=")
+        assert str(pin.specifier) == f"=={lowest.version}"

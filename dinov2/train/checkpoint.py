@@ -73,9 +73,8 @@ class _LastingStager(DefaultStager):
                 use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
             )
         )
-
-    def close(self) -> None:
-        """Keep the memory: torch 2.11 closes a stager after each checkpoint, and it cannot be used again then."""
+        # Torch 2.11 closes the part that copies after each checkpoint, which frees the memory and ends its use.
+        self._state_dict_stager.close = lambda: None  # type: ignore[method-assign]
 
 
 class Checkpointer:

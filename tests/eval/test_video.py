@@ -4,13 +4,14 @@ import struct
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.eval.pictures.video import Video, is_video, writing_video
+from dinov2.eval.pictures.video import Video, import_av, is_video, writing_video
 
 
 def frame(number: int, width: int = 64, height: int = 48) -> np.ndarray:
@@ -129,6 +130,12 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ValueError, match="pip install av"):
         Video(path)
+
+
+def test_a_package_too_old_to_turn_videos_upright_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", SimpleNamespace(__version__="14.0.1", VideoFrame=object))
+    with pytest.raises(ValueError, match=r"av 14\.1 or newer.*not 14\.0\.1"):
+        import_av()
 
 
 def test_ffmpeg_keeps_silent_without_taking_pythons_lock(tmp_path: Path) -> None:

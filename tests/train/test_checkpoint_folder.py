@@ -204,7 +204,7 @@ def test_an_entry_that_is_no_tensor_is_refused_as_torch_would_run_it(tmp_path: P
     folder = write_checkpoint(tmp_path / "model_0000001", {"model.weight": Unsafe(target)})
     with pytest.raises(ValueError, match=r"\.metadata is refused: model.weight is no tensor but a pickled object"):
         read_tensors(folder)
-    with pytest.raises(dcp.api.CheckpointException, match="model.weight is no tensor"):
+    with pytest.raises(dcp.api.CheckpointException, match="model.weight is no tensor|metadata is None"):  # torch 2.11
         dcp.load({"model.weight": torch.zeros(1)}, storage_reader=SafeReader(folder), no_dist=True)
     assert not target.exists()
     dcp.load({"model.weight": torch.zeros(1)}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)

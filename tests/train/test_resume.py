@@ -138,10 +138,10 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole(
 
 
 def test_copies_of_tensors_reuse_their_memory_also_when_torch_closes_the_stager_after_each_checkpoint() -> None:
-    stager, weight = _LastingStager(), torch.arange(4.0)
+    stager, weight = _LastingStager(), torch.nn.Parameter(torch.arange(4.0))
     first = stager.stage({"weight": weight})["weight"]
-    stager.close()  # as torch 2.11 does; its own stager raises KeyError after that
-    weight += 1
+    stager._state_dict_stager.close()  # as torch 2.11 does after each use; its own raises KeyError after that
+    weight.data += 1
     second = stager.stage({"weight": weight})["weight"]
     assert torch.equal(second, weight) and second.data_ptr() == first.data_ptr() != weight.data_ptr()
 

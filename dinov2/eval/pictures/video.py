@@ -83,7 +83,7 @@ class Video:
             for index, frame in enumerate(container.decode(stream)):
                 if index % every:
                     continue
-                turns = getattr(frame, "rotation", 0) // 90 % 4  # counterclockwise quarters; telephones film sideways
+                turns = frame.rotation // 90 % 4  # counterclockwise quarters; telephones film sideways
                 given = {}
                 if size is not None:
                     width, height = size if turns % 2 == 0 else size[::-1]
@@ -199,12 +199,16 @@ def import_av() -> Any:
     """The module `av`, which only videos need.
 
     Raises:
-        ValueError: saying how to install it.
+        ValueError: if it is missing or too old, with the command that installs it.
     """
     try:
         av = importlib.import_module("av")
         importlib.import_module("av.filter")
     except ImportError as error:
         raise ValueError("videos need a package that is missing: pip install av") from error
+    if not hasattr(av.VideoFrame, "rotation"):
+        raise ValueError(
+            f"videos need av 14.1 or newer, which knows how a camera was held, not {av.__version__}: pip install -U av"
+        )
     # By default it keeps silent. Any log level would make its threads wait for Python's lock, and Python for them.
     return av
