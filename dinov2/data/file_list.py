@@ -23,6 +23,8 @@ IMAGE_SUFFIXES = (
 # What changes a folder within this time of reading it may not show in the folder's time of change.
 SETTLED_NS = 2 * 10**9
 _FORMAT = "2"  # of the stored list; part of its name
+_MAX_VISITS = 1000  # of one folder, through links
+_REPORT_SECONDS = 30.0  # between lines of the log while a large folder is listed
 _MOST_KINDS = 12  # of other files, in a message
 
 
@@ -203,11 +205,17 @@ def _found_instead(others: Mapping[str, int]) -> str:
 
 
 def _scan(root: Path) -> tuple[list[str], list[str], list[int], dict[str, int]]:
-    """Images, folders with their times of change, and the number of other files by kind, under a folder."""
+    """Images, folders with their times of change, and the number of other files by kind, under a folder.
+
+    Raises:
+        OSError: A folder cannot be read, or links lead to one again and again.
+    """
     names: list[str] = []
     folders: list[str] = []
     folder_times: list[int] = []
     others: Counter[str] = Counter()
+    visits: Counter[tuple[int, int]] = Counter()
+    next_report = time.monotonic() + _REPORT_SECONDS
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # a folder, the identities of those above it
     while pending:
         folder, above = pending.pop()
@@ -215,6 +223,14 @@ def _scan(root: Path) -> tuple[list[str], list[str], list[int], dict[str, int]]:
         identity = (status.st_dev, status.st_ino)
         if identity in above:
             continue  # a link that leads back up
+        visits[identity] += 1
+        if visits[identity] > _MAX_VISITS:
+            raise OSError(
+                f"links under {root} lead to one folder more than {_MAX_VISITS:,} times, such as {root / folder}"
+            )
+        if time.monotonic() > next_report:
+            logger.info("listing %s: %d images in %d folders so far", root, len(names), len(folders))
+            next_report += _REPORT_SECONDS
         folders.append(folder)
         folder_times.append(status.st_mtime_ns)
         with os.scandir(root / folder) as entries:

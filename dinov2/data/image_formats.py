@@ -43,6 +43,10 @@ _OTHERS = {
 }
 
 
+class UnknownFormatError(ValueError):
+    """A file of a format that is not read; the message says what it is."""
+
+
 @cache
 def _openers() -> list[tuple[Callable[[bytes], bool | str], Callable[..., Any]]]:
     """Of each format that this Pillow reads: a test of how the file begins, and the class that reads it."""
@@ -59,18 +63,18 @@ def open_header(data: bytes) -> Image.Image:
     Pillow's own `Image.open` is not used because of its limit on pixels, which cannot be set for one image.
 
     Raises:
-        ValueError: It has another format.
+        UnknownFormatError: It has another format.
         Exception: Nearly any, for a damaged file.
     """
     prefix = data[:16]
     for accept, factory in _openers():
         accepted = accept(prefix)
         if isinstance(accepted, str):
-            raise ValueError(accepted)
+            raise UnknownFormatError(accepted)
         if accepted:
             return factory(io.BytesIO(data), "")
     known = ", ".join(name for name in FORMATS if name in Image.OPEN)
-    raise ValueError(f"in no image format that is read ({known}); {_what_it_is(data)}")
+    raise UnknownFormatError(f"in no image format that is read ({known}); {_what_it_is(data)}")
 
 
 def _what_it_is(data: bytes) -> str:

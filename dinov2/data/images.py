@@ -21,6 +21,7 @@ from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dinov2.data.image_formats import (
+    UnknownFormatError,
     bits_of_jpeg2000,
     is_cut_to_8_bits,
     is_deep,
@@ -399,6 +400,8 @@ def _decoding(data: bytes) -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on broken metadata and the like: once per image
             yield
+    except UnknownFormatError as error:
+        raise ImageDecodeError(f"{len(data)} bytes {error}") from error
     except Exception as error:  # broken files make Pillow raise nearly anything: SyntaxError, struct.error, ...
         raise ImageDecodeError(f"cannot decode {len(data)} bytes: {error}") from error
 

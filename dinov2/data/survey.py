@@ -68,7 +68,7 @@ class ImageSurvey:
             named = [f"{path}: {reason}" for path, reason in self.unreadable[:_MOST_NAMED]]
             more = [f"and {len(self.unreadable) - _MOST_NAMED} more"] if len(self.unreadable) > _MOST_NAMED else []
             listed = "; ".join(named + more)
-            notes.append((logging.WARNING, f"{len(self.unreadable):,} {sample} cannot be read: {listed}"))
+            notes.append((logging.INFO, f"{len(self.unreadable):,} {sample} cannot be read: {listed}"))
         return notes
 
     def _notes_on_values(self) -> list[tuple[int, str]]:

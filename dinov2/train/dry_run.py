@@ -59,7 +59,8 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
             "",
             f"mind: a step takes {batch:,} images, and the data set has {len(dataset):,}: they repeat within it",
         ]
-    notes = [note for _, note in dataset.notes()] + [f"unreadable: {error}" for error in unreadable]
+    known = {path for path, _ in dataset.survey().unreadable}
+    notes = [note for _, note in dataset.notes()] + [str(error) for error in unreadable if error.path not in known]
     lines += ["", *(f"mind: {note}" for note in notes)] if notes else []
     lines += ["", *(f"warning: {warning}" for warning in findings)] if findings else []
     but = f" but for {len(findings)} warning(s)" if findings else ""
