@@ -133,6 +133,7 @@ OUR_DEFAULTS = {
     "train.max_nonfinite_steps": 3,
     "train.max_bad_image_share": 0.01,
     "train.log_published_losses": False,
+    "train.data_timeout": 1200,
     "student.embed_dim": None,
     "student.depth": None,
     "student.num_heads": None,
