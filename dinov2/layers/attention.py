@@ -178,6 +178,11 @@ def _sequence_ends(segments: Segments, device: torch.device) -> Tensor:
     return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
+def backend_keyword(attention_backend: str) -> dict[str, str]:
+    """The keyword that only our own attention and blocks know, left out where nothing was asked for."""
+    return {} if attention_backend == "auto" else {"attention_backend": attention_backend}
+
+
 def best_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """The first backend of the table above that computes attention and its gradient for such inputs.
 

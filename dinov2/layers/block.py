@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dinov2.layers.attention import Attention
+from dinov2.layers.attention import Attention, backend_keyword
 from dinov2.layers.drop_path import DropPath
 from dinov2.layers.ffn import Mlp
 from dinov2.layers.hooks import has_hooks
@@ -68,7 +68,7 @@ class Block(nn.Module):
             proj_bias=proj_bias,
             attn_drop=attn_drop,
             proj_drop=drop,
-            **_unless_auto(attention_backend),
+            **backend_keyword(attention_backend),
         )
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path1 = DropPath(drop_path)
@@ -159,11 +159,6 @@ class Block(nn.Module):
         """The sequences of a group whose residual is computed."""
         keep = max(int(count * (1 - self.sample_drop_ratio)), 1)
         return torch.randperm(count, device=device)[:keep]
-
-
-def _unless_auto(attention_backend: str) -> dict[str, str]:
-    """The keyword for the backend, which only our own attention knows, where one was asked for."""
-    return {} if attention_backend == "auto" else {"attention_backend": attention_backend}
 
 
 NestedTensorBlock = Block

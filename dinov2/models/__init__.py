@@ -19,8 +19,13 @@ def build_model(arch: str, **kwargs: Any) -> DinoVisionTransformer:
     Keywords go to `DinoVisionTransformer` and win over what the name stands for; None means: as the name says.
 
     Raises:
-        ValueError: if the name is unknown.
+        ValueError: if the name is unknown, or is a configuration, as the published function takes.
     """
+    if not isinstance(arch, str):
+        raise ValueError(
+            f"build_model takes the name of a backbone and its keywords, not {type(arch).__name__}; "
+            "the networks of a configuration are built by build_model_from_cfg"
+        )
     name = arch.removesuffix("_memeff")
     if name not in ARCHS:
         raise ValueError(f"unknown backbone {arch!r}; known: {', '.join(ARCHS)}")

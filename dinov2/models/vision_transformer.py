@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.layers import Block, Mlp, PatchEmbed, SwiGLUFFN, pack, unpack
+from dinov2.layers.attention import backend_keyword
 from dinov2.layers.packing import Segments
 from dinov2.models.positions import Grid, resample_positions
 
@@ -114,7 +115,7 @@ class DinoVisionTransformer(nn.Module):
                 act_layer=act_layer,
                 norm_layer=norm_layer,
                 ffn_layer=FFN_LAYERS[ffn_layer],
-                **({} if attention_backend == "auto" else {"attention_backend": attention_backend}),
+                **backend_keyword(attention_backend),
             )
             for index in range(depth)
         )

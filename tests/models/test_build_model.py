@@ -1,5 +1,7 @@
 """Backbones by name."""
 
+import argparse
+
 import pytest
 import torch
 from torch import nn
@@ -46,3 +48,8 @@ def test_an_unknown_name_lists_the_known_ones(arch: str) -> None:
 def test_an_unknown_keyword_is_named() -> None:
     with pytest.raises(TypeError, match="'embed_dims'"):
         build_model("vit_small", embed_dims=12)
+
+
+def test_a_configuration_in_place_of_a_name_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match="takes the name of a backbone .* not Namespace; .* build_model_from_cfg"):
+        build_model(argparse.Namespace(arch="vit_small"))  # type: ignore[arg-type]
