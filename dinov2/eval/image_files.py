@@ -47,7 +47,7 @@ def _identity(dataset: ImageDataset) -> str:
     digest.update(file_stats(hashed(dataset.image_files()), len(dataset)).tobytes())
     if not _have_own_files(dataset):
         deque(hashed(map(dataset.describe, range(len(dataset)))), maxlen=0)
-    digest.update(repr(getattr(dataset, "image_options", None)).encode())  # with a range measured on other images
+    digest.update(repr(dataset.image_options).encode())  # with a range measured on other images
     targets = dataset.get_targets()
     if targets is not None:
         digest.update(str(targets.shape).encode() + targets.tobytes())
