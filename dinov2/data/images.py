@@ -224,7 +224,7 @@ class FilePicture(Picture):
     def load(self, reduction: int = 1) -> Image.Image:
         with _decoding(self._data):
             if self.is_deep:
-                image = self._mapped(self.samples())
+                image = self._mapped(self._read_samples())
             else:
                 image, self._opened = self.opened, None
                 if isinstance(image, JpegImageFile) and reduction > 1:
@@ -243,8 +243,12 @@ class FilePicture(Picture):
         """The pixels of a deep image, the first band or the first three.
 
         Raises:
-            Exception: Nearly any, for a damaged file.
+            ImageDecodeError: Truncated or corrupt data.
         """
+        with _decoding(self._data):
+            return self._read_samples()
+
+    def _read_samples(self) -> Samples:
         if self.tiff is None:
             stored = self._read_by_pillow()
             assert stored is not None, "this layout is always read"
@@ -328,10 +332,11 @@ class FilePicture(Picture):
         """Whether a pixel of an image of 8 bits is not opaque; decodes it.
 
         Raises:
-            Exception: Nearly any, for a damaged file.
+            ImageDecodeError: Truncated or corrupt data.
         """
-        image, self._opened = self.opened, None
-        return int(np.asarray(image.convert("RGBA").getchannel("A")).min()) < 255
+        with _decoding(self._data):
+            image, self._opened = self.opened, None
+            return int(np.asarray(image.convert("RGBA").getchannel("A")).min()) < 255
 
     @property
     def has_more_frames(self) -> bool:

@@ -1,5 +1,6 @@
 """A run without the training: checks everything that could go wrong later and prints what the run would be."""
 
+import logging
 import sys
 import tempfile
 import warnings
@@ -60,8 +61,9 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
             f"mind: a step takes {batch:,} images, and the data set has {len(dataset):,}: they repeat within it",
         ]
     known = {path for path, _ in dataset.survey().unreadable}
-    notes = [note for _, note in dataset.notes()] + [str(error) for error in unreadable if error.path not in known]
-    lines += ["", *(f"mind: {note}" for note in notes)] if notes else []
+    notes = [f"{'warning' if level > logging.INFO else 'mind'}: {note}" for level, note in dataset.notes()]
+    notes += [f"mind: {error}" for error in unreadable if error.path not in known]
+    lines += ["", *notes] if notes else []
     lines += ["", *(f"warning: {warning}" for warning in findings)] if findings else []
     but = f" but for {len(findings)} warning(s)" if findings else ""
     text = "\n".join([config.to_yaml(cfg), *lines, "", f"dry run: everything is in order{but}, nothing was trained"])

@@ -6,6 +6,8 @@ import struct
 import tarfile
 import time
 import zlib
+from contextlib import suppress
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -62,10 +64,6 @@ SLOW = {
     "padding before a marker": (JPEG[:2] + b"\xff" * 10**7 + JPEG[2:], "10,000 segments"),
     "empty segments": (JPEG[:2] + b"\xff\xe1\0\2" * 10**6 + JPEG[2:], "10,000 segments"),
     "empty chunks": (PNG[:33] + chunk(b"teST", b"") * 10**6 + PNG[33:], "200,000 chunks"),
-    "a text that unzips to 300 MB": (
-        PNG[:33] + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(3 * 10**8), 1)) + PNG[33:],
-        "too large",
-    ),
     "comments": (b"GIF89a" + bytes(7) + (b"\x21\xfe" + (b"\xff" + bytes(255)) * 20_000 + b"\0"), "comments"),
     "extensions": (b"GIF89a" + bytes(7) + b"\x21\xfe\0" * 10**6, "10,000 blocks"),
     "tags that share a value": (tiff_whose_tags_share(4000, 2**22), "tags claim"),
@@ -88,6 +86,15 @@ def test_a_tiff_of_a_million_strips_is_refused():
     data = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
     with pytest.raises(ImageDecodeError, match="1,000,000 strips"):
         decode_image(data + bytes(4 * 10**6))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP"])
+def test_a_text_that_unzips_to_gigabytes_is_not_unzipped(kind):
+    data = PNG[:33] + chunk(kind, b"a\0\0" + zlib.compress(bytes(3 * 10**8), 1)) + PNG[33:]
+    started = time.process_time()
+    with suppress(ImageDecodeError):  # depends on the version of Pillow
+        decode_image(data)
+    assert time.process_time() - started < 0.2
 
 
 def test_a_large_exif_block_is_not_multiplied():
@@ -143,6 +150,8 @@ def test_what_is_no_image_is_called_what_it_is(data, what):
 
 @pytest.mark.parametrize("file_format", ["JPEG2000", "AVIF", "WEBP", "BMP", "GIF", "PPM", "TIFF", "PNG", "JPEG", "MPO"])
 def test_formats_on_the_list_are_read(file_format):
+    if file_format == "AVIF" and not find_spec("PIL.AvifImagePlugin"):
+        pytest.skip("AVIF needs Pillow 11.3")
     image = decode_image(encode(Image.new("RGB", (16, 16), (200, 100, 50)), file_format))
     assert np.abs(np.asarray(image, int) - (200, 100, 50)).max() <= 4
 

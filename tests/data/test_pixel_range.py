@@ -192,7 +192,7 @@ def test_slices_with_other_minima_map_equal_values_to_equal_gray(tmp_path):
 
 def test_the_range_is_logged_and_may_be_set(tmp_path, caplog):
     caplog.set_level("INFO")
-    root = folder(tmp_path / "x", {f"{i}.png": png_16(waves(1, 4003 - i)) for i in range(3)})
+    root = folder(tmp_path / "x", {f"{i}.png": png_16(waves(3, 4003 - i)) for i in range(3)})
     make_dataset(dataset_str=f"ImageFolder:root={root}")
     assert (
         "3 of 3 images sampled have more than 8 bits: pixel values of uint16 from 0 to 4,003; 0 to 4,095 is mapped to "
