@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from checkpoint_files import write_checkpoint
 from tiny import run_train, tiny_config
 
+from dinov2.files import occupying
 from dinov2.log import read_records, truncate_metrics
 from dinov2.train.alarms import AlarmBell
 from dinov2.train.best_teacher import rate_teacher, read_rating
-from dinov2.train.checkpoint_folder import find_checkpoint, read_tensors
+from dinov2.train.checkpoint_folder import read_tensors
+from dinov2.train.checkpoint_metadata import write_checksums
 from dinov2.train.checkpoint_state import Setup, read_state
 from dinov2.train.environment import read_environment
 from dinov2.train.report.pictures import gallery
 from dinov2.train.report.run import read_run
+from dinov2.train.report.state import last_error
 from dinov2.train.train import changed_settings
 
 VALUES = (
@@ -95,11 +100,15 @@ def damaged_json(content: bytes, generator: random.Random) -> bytes:
     return json.dumps(root).encode() + (b"\n" + rest if rest else b"")
 
 
-def watched_run(out: Path) -> None:
-    """What a report reads."""
+def reported(out: Path) -> None:
+    """What a report reads before it draws anything."""
     found = read_run(out, "run")
-    gallery(found)
     assert all(type(value) is float for record in found.records for value in record.values())
+
+
+def drawn(out: Path) -> None:
+    """The images of a report."""
+    gallery(read_run(out, "run"))
 
 
 def metrics_again(out: Path) -> None:
@@ -125,18 +134,18 @@ def read_or_refuse(read: Callable[[], object]) -> None:
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "metrics": ("training_metrics.json", metrics_again),
-    "metrics of a report": ("training_metrics.json", watched_run),
+    "metrics of a report": ("training_metrics.json", reported),
     "environment": ("environment.json", lambda out: read_or_refuse(lambda: read_environment(out / "environment.json"))),
-    "environment of a report": ("environment.json", watched_run),
+    "environment of a report": ("environment.json", reported),
     "config": ("config.yaml", lambda out: changed_settings(out / "config.yaml", tiny_config())),
-    "config of a report": ("config.yaml", watched_run),
+    "config of a report": ("config.yaml", reported),
     "rating": ("eval/training_3/health.json", rated_again),
-    "rating of a report": ("eval/training_3/health.json", watched_run),
-    "images": ("health/images.npz", watched_run),
-    "tokens": ("health/patch_tokens_0000003.npy", watched_run),
-    "results": ("results_eval_knn.json", watched_run),
-    "log": ("logs/log.txt", watched_run),
-    "lock": (".lock", watched_run),
+    "rating of a report": ("eval/training_3/health.json", reported),
+    "images": ("health/images.npz", drawn),
+    "tokens": ("health/patch_tokens_0000003.npy", drawn),
+    "results": ("results_eval_knn.json", reported),
+    "log": ("logs/log.txt", lambda out: last_error(out / "logs" / "log.txt")),
+    "lock": (".lock", lambda out: occupying(out).__enter__()),
 }
 
 
@@ -155,21 +164,25 @@ def test_a_damaged_file_stops_nothing_that_can_do_without_it(kind: str, run: Pat
 
 @pytest.mark.parametrize("name", ["state.json", ".metadata", "__0_0.distcp", "checksums.json"])
 @pytest.mark.parametrize("checksums", [True, False], ids=["", "of an earlier version"])
-def test_a_damaged_checkpoint_is_refused(name: str, checksums: bool, run: Path) -> None:
-    folder = find_checkpoint(run)
-    path, setup = folder / name, Setup(1, 4, 100, "0")
-    content, expected = path.read_bytes(), read_tensors(folder)
+def test_a_damaged_checkpoint_is_refused(name: str, checksums: bool, tmp_path: Path) -> None:
+    expected = {"model.a": torch.arange(12.0).view(3, 4), "model.b": torch.arange(5)}
+    setup, meter = Setup(1, 4, 100, "0"), {"window": [9.0, 8.5], "count": 2, "total": 17.5}
+    scaler = torch.amp.GradScaler("cpu").state_dict()
+    state = {"images_seen": 32, "scaler": scaler, "metrics": {"total_loss": meter}, **setup._asdict()}
+    folder = write_checkpoint(tmp_path / "model_0000007", {**expected}, **state)
+    write_checksums(folder)
+    path = folder / name
+    content = path.read_bytes()
     if not checksums:
         (folder / "checksums.json").unlink()
     for damage in damaged(content, random.Random(name)):
         path.write_bytes(damage)
         try:
-            state, tensors = read_state(folder), read_tensors(folder)
+            found, tensors = read_state(folder), read_tensors(folder)
         except (ValueError, OSError) as error:
             assert str(folder) in str(error)
             continue
-        if checksums and name != "__0_0.distcp":
-            assert damage == content or json.loads(damage) == json.loads(content), "else it is no accident"
-        if name == "__0_0.distcp":
+        if checksums or name == "__0_0.distcp":
             assert all(tensors[key].equal(value) for key, value in expected.items())
-        setup.changes_since(state)
+            assert found == {"iteration": 7, **state}
+        assert isinstance(setup.changes_since(found), list)
