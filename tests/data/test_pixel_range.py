@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 
 from dinov2.data.datasets import ImageFolder, make_dataset
-from dinov2.data.images import ImageOptions, decode_image, open_picture
+from dinov2.data.images import ImageDecodeError, ImageOptions, decode_image, open_picture
 from dinov2.data.pixel_range import RangeMeasurement, measure_range, to_8_bit
 
 WAVES = 0.5 + 0.5 * np.sin(np.add.outer(np.arange(40), 2 * np.arange(50)) / 9)
@@ -273,3 +273,17 @@ def test_transparency_is_composited_where_a_background_is_set(mode):
         data = encode(Image.new(mode, (4, 4), 0))
     assert decode_image(data).getpixel((0, 0)) == (0, 0, 0)
     assert decode_image(data, ImageOptions(background=(255, 250, 240))).getpixel((0, 0)) == (255, 250, 240)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"byteorder": ">"}, {"compression": "zlib"}, {"compression": "zlib", "byteorder": ">"}]
+)
+def test_colors_of_16_bits_are_read_by_pillow_where_tifffile_cannot(monkeypatch, options):
+    def cannot(*arguments):
+        raise ValueError("no such codec")
+
+    monkeypatch.setattr("dinov2.data.deep_pixels.read_stored", cannot)
+    picture = open_picture(tiff(waves(3, 4095), photometric="rgb", **options))
+    assert np.array_equal(picture.samples().values, waves(3, 4095))
+    with pytest.raises(ImageDecodeError, match=r"4 band\(s\) x 16 bits, .*no such codec.*convert it"):
+        decode_image(tiff(waves(4, 4095), photometric="minisblack", planarconfig="contig"))
