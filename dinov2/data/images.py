@@ -5,7 +5,6 @@ Every image of every dataset, visualization and evaluation is read and decoded h
 """
 
 import io
-import math
 import os
 import stat
 import warnings
@@ -13,24 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from dinov2.data.image_formats import (
-    UnknownFormatError,
-    bits_of_jpeg2000,
-    is_cut_to_8_bits,
-    is_deep,
-    open_header,
-    read_16_bits,
-)
+from dinov2.data.deep_pixels import Samples, map_to_rgb, read_samples
+from dinov2.data.image_formats import UnknownFormatError, bits_of_jpeg2000, is_cut_to_8_bits, is_deep, open_header
 from dinov2.data.image_limits import check_header, check_jpeg_scans, check_pixels, png_chunks
-from dinov2.data.pixel_range import ValueRange, measure_range, to_8_bit
-from dinov2.data.tiff import TiffHeader, is_tiff, read_samples, read_tiff_header
+from dinov2.data.pixel_range import ValueRange
+from dinov2.data.tiff import is_tiff, read_tiff_header
 
 # EXIF orientation -> the transposition that turns the image upright.
 _UPRIGHT = {
@@ -46,7 +38,6 @@ _SIDEWAYS = (5, 6, 7, 8)  # orientations of images that are stored lying on thei
 _PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may have an orientation
 _MAX_EXIF_BYTES = 2**16 - 1  # that are searched for the orientation; as many as a JPEG file can hold
 _MAX_SAMPLES_OF_PILLOW = 6  # per pixel of a TIFF file; of more it logs an error, each time
-_MAX_BYTES_PER_PIXEL = 8  # of all samples, decoded; with the limit on pixels it bounds the memory
 
 
 class ImageDecodeError(ValueError):
@@ -93,18 +84,6 @@ class ImageOptions:
 
 
 DEFAULT_OPTIONS = ImageOptions()
-
-
-class Samples(NamedTuple):
-    """Pixels of other types than 8 bits, as they are stored: (H, W, S), of which H and W may still lie sideways."""
-
-    values: np.ndarray  # (H, W, 1) or (H, W, 3), any real type; NaN where there is no data
-    alpha: np.ndarray | None  # (H, W), integers of the full range of their type or fractions from 0 to 1
-
-    @property
-    def is_transparent(self) -> bool:
-        """Whether a pixel is not opaque."""
-        return self.alpha is not None and float(self.alpha.min()) < _opaque(self.alpha)
 
 
 def read_image_file(path: str | Path, options: ImageOptions = DEFAULT_OPTIONS) -> bytes:
@@ -178,20 +157,18 @@ class FilePicture(Picture):
         check_header(data)
         self._opened: Image.Image | None = None  # until it is decoded, which can be done once
         self.tiff = read_tiff_header(data) if is_tiff(data) else None
-        if self.tiff is not None:
-            check_pixels(self.tiff.size, options.max_pixels)
-        if self.tiff is None:
-            self._opened = open_header(data)
-        elif self.tiff.samples <= _MAX_SAMPLES_OF_PILLOW:
-            with suppress(Exception):  # it does not know all kinds of TIFF
-                self._opened = open_header(data)
         stored = self.tiff.size if self.tiff is not None else self.opened.size
         check_pixels(stored, options.max_pixels)
+        if self.tiff is not None and self.tiff.samples <= _MAX_SAMPLES_OF_PILLOW:
+            with suppress(Exception):  # Pillow does not know all kinds of TIFF
+                self._opened = open_header(data)
         if is_jpeg := isinstance(self._opened, JpegImageFile):
             check_jpeg_scans(data, stored)
-        self.is_deep = (
-            is_deep(self.opened) or is_cut_to_8_bits(self.opened) if self.tiff is None else self._is_deep_tiff
-        )
+        if self.tiff is not None:  # Pillow converts inks, palettes and the like, in 8 bits
+            self.is_deep = self.tiff.is_deep and (self._opened is None or self.tiff.photometric in (0, 1, 2))
+        else:
+            self.is_deep = is_deep(self.opened) or is_cut_to_8_bits(self.opened)
+        self._is_unknown_to_pillow = self._opened is None
         self._orientation = self.tiff.orientation if self.tiff is not None else self._read_orientation()
         self._is_plain_jpeg = is_jpeg and self.opened.mode == "RGB" and self._orientation not in _UPRIGHT
         self.size = (stored[1], stored[0]) if self._orientation in _SIDEWAYS else stored
@@ -202,12 +179,6 @@ class FilePicture(Picture):
         if self._opened is None:
             self._opened = open_header(self._data)
         return self._opened
-
-    @property
-    def _is_deep_tiff(self) -> bool:
-        # Pillow converts inks, palettes and the like, in 8 bits.
-        assert self.tiff is not None, "of TIFF files only"
-        return self._opened is None or (self.tiff.is_deep and self.tiff.photometric in (0, 1, 2))
 
     def _read_orientation(self) -> int | None:
         if self.opened.format != "PNG":
@@ -223,8 +194,12 @@ class FilePicture(Picture):
 
     def load(self, reduction: int = 1) -> Image.Image:
         with _decoding(self._data):
-            if self.is_deep:
-                image = self._mapped(self._read_samples())
+            if self.is_deep or self._is_unknown_to_pillow:
+                samples = read_samples(self._data, self.tiff, self.options.max_pixels)
+                image = map_to_rgb(samples, self.tiff, self.options.value_range)
+                image = _to_rgb(
+                    image if samples.is_turned else _turn(image, self._orientation), self.options.background
+                )
             else:
                 image, self._opened = self.opened, None
                 if isinstance(image, JpegImageFile) and reduction > 1:
@@ -246,71 +221,7 @@ class FilePicture(Picture):
             ImageDecodeError: Truncated or corrupt data.
         """
         with _decoding(self._data):
-            return self._read_samples()
-
-    def _read_samples(self) -> Samples:
-        if self.tiff is None:
-            stored = self._read_by_pillow()
-            assert stored is not None, "this layout is always read"
-            num_bands = stored.shape[2] - 1 if stored.shape[2] in (2, 4) else stored.shape[2]
-            alpha = num_bands if num_bands < stored.shape[2] else None
-        else:
-            stored, num_bands, alpha = self._read_tiff(self.tiff), self.tiff.num_bands, self.tiff.alpha
-        bands = np.delete(stored, alpha, axis=2) if alpha is not None and alpha < min(num_bands, 3) else stored
-        values = bands[..., : 3 if num_bands >= 3 else 1]
-        return Samples(values, None if alpha is None else stored[..., alpha])
-
-    def _read_tiff(self, tiff: TiffHeader) -> np.ndarray:
-        """All samples of a TIFF file, (H, W, S)."""
-        if tiff.kind == "c" or tiff.photometric not in (0, 1, 2):
-            raise ValueError(f"{tiff}, color model {tiff.photometric}, which cannot be used; convert it to gray or RGB")
-        if tiff.samples * tiff.bits > 8 * max(_MAX_BYTES_PER_PIXEL, len(self._data) // max(math.prod(tiff.size), 1)):
-            check_pixels((tiff.size[0] * tiff.samples, tiff.size[1]), self.options.max_pixels)
-        try:
-            samples = read_samples(self._data, tiff)
-        except Exception as error:
-            found = None if self._opened is None else self._read_by_pillow()
-            if found is None:
-                raise ValueError(
-                    f"{tiff}, which cannot be read ({error}); convert it to Deflate or no compression, for instance "
-                    "with gdal_translate -co COMPRESS=DEFLATE"
-                ) from error
-            samples = found
-        if tiff.nodata is not None and (tiff.kind != "u" or tiff.nodata > 0):
-            empty = samples == tiff.nodata
-            if empty.any():
-                samples = np.where(empty, np.nan, samples)
-        return samples
-
-    def _read_by_pillow(self) -> np.ndarray | None:
-        """All samples, (H, W, S), of an image of which Pillow knows the samples; None if it does not."""
-        image, self._opened = self.opened, None
-        if is_cut_to_8_bits(image):
-            samples = read_16_bits(image, open_header(self._data))
-        elif is_deep(image):
-            samples = np.asarray(image)[..., None]
-            if self.tiff is not None and (self.tiff.kind, self.tiff.bits) == ("u", 32):
-                samples = samples.view(np.uint32)  # Pillow has signed ones only
-        else:
-            samples = None
-        if samples is not None and self.tiff is not None:
-            self._orientation = 1  # Pillow has turned it
-        return samples
-
-    def _mapped(self, samples: Samples) -> Image.Image:
-        """Samples -> 8 bits, upright RGB."""
-        values, alpha = samples
-        if self.tiff is not None and not self.tiff.is_deep:
-            value_range = (0.0, float(2**self.tiff.bits - 1))
-        else:
-            value_range = self.options.value_range or measure_range([values]) or (0.0, 1.0)
-        levels = to_8_bit(values, value_range)
-        if self.tiff is not None and self.tiff.photometric == 0:  # white is 0
-            levels = 255 - levels
-        image = Image.fromarray(levels if levels.shape[2] == 3 else levels[..., 0]).convert("RGB")
-        if alpha is not None and self.options.background is not None:
-            image.putalpha(Image.fromarray(to_8_bit(alpha, (0.0, _opaque(alpha)))))
-        return _to_rgb(_turn(image, self._orientation), self.options.background)
+            return read_samples(self._data, self.tiff, self.options.max_pixels)
 
     # --- What is not used of it ---
 
@@ -329,11 +240,13 @@ class FilePicture(Picture):
         return _may_be_transparent(self.opened) if self.tiff is None else False
 
     def is_transparent(self) -> bool:
-        """Whether a pixel of an image of 8 bits is not opaque; decodes it.
+        """Whether a pixel is not opaque; decodes the image.
 
         Raises:
             ImageDecodeError: Truncated or corrupt data.
         """
+        if self.is_deep or self._is_unknown_to_pillow:
+            return self.samples().is_transparent
         with _decoding(self._data):
             image, self._opened = self.opened, None
             return int(np.asarray(image.convert("RGBA").getchannel("A")).min()) < 255
@@ -438,11 +351,6 @@ def _orientation(image: Image.Image) -> int | None:
 
 def _may_be_transparent(image: Image.Image) -> bool:
     return "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
-
-
-def _opaque(alpha: np.ndarray) -> float:
-    """The value of an opaque pixel."""
-    return 1.0 if alpha.dtype.kind == "f" else float(np.iinfo(alpha.dtype).max)
 
 
 def _to_rgb(image: Image.Image, background: tuple[int, int, int] | None) -> Image.Image:

@@ -149,7 +149,7 @@ def _nodata(text: tuple[int, ...]) -> float | None:
         return None
 
 
-def read_samples(data: bytes, header: TiffHeader) -> np.ndarray:
+def read_stored(data: bytes, header: TiffHeader) -> np.ndarray:
     """Reads the first page with `tifffile`, which knows all numbers of bands and bits, but not all compressions.
 
     Returns:

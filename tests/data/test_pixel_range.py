@@ -10,7 +10,7 @@ import tifffile
 from PIL import Image
 
 from dinov2.data.datasets import ImageFolder, make_dataset
-from dinov2.data.images import ImageOptions, decode_image, open_picture
+from dinov2.data.images import ImageDecodeError, ImageOptions, decode_image, open_picture
 from dinov2.data.pixel_range import RangeMeasurement, measure_range, to_8_bit
 
 WAVES = 0.5 + 0.5 * np.sin(np.add.outer(np.arange(40), 2 * np.arange(50)) / 9)
@@ -106,7 +106,7 @@ def test_bits_are_kept_from_above_and_other_ranges_are_rounded(dtype):
 def test_all_16_bits_of_a_png_are_used(bands):
     samples = waves(bands, 4095)
     picture = open_picture(png_16(samples))
-    values, alpha = picture.samples()
+    values, alpha, _ = picture.samples()
     colors = bands - (bands in (2, 4))
     assert np.array_equal(values, samples[..., :colors])
     assert (alpha is None) == (bands in (1, 3)) and (alpha is None or np.array_equal(alpha, samples[..., -1]))
@@ -234,6 +234,7 @@ def test_what_is_dropped_is_counted(tmp_path, caplog):
     clear, opaque = Image.new("RGBA", (8, 8), (1, 2, 3, 0)), Image.new("RGBA", (8, 8), (1, 2, 3, 255))
     files = {
         "bands.tif": tiff(waves(5, 255, np.uint8), photometric="rgb"),
+        "black is zero.tif": tiff(waves(5, 255, np.uint8), photometric="minisblack", planarconfig="contig"),
         "two.tif": tiff(waves(2, 255, np.uint8), photometric="minisblack", planarconfig="contig"),
         "pages.tif": tiff(np.zeros((3, 8, 8), np.uint8), photometric="minisblack"),
         "frames.gif": encode(gray, "GIF", save_all=True, append_images=[Image.new("L", (8, 8), 200)]),
@@ -245,14 +246,14 @@ def test_what_is_dropped_is_counted(tmp_path, caplog):
     root = folder(tmp_path / "x", files)
     dataset = make_dataset(dataset_str=f"ImageFolder:root={root}")
     for expected in (
-        "2 of 8 images sampled have more bands than are used: bands beyond three are left out, of two the second",
-        "1 of 8 images sampled are transparent: transparency is dropped, so that what lies under it shows",
-        "2 of 8 images sampled have more pages or frames than one: the first is used",
-        "1 of 8 images sampled have more than 100 megapixels, which slows the loading down",
-        f"1 of 8 images sampled cannot be read: {root}/broken.png: 0 bytes in no image format",
+        "3 of 9 images sampled have more bands than are used: bands beyond three are left out, of two the second",
+        "1 of 9 images sampled are transparent: transparency is dropped, so that what lies under it shows",
+        "2 of 9 images sampled have more pages or frames than one: the first is used",
+        "1 of 9 images sampled have more than 100 megapixels, which slows the loading down",
+        f"1 of 9 images sampled cannot be read: {root}/broken.png: 0 bytes in no image format",
     ):
         assert expected in caplog.text
-    assert dataset.survey() is dataset.survey()
+    assert dataset.survey() is dataset.survey() and "8 bits" not in caplog.text
 
 
 def test_plain_images_are_nothing_to_speak_of(tmp_path):
@@ -272,3 +273,17 @@ def test_transparency_is_composited_where_a_background_is_set(mode):
         data = encode(Image.new(mode, (4, 4), 0))
     assert decode_image(data).getpixel((0, 0)) == (0, 0, 0)
     assert decode_image(data, ImageOptions(background=(255, 250, 240))).getpixel((0, 0)) == (255, 250, 240)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"byteorder": ">"}, {"compression": "zlib"}, {"compression": "zlib", "byteorder": ">"}]
+)
+def test_colors_of_16_bits_are_read_by_pillow_where_tifffile_cannot(monkeypatch, options):
+    def cannot(*arguments):
+        raise ValueError("no such codec")
+
+    monkeypatch.setattr("dinov2.data.deep_pixels.read_stored", cannot)
+    picture = open_picture(tiff(waves(3, 4095), photometric="rgb", **options))
+    assert np.array_equal(picture.samples().values, waves(3, 4095))
+    with pytest.raises(ImageDecodeError, match=r"4 band\(s\) x 16 bits, .*no such codec.*convert it"):
+        decode_image(tiff(waves(4, 4095), photometric="minisblack", planarconfig="contig"))

@@ -4,9 +4,11 @@ import json
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from eval_pictures import command, tiny_backbone, write_pictures
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -193,3 +195,20 @@ def test_images_that_are_tested_on_and_trained_on_are_in_the_results(tmp_path: P
         train: {"compared": 30, "equal": 0, "with_other_labels": 0},
         val: {"compared": 22, "equal": 1, "with_other_labels": 1},
     }
+
+
+def test_images_to_test_on_have_the_value_range_of_those_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, high in (("train", 4000), ("val", 500)):
+        for index in range(4):
+            values = np.random.default_rng(index).integers(0, high, (28, 28), np.uint16)
+            path = tmp_path / f"deep_{name}" / "ab"[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(path)
+    sets = {f"{name}_dataset": f"ImageFolder:root={tmp_path / f'deep_{name}'}" for name in ("train", "val")}
+    run(tmp_path, nb_knn=[1], **sets)
+    assert capsys.readouterr().out.count("0 to 4,095 is mapped to 0..255") == 2
+    run(tmp_path, nb_knn=[1], opts=["images.value_range=[0,1000]"], **sets)
+    assert capsys.readouterr().out.count("0 to 1,000 is mapped to 0..255") == 2
