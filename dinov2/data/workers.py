@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data._utils import signal_handling
 
 from dinov2.data.images import BadImageError
 
@@ -26,6 +27,7 @@ DEFAULT_TIMEOUT = 1200.0
 """Seconds after which a batch is not waited for any longer: fewer than other processes wait for this one."""
 
 FIRST_CHECK, CHECK_PERIOD = 5.0, 1.0  # seconds that a batch is waited for before it is asked why, and between two times
+SECOND_TRY = 10.0  # seconds after which a wait is ended once more, should a destructor have swallowed the error
 LAST_SECONDS = 60  # that a worker stays after SIGTERM, so that the process can save what it has
 MAX_NAMED = 4  # images in a message
 IDLE = -1  # in place of the sample that a worker is reading
@@ -216,6 +218,8 @@ class SupervisedLoader(DataLoader[Any]):
         """Starts the workers at once; they end with the iterator."""
         others = set(multiprocessing.active_children())
         handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "") == signal_handling.__name__:  # of a plain DataLoader before
+            handler = signal.SIG_DFL
         if not self.persistent_workers:
             self.workers = []
         try:
@@ -358,7 +362,7 @@ def _alarm(check: Callable[[], None], first: float) -> Iterator[None]:
         try:
             check()
         except BaseException as reason:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, SECOND_TRY, CHECK_PERIOD)
             raise _Abandoned(reason) from None
 
     handler = signal.signal(signal.SIGALRM, ring)

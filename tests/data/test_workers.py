@@ -1,16 +1,18 @@
 """Data loading that fails does so with a sentence: workers killed, stopped or hanging, and a dataset's own errors."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data import workers
 from dinov2.data.images import BadImageError
@@ -48,6 +50,7 @@ def read(act: Callable[[], object], num_workers: int = 2, **settings: Any) -> li
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Waits are checked at once, and leave neither an alarm nor a handler behind."""
+    gc.collect()  # loaders of other tests, whose destructors would swallow the error of a wait
     monkeypatch.setattr(workers, "FIRST_CHECK", 0.1)
     monkeypatch.setattr(workers, "CHECK_PERIOD", 0.1)
     before = signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGCHLD)
@@ -190,3 +193,25 @@ def test_workers_that_stay_serve_several_epochs() -> None:
     loader.workers[0].kill()
     with pytest.raises(LoadingError, match="killed by SIGKILL"):
         [torch.as_tensor(batch) for batch in loader]
+
+
+def test_the_handler_of_a_plain_loader_raises_no_errors_afterwards() -> None:
+    assert sum(len(batch) for batch in DataLoader(range(8), batch_size=4, num_workers=1)) == 8  # type: ignore[arg-type]
+    with pytest.raises(LoadingError, match="killed by SIGKILL"):
+        read(kill_itself(signal.SIGKILL))
+    time.sleep(0.1)  # a handler that raises does so here
+
+
+def test_an_error_that_a_destructor_swallowed_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SECOND_TRY", 0.1)
+    calls = []
+
+    def swallow_the_first() -> None:
+        with suppress(BaseException):
+            time.sleep(5)
+        calls.append(time.monotonic())
+        time.sleep(60)
+
+    with pytest.raises(LoadingError, match="no batch of images came"):
+        read(swallow_the_first, num_workers=0, patience=0.2)
+    assert len(calls) == 1
