@@ -54,6 +54,7 @@ DropRate = Annotated[float, Limit("at least 0 and below 1", lambda x: 0 <= x < 1
 PositiveShare = Annotated[float, Limit("above 0 and at most 1", lambda x: 0 < x <= 1)]
 _SCALE = "as pixels are in [0, 1]: divide by 255 what was computed on a scale of 0 to 255"
 PixelMean = Annotated[float, Limit(f"from 0 to 1, {_SCALE}", lambda x: 0 <= x <= 1)]
+HueShift = Annotated[float, Limit("from 0 to 0.5, half the circle of hues", lambda x: 0 <= x <= 0.5)]
 PixelStd = Annotated[float, Limit(f"above 0 and at most 1, {_SCALE}", lambda x: 0 < x <= 1)]
 
 _ASCENDING = Limit("the smaller one first", lambda pair: pair[0] <= pair[1])
@@ -216,7 +217,7 @@ class Crops:
 class Augmentation:
     aspect_ratio: PositiveRange
     flip_probability: Probability
-    color_jitter: tuple[NotNegative, NotNegative, NotNegative, NotNegative]
+    color_jitter: tuple[NotNegative, NotNegative, NotNegative, HueShift]
     color_jitter_probability: Probability
     grayscale_probability: Probability
     blur_probabilities: tuple[Probability, Probability, Probability]
@@ -358,17 +359,6 @@ def packaged_names() -> list[str]:
     return sorted(f"{folder.name}/{item.name.removesuffix('.yaml')}" for folder, item in recipes)
 
 
-def validate(cfg: Config, source: str = "configuration") -> None:
-    """Check what one key alone cannot show.
-
-    Raises:
-        ConfigError: naming all settings that contradict each other.
-    """
-    problems = list(_contradictions(cfg))
-    if problems:
-        raise ConfigError("\n".join(f"{problem} (in {source})" for problem in problems))
-
-
 # --- Reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -500,7 +490,9 @@ def _describe(kind: Any) -> str:
     if origin in (Union, UnionType):
         return f"{_describe(args[0])}, or null"
     if origin is tuple:
-        return f"a list of {len(args)} values (each {_describe(args[0])})"
+        kinds = [_describe(each) for each in args]
+        same = len(set(kinds)) == 1
+        return f"a list of {len(args)} values ({f'each {kinds[0]}' if same else '; '.join(kinds)})"
     if origin is Literal:
         return f"one of {', '.join(args)}"
     text = "text (in quotes if it looks like something else)"
@@ -563,8 +555,9 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         student, teacher = (getattr(side, module).sharding_strategy for side in sides)
         if SHARDED_OVER[student] != SHARDED_OVER[teacher]:
             yield (
-                f"compute_precision.student.{module}.sharding_strategy = {student} and the teacher's, {teacher}, split "
-                f"weights in different ways, but the teacher is an average of the student's shards"
+                f"compute_precision.student.{module}.sharding_strategy = {student} and "
+                f"compute_precision.teacher.{module}.sharding_strategy = {teacher} split weights in different ways, "
+                f"but the teacher is an average of the student's shards"
             )
     width, heads = cfg.student.embed_dim, cfg.student.num_heads
     if width and heads and width % heads:
@@ -594,11 +587,18 @@ def _merge(sources: Sequence[_Source]) -> Config:
     for source in sources:
         values |= source.values
     cfg = _build(Config, values)
-    validate(cfg, ", ".join(source.name for source in sources) or "the defaults")
+    if problems := list(_contradictions(cfg)):
+        raise ConfigError("\n".join(f"{problem} (in {_origin(problem, sources)})" for problem in problems))
     for source in sources:
         if not source.values.keys() >= _RECORDED_KEYS:
             _warn_of_keys_without_effect(source, values)
     return cfg
+
+
+def _origin(problem: str, sources: Sequence[_Source]) -> str:
+    """Which sources set the keys that a problem names."""
+    named = [source.name for source in sources if any(key in problem for key in source.values)]
+    return ", ".join(named or [source.name for source in sources] or ["the defaults"])
 
 
 def _build(section: Any, values: Mapping[str, Any], prefix: str = "") -> Any:

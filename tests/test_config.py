@@ -630,6 +630,15 @@ def test_settings_that_contradict_each_other_are_named_together(words, named):
     assert all(text in str(error.value) for text in [*named, *words])
 
 
+def test_only_those_who_set_contradicting_keys_are_named():
+    with pytest.raises(ConfigError) as error:
+        load("train/vitl14", ["train.seed=3", "optim.epochs=5", "train.num_workers=1"])
+    assert str(error.value) == (
+        "optim.warmup_epochs = 80 is longer than optim.epochs = 5 "
+        f"(in {files('dinov2') / 'configs/train/vitl14.yaml'}, override 'optim.epochs=5')"
+    )
+
+
 def test_settings_that_do_not_matter_do_not_contradict():
     load(None, ["crops.local_crops_number=0", "crops.local_crops_size=95"])
     load(None, ["ibot.loss_weight=0", "ibot.mask_sample_probability=0", "ibot.mask_ratio_min_max=[0,0]"])

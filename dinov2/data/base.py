@@ -140,12 +140,12 @@ class ImageDataset(Dataset, ABC):
         return []
 
     def _warn_of_own_range(self, index: int) -> None:
-        """Once, if an image has more than 8 bits and none of the sample had."""
+        """Once, if an image has more than 8 bits and the sample had none to measure a range on."""
         if self.image_options.value_range is None and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%s has more than 8 bits, and no image of the sample has: each such image is mapped to 8 bits by its "
-                "own values; images.value_range=[low,high] sets one range for all",
+                "%s has more than 8 bits, and the sample had no such image to measure a range on: each is mapped to 8 "
+                "bits by its own values; images.value_range=[low,high] sets one range for all",
                 self.describe(index),
             )
 

@@ -106,6 +106,8 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     missing = [key for key in entry.required if not arguments.get(key)]
     if missing:
         raise ValueError(f"missing {' and '.join(missing)} in {dataset_str!r}; write {_usage(name)}")
+    if empty := [key for key, value in arguments.items() if not value]:  # as of a variable of the shell that is not set
+        raise ValueError(f"{' and '.join(empty)} empty in {dataset_str!r}; write {_usage(name)}")
     if entry.splits is not None and "split" in arguments:
         arguments["split"] = _known_split(entry.known_splits, arguments["split"], dataset_str)
     return name, arguments

@@ -130,11 +130,17 @@ def check_folder(folder: Path, *, given_as: str = "root") -> None:
         raise NotADirectoryError(f"{given_as}={folder} is {_what_file_is(folder)}")
     if set("*?[") & set(str(folder)):
         raise FileNotFoundError(
-            f"no folder {folder}: patterns are not expanded in {given_as}=; give a folder above the files, or a list "
-            "of them, ImageList:file=..."
+            f"no folder {_shown(folder)}: patterns are not expanded in {given_as}=; give a folder above the files, or a "
+            "list of them, ImageList:file=..."
         )
     existing = next((parent for parent in folder.parents if parent.is_dir()), Path())
-    raise FileNotFoundError(f"no folder {folder}; {_folders_in(existing)}")
+    raise FileNotFoundError(f"no folder {_shown(folder)}; {_folders_in(existing)}")
+
+
+def _shown(path: Path) -> str:
+    """A path as it is, or in quotes if one would not see what it is: with spaces at its ends, or unprintable."""
+    is_plain = str(path).isprintable() and all(part == part.strip() for part in path.parts)
+    return str(path) if is_plain else repr(str(path))
 
 
 _UNPACK = "unpack it and give the folder"
@@ -159,6 +165,7 @@ _FILE_KINDS = {
     ".mdb": "an LMDB database: export its images to a folder",
     ".npz": "a NumPy archive: export its images to a folder",
     ".npy": "a NumPy array: export its images to a folder",
+    "without suffix": "if they are images, list them: ImageList:file=... reads files of any name",
 } | dict.fromkeys(IMAGE_SUFFIXES, "a single image: give the folder that it lies in")
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -98,6 +99,8 @@ def _what_it_is(data: bytes) -> str:
 
 def is_cut_to_8_bits(image: Image.Image) -> bool:
     """Whether Pillow keeps only the upper 8 of 16 bits of an image whose header is open."""
+    if image.format == "PPM":
+        return _largest_of_ppm(image) > 255 and not is_deep(image)
     return image.format in ("PNG", "TIFF") and ";16" in _raw_mode(image) and not is_deep(image)
 
 
@@ -124,6 +127,8 @@ def read_16_bits(image: Image.Image, again: Image.Image) -> np.ndarray | None:
     Returns:
         The samples, (H, W, S) uint16; None for a layout in which that is not possible.
     """
+    if image.format == "PPM":
+        return _read_ppm(image)
     mode, _, order = _raw_mode(image).partition(";16")
     if mode == "LA":  # two samples of 16 bits are taken for four of 8
         _set_raw_mode(image, "RGBA")
@@ -135,6 +140,28 @@ def read_16_bits(image: Image.Image, again: Image.Image) -> np.ndarray | None:
     swapped = {"L": "B", "B": "L", "N": "B" if native_is_little else "L"}[order]
     _set_raw_mode(again, f"{mode};16{swapped}")
     return np.asarray(image).astype(np.uint16) << 8 | np.asarray(again)
+
+
+def _largest_of_ppm(image: Any) -> int:
+    """The number that the header of a PNM file gives to white; 1 where there is none."""
+    arguments = image.tile[0][3]
+    return int(arguments[-1]) if isinstance(arguments, tuple) else 1
+
+
+def _read_ppm(image: Any) -> np.ndarray:
+    """Red, green and blue of a PPM file, (H, W, 3) uint16, of which 65535 is white, as Pillow gives gray ones."""
+    decoder, _, offset, _ = image.tile[0]
+    shape, white = (image.height, image.width, 3), _largest_of_ppm(image)
+    file = image.fp
+    file.seek(offset)
+    if decoder == "ppm_plain":
+        lines = (line.partition(b"#")[0] for line in file)
+        values = np.array(b" ".join(lines).split()[: math.prod(shape)], np.uint16)
+    else:
+        values = np.frombuffer(file.read(2 * math.prod(shape)), ">u2")
+    if values.size < math.prod(shape):
+        raise ValueError(f"its pixels are cut off: {values.size:,} of {math.prod(shape):,} samples")
+    return np.minimum(np.rint(values * (65535 / white)), 65535).astype(np.uint16).reshape(shape)
 
 
 def _raw_mode(image: Image.Image) -> str:

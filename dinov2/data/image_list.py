@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,19 +101,21 @@ def read_list(file: Path) -> tuple[list[str], list[str] | None]:
         raise ValueError(f"{file} is empty")
     if {"path", "label"} <= set(first):
         columns = [first.index("path"), first.index("label")]
-        rows = []
     else:
         columns = list(range(len(first)))
-        rows = [first]
+        lines = chain([(number, first)], lines)
         if len(first) > 2:
             raise ValueError(
                 f"line {number} of {file} has {len(first)} columns; expected a path and a label, or a first line that "
                 f"names the columns, two of them path and label"
             )
+    rows = []
     for number, row in lines:
         if len(row) != len(first):
             raise ValueError(f"line {number} of {file} has {len(row)} column(s), the first has {len(first)}: {row}")
         rows.append([row[column] for column in columns])
+        if "" in (cell.strip() for cell in rows[-1]):
+            raise ValueError(f"line {number} of {file} has an empty path or label: {row}")
     if not rows:
         raise ValueError(f"{file} names no image")
     return [row[0] for row in rows], [row[1].strip() for row in rows] if len(columns) == 2 else None

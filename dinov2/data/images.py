@@ -7,6 +7,7 @@ Every image of every dataset, visualization and evaluation is read and decoded h
 import io
 import os
 import stat
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -93,15 +94,25 @@ def read_image_file(path: str | Path, options: ImageOptions = DEFAULT_OPTIONS) -
         OSError: It is missing, no regular file (a named pipe, a device, a folder), or larger than the limit.
     """
     # Without O_NONBLOCK, opening a named pipe waits for ever for somebody who writes to it.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        status = os.fstat(file.fileno())
+    with _descriptor(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) as descriptor:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is {kind_of_file(status.st_mode)}, not a regular file")
         if status.st_size > options.max_bytes:
             raise OSError(
                 f"{path} has {status.st_size / 2**20:,.0f} MiB, limit {options.max_file_size:,} (images.max_file_size)"
             )
-        return file.read(status.st_size)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(status.st_size)
+
+
+@contextmanager
+def _descriptor(path: str | Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def kind_of_file(mode: int) -> str:
@@ -320,8 +331,10 @@ def _decoding(data: bytes) -> Iterator[None]:
             yield
     except UnknownFormatError as error:
         raise ImageDecodeError(f"{len(data)} bytes {error}") from error
-    except Exception as error:  # broken files make Pillow raise nearly anything: SyntaxError, struct.error, ...
-        raise ImageDecodeError(f"cannot decode {len(data)} bytes: {error}") from error
+    except Exception as error:  # broken files make Pillow raise nearly anything: SyntaxError, OverflowError, ...
+        is_short = isinstance(error.__cause__ or error, struct.error)  # whose words are of buffers and offsets
+        reason = "they end within the header, or it is damaged" if is_short else error
+        raise ImageDecodeError(f"cannot decode {len(data)} bytes: {reason}") from error
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

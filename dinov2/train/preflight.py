@@ -1,7 +1,7 @@
 """Settings that go together badly: each is allowed by itself, and no run is any good with them.
 
-What can teach nothing is an error, what works but is hardly wanted a warning. Unlike `config.validate`, this is asked
-before a training only: what an earlier run made with such settings can still be evaluated.
+What can teach nothing is an error, what works but is hardly wanted a warning. Unlike what `config.load` refuses, this
+is asked before a training only: what an earlier run made with such settings can still be evaluated.
 """
 
 import math
@@ -36,6 +36,15 @@ MAX_DROP_PATH = 0.75
 MIN_LAYERWISE_DECAY = 0.5
 """At which the learning rate ten blocks below the last one is a thousandth; the published recipes have 0.9 at least."""
 
+MIN_CLIP_GRAD = 1e-3
+"""At which gradients of 100 million weights are near AdamW's epsilon of 1e-8; the published recipes have 3."""
+
+MAX_MASK_RATIO = 0.9
+"""Share of a crop's patches that are masked in every masked crop; the published recipes have 0.1 to 0.5."""
+
+MAX_JITTER = 1.0
+"""Of brightness, contrast and saturation; the published recipes have 0.4 at most."""
+
 MIN_STD = 0.01
 """Of pixels in [0, 1], which are divided by it; a step of 8-bit grey levels is 0.004."""
 
@@ -69,6 +78,8 @@ def check_settings(cfg: Config, world_size: int) -> list[str]:
         *_batch(cfg, world_size),
         *_network(cfg),
         *_crops(cfg),
+        *_pixels(cfg),
+        *_health(cfg),
     ]
 
 
@@ -169,6 +180,8 @@ def _optimizer(cfg: Config) -> Iterator[str]:
     if decayed > MAX_DECAY_PER_STEP:
         keys = _set(cfg, "optim.weight_decay", "optim.weight_decay_end")
         yield f"{keys}: at {_peak(cfg)} a step takes up to {decayed:.1%} of every weight"
+    if 0 < (optim.clip_grad or 0) < MIN_CLIP_GRAD:
+        yield f"{_set(cfg, 'optim.clip_grad')}: gradients are cut to where AdamW takes them for zero; 0 = no limit"
     if optim.adamw_beta1 > optim.adamw_beta2:
         yield f"{_set(cfg, 'optim.adamw_beta1')} is above {_set(cfg, 'optim.adamw_beta2')}: swapped?"
     precision = "compute_precision.student.backbone.mixed_precision.param_dtype"
@@ -231,10 +244,27 @@ def _network(cfg: Config) -> Iterator[str]:
         yield f"{_set(cfg, 'student.drop_path_rate')}: an image skips {mean:.0%} of the blocks"
 
 
-def _crops(cfg: Config) -> Iterator[str]:
-    crops, number = cfg.crops, _set(cfg, "crops.local_crops_number")
+def _health(cfg: Config) -> Iterator[str]:
+    health = cfg.health
+    needed = {"health.period": health.period == 0}
+    if health.best_by == "knn":
+        needed |= {"health.knn_period": health.knn_period == 0, "health.knn_dataset": health.knn_dataset == "none"}
+    missing = [key for key, is_off in needed.items() if is_off]
+    if health.best_by != "auto" and missing:
+        yield f"{_set(cfg, 'health.best_by', *missing)}: that is not measured, so that no teacher is called the best"
+
+
+def _pixels(cfg: Config) -> Iterator[str]:
     if min(cfg.augmentation.std) < MIN_STD:
         yield f"{_set(cfg, 'augmentation.std')}: pixels in [0, 1] are divided by less than {MIN_STD}"
+    if max(cfg.augmentation.color_jitter) > MAX_JITTER:
+        yield f"{_set(cfg, 'augmentation.color_jitter')}: above {MAX_JITTER:g} many crops are black, white or garish"
+    if cfg.ibot.loss_weight > 0 and min(cfg.ibot.mask_ratio_min_max) > MAX_MASK_RATIO:
+        yield f"{_set(cfg, 'ibot.mask_ratio_min_max')}: a masked crop shows hardly anything to predict the rest from"
+
+
+def _crops(cfg: Config) -> Iterator[str]:
+    crops, number = cfg.crops, _set(cfg, "crops.local_crops_number")
     for kind in ["global", "local"] if crops.local_crops_number > 0 else ["global"]:
         size, scale = f"crops.{kind}_crops_size", f"crops.{kind}_crops_scale"
         if attrgetter(size)(cfg) == cfg.student.patch_size:

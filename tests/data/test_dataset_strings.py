@@ -62,6 +62,8 @@ def test_published_string():
         ("ImageNet22k", "missing root and extra in 'ImageNet22k'; write ImageNet22k:root=...:extra=..."),
         ("ImageNet22k:root=/x:extra=/y:split=TRAIN", "unknown key 'split' .*; write ImageNet22k:root=...:extra=..."),
         ("ImageFolder:root=", "missing root"),
+        ("ImageFolder:root=/x:split=", r"split empty in .*; write ImageFolder:root=...\[:split=...\]"),
+        ("ImageList:file=/x:root=:classes=", "root and classes empty"),
         ("ImageFolder:root=/nowhere:splt=val", r"unknown key 'splt' \(did you mean split\?\)"),
         ("ImageFolder:root=/x:root=/y", "given twice"),
         ("FashionMNIST", r"missing split .*write FashionMNIST:split=TRAIN\|VAL\[:root=...\]"),

@@ -138,6 +138,8 @@ def test_an_eps_file_named_jpg_starts_no_program(root, tmp_path, monkeypatch):
         (bytes(4) + b"ftypheic" + bytes(40), "HEIC: convert"),
         (bytes(128) + b"DICM", "DICOM"),
         (bytes(1000), "only zeros"),
+        (b"\xff\xd8\xff\xe0", "4 bytes: they end within the header"),
+        (b"GIF89a", "6 bytes: they end within the header"),
         (b"", "empty"),
         (b"PK\x03\x04" + bytes(40), "zip archive"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
@@ -215,6 +217,12 @@ def test_a_named_pipe_in_a_list_is_an_unreadable_image(root):
         ImageList(file=root / "list.txt").get_image(1)
 
 
+def test_a_folder_in_a_list_is_an_unreadable_image(root):
+    (root / "list.txt").write_text("0.png\n../images\n")
+    with pytest.raises(BadImageError, match=r"\.\./images is a folder, not a regular file"):
+        ImageList(file=root / "list.txt").get_image(1)
+
+
 def test_other_files_are_counted_by_suffix_also_from_the_stored_list(root, caplog):
     caplog.set_level("INFO")
     for name in ("a.txt", "b.txt", "c.HEIC", "README"):
@@ -263,6 +271,12 @@ def test_a_root_that_is_no_folder_is_called_what_it_is(tmp_path, name, make, wha
 def test_a_pattern_for_a_root_is_not_expanded(root):
     with pytest.raises(FileNotFoundError, match="patterns are not expanded in root="):
         make_dataset(dataset_str=f"ImageFolder:root={root}/*.png")
+
+
+@pytest.mark.parametrize("name", [" set", "set ", "a\nb", "a\0b"])
+def test_a_missing_folder_whose_name_one_would_not_see_is_named_in_quotes(root, name):
+    with pytest.raises(FileNotFoundError, match="no folder '.*'; folders in"):
+        ImageFolder(root=f"{root}/{name}")
 
 
 def test_the_missing_part_of_a_path_is_named(root):

@@ -112,6 +112,9 @@ def test_numbers_with_classes(root):
         ("a.png\t-1\nb c.png\t0\n", "has labels -1 to 0; they must be at least 0$"),
         ("a.png 1\nb c.png 2\n", "no file .*/a.png 1, which .*list.tsv names first; .* separated by tabs"),
         ("nothing.png\t1\n", "no file .*/nothing.png, which"),
+        ("a.png\t1\nb c.png\t\n", r"line 2 of .*list.tsv has an empty path or label: \['b c.png', ''\]"),
+        ("a.png\t\n", "line 1 of .*list.tsv has an empty path or label"),
+        (" \n", "line 1 of .*list.tsv has an empty path or label"),
     ],
 )
 def test_mistakes_are_named(root, content, message):

@@ -219,7 +219,19 @@ def test_a_deep_image_that_the_sample_missed_is_warned_of_once(tmp_path, caplog,
     dataset = make_dataset(dataset_str=f"ImageFolder:root={root}")
     assert np.asarray(dataset.get_image(1)).max() == np.asarray(dataset.get_image(1)).max() == 255
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "b.png has more than 8 bits, and no image of the sample has" in warning
+    assert "b.png has more than 8 bits, and the sample had no such image to measure a range on" in warning
+
+
+@pytest.mark.parametrize(("file_format", "largest"), [("P6", 65535), ("P6", 4095), ("P3", 65535)])
+def test_all_16_bits_of_a_ppm_are_used(file_format, largest):
+    samples = waves(3, 4095)
+    pixels = samples.astype(">u2").tobytes() if file_format == "P6" else " ".join(map(str, samples.ravel())).encode()
+    header = f"{file_format}\n# 50 x 40\n50 40\n{largest}\n".encode()
+    comment = b"# a comment 7\n" if file_format == "P3" else b""
+    found = np.asarray(decode_image(header + comment + pixels))
+    np.testing.assert_array_equal(found, to_8_bit(samples, (0, 4095)))
+    with pytest.raises(ImageDecodeError, match="cut off"):
+        decode_image(header + pixels[:1000])
 
 
 def encode(image, file_format="PNG", **options):

@@ -88,6 +88,12 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     (["crops.global_crops_scale=[0.0001,0.5]"], "crops.global_crops_scale = [0.0001, 0.5]: a crop of less than 0.001"),
     (["crops.local_crops_size=7"], "crops.local_crops_size = 7 is one patch (student.patch_size = 7)"),
     (["crops.global_crops_size=7", "ibot.loss_weight=0"], "crops.global_crops_size = 7 is one patch"),
+    # pixels and health
+    (["optim.clip_grad=1e-9"], "optim.clip_grad = 1e-09: gradients are cut to where AdamW takes them for zero"),
+    (["augmentation.color_jitter=[40,40,20,0.1]"], "augmentation.color_jitter = [40, 40, 20, 0.1]: above 1"),
+    (["ibot.mask_ratio_min_max=[1,1]"], "ibot.mask_ratio_min_max = [1, 1]: a masked crop shows hardly anything"),
+    (["health.best_by=knn", "health.knn_dataset=none"], "health.best_by = knn, health.knn_dataset = none: that is not"),
+    (["health.best_by=cls_rank_me", "health.period=0"], "health.best_by = cls_rank_me, health.period = 0: that is not"),
     (["dino.loss_weight=0"], "crops.local_crops_number = 4 has no effect with dino.loss_weight = 0"),
 ]
 
@@ -113,6 +119,9 @@ IBOT_HEAD = ["ibot.separate_head=true", "ibot.head_n_prototypes=128"]
         ["crops.local_crops_size=28", "crops.local_crops_scale=[0.75,1]"],
         ["train.checkpoint_period=800", "train.checkpoint_keep_every=800", "health.knn_period=800"],
         ["augmentation.mean=[0,0,0]", "augmentation.std=[1,1,1]"],
+        ["optim.clip_grad=0", "health.knn_dataset=none", "health.period=0", "ibot.mask_ratio_min_max=[0.1,1]"],
+        ["health.best_by=cls_rank_me", "health.knn_dataset=none"],
+        ["augmentation.color_jitter=[1,1,1,0.5]"],
         ["train.batch_size_per_gpu=1", "train.accumulate_steps=64", "dino.koleo_loss_weight=0"],
     ],
 )
