@@ -130,8 +130,8 @@ def check_folder(folder: Path, *, given_as: str = "root") -> None:
         raise NotADirectoryError(f"{given_as}={folder} is {_what_file_is(folder)}")
     if set("*?[") & set(str(folder)):
         raise FileNotFoundError(
-            f"no folder {_shown(folder)}: patterns are not expanded in {given_as}=; give a folder above the files, or a "
-            "list of them, ImageList:file=..."
+            f"no folder {_shown(folder)}: patterns are not expanded in {given_as}=; give a folder above the files, "
+            "or a list of them, ImageList:file=..."
         )
     existing = next((parent for parent in folder.parents if parent.is_dir()), Path())
     raise FileNotFoundError(f"no folder {_shown(folder)}; {_folders_in(existing)}")
