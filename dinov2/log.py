@@ -5,6 +5,7 @@ makes neither the CPU wait for the GPU nor the processes for each other every st
 processes, where that was asked for, and fetched together.
 """
 
+import io
 import json
 import logging
 import math
@@ -36,6 +37,7 @@ T = TypeVar("T")
 # I20230417 17:55:51 1234 dinov2.train.train train.py:233] message
 _FORMAT = "%(levelname).1s%(asctime)s %(process)d %(name)s %(filename)s:%(lineno)s] %(message)s"
 _DATE_FORMAT = "%Y%m%d %H:%M:%S"
+_UNPRINTABLE = "backslashreplace"  # of names of files, which may be of any bytes
 
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -109,7 +111,7 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
     if output_dir is not None:
         path = log_path(output_dir, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(path))
+        handlers.append(_LogFile(path, encoding="utf-8", errors=_UNPRINTABLE))
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if isinstance(handler, (_Console, _LogFile))]:
         root.removeHandler(old)
@@ -130,6 +132,8 @@ def run_command(command: Callable[[], int | None], *, after_interrupt: str = "")
     `after_interrupt`.
     """
     setup_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors=_UNPRINTABLE)
     try:
         return command() or 0
     except KeyboardInterrupt:

@@ -7,6 +7,8 @@ import os
 import random
 import re
 import statistics
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +121,24 @@ def test_repeated_calls_add_no_lines_and_a_new_folder_replaces_the_old(
     assert (tmp_path / "a/logs/log.txt").read_text().count("\n") == 1
     assert (tmp_path / "b.log").read_text().count("second") == 1
     assert capsys.readouterr().out.count("\n") == 2
+
+
+def test_names_that_are_not_text_are_printed_and_logged(tmp_path: Path) -> None:
+    code = """
+import os, sys
+from dinov2.log import logger, run_command, setup_logging
+def command():
+    setup_logging(sys.argv[1])
+    logger.info("reading %s", os.fsdecode(b"caf\\xe9"))
+    sys.stdout.write(os.fsdecode(b"caf\\xe9") + "\\n")
+sys.exit(run_command(command))
+"""
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("reading caf\\udce9\ncaf\\udce9\n")
+    assert done.stderr == ""
+    assert "reading caf\\udce9\n" in (tmp_path / "logs/log.txt").read_text()
 
 
 def test_warnings_are_logged(tmp_path: Path, logging_restored: None) -> None:
