@@ -34,6 +34,16 @@ class Samples(NamedTuple):
         return self.alpha is not None and float(self.alpha.min()) < self.opaque
 
 
+def check_usable(tiff: TiffHeader) -> None:
+    """Refuses samples that are no gray, nor red, green and blue.
+
+    Raises:
+        ValueError: Saying what the file is.
+    """
+    if tiff.kind == "c" or tiff.photometric not in (0, 1, 2):
+        raise ValueError(f"{tiff}, color model {tiff.photometric}, which cannot be used; convert it to gray or RGB")
+
+
 def read_samples(data: bytes, tiff: TiffHeader | None, max_pixels: int) -> Samples:
     """Reads the first band of an image file, or the first three, and its alpha.
 
@@ -83,8 +93,6 @@ def map_to_rgb(samples: Samples, tiff: TiffHeader | None, value_range: ValueRang
 
 def _read_tiff(data: bytes, tiff: TiffHeader, max_pixels: int) -> tuple[np.ndarray, bool]:
     """All samples of a TIFF file, (H, W, S), and whether they have been turned upright."""
-    if tiff.kind == "c" or tiff.photometric not in (0, 1, 2):
-        raise ValueError(f"{tiff}, color model {tiff.photometric}, which cannot be used; convert it to gray or RGB")
     if tiff.samples * tiff.bits > 8 * max(_MAX_BYTES_PER_PIXEL, len(data) // max(math.prod(tiff.size), 1)):
         check_pixels((tiff.size[0] * tiff.samples, tiff.size[1]), max_pixels)
     is_turned = False

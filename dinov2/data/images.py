@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from dinov2.data.deep_pixels import Samples, map_to_rgb, read_samples
+from dinov2.data.deep_pixels import Samples, check_usable, map_to_rgb, read_samples
 from dinov2.data.image_formats import UnknownFormatError, bits_of_jpeg2000, is_cut_to_8_bits, is_deep, open_header
 from dinov2.data.image_limits import check_header, check_jpeg_scans, check_pixels, png_chunks
 from dinov2.data.pixel_range import ValueRange
@@ -180,6 +180,8 @@ class FilePicture(Picture):
         else:
             self.is_deep = is_deep(self.opened) or is_cut_to_8_bits(self.opened)
         self._is_unknown_to_pillow = self._opened is None
+        if self.tiff is not None and (self.is_deep or self._is_unknown_to_pillow):
+            check_usable(self.tiff)
         self._orientation = self.tiff.orientation if self.tiff is not None else self._read_orientation()
         self._is_plain_jpeg = is_jpeg and self.opened.mode == "RGB" and self._orientation not in _UPRIGHT
         self.size = (stored[1], stored[0]) if self._orientation in _SIDEWAYS else stored

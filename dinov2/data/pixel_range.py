@@ -39,6 +39,11 @@ class RangeMeasurement:
         self._whole = True
         self.samples: list[np.ndarray] = []
 
+    @property
+    def num_images(self) -> int:
+        """Number of images that were measured."""
+        return sum(self.types.values())
+
     def add(self, values: np.ndarray) -> None:
         """Takes the values of an image into account, any shape and real type."""
         name = values.dtype.name

@@ -18,6 +18,7 @@ LARGE = 100 * 10**6  # pixels of an image that slows the loading down
 FEW_LEVELS = 32  # gray levels of 256
 _MAX_DECODED = 64 * 10**6  # pixels of images that are decoded, of more than 8 bits and of transparent ones each
 _MUCH_CLIPPED = 0.01  # share of the values
+_MANY_POOR = 0.1  # share of the images; some are nearly empty in any dataset, such as slices above a head
 _MOST_NAMED = 5
 
 
@@ -73,17 +74,19 @@ class ImageSurvey:
 
     def _notes_on_values(self) -> list[tuple[int, str]]:
         value_range, measured = self.options.value_range, self.measurement
-        if not self.num_deep or value_range is None or not measured.samples:
-            return []
+        empty = measured.num_images - len(measured.samples)
+        text = f"{empty} of {measured.num_images} images of more than 8 bits have no finite value: they become black"
+        notes = [(logging.WARNING, text)] if empty else []
+        if value_range is None or not measured.samples:
+            return notes
         low, high = (f"{value:,.6g}" for value in value_range)
         types = " and ".join(sorted(measured.types))
         found = f"{measured.smallest:,.6g} to {measured.largest:,.6g}"
         text = (
             f"{self.num_deep:,} of {self.num_sampled:,} images sampled have more than 8 bits: pixel values of {types}"
         )
-        notes = [
-            (logging.INFO, f"{text} from {found}; {low} to {high} is mapped to 0..255 (images.value_range sets this)")
-        ]
+        mapped = f"{low} to {high} is mapped to 0..255 (images.value_range sets this)"
+        notes.append((logging.INFO, f"{text} from {found}; {mapped}"))
         clipped = float(np.mean([share_outside(values, value_range) for values in measured.samples]))
         if clipped > _MUCH_CLIPPED:
             text = f"{100 * clipped:.1f} % of the pixel values lie outside of {low} to {high} and are clipped"
@@ -96,9 +99,8 @@ class ImageSurvey:
             text = (
                 f"{poor} of {len(measured.samples)} images of more than 8 bits keep fewer than {FEW_LEVELS} gray levels"
             )
-            notes.append(
-                (logging.WARNING, f"{text} of 256: {low} to {high} is a wide range for them (images.value_range)")
-            )
+            level = logging.WARNING if poor > _MANY_POOR * len(measured.samples) else logging.INFO
+            notes.append((level, f"{text} of 256: {low} to {high} is a wide range for them (images.value_range)"))
         return notes
 
 

@@ -211,6 +211,14 @@ def test_few_gray_levels_are_warned_of(tmp_path, caplog):
     assert "1 of 2 images of more than 8 bits keep fewer than 32 gray levels of 256" in caplog.text
 
 
+def test_a_few_dark_images_among_many_are_nothing_to_warn_of(tmp_path, caplog):
+    caplog.set_level("INFO")
+    files = {f"{i}.png": png_16(waves(1, 4095 if i else 200)) for i in range(12)}
+    make_dataset(dataset_str=f"ImageFolder:root={folder(tmp_path / 'x', files)}")
+    assert "1 of 12 images of more than 8 bits keep fewer than 32 gray levels" in caplog.text
+    assert {record.levelname for record in caplog.records} == {"INFO"}
+
+
 def test_a_deep_image_that_the_sample_missed_is_warned_of_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("dinov2.data.survey.NUM_SAMPLED", 1)
     plain = io.BytesIO()
@@ -220,6 +228,17 @@ def test_a_deep_image_that_the_sample_missed_is_warned_of_once(tmp_path, caplog,
     assert np.asarray(dataset.get_image(1)).max() == np.asarray(dataset.get_image(1)).max() == 255
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "b.png has more than 8 bits, and the sample had no such image to measure a range on" in warning
+
+
+def test_images_without_any_finite_value_are_warned_of(tmp_path, caplog):
+    files = {name: tiff(np.full((8, 8), np.nan, np.float32)) for name in ("a.tif", "b.tif")}
+    make_dataset(dataset_str=f"ImageFolder:root={folder(tmp_path / 'x', files)}")
+    files["c.tif"] = tiff(WAVES.astype(np.float32))
+    make_dataset(dataset_str=f"ImageFolder:root={folder(tmp_path / 'y', files)}")
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "2 of 2 images of more than 8 bits have no finite value: they become black",
+        "2 of 3 images of more than 8 bits have no finite value: they become black",
+    ]
 
 
 @pytest.mark.parametrize(("file_format", "largest"), [("P6", 65535), ("P6", 4095), ("P3", 65535)])
