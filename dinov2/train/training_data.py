@@ -9,6 +9,7 @@ from dinov2.config import Config, ConfigError
 from dinov2.data import make_dataset
 from dinov2.data.base import ImageDataset
 from dinov2.data.images import ImageOptions
+from dinov2.train.checkpoint_folder import latest_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,16 @@ def open_dataset(cfg: Config, *, resume: bool) -> tuple[Config, ImageDataset]:
 
 
 def _former_range(cfg: Config) -> tuple[float, float] | None:
-    """The range of pixel values in the output folder's configuration, if that is of the same dataset."""
+    """The range of pixel values of the run in the output folder, if it has trained, and on the same dataset.
+
+    Raises:
+        OSError: It cannot be seen whether there are checkpoints.
+    """
+    output = Path(cfg.train.output_dir)
+    if latest_checkpoint(output / "checkpoints") is None:
+        return None
     try:
-        former = config.load(Path(cfg.train.output_dir) / "config.yaml")
-    except (ConfigError, OSError):  # there is none; a damaged one is an error of resuming, if there is a checkpoint
+        former = config.load(output / "config.yaml")
+    except (ConfigError, OSError):  # a damaged one is an error of resuming
         return None
     return former.images.value_range if former.train.dataset_path == cfg.train.dataset_path else None

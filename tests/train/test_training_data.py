@@ -63,6 +63,13 @@ def test_another_dataset_is_measured_anew(tmp_path: Path) -> None:
         assert dataset.image_options.value_range == cfg.images.value_range == (0, 2 ** high.bit_length() - 1)
 
 
+def test_what_has_not_trained_decides_no_range(tmp_path: Path) -> None:
+    words = [f"train.dataset_path=ImageFolder:root={write_deep(tmp_path / 'x', 4000)}", f"train.output_dir={tmp_path}"]
+    config.save(config.load(CONFIG_FILE, [*words, "images.value_range=[0,7]"]), tmp_path / "config.yaml")
+    cfg, _ = train.open_dataset(config.load(CONFIG_FILE, words), resume=True)
+    assert cfg.images.value_range == (0, 4095)
+
+
 def test_plain_images_leave_the_range_open(tmp_path: Path) -> None:
     cfg, dataset = train.open_dataset(config.load(CONFIG_FILE), resume=True)
     assert cfg.images.value_range is dataset.image_options.value_range is None
