@@ -110,8 +110,8 @@ def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> D
         if name in state and state[name].shape != wanted[name].shape:
             state[name] = fit(state[name], model, source)
     missing = [name for name in wanted if name not in state]
-    for name in [name for name in state if name not in wanted and name.startswith(_HEADS)]:
-        del state[name]
+    if not missing:
+        state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_HEADS)}
     foreign = [name for name in state if name not in wanted]
     misshapen = [
         f"{name} (file {tuple(state[name].shape)}, model {tuple(wanted[name].shape)})"
