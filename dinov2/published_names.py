@@ -20,6 +20,8 @@ from typing import Any
 _SHARDING = "sharding is dinov2.train.parallel.parallelize, checkpoints are dinov2.train.checkpoint.Checkpointer"
 _DINO_TXT = "it belongs to dino.txt, which is no part of this package"
 _CLUSTER = "clusters are dinov2.run.slurm and dinov2.run.partition, whose settings are flags of the launchers"
+_KERNEL = "attention_backend chooses the kernel, see dinov2.layers.attention"
+_PACKED = "a block packs batches of different sizes by dinov2.layers.pack"
 _DENSE = "dense tasks are no part of this package"
 _HERE = "dinov2.published_names"
 
@@ -70,21 +72,38 @@ TABLE: dict[str, dict[str, str]] = {
         "ShardedGradScaler": "use torch.amp.GradScaler",
     },
     "dinov2.hub.depthers": {"": _DENSE},
+    "dinov2.hub.dinotxt": {"": _DINO_TXT},
     "dinov2.hub.segmenters": {"": _DENSE},
+    "dinov2.hub.text": {"": _DINO_TXT},
+    "dinov2.hub.utils": {"CenterPadding": "images are padded to whole patches by torch.nn.functional.pad"},
     "dinov2.layers": {"CausalAttentionBlock": _DINO_TXT, "SwiGLUFFNAligned": _DINO_TXT},
-    "dinov2.layers.block": {"CausalAttentionBlock": _DINO_TXT},
+    "dinov2.layers.attention": dict.fromkeys(("XFORMERS_AVAILABLE", "XFORMERS_ENABLED"), _KERNEL),
+    "dinov2.layers.block": {
+        "CausalAttentionBlock": _DINO_TXT,
+        **dict.fromkeys(("XFORMERS_AVAILABLE", "XFORMERS_ENABLED"), _KERNEL),
+        **dict.fromkeys(("attn_bias_cache", "get_attn_bias_and_cat"), _PACKED),
+        **dict.fromkeys(
+            ("drop_add_residual_stochastic_depth", "drop_add_residual_stochastic_depth_list"),
+            "stochastic depth is part of dinov2.layers.Block",
+        ),
+    },
+    "dinov2.layers.drop_path": {"drop_path": "use the module dinov2.layers.DropPath"},
     "dinov2.layers.mlp": {"Mlp": "dinov2.layers:Mlp"},
     "dinov2.layers.swiglu_ffn": {
         "SwiGLUFFN": "dinov2.layers:SwiGLUFFN",
         "SwiGLUFFNAligned": _DINO_TXT,
         "SwiGLUFFNFused": "dinov2.layers:SwiGLUFFNFused",
+        **dict.fromkeys(("XFORMERS_AVAILABLE", "XFORMERS_ENABLED"), _KERNEL),
     },
     "dinov2.logging": {name: f"dinov2.log:{name}" for name in ("MetricLogger", "SmoothedValue", "setup_logging")},
     "dinov2.loss.dino_clstoken_loss": {"DINOLoss": "dinov2.loss:DINOLoss"},
     "dinov2.loss.ibot_patch_loss": {"iBOTPatchLoss": "dinov2.loss:iBOTPatchLoss"},
     "dinov2.loss.koleo_loss": {"KoLeoLoss": "dinov2.loss:KoLeoLoss"},
     "dinov2.models": {"build_model_from_cfg": f"{_HERE}:build_model_from_cfg"},
-    "dinov2.models.vision_transformer": {"BlockChunk": "blocks are never in chunks: model.blocks is one list"},
+    "dinov2.models.vision_transformer": {
+        "BlockChunk": "blocks are never in chunks: model.blocks is one list",
+        **dict.fromkeys(("init_weights_vit_timm", "named_apply"), "weights are drawn by model.init_weights()"),
+    },
     "dinov2.run.submit": {
         "get_args_parser": "use dinov2.run.submission.make_parser",
         "get_shared_folder": "the folder of a job is its output folder",

@@ -72,7 +72,12 @@ class LinearCheckpointer:
         if not re.fullmatch(r"[\w-]+\.pth", name):
             raise ValueError(f"{self.pointer} is damaged: {name[:40]!r} is no name of a checkpoint; {START_ANEW}")
         path = self.output_dir / name
-        state = read_checkpoint(path)
+        try:
+            state = read_checkpoint(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"{self.pointer} names {name}, which is not there; {START_ANEW}") from error
+        except ValueError as error:
+            raise ValueError(f"{error}; {START_ANEW}") from error
         stored = state["run"]
         other = [key for key, value in self.run.items() if stored.get(key) != value]
         if other:

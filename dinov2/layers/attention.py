@@ -138,7 +138,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     The gradient of the fused kernel takes 2 to 4 times as long there.
     """
-    if q.is_cpu and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16):
+    if q.is_cpu and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16) and not torch.jit.is_tracing():
         return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

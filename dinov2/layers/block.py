@@ -15,6 +15,8 @@ from dinov2.layers.hooks import has_hooks
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.packing import Segments, pack, unpack
 
+_TAKES_SEGMENTS = Attention.forward  # other code replaces it, for a class or a single module, by one for batches
+
 SUBSET_THRESHOLD = 0.1
 """Up to this rate a single batch masks its residuals; above, and always for several groups, it skips the work."""
 
@@ -125,7 +127,7 @@ class Block(nn.Module):
         x = self.norm1(x)
         if segments is None:
             return self.attn(x)
-        if isinstance(self.attn, Attention):
+        if getattr(self.attn.forward, "__func__", None) is _TAKES_SEGMENTS:
             return self.attn(x, segments)
         return pack([self.attn(group) for group in unpack(x, segments)])[0]  # attention of others takes batches
 

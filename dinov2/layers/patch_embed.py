@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
         self.in_chans = in_chans
         self.embed_dim = embed_dim
         self.flatten_embedding = flatten_embedding
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+        self.proj: nn.Module = nn.Conv2d(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,10 +55,12 @@ class PatchEmbed(nn.Module):
         if images.ndim != 4:
             hint = "; one image needs a batch dimension: image.unsqueeze(0)" if images.ndim == 3 else ""
             raise ValueError(f"images are (B, {self.in_chans}, H, W), not {tuple(images.shape)}{hint}")
-        if images.shape[1] != self.in_chans:
+        # Other code replaces the projection: by one of more channels, or by something that takes any.
+        channels = self.proj.in_channels if isinstance(self.proj, nn.Conv2d) else images.shape[1]
+        if images.shape[1] != channels:
             raise ValueError(
-                f"images {tuple(images.shape)} have {images.shape[1]} channels, but this model takes {self.in_chans}: "
-                f"(B, {self.in_chans}, H, W)"
+                f"images {tuple(images.shape)} have {images.shape[1]} channels, but this model takes {channels}: "
+                f"(B, {channels}, H, W)"
             )
         if not images.is_floating_point():
             raise ValueError(f"images are floating-point numbers after normalization, not {images.dtype}")

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 """Names that data parallelism, the compiler, sharding and activation checkpointing put into those of parameters."""
 
+_COUNTER = "n_averaged"  # of updates, beside the averaged weights of torch.optim.swa_utils
 _DEEPEST = 8  # dictionaries in dictionaries; a file may hold one that contains itself
 _WRAPPED = re.compile(rf"(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
 _PROJECTION = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, PATCH_PROJECTIONS))})$")
@@ -75,13 +76,14 @@ def choose(networks: Sequence[str], checkpoint_key: str, source: str) -> str:
 
 
 def without_wrappers(tensors: StateDict, source: str) -> StateDict:
-    """A state dict without the names of wrappers in those of its tensors.
+    """A state dict without what wrappers add: names in those of its tensors, and the counter of averaging.
 
     Raises:
         ValueError: If that gives two tensors one name.
     """
-    plain = {_WRAPPED.sub("", name): value for name, value in tensors.items()}
-    if len(plain) < len(tensors):
+    counted = {name: value for name, value in tensors.items() if name.rpartition(".")[2] != _COUNTER}
+    plain = {_WRAPPED.sub("", name): value for name, value in counted.items()}
+    if len(plain) < len(counted):
         raise ValueError(f"{source} holds tensors with and without wrapper ({', '.join(WRAPPERS)}) of the same name")
     return plain
 

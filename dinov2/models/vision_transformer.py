@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dinov2.layers import Block, Mlp, PatchEmbed, SwiGLUFFN, pack, unpack
 from dinov2.layers.attention import backend_keyword
 from dinov2.layers.packing import Segments
+from dinov2.models.layouts import flatten_block_names
 from dinov2.models.positions import Grid, resample_positions
 
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -123,7 +124,7 @@ class DinoVisionTransformer(nn.Module):
         self.head = nn.Identity()
         self.init_weights(init_std, pos_embed_std)
 
-    def init_weights(self, init_std: float, pos_embed_std: float) -> None:
+    def init_weights(self, init_std: float = 0.02, pos_embed_std: float = 0.02) -> None:
         """Draw the initial tokens, positions and linear weights; the patch projection keeps PyTorch's default."""
         nn.init.trunc_normal_(self.pos_embed, std=pos_embed_std)
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -135,6 +136,14 @@ class DinoVisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As any module, after names of blocks in chunks, which published training wrote, are made flat."""
+        blocks = {name: value for name, value in state_dict.items() if name.startswith(f"{prefix}blocks.")}
+        for name in blocks:
+            del state_dict[name]
+        state_dict |= flatten_block_names(blocks)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def position_grid(self) -> Grid:
@@ -312,7 +321,7 @@ class DinoVisionTransformer(nn.Module):
         return tuple(patches)
 
     def _block_indices(self, n: SupportsIndex | Iterable[SupportsIndex]) -> list[int]:
-        depth = self.n_blocks
+        depth = len(self.blocks)  # other code shortens the list
         try:
             if isinstance(n, Iterable) and getattr(n, "ndim", 1) != 0:
                 wanted = [index % depth if -depth <= index < 0 else index for index in map(operator.index, n)]

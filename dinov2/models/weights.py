@@ -10,10 +10,12 @@ blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`). Pickles are only ever read
     python -m dinov2.models.weights convert FILE OUT --to hf   # for other libraries, see there
 """
 
+import argparse
 import importlib
 import json
 import logging
 import math
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 TEACHER_FILE = "teacher_checkpoint.pth"  # as a run writes it
 _UNSAFE_ADVICE = "weights_only"  # what torch says of a pickle that it refuses tells how to run the code in it
+_HEADS = ("head.", "linear_head.", "dino_head.", "ibot_head.")  # beside a backbone without prefix
 _FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", TEACHER_FILE)
 
 
@@ -107,6 +110,8 @@ def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> D
         if name in state and state[name].shape != wanted[name].shape:
             state[name] = fit(state[name], model, source)
     missing = [name for name in wanted if name not in state]
+    if not missing:
+        state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_HEADS)}
     foreign = [name for name in state if name not in wanted]
     misshapen = [
         f"{name} (file {tuple(state[name].shape)}, model {tuple(wanted[name].shape)})"
@@ -122,18 +127,23 @@ def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> D
 
 
 def check_numbers(state: StateDict, source: str) -> None:
-    """Refuse weights that are not finite floating-point numbers, naming the first such tensors.
+    """Refuse weights that are not finite floating-point numbers in plain tensors, naming the first such tensors.
 
     Raises:
         ValueError: if there are such.
     """
-    other = [f"{name} ({value.dtype})" for name, value in state.items() if not value.is_floating_point()]
-    if other:
-        raise ValueError(f"weights in {source} are no floating-point numbers: {', '.join(other[:6])}")
-    broken = [name for name, value in state.items() if not value.is_meta and not value.isfinite().all()]
-    if broken:
-        more = f" and {len(broken) - 6} more" if len(broken) > 6 else ""
-        raise ValueError(f"weights in {source} are not finite (NaN or infinite): {', '.join(broken[:6])}{more}")
+    if texts := [f"{name} ({value.dtype})" for name, value in state.items() if not value.is_floating_point()]:
+        raise ValueError(f"weights in {source} are no floating-point numbers: {_some(texts)}")
+    kinds = {name: "meta" if value.is_meta else str(value.layout) for name, value in state.items()}
+    if texts := [f"{name} ({kind})" for name, kind in kinds.items() if kind != str(torch.strided)]:
+        raise ValueError(f"weights in {source} are no plain tensors: {_some(texts)}")
+    if texts := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise ValueError(f"weights in {source} are not finite (NaN or infinite): {_some(texts)}")
+
+
+def _some(texts: list[str], limit: int = 6) -> str:
+    """The first of some texts, and how many more there are."""
+    return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
 
 
 def _is_state_dict(content: object) -> TypeGuard[StateDict]:
@@ -174,7 +184,8 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False, verified: bool =
         if safetensors:
             return safetensors.load_file(path)
         can_be_mapped = mapped and zipfile.is_zipfile(path)  # unlike files of torch before 1.6
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # many trainers save their flags; it runs nothing
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped)
     except PermissionError:
         raise
     except Exception as error:  # on bytes they do not expect both readers fail in many ways, even with KeyError
@@ -258,6 +269,10 @@ def _reason(path: Path, error: Exception) -> str:
     if head.isascii() and head.decode().replace("\n", " ").isprintable():
         return f"it begins with the text {head.decode()!r}"
     text = str(error).rpartition("WeightsUnpickler error: ")[2].partition(" Please use")[0]
+    if match := re.search(r"GLOBAL (\S+) was not an allowed", text):
+        return f"it holds more than tensors, {match[1]}: save its state dict alone where it was written"
+    if "Unsupported operand" in text and not head.startswith(b"PK"):
+        return "it is no file of torch.save; one of safetensors has to be named .safetensors"
     lines = [line.strip() for line in text.splitlines() if line.strip() and _UNSAFE_ADVICE not in line]
     return lines[0] if lines else "it holds more than tensors, such as the code of TorchScript"
 
@@ -311,8 +326,7 @@ def _mismatch_message(source: str, missing: list[str], foreign: list[str], missh
     lines = [f"the weights in {source} do not fit this backbone, nothing was loaded"]
     for title, names in (("missing", missing), ("unknown", foreign), ("other shape", misshapen)):
         if names:
-            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
-            lines.append(f"  {title} ({len(names)}): {', '.join(names[:6])}{more}")
+            lines.append(f"  {title} ({len(names)}): {_some(names)}")
     if any(".mlp.w12." in name for name in missing + foreign):
         lines.append(
             "  the file and the model have different feed-forward layers: check student.ffn_layer (mlp, swiglufused)"

@@ -147,7 +147,10 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path)
         Experiment().train(tmp_path, run={"weights": "xyz"})
     Experiment().train(tmp_path, run={"weights": "xyz"}, resume=False)
     (tmp_path / "model_final.pth").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="model_final.pth is damaged"):
+    with pytest.raises(ValueError, match="model_final.pth is damaged .*; start anew with --no-resume"):
+        Experiment().train(tmp_path, run={"weights": "xyz"})
+    (tmp_path / "model_final.pth").unlink()
+    with pytest.raises(ValueError, match="last_checkpoint names model_final.pth, which is not there; start anew"):
         Experiment().train(tmp_path, run={"weights": "xyz"})
 
 

@@ -1,6 +1,8 @@
 """The transformer block: residuals, lists of crops, and both forms of stochastic depth."""
 
+import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -115,6 +117,38 @@ class MeanOfTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=1, keepdim=True).expand_as(x)
+
+
+def forward_of_batches(self: Any, x: Tensor) -> Tensor:
+    """What scripts put in place of the forward of attention to keep its maps."""
+    batch, num_tokens, width = x.shape
+    qkv = self.qkv(x).view(batch, num_tokens, 3, self.num_heads, width // self.num_heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    maps = (self.scale * q @ k.mT).softmax(dim=-1)
+    return self.proj((maps @ v).transpose(1, 2).reshape(batch, num_tokens, width))
+
+
+@pytest.mark.parametrize("place", ["class", "subclass", "module"])
+def test_a_forward_for_batches_put_in_place_gets_batches(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = block_of().eval()
+    groups = [torch.randn(4, 3, DIM), torch.randn(2, 5, DIM)]
+    expected = block(groups)
+    if place == "class":
+        monkeypatch.setattr(Attention, "forward", forward_of_batches)
+    elif place == "subclass":
+        block.attn.__class__ = type("MapsKept", (Attention,), {"forward": forward_of_batches})
+    else:
+        block.attn.forward = types.MethodType(forward_of_batches, block.attn)
+    for output, wanted in zip(block(groups), expected, strict=True):
+        torch.testing.assert_close(output, wanted)
+
+
+def test_a_forward_of_layer_scale_put_in_place_is_called() -> None:
+    block = block_of().eval()
+    block.ls1.forward = lambda x: 0 * x
+    block.ls2.forward = lambda x: 0 * x
+    x = torch.randn(2, 3, DIM)
+    assert torch.equal(block(x), x)
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])

@@ -68,3 +68,17 @@ def test_a_side_that_is_no_multiple_is_named(height: int, width: int, side: str)
 def test_what_are_no_images_for_the_model_is_refused_in_words(images: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PatchEmbed(img_size=28, patch_size=14, embed_dim=8)(images)
+
+
+@pytest.mark.parametrize("proj", [nn.Conv2d(4, 5, 14, 14), nn.Sequential(nn.Conv2d(4, 3, 1), nn.Conv2d(3, 5, 14, 14))])
+def test_a_projection_of_other_channels_can_be_put_in_place(proj: nn.Module) -> None:
+    embed = PatchEmbed(img_size=28, patch_size=14, embed_dim=5)
+    embed.proj = proj
+    assert embed(torch.zeros(2, 4, 28, 28)).shape == (2, 4, 5)
+
+
+def test_the_channels_of_a_projection_put_in_place_are_named() -> None:
+    embed = PatchEmbed(img_size=28, patch_size=14, embed_dim=5)
+    embed.proj = nn.Conv2d(4, 5, 14, 14)
+    with pytest.raises(ValueError, match="have 3 channels, but this model takes 4"):
+        embed(torch.zeros(2, 3, 28, 28))

@@ -112,3 +112,11 @@ def test_what_is_no_integer_is_refused(model: DinoVisionTransformer, x: Tensor, 
 def test_a_block_named_twice_is_refused(model: DinoVisionTransformer, x: Tensor, n: list[int]) -> None:
     with pytest.raises(ValueError, match="of a model with 5 blocks name one twice"):
         model.get_intermediate_layers(x, n)
+
+
+def test_blocks_that_were_taken_off_do_not_count(model: DinoVisionTransformer, x: Tensor) -> None:
+    """As scripts do that want features of a middle block only."""
+    middle = model.get_intermediate_layers(x, n=[1])
+    model.blocks = model.blocks[:2]
+    (last,) = model.get_intermediate_layers(x, n=1)
+    assert torch.equal(last, middle[0])

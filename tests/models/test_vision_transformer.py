@@ -1,10 +1,13 @@
 """The vision transformer: published sizes and names, initial weights, tokens, and every way to call it."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dinov2.models import build_model
+from dinov2.models.layouts import chunk_block_names
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
@@ -119,6 +122,29 @@ def test_parts_can_be_left_out(option: dict[str, object], gone: set[str]) -> Non
     lost = set(full.state_dict()) - set(less.state_dict())
     assert lost == {f"blocks.{i}.{name}" for i in range(2) for name in gone}
     assert less(images(1, 3, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_names_of_blocks_in_chunks_are_loaded_by_pytorch_itself(wrapped: bool) -> None:
+    """Also where missing names are allowed, which would leave random blocks."""
+    state = small_vit().state_dict()
+    chunked = chunk_block_names(state, depth=len(small_vit().blocks), block_chunks=2)
+    assert chunked.keys() != state.keys()
+    model: Any = small_vit(block_chunks=2)
+    if wrapped:
+        outer = nn.ModuleDict({"encoder": model})
+        found = outer.load_state_dict({f"encoder.{name}": value for name, value in chunked.items()}, strict=False)
+    else:
+        found = model.load_state_dict(chunked, strict=False)
+    assert not found.missing_keys and not found.unexpected_keys
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_can_be_drawn_again() -> None:
+    model: Any = small_vit()
+    before = model.blocks[0].attn.qkv.weight.clone()
+    model.init_weights()
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, before)
 
 
 def test_names_do_not_depend_on_chunks() -> None:

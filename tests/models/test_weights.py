@@ -1,5 +1,6 @@
 """Weights in: every known layout is read to the last tensor, and anything else is refused with nothing loaded."""
 
+import argparse
 import logging
 import pickle
 import re
@@ -14,7 +15,13 @@ from torch import Tensor
 from dinov2.layers import DINOHead
 from dinov2.models.layouts import to_hf, to_timm
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weights import chunk_block_names, flatten_block_names, load_backbone, read_state_dict
+from dinov2.models.weights import (
+    check_numbers,
+    chunk_block_names,
+    flatten_block_names,
+    load_backbone,
+    read_state_dict,
+)
 
 StateDict = dict[str, Tensor]
 
@@ -84,6 +91,9 @@ LAYOUTS: dict[str, Callable[[StateDict], object]] = {
     "one of several": lambda state: prefixed("teacher.", state) | prefixed("sam.", vit().state_dict()),
     "one of several dictionaries": lambda state: {"model": vit().state_dict(), "teacher": {"state_dict": state}},
     "teacher in words": lambda state: prefixed("student_net.", vit().state_dict()) | prefixed("teacher_net.", state),
+    "averaged": lambda state: prefixed("module.", state) | {"n_averaged": torch.tensor(3)},
+    "classifier without prefix": lambda state: state | {"head.weight": torch.zeros(4, 12), "head.bias": torch.zeros(4)},
+    "flags of the trainer": lambda state: {"teacher": state, "args": argparse.Namespace(lr=1e-3, out="runs/1")},
     "extra numbers": lambda state: {**state, "epoch": 3, "name": "vit"},
     "half precision": lambda state: {name: value.half() for name, value in state.items()},
 }
@@ -227,6 +237,24 @@ def test_weights_that_are_integers_are_named(tmp_path: Path) -> None:
     state = vit().state_dict()
     torch.save({**state, "norm.weight": (127 * state["norm.weight"]).to(torch.int8)}, tmp_path / "weights.pth")
     assert_refused(vit(), tmp_path / "weights.pth", "are no floating-point numbers: norm.weight (torch.int8)")
+
+
+def test_weights_that_are_no_plain_tensors_are_named(tmp_path: Path) -> None:
+    torch.save({**vit().state_dict(), "norm.weight": torch.ones(12, device="meta")}, tmp_path / "weights.pth")
+    assert_refused(vit(), tmp_path / "weights.pth", "no plain tensors: norm.weight (meta)")
+    with pytest.raises(ValueError, match=r"weights in it are no plain tensors: norm.weight \(torch.sparse_coo\)"):
+        check_numbers({"norm.weight": torch.ones(12).to_sparse()}, "it")
+
+
+def test_what_is_saved_beside_the_tensors_is_named(tmp_path: Path) -> None:
+    for content, name in ((vit(), "dinov2.models.vision_transformer.DinoVisionTransformer"), (Path("x"), "PosixPath")):
+        torch.save({"model": content, "teacher": vit().state_dict()}, tmp_path / "weights.pth")
+        assert_refused(vit(), tmp_path / "weights.pth", f"{name}: save its state dict alone where it was written")
+
+
+def test_a_file_of_another_format_is_called_so(tmp_path: Path) -> None:
+    save_file(vit().state_dict(), tmp_path / "weights.pth")
+    assert_refused(vit(), tmp_path / "weights.pth", "it is no file of torch.save; one of safetensors has to be named")
 
 
 # --- Names of blocks in chunks ---------------------------------------------------------------------------------------
