@@ -164,6 +164,8 @@ def occupying(folder: Path, patience: float = 20.0) -> Iterator[None]:
         OSError: naming the lock file, if it cannot be written.
     """
     path, job = folder / ".lock", f"SLURM job {os.environ.get('SLURM_JOB_ID', '(none)')}"
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file: delete it", str(path))
     with path.open("a+b", buffering=0) as lock:
         deadline = time.monotonic() + patience
         while not _locked(lock.fileno()):
@@ -201,8 +203,11 @@ def _is_locked(path: Path) -> bool:
     """Whether another process has locked a file.
 
     Raises:
-        OSError: if that cannot be told: the file system has no locks, or the file may not be read.
+        OSError: if that cannot be told: there is no such regular file, its file system has no locks, or it may not be
+            read.
     """
+    if not path.is_file():  # to open a pipe waits for whoever writes to it
+        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
     with path.open("rb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
