@@ -35,17 +35,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:  # to one that is also read numpy writes by `write`, whose errors say why
             _locked(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        if error.errno is None:
+    except (OSError, RuntimeError) as error:
+        # What the system says of a full disk does not name the file, and torch.save says something else.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno is None:
             raise
-        # What the system says of a full disk does not name the file.
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+        raise OSError(cause.errno, f"cannot write: {cause.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
