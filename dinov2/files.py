@@ -35,17 +35,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:  # to one that is also read numpy writes by `write`, whose errors say why
             _locked(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        if error.errno is None:
+    except (OSError, RuntimeError) as error:
+        # What the system says of a full disk does not name the file, and torch.save says something else.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno is None:
             raise
-        # What the system says of a full disk does not name the file.
-        raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+        raise OSError(cause.errno, f"cannot write: {cause.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -164,6 +165,8 @@ def occupying(folder: Path, patience: float = 20.0) -> Iterator[None]:
         OSError: naming the lock file, if it cannot be written.
     """
     path, job = folder / ".lock", f"SLURM job {os.environ.get('SLURM_JOB_ID', '(none)')}"
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file: delete it", str(path))
     with path.open("a+b", buffering=0) as lock:
         deadline = time.monotonic() + patience
         while not _locked(lock.fileno()):
@@ -201,8 +204,11 @@ def _is_locked(path: Path) -> bool:
     """Whether another process has locked a file.
 
     Raises:
-        OSError: if that cannot be told: the file system has no locks, or the file may not be read.
+        OSError: if that cannot be told: there is no such regular file, its file system has no locks, or it may not be
+            read.
     """
+    if not path.is_file():  # to open a pipe waits for whoever writes to it
+        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
     with path.open("rb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -5,6 +5,7 @@ makes neither the CPU wait for the GPU nor the processes for each other every st
 processes, where that was asked for, and fetched together.
 """
 
+import errno
 import io
 import json
 import logging
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dinov2.files import parse_json, replacing
+from dinov2.files import parse_json, read_regular_file, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +112,8 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
     if output_dir is not None:
         path = log_path(output_dir, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_fifo():  # to open it waits for a reader
+            raise OSError(errno.EINVAL, "a pipe cannot be the log file", str(path))
         handlers.append(_LogFile(path, encoding="utf-8", errors=_UNPRINTABLE))
     root = logging.getLogger()
     for old in [handler for handler in root.handlers if isinstance(handler, (_Console, _LogFile))]:
@@ -531,7 +534,7 @@ def truncate_metrics(path: str | Path, before_iteration: int) -> None:
 def _lines(path: Path) -> list[str]:
     """The lines of a file with their ends; none if there is no file."""
     try:
-        return path.read_text(errors="replace").splitlines(keepends=True)
+        return read_regular_file(path).decode(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from dinov2.files import replacing
+from dinov2.files import read_regular_file, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -182,11 +182,12 @@ def _run_id(path: Path) -> str:
 
     Raises:
         OSError: naming the file, if it cannot be read or written, or is damaged.
+        ValueError: naming the file, if it is not a regular one.
     """
     if not path.exists():
         with replacing(path) as file:
             file.write(secrets.token_hex(4).encode())
-    text = path.read_text(errors="replace").strip()
+    text = read_regular_file(path).decode(errors="replace").strip()
     if not re.fullmatch(r"[\w-]{1,128}", text, re.ASCII):
         raise OSError(f"{path} is damaged, it holds no id of a run: {text[:40]!r}; delete it to begin new curves")
     return text

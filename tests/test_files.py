@@ -2,11 +2,16 @@
 
 import fcntl
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import pytest
+import torch
 
 from dinov2.files import is_occupied, remove_leftovers, replacing
 
@@ -31,6 +36,29 @@ with replacing(Path(sys.argv[1])) as file:
     print("here", flush=True)
     sys.stdin.read()
 """
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.write(bytes(300_000)),
+        lambda file: np.save(file, np.zeros(300_000)),
+        lambda file: np.savez(file, x=np.zeros(300_000)),
+        lambda file: torch.save(torch.zeros(300_000), file),
+    ],
+    ids=["bytes", "npy", "npz", "torch"],
+)
+def test_whoever_writes_a_file_that_does_not_fit_the_error_names_it_and_the_reason(
+    write: Callable[[BinaryIO], object], tmp_path: Path
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write: File too large: .*/x'$"), replacing(tmp_path / "x") as file:
+            write(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_was_writing_is_removed_and_nothing_of_a_living_one(tmp_path: Path) -> None:

@@ -41,11 +41,17 @@ NO_SHARED_MEMORY = (
     "The usual cause is that /dev/shm, through which workers hand over their batches, is full; containers give it "
     f"64 MB: start them with more shared memory (docker run --shm-size=16g), or use {FEWER}; 0 needs none"
 )
-ENDED = f"The scheduler or a person ended it with SIGTERM, which a worker outlives by {LAST_SECONDS} seconds"
 CRASHED = (
     "A library crashed, perhaps on this image: move the image away, or find the library with train.num_workers=0 and "
     "`python -X faulthandler`"
 )
+ENDED = "The scheduler, a person or another program ended it"
+ADVICE: dict[int, str] = {
+    signal.SIGKILL: NO_MEMORY,
+    signal.SIGBUS: NO_SHARED_MEMORY,
+    **dict.fromkeys((signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE), CRASHED),
+}
+"""Of the signals that kill a worker, what they usually mean; of others, `ENDED`."""
 
 
 class LoadingError(OSError):
@@ -320,14 +326,10 @@ class SupervisedLoader(DataLoader[Any]):
             return (
                 f"{self._name(place)} ended by itself with status {status}{reading}: the dataset's code must not exit"
             )
-        name = signal.Signals(-status).name
-        advice = {
-            signal.SIGKILL: NO_MEMORY,
-            signal.SIGBUS: NO_SHARED_MEMORY,
-            signal.SIGTERM: ENDED,
-            signal.SIGALRM: ENDED,
-        }
-        return f"{self._name(place)} was killed by {name}{reading}. {advice.get(signal.Signals(-status), CRASHED)}"
+        names = {each.value: each.name for each in signal.Signals}  # which not all signals have
+        names[signal.SIGALRM] = f"SIGTERM, {LAST_SECONDS} seconds after it came"  # see `outlive_signals`
+        killer = names.get(-status, f"signal {-status}")
+        return f"{self._name(place)} was killed by {killer}{reading}. {ADVICE.get(-status, ENDED)}"
 
     def _name(self, place: int) -> str:
         if not self.workers:

@@ -21,7 +21,7 @@ from dinov2 import distributed
 from dinov2.data.base import ImageDataset
 from dinov2.eval.image_files import image_identity
 from dinov2.files import replacing
-from dinov2.models.checksums import check_zip
+from dinov2.models.weights import read_file
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,7 @@ class FeatureCache:
 def _read(path: Path, described: str, dataset: ImageDataset) -> Features | None:
     """What a file holds; None, and a warning, if it is damaged or not what it should be."""
     try:
-        check_zip(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = read_file(path)
         features, labels = content["features"], content["labels"]
         if content["of"] != described:
             raise ValueError("they are of other images, weights or settings than its name says")

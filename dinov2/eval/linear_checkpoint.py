@@ -2,7 +2,6 @@
 
 import logging
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dinov2 import distributed
 from dinov2.files import replacing
-from dinov2.models.checksums import check_zip
+from dinov2.models.weights import read_file
 
 logger = logging.getLogger(__name__)
 
@@ -103,14 +102,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or no checkpoint of linear classifiers.
     """
-    try:
-        if zipfile.is_zipfile(path):  # unlike files of torch before 1.6
-            check_zip(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # damaged bytes surface as an error of any type
-        raise ValueError(f"{path} is damaged or no checkpoint: {error}") from error
+    state = read_file(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} is no checkpoint of a linear evaluation: it has no 'model'")
     return state | {"run": state["run"] if isinstance(state.get("run"), dict) else {}}

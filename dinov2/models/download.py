@@ -118,7 +118,7 @@ def _fetch(url: str, target: Path) -> None:
             try:
                 _receive(url, response, file, length)
             except BaseException:
-                if length is None:  # it cannot be continued
+                if length is None or not os.fstat(file.fileno()).st_size:  # there is nothing to continue
                     partial.unlink(missing_ok=True)
                 raise
             if os.name == "nt":  # files cannot be renamed there while they are open
@@ -148,11 +148,17 @@ def _open(url: str, start: int = 0) -> Any:
             raise _BrokenOffError(error) from error
         if error.code in (404, 410):
             raise FileNotFoundError(f"no weights at {url}: the server says {error.code} {error.reason}") from error
-        raise ConnectionError(f"the server says {error.code} {error.reason}") from error
-    except (OSError, http.client.HTTPException) as error:
+        raise ConnectionError(f"the server says {error.code} {_in_words(error)}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:  # the latter of addresses that are none
         if start:  # it could be reached a moment ago
-            raise _BrokenOffError(error) from error
-        raise ConnectionError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+            raise _BrokenOffError(_in_words(error)) from error
+        raise ConnectionError(_in_words(error)) from error
+
+
+def _in_words(error: Exception) -> str:
+    """What an error says in one line, or its kind if that is not text: a server may have sent anything."""
+    text = " ".join(str(getattr(error, "reason", error)).split())
+    return text if text and text.isprintable() else type(error).__name__
 
 
 def _receive(url: str, response: Any, file: FileIO, length: int | None) -> None:
@@ -162,7 +168,11 @@ def _receive(url: str, response: Any, file: FileIO, length: int | None) -> None:
         position = 0
     elif 0 < before < length:
         response.close()
-        response = _open(url, start=before)
+        try:
+            response = _open(url, start=before)
+        except ConnectionError:  # it refuses to continue
+            file.truncate(0)
+            raise
         if response.status != 206 or not str(response.headers["Content-Range"]).startswith(f"bytes {before}-"):
             position = 0  # a server that cannot continue: from the start
     folder = Path(file.name).parent
@@ -246,8 +256,12 @@ def _check_content(url: str, path: Path) -> None:
         problem = "" if zipfile.is_zipfile(path) else "it is truncated: its server holds only a part of it"
     elif head.startswith(b"\x80") or head[8:9] == b"{":  # a pickle, or safetensors
         problem = ""
+    elif not head:
+        problem = "it is empty"
     else:
-        problem = f"it is no weights but begins with {head.decode(errors='replace')!r}"
+        text = head.decode("ascii", errors="replace").replace("\n", " ")
+        shown = repr(text) if text.isprintable() and "\ufffd" not in text else f"the bytes {head[:8].hex(' ')}"
+        problem = f"it is no weights but begins with {shown}"
     if problem:
         path.unlink()
         raise ValueError(f"{url} cannot be used: {problem}")

@@ -71,6 +71,8 @@ def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], be
 
 def _says_something(signal: str, measured: Mapping[str, float]) -> bool:
     """Whether a value was measured, and is one that training rather than chance can have brought about."""
+    if signal != "knn" and measured.get("probe_distinct_images", math.inf) < 2:
+        return False  # there is no rank of the features of one image
     least = measured.get("knn_chance", 0.0) if signal == "knn" else 0.0
     value = measured.get(signal, math.nan)
     return math.isfinite(value) and value > least

@@ -374,9 +374,10 @@ def save_teacher(teacher: nn.Module, path: Path) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The message of the error in a chain that names the thing that went wrong."""
+    """The message of the error in a chain that names the thing that went wrong; with its type if it is none of ours."""
     error = _first_cause(error)
-    return f"{type(error).__name__}: {_shortened(error)}".strip().rstrip(".")
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    return f"{kind}{_shortened(error)}".strip().rstrip(".")
 
 
 def _first_cause(error: BaseException) -> BaseException:

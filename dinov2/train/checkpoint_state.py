@@ -54,8 +54,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         ValueError: if it is damaged, or of another checkpoint than the name of its folder says.
     """
     path = folder / STATE_FILE
+    content = read_checked(folder, STATE_FILE)
     try:
-        state = parse_json(read_checked(folder, STATE_FILE))
+        state = parse_json(content)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {ADVICE}") from error
     if not isinstance(state, dict) or not _is_count(state.get("iteration")):

@@ -57,7 +57,7 @@ class Interruption:
     ) -> None:
         try:
             if isinstance(error, NoImages) and not distributed.is_enabled():
-                logger.warning("%s: the run stops with a checkpoint of the last finished step", error)
+                logger.warning("%s: the run stops, with a checkpoint if a step was finished since the last one", error)
                 self.save()
                 self.leave()
         finally:

@@ -326,7 +326,7 @@ def changed_settings(former: Path, cfg: Config) -> list[str]:
         return []
     try:
         return config.differences(config.load(former), cfg)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         logger.warning("which settings have changed cannot be told, %s is replaced: %s", former, error)
         return []
 

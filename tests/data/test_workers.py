@@ -75,10 +75,16 @@ def test_without_faults_it_is_a_data_loader(num_workers: int) -> None:
 
 @pytest.mark.parametrize(
     ("signum", "cause"),
-    [(signal.SIGKILL, "memory ran out"), (signal.SIGBUS, "--shm-size"), (signal.SIGSEGV, "A library crashed")],
+    [
+        (signal.SIGKILL, "memory ran out"),
+        (signal.SIGBUS, "--shm-size"),
+        (signal.SIGSEGV, "A library crashed"),
+        (signal.SIGHUP, "or another program ended it"),
+        (signal.SIGRTMIN + 6, "or another program ended it"),
+    ],
 )
 def test_a_killed_worker_is_named_with_the_image_the_cause_and_what_to_change(signum: int, cause: str) -> None:
-    name = signal.Signals(signum).name
+    name = signal.Signals(signum).name if signum < signal.SIGRTMIN else f"signal {signum}"
     with pytest.raises(
         LoadingError, match=rf"^data-loading worker \d .*killed by {name} while it read sample 5 \(/data/5.jpg\)"
     ) as caught:

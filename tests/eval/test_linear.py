@@ -147,7 +147,7 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path)
         Experiment().train(tmp_path, run={"weights": "xyz"})
     Experiment().train(tmp_path, run={"weights": "xyz"}, resume=False)
     (tmp_path / "model_final.pth").write_bytes(b"half a file")
-    with pytest.raises(ValueError, match="model_final.pth is damaged .*; start anew with --no-resume"):
+    with pytest.raises(ValueError, match="model_final.pth is .*damaged.*; start anew with --no-resume"):
         Experiment().train(tmp_path, run={"weights": "xyz"})
     (tmp_path / "model_final.pth").unlink()
     with pytest.raises(ValueError, match="last_checkpoint names model_final.pth, which is not there; start anew"):
@@ -246,6 +246,22 @@ def test_what_a_run_left_is_checked(file: str, content: bytes | dict, tmp_path: 
         Experiment().train(tmp_path, run={"weights": "abc"})
 
 
+class Code:
+    """What a checkpoint must not hold: to read it means to run code."""
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nobody_is_advised_to_run_the_code_in_a_checkpoint(zipped: bool, tmp_path: Path) -> None:
+    Experiment().train(tmp_path)
+    torch.save({"model": Code()}, tmp_path / "model_final.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match=r"model_final\.pth is no checkpoint of plain tensors.*Code") as refusal:
+        Experiment().train(tmp_path)
+    error: BaseException | None = refusal.value
+    while error is not None:
+        assert "weights_only" not in str(error)
+        error = error.__cause__
+
+
 def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     experiment = Experiment()
     experiment.train(tmp_path)
@@ -253,7 +269,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path: Path) -> None:
     weight = next(iter(experiment.grid.classifiers.by_name().values())).linear.weight.detach().numpy().tobytes()
     data[data.index(weight) + 10] ^= 1
     (tmp_path / "model_final.pth").write_bytes(data)
-    with pytest.raises(ValueError, match=r"model_final\.pth is damaged"):
+    with pytest.raises(ValueError, match=r"model_final\.pth is .*damaged"):
         Experiment().train(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """Downloads end with the whole file or with nothing under its name, whatever the connection does."""
 
 import errno
+import gzip
 import io
 import resource
 import shutil
@@ -8,6 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -227,6 +229,51 @@ def test_a_refusal_says_what_to_do(server: WeightServer, cache: Path) -> None:
     assert f"by hand: put the file at {cache / 'dinov2_vits14_pretrain.pth'}" in str(caught.value)
 
 
+def test_a_download_that_its_server_refuses_to_continue_begins_anew_another_day(
+    server: WeightServer, weights: bytes, cache: Path
+) -> None:
+    server.cuts, server.statuses = [300_000], [200, 200, 416]
+    with pytest.raises(ConnectionError, match="the server says 416"):
+        download(server.url + FILE)
+    assert not cached(cache)
+    assert download(server.url + FILE).read_bytes() == weights
+
+
+def test_a_file_for_which_there_is_no_space_leaves_nothing(
+    server: WeightServer, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type(shutil.disk_usage("/"))(10**9, 0, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="not enough space"):
+        download(server.url + FILE)
+    assert not cached(cache)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (b"\x00\x01\x02\r\n\r\n", "BadStatusLine"),
+        (b"HTTP/1.1 302 Found\r\nLocation: /x\r\nConnection: close\r\n\r\n", "302 The HTTP server .* infinite loop"),
+    ],
+)
+def test_whatever_a_server_answers_the_reason_is_one_line_of_text(answer: bytes, reason: str, cache: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(9999)
+                        connection.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(ConnectionError, match=reason) as caught:
+            download(f"http://127.0.0.1:{listener.getsockname()[1]}/x")
+    first, *advice = str(caught.value).splitlines()
+    assert first.isprintable() and len(advice) == 1 and not cached(cache)
+
+
 def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -256,7 +303,9 @@ def test_without_a_network_it_says_where_to_put_the_file(
     [
         (b"<!DOCTYPE html><html>Please log in</html>", "begins with '<!DOCTYPE html>"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "begins with 'version https://git-lfs"),
-        (b"", "begins with ''"),
+        (b"", "it is empty"),
+        (gzip.compress(b"x" * 1000, mtime=0), "begins with the bytes 1f 8b 08 00"),
+        ("Zugang nötig".encode(), "begins with the bytes 5a 75 67"),
     ],
 )
 def test_a_page_is_no_file_of_weights(server: WeightServer, cache: Path, body: bytes, problem: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -160,6 +161,41 @@ def test_a_damaged_file_stops_nothing_that_can_do_without_it(kind: str, run: Pat
         except Exception as error:
             error.add_note(f"damage {number}: {damage[:300]!r}")
             raise
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a folder": Path.mkdir,
+    "a link to itself": lambda path: path.symlink_to(path),
+    "an endless device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+@pytest.mark.parametrize("instead", NO_FILES)
+def test_what_is_no_file_is_not_waited_for(instead: str, kind: str, run: Path) -> None:
+    name, read = READERS[kind]
+    (run / name).unlink()
+    NO_FILES[instead](run / name)
+    read_or_refuse(lambda: read(run))
+
+
+@pytest.mark.parametrize("instead", ["a pipe", "a folder"])
+@pytest.mark.parametrize(
+    "name", ["training_metrics.json", "logs/log.txt", ".lock", "checkpoints/model_0000003/.metadata"]
+)
+def test_a_run_that_needs_a_file_there_says_so(name: str, instead: str, run: Path) -> None:
+    (run / name).unlink()
+    NO_FILES[instead](run / name)
+    with pytest.raises((ValueError, OSError), match=name):
+        run_train(run, "optim.epochs=3")
+
+
+def test_another_configuration_there_stops_no_run(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (run / "config.yaml").unlink()
+    os.mkfifo(run / "config.yaml")
+    run_train(run, "optim.epochs=3")
+    assert "which settings have changed cannot be told" in caplog.text and (run / "config.yaml").is_file()
 
 
 @pytest.mark.parametrize("name", ["state.json", ".metadata", "__0_0.distcp", "checksums.json"])

@@ -257,4 +257,5 @@ def test_the_best_teacher_is_not_chosen_by_a_measure_that_says_nothing(
     (tmp_path / "training_19").mkdir()
     rate_teacher(tmp_path / "training_19", 19, {"probe_cls_rank_me": math.nan, "knn": 35.0, "knn_chance": 35.0})
     assert (tmp_path / "best").resolve().name == "training_15"
+    rate_teacher(tmp_path / "training_19", 19, {"probe_cls_rank_me": 1.0, "probe_distinct_images": 1.0})
     assert not (tmp_path / "training_19" / "health.json").exists()

@@ -13,7 +13,7 @@ import numpy as np
 
 from dinov2 import config
 from dinov2.config import Config, ConfigError
-from dinov2.files import read_array, read_json
+from dinov2.files import read_array, read_json, read_regular_file
 from dinov2.log import readable_records
 from dinov2.train.alarms import Alarm, find_alarms
 from dinov2.train.best_teacher import Rating, read_rating
@@ -200,9 +200,13 @@ def read_config(path: Path, notes: list[str]) -> tuple[Config | None, str]:
     if not path.exists():
         notes.append(f"There is no {CONFIG_FILE}.")
         return None, ""
-    text = path.read_text(errors="replace")
+    text = ""
     try:
+        text = read_regular_file(path).decode(errors="replace")
         return config.load(path), text
+    except OSError as error:
+        notes.append(f"{CONFIG_FILE} could not be read: {error}")
+        return None, text
     except ConfigError as error:
         problem = str(error).replace(str(path), path.name)
         notes.append(f"{CONFIG_FILE} is not one that this version understands: {problem}")

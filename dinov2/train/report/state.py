@@ -50,6 +50,8 @@ def last_error(log: Path) -> str:
 
     Empty if it is none: a run that somebody interrupts says so, as an error, and has nothing wrong.
     """
+    if not log.is_file():
+        return ""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _END))
