@@ -326,3 +326,12 @@ def test_on_a_gpu_inference_does_not_spoil_training(backend: str) -> None:
         attention(tokens, segments)
     attention(tokens, segments).sum().backward()
     assert attention.qkv.weight.grad is not None and attention.qkv.weight.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
+def test_half_precision_is_traced_alike_with_and_without_gradients() -> None:
+    """Which `torch.jit.trace` compares."""
+    attention = Attention(8, num_heads=2).bfloat16()
+    traced = torch.jit.trace(attention, torch.randn(2, 3, 8, dtype=torch.bfloat16))
+    x = torch.randn(4, 3, 8, dtype=torch.bfloat16)
+    torch.testing.assert_close(traced(x), attention(x), rtol=0, atol=1e-2)
