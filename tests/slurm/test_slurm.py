@@ -169,7 +169,8 @@ def test_preempted_requeued_and_cancelled_a_training_continues_exactly(
 def test_an_error_of_a_person_ends_the_job_and_is_its_last_line(cluster: Cluster, folder: Path) -> None:
     job = Job(cluster, TRAIN, folder / "wrong", *TWO, "train.dataset_path=ImageFolder:root=/nowhere")
     job.wait_for_state("FAILED", seconds=60)
-    expected = rf"error: no folder /nowhere; folders in /: .* \(process . of 2 on 127.*; log: {job.folder}/logs/log.txt.*\)"
+    where = rf"\(process . of 2 on 127.*; log: {job.folder}/logs/log.txt.*\)"
+    expected = rf"error: no folder /nowhere; folders in /: .* {where}"
     assert re.fullmatch(expected, last_line(job))
     assert job.facts["ExitCode"] == "1:0"
 
