@@ -79,7 +79,7 @@ def test_without_faults_it_is_a_data_loader(num_workers: int) -> None:
         (signal.SIGKILL, "memory ran out"),
         (signal.SIGBUS, "--shm-size"),
         (signal.SIGSEGV, "A library crashed"),
-        (signal.SIGHUP, "or another program ended it"),
+        (signal.SIGUSR1, "or another program ended it"),
         (signal.SIGRTMIN + 6, "or another program ended it"),
     ],
 )

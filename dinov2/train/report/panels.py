@@ -182,7 +182,7 @@ GROUPS = (
 # What a line of the metrics file says that never changes, is for alarms alone, or is shown in another form.
 NOT_SHOWN = {
     *("iteration", "iter_time", "data_time", "data_wait", "current_batch_size"),
-    *("patch_target_capacity", "probe_distinct_images"),
+    *("patch_target_capacity", "probe_images", "probe_distinct_images", "knn_chance"),
 }
 
 
