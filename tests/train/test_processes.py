@@ -121,8 +121,13 @@ def largest_difference(a: Path, b: Path, step: int = STEPS - 1) -> float:
 
 def assert_same_losses(a: Path, b: Path, rel: float) -> None:
     assert len(metrics(a)) == len(metrics(b)) == STEPS
-    for ours, reference in zip(metrics(a), metrics(b), strict=True):
+    for ours, reference in zip(map(_without_probe, metrics(a)), map(_without_probe, metrics(b)), strict=True):
         assert ours == pytest.approx(reference, rel=rel, abs=1e-7)
+
+
+def _without_probe(line: dict[str, float]) -> dict[str, float]:
+    """A line without what is measured on fixed images, which is also done at the end of a run that goes on later."""
+    return {name: value for name, value in line.items() if not name.startswith(("probe_", "knn"))}
 
 
 @pytest.fixture(scope="module")
