@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save, save_file
 
 from dinov2.models.checksums import CHECKSUM_KEY, NO_CHECKSUM, check_safetensors, check_zip, with_checksum
 from dinov2.models.weights import read_file, read_state_dict
@@ -30,7 +32,6 @@ def write_torch(path: Path) -> Path:
 
 
 def write_safetensors(path: Path) -> Path:
-    save = pytest.importorskip("safetensors.torch").save
     path.write_bytes(b"".join(with_checksum(save(some_weights(), {"format": "pt", CHECKSUM_KEY: NO_CHECKSUM}))))
     return path
 
@@ -83,7 +84,7 @@ def test_files_without_checksums_are_read_and_called_so(tmp_path: Path, caplog: 
     old = tmp_path / "old.pth"
     torch.save(some_weights(), old, _use_new_zipfile_serialization=False)
     foreign = tmp_path / "foreign.safetensors"
-    pytest.importorskip("safetensors.torch").save_file(some_weights(), foreign)
+    save_file(some_weights(), foreign)
     for path in (old, foreign):
         assert read_state_dict(path).keys() == some_weights().keys()
         assert [message for message in caplog.messages if str(path) in message and "no checksum" in message]
@@ -92,7 +93,7 @@ def test_files_without_checksums_are_read_and_called_so(tmp_path: Path, caplog: 
 def test_a_checksum_hinders_no_other_reader(tmp_path: Path) -> None:
     path = write_safetensors(tmp_path / "t.safetensors")
     check_safetensors(path)
-    with pytest.importorskip("safetensors").safe_open(path, framework="pt") as file:
+    with safe_open(path, framework="pt") as file:
         assert file.metadata().keys() == {"format", CHECKSUM_KEY} and set(file.keys()) == some_weights().keys()
         assert all(torch.equal(file.get_tensor(name), value) for name, value in some_weights().items())
 
