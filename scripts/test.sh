@@ -7,6 +7,8 @@
 #   bash scripts/test.sh all                   also the slow ones, and those that need a GPU
 #   bash scripts/test.sh oldest                a selection, with the lowest versions that the requirements allow
 #   bash scripts/test.sh [all] tests/hub -x    further words go to pytest
+#
+# The files of tests are shared out over the processors, at most four; `-n 0` as a further word runs one after the other.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 cd "$ROOT"
@@ -53,6 +55,7 @@ oldest=(
     tests/data/test_{images,loader,uncut}.py tests/test_trackers.py
 )
 
+shared_out=(-n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder)
 selection=(-m "not slow and not slurm and not gpu")
 case ${1:-} in
     slurm)
@@ -71,13 +74,12 @@ case ${1:-} in
         setup_venv --oldest requirements.txt requirements-dev.txt
         shift
         [ $# -gt 0 ] || set -- "${oldest[@]}"
-        # What torch 2.11 exports to ONNX is not accepted by onnxruntime (an Equal of two types).
-        exec "$PYTHON" -m pytest -m "not slurm and not gpu" -k "not onnx" "$@"
+        exec "$PYTHON" -m pytest "${shared_out[@]}" -m "not slurm and not gpu" "$@"
         ;;
 esac
 
 setup_venv requirements.txt requirements-dev.txt
 status=0
 bash scripts/lint.sh || status=1
-"$PYTHON" -m pytest "${selection[@]}" "$@" || status=1
+"$PYTHON" -m pytest "${shared_out[@]}" "${selection[@]}" "$@" || status=1
 exit $status

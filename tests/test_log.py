@@ -32,17 +32,6 @@ from dinov2.log import (
 logger = logging.getLogger("dinov2.test")
 
 
-@pytest.fixture
-def logging_restored() -> Iterator[None]:
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    setup_logging()  # closes the files of the test
-    logging.captureWarnings(False)
-    root.setLevel(level)
-    root.handlers[:] = handlers
-
-
 def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -51,7 +40,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def test_the_file_has_the_published_prefix_and_the_console_the_time(
-    tmp_path: Path, logging_restored: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup_logging(tmp_path)
     logger.info("hello %d", 3)
@@ -62,7 +51,7 @@ def test_the_file_has_the_published_prefix_and_the_console_the_time(
 
 
 def test_the_console_shows_a_short_line_and_the_file_the_whole(
-    tmp_path: Path, logging_restored: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup_logging(tmp_path)
     meters = MetricLogger(hidden=("wd",))
@@ -98,7 +87,7 @@ def test_a_torn_line_is_not_read(tmp_path: Path) -> None:
 
 
 def test_other_ranks_write_their_own_file_and_show_only_errors(
-    tmp_path: Path, logging_restored: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup_logging(tmp_path, rank=3)
     logger.info("as usual")
@@ -110,7 +99,7 @@ def test_other_ranks_write_their_own_file_and_show_only_errors(
 
 
 def test_repeated_calls_add_no_lines_and_a_new_folder_replaces_the_old(
-    tmp_path: Path, logging_restored: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup_logging(tmp_path / "a")
     setup_logging(tmp_path / "a")
@@ -141,7 +130,7 @@ sys.exit(run_command(command))
     assert "reading caf\\udce9\n" in (tmp_path / "logs/log.txt").read_text()
 
 
-def test_warnings_are_logged(tmp_path: Path, logging_restored: None) -> None:
+def test_warnings_are_logged(tmp_path: Path) -> None:
     setup_logging(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -157,7 +146,7 @@ def test_warnings_are_logged(tmp_path: Path, logging_restored: None) -> None:
     ("said", "expected"), [({}, "interrupted"), ({"after_interrupt": "go on"}, "interrupted; go on")]
 )
 def test_an_interrupted_command_says_only_what_is_true_of_it(
-    said: dict[str, str], expected: str, logging_restored: None, capsys: pytest.CaptureFixture[str]
+    said: dict[str, str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -167,7 +156,7 @@ def test_an_interrupted_command_says_only_what_is_true_of_it(
 
 
 def test_a_full_disk_stops_neither_logging_nor_closing_and_is_reported_once(
-    tmp_path: Path, logging_restored: None, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "log.txt").symlink_to("/dev/full")
     setup_logging(tmp_path / "log.txt")

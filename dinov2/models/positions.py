@@ -40,7 +40,7 @@ def _resample_to_any(table: Tensor, old: Grid, new: Grid, *, offset: float, anti
     Bicubic interpolation is a matrix product along each axis. Exporters know no interpolation by a scale that is not a
     constant, and at the old size the matrices are the identity, so that no case distinction is needed.
     """
-    sizes = [torch.full((), size, device=table.device) for size in new]
+    sizes = [torch.full((), size, dtype=torch.int64, device=table.device) for size in new]
     same = [size == before for size, before in zip(sizes, old, strict=True)]
     if not antialias:  # PyTorch's antialiased interpolation leaves an axis that keeps its size alone, the other not
         same = [same[0] & same[1]] * 2
@@ -60,7 +60,7 @@ def _bicubic_matrix(old: int, new: int, step: Tensor, *, antialias: bool) -> Ten
     kernel as wide as the step when shrinking, cut at the border and normalised.
     """
     centres = (torch.arange(new, device=step.device) + 0.5).unsqueeze(1) * step
-    cells = torch.arange(old, device=step.device)
+    cells = torch.arange(old, device=step.device, dtype=step.dtype)  # some exporters compare equal types only
     if antialias:
         weights = _cubic((cells + 0.5 - centres) / step.clamp(min=1), a=-0.5)
         return weights / weights.sum(dim=1, keepdim=True)
