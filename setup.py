@@ -1,4 +1,4 @@
-"""Packaging: the package with its YAML files, its embedded data set and its launchers, and commands for them."""
+"""Packaging: the package with its YAML files, its embedded dataset and its launchers, and commands for them."""
 
 import re
 from pathlib import Path

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, g
 import torch
 
 from dinov2 import yaml_values
-from dinov2.files import replacing
+from dinov2.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Limit(NamedTuple):
 Count = Annotated[int, Limit("at least 0", lambda n: n >= 0)]
 Seed = Annotated[int, Limit("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64)]
 Size = Annotated[int, Limit("at least 1", lambda n: n >= 1)]
-LabelledImages = Annotated[int, Limit("at least 32", lambda n: n >= 32)]
+LabeledImages = Annotated[int, Limit("at least 32", lambda n: n >= 32)]
 Real = Annotated[float, Limit("finite", math.isfinite)]
 NotNegative = Annotated[float, Limit("at least 0", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Limit("above 0", lambda x: 0 < x < math.inf)]
@@ -246,7 +246,7 @@ class Health:
     period: Count
     probe_images: Size
     knn_period: Count | None
-    knn_images: LabelledImages
+    knn_images: LabeledImages
     knn_dataset: str
     best_by: Literal["auto", "knn", "cls_rank_me", "patch_rank_me"]
 
@@ -330,7 +330,7 @@ def save(cfg: Config, path: str | Path) -> None:
     Raises:
         OSError: naming the file, if it cannot be written.
     """
-    with replacing(Path(path)) as file:
+    with atomic_write(Path(path)) as file:
         file.write(to_yaml(cfg).encode())
 
 
@@ -570,7 +570,7 @@ def _contradictions(cfg: Config) -> Iterator[str]:
 
 _DEAD_KEYS = {
     "train.saveckp_freq": "checkpoints follow train.checkpoint_period",
-    "train.cache_dataset": "data sets decide by themselves what they cache",
+    "train.cache_dataset": "datasets decide by themselves what they cache",
     "optim.lr": "it is computed from optim.base_lr by optim.scaling_rule (rule none takes it as it is)",
 }
 # A source that sets all of these is a run's own config.yaml: a record of every key, not somebody's wish.

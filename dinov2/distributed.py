@@ -1,6 +1,6 @@
-"""Processes that train or evaluate together: where am I, one process group, sums and gathers.
+"""Processes that train or evaluate together: rank and world size, one process group, sums and gathers.
 
-A process finds its place from torchrun, a submitit job on this machine, a SLURM step, or it is alone. Alone there is
+A process learns its rank from torchrun, a submitit job on this machine, a SLURM step, or it is alone. Alone there is
 no process group, on no device, and every helper below is the identity: the laptop path is the cluster path.
 
     with distributed.session():
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# Longer than a teacher dump of ViT-g or listing a data set takes on one process while the others wait.
+# Longer than a teacher dump of ViT-g or listing a dataset takes on one process while the others wait.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -38,7 +38,7 @@ _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID",
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """One process among `world_size`: who it is and where rank 0 listens."""
 
     source: Literal["torchrun", "submitit", "slurm", "alone"]
@@ -51,17 +51,17 @@ class Place:
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world_size and 0 <= self.local_rank < self.local_world_size <= self.world_size):
-            raise ValueError(f"the environment ({self.source}) describes an impossible place: {self}")
+            raise ValueError(f"the environment ({self.source}) describes an impossible process: {self}")
 
 
-_place: Place | None = None
+_process: ProcessInfo | None = None
 
 
 # --- Where am I ------------------------------------------------------------------------------------------------------
 
 
-def where_am_i(env: Mapping[str, str] = os.environ) -> Place:
-    """Find the place of this process from environment variables.
+def detect_process(env: Mapping[str, str] = os.environ) -> ProcessInfo:
+    """Find rank, world size and address of this process in environment variables.
 
     In this order: a complete torchrun set; a task of a submitit job on this machine; a task of a SLURM step (variables
     of an allocation alone, as in an sbatch script or an salloc shell, do not make several processes); alone.
@@ -71,18 +71,20 @@ def where_am_i(env: Mapping[str, str] = os.environ) -> Place:
     """
     if all(name in env for name in _TORCHRUN):
         address, port, rank, world_size, local_rank, local_world_size = (env[name] for name in _TORCHRUN)
-        return Place("torchrun", int(rank), int(world_size), int(local_rank), int(local_world_size), address, int(port))
+        return ProcessInfo(
+            "torchrun", int(rank), int(world_size), int(local_rank), int(local_world_size), address, int(port)
+        )
     if env.get("SUBMITIT_EXECUTOR") == "local" and all(name in env for name in _SUBMITIT_LOCAL):
         job_id, rank, world_size, local_rank = (env[name] for name in _SUBMITIT_LOCAL)
-        return Place(
+        return ProcessInfo(
             "submitit",
             *(int(rank), int(world_size), int(local_rank), int(world_size)),
             master_port=_master_port(env, job_id),
         )
     if all(name in env for name in _SLURM_STEP):
-        return _slurm_place(env)
+        return _slurm_process(env)
     _refuse_half_a_torchrun(env)
-    return Place("alone")
+    return ProcessInfo("alone")
 
 
 def expand_nodelist(text: str) -> list[str]:
@@ -112,7 +114,7 @@ def _expand_ranges(text: str, nodelist: str) -> list[str]:
     return numbers
 
 
-def _slurm_place(env: Mapping[str, str]) -> Place:
+def _slurm_process(env: Mapping[str, str]) -> ProcessInfo:
     nodelist = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     nodes = expand_nodelist(nodelist)
     num_nodes = int(env.get("SLURM_STEP_NUM_NODES") or env.get("SLURM_JOB_NUM_NODES") or len(nodes))
@@ -120,7 +122,7 @@ def _slurm_place(env: Mapping[str, str]) -> Place:
         raise ValueError(f"SLURM counts {num_nodes} nodes but lists {len(nodes)}: {nodelist!r}")
     world_size = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or f"{int(world_size) // num_nodes}(x{num_nodes})"
-    return Place(
+    return ProcessInfo(
         "slurm",
         rank=int(env["SLURM_PROCID"]),
         world_size=int(world_size),
@@ -163,8 +165,8 @@ def _refuse_half_a_torchrun(env: Mapping[str, str]) -> None:
 # --- The process group -----------------------------------------------------------------------------------------------
 
 
-def init(timeout: timedelta = DEFAULT_TIMEOUT) -> Place:
-    """Find the place of this process, choose its GPU and, if there are several processes, connect them.
+def init(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessInfo:
+    """Find rank and world size of this process, choose its GPU and, if there are several processes, connect them.
 
     Collectives on CUDA tensors go through NCCL, those on CPU tensors through gloo.
 
@@ -172,65 +174,67 @@ def init(timeout: timedelta = DEFAULT_TIMEOUT) -> Place:
         RuntimeError: if a process group exists already.
         ValueError: if the environment makes no sense, or there are fewer GPUs than processes on this machine.
     """
-    global _place
+    global _process
     if dist.is_initialized():
         raise RuntimeError("the process group exists already: init() was called twice without close()")
-    place = where_am_i()
-    target = _choose_device(place)
+    process = detect_process()
+    target = _choose_device(process)
     if target.type == "cuda":
         torch.cuda.set_device(target)
-    if place.world_size > 1:
-        address = "env://" if place.source == "torchrun" else f"tcp://{place.master_addr}:{place.master_port}"
-        logger.debug("process %d of %d connects to %s", place.rank, place.world_size, address)
+    if process.world_size > 1:
+        address = "env://" if process.source == "torchrun" else f"tcp://{process.master_addr}:{process.master_port}"
+        logger.debug("process %d of %d connects to %s", process.rank, process.world_size, address)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
             init_method=address,
-            rank=place.rank,
-            world_size=place.world_size,
+            rank=process.rank,
+            world_size=process.world_size,
             timeout=timeout,
             device_id=target if target.type == "cuda" else None,
         )
-    _place = place
-    return place
+    _process = process
+    return process
 
 
 def close() -> None:
     """Leave the process group, if there is one."""
-    global _place
+    global _process
     if dist.is_initialized():
         dist.destroy_process_group()
-    _place = None
+    _process = None
 
 
 @contextmanager
-def session(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[Place]:
+def session(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[ProcessInfo]:
     """`init()` before and `close()` after the body; an error in the body is not left to the others' time-out.
 
     Its traceback says which process it was, and goes to the log file and to torchrun, if that started us. The group is
     then not closed in good order, which would wait for the others: the process ends, its connections break, and the
     others fail too.
     """
-    place = init(timeout)
+    process = init(timeout)
     try:
-        yield place
+        yield process
     except Exception as error:
-        if place.world_size > 1:
-            error.add_note(f"in process {place.rank} of {place.world_size} on {socket.gethostname()}")
+        if process.world_size > 1:
+            error.add_note(f"in process {process.rank} of {process.world_size} on {socket.gethostname()}")
             logger.critical("this process failed", exc_info=True, extra={"only_in_file": True})  # who raised it tells
             get_error_handler().record_exception(error)
         raise
     close()
 
 
-def _choose_device(place: Place) -> torch.device:
+def _choose_device(process: ProcessInfo) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if count == 1:  # the only one there is, or the one that the scheduler made visible to this task
         return torch.device("cuda", 0)
-    if place.local_rank >= count:
-        raise ValueError(f"{place.local_world_size} processes on this machine but {count} GPUs: start at most {count}")
-    return torch.device("cuda", place.local_rank)
+    if process.local_rank >= count:
+        raise ValueError(
+            f"{process.local_world_size} processes on this machine but {count} GPUs: start at most {count}"
+        )
+    return torch.device("cuda", process.local_rank)
 
 
 # --- Questions -------------------------------------------------------------------------------------------------------
@@ -251,12 +255,12 @@ def world_size() -> int:
 
 def local_rank() -> int:
     """The position of this process among those on this machine."""
-    return _place.local_rank if _place else 0
+    return _process.local_rank if _process else 0
 
 
 def local_world_size() -> int:
     """How many of the processes are on this machine."""
-    return _place.local_world_size if _place else 1
+    return _process.local_world_size if _process else 1
 
 
 def is_main() -> bool:
@@ -274,7 +278,7 @@ def device() -> torch.device:
 
 
 def device_mesh(num_shards: int) -> DeviceMesh:
-    """The processes in rows of `num_shards` neighbours: a mesh of one dimension if that is all of them, else of two.
+    """The processes in rows of `num_shards` neighbors: a mesh of one dimension if that is all of them, else of two.
 
     What is sharded is split over a row and replicated over the rows. Only with a process group.
 

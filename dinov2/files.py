@@ -24,7 +24,7 @@ _TEMPORARY, _ABANDONED_S = ".*.unfinished", 24 * 3600.0
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A new file for writing bytes, which takes the place of `path` only when it is whole and on disk.
 
     Readers see the old file or the new one, and nothing is left behind when writing fails. What a killed process leaves
@@ -52,7 +52,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path, subfolders: Iterable[str] = ()) -> None:
-    """Remove the files that `replacing` was writing when its process was killed.
+    """Remove the files that `atomic_write` was writing when its process was killed.
 
     A process holds a lock on such a file for as long as it lives, on whatever machine. On a file system without locks
     a file counts as left over when nobody has written to it for a day.
@@ -150,7 +150,7 @@ def read_array(path: Path, name: str | None = None) -> np.ndarray:
 
 
 @contextmanager
-def occupying(folder: Path, patience: float = 20.0) -> Iterator[None]:
+def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
     """Keep a folder to this process: others that ask for it meanwhile, on any machine that sees it, are refused.
 
     The lock ends with the process, however that ends, but some network file systems keep it for a machine that has
@@ -185,8 +185,8 @@ def occupying(folder: Path, patience: float = 20.0) -> Iterator[None]:
         yield
 
 
-def is_occupied(folder: Path) -> bool:
-    """Whether a process keeps a folder to itself by `occupying`. Not to be asked by that process: it would let go.
+def is_locked(folder: Path) -> bool:
+    """Whether a process keeps a folder to itself by `folder_lock`. Not to be asked by that process: it would let go.
 
     Args:
         folder: nothing in it is changed, and read permission is enough.

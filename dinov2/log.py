@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dinov2.files import parse_json, read_regular_file, replacing
+from dinov2.files import atomic_write, parse_json, read_regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -527,7 +527,7 @@ def truncate_metrics(path: str | Path, before_iteration: int) -> None:
     if damaged := records.count(None):
         logger.warning("%s: %d line(s) are torn or damaged, which are dropped", path, damaged)
     logger.info("%s: %d of %d lines are dropped, they will be computed again", path, len(lines) - len(kept), len(lines))
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write("".join(kept).encode())
 
 

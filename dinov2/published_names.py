@@ -36,7 +36,7 @@ TABLE: dict[str, dict[str, str]] = {
     "dinov2.data.datasets.decoders": {
         name: "images are decoded by dinov2.data.images" for name in ("Decoder", "ImageDataDecoder", "TargetDecoder")
     },
-    "dinov2.data.datasets.extended": {"ExtendedVisionDataset": "datasets are dinov2.data.base.ImageDataset"},
+    "dinov2.data.datasets.extended": {"ExtendedVisionDataset": "datasets are dinov2.data.datasets.base.ImageDataset"},
     "dinov2.data.datasets.image_net": {"ImageNet": "dinov2.data.datasets:ImageNet"},
     "dinov2.data.datasets.image_net_22k": {"ImageNet22k": "dinov2.data.datasets:ImageNet22k"},
     "dinov2.data.loaders": {

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from dinov2.files import read_regular_file, replacing
+from dinov2.files import atomic_write, read_regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _run_id(path: Path) -> str:
         ValueError: naming the file, if it is not a regular one.
     """
     if not path.exists():
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(secrets.token_hex(4).encode())
     text = read_regular_file(path).decode(errors="replace").strip()
     if not re.fullmatch(r"[\w-]{1,128}", text, re.ASCII):

@@ -43,8 +43,8 @@ from torch import Tensor
 
 from dinov2 import config, distributed
 from dinov2.train.checkpoint import Checkpointer, latest_checkpoint
-from dinov2.train.memory import STRATEGIES
 from dinov2.train.parallel import full_tensor
+from dinov2.train.preflight.memory import STRATEGIES
 from scripts.bench_memory import PLACES, Run
 from scripts.side_by_side import hardware, spread
 

@@ -1,15 +1,15 @@
 """How fast do crops come from JPEG files? Plain torchvision on PIL against ours, sides alternating; prints JSON.
 
-    python scripts/bench_data.py [--pictures FOLDER] [--size 500 375] [--repeats 15] [--workers 0 1 2]
+    python scripts/bench_data.py [--images FOLDER] [--size 500 375] [--repeats 15] [--workers 0 1 2]
 
-Each image gives 2 global and 8 local crops with the published augmentations, normalised and stacked. Four sides:
+Each image gives 2 global and 8 local crops with the published augmentations, normalized and stacked. Four sides:
 
 - plain: what one writes with torchvision's transforms on PIL images
 - pil: ours, augmentation.implementation=pil; the same operations, drawn beforehand
 - tensor: ours, the default
 - device worker: what a worker does with train.augment_on=device: read, header, draw, decode, pack
 
-The pictures are those of scikit-learn, or all in --pictures, cut and scaled to --size and saved as JPEG.
+The images are those of scikit-learn, or all in --images, cut and scaled to --size and saved as JPEG.
 """
 
 import argparse
@@ -38,13 +38,13 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from dinov2.data.augment import DataAugmentationDINO, MultiCrop
-from dinov2.data.base import ImageDataset
 from dinov2.data.collate import Batch
-from dinov2.data.images import open_picture
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.device_augment import DeviceAugmentation, RawImage, cut, pack
+from dinov2.data.images import open_image
 from dinov2.data.loader import make_train_loader, to_device
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from dinov2.data.uncut import UncutAugmentation, UncutPicture, cut, pack
 
 MEANINGS = {
     "images_per_s_and_core": "images / CPU seconds of one thread, median of the repeats",
@@ -121,15 +121,15 @@ class Files(ImageDataset):
 
 
 def make_files(folder: Path | None, size: tuple[int, int]) -> list[bytes]:
-    """Real pictures of one size as JPEG files of quality 90."""
+    """Real images of one size as JPEG files of quality 90."""
     if folder is None:
         from sklearn.datasets import load_sample_images
 
         images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     else:
-        images = [open_picture(path.read_bytes()).load() for path in sorted(folder.rglob("*")) if path.is_file()]
+        images = [open_image(path.read_bytes()).load() for path in sorted(folder.rglob("*")) if path.is_file()]
         if not images:
-            raise SystemExit(f"error: no pictures in {folder}")
+            raise SystemExit(f"error: no images in {folder}")
     files = []
     for image in images:
         file = io.BytesIO()
@@ -151,14 +151,14 @@ def make_sides(global_size: int, local_size: int) -> dict[str, Callable[[bytes],
         )
 
     plain, pil, tensor = Plain(global_size, local_size), ours("pil"), ours("tensor")
-    uncut = UncutAugmentation(tensor)
-    crop_format = uncut.crop_format(torch.float32)
+    raw = DeviceAugmentation(tensor)
+    crop_format = raw.crop_format(torch.float32)
     return {
         "plain": lambda data: stacked(plain(Image.open(io.BytesIO(data)).convert("RGB"))),
-        "pil": lambda data: stacked(pil(open_picture(data))),
-        "tensor": lambda data: stacked(tensor(open_picture(data))),
-        "device worker": lambda data: pack([uncut(open_picture(data))], NO_CROPS, crop_format),
-        "decoding alone": lambda data: open_picture(data).pixels(),
+        "pil": lambda data: stacked(pil(open_image(data))),
+        "tensor": lambda data: stacked(tensor(open_image(data))),
+        "device worker": lambda data: pack([raw(open_image(data))], NO_CROPS, crop_format),
+        "decoding alone": lambda data: open_image(data).pixels(),
     }
 
 
@@ -241,11 +241,9 @@ def _cpu_seconds() -> float:
 
 def time_cutting(files: list[bytes], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What the device does for a batch that the workers packed."""
-    uncut = UncutAugmentation(
-        DataAugmentationDINO(GLOBAL_SCALE, LOCAL_SCALE, LOCALS, args.global_size, args.local_size)
-    )
-    pictures = [uncut(open_picture(data)) for data in itertools.islice(itertools.cycle(files), args.batch_size)]
-    packed = pack(pictures, NO_CROPS, uncut.crop_format(torch.float32))
+    raw = DeviceAugmentation(DataAugmentationDINO(GLOBAL_SCALE, LOCAL_SCALE, LOCALS, args.global_size, args.local_size))
+    images = [raw(open_image(data)) for data in itertools.islice(itertools.cycle(files), args.batch_size)]
+    packed = pack(images, NO_CROPS, raw.crop_format(torch.float32))
     seconds = []
     for repeat in range(args.repeats + 1):
         started = time.perf_counter()
@@ -275,8 +273,8 @@ def compare_pixels(files: list[bytes], args: argparse.Namespace, draws: int = 4)
                 for implementation in ("tensor", "pil")
             )  # fmt: skip
             torch.manual_seed(seed)
-            pixels, views = pil.draw(open_picture(data))  # which decodes at full scale
-            packed = pack([UncutPicture(pixels, views)], NO_CROPS, UncutAugmentation(tensor).crop_format(torch.float32))
+            pixels, views = pil.draw(open_image(data))  # which decodes at full scale
+            packed = pack([RawImage(pixels, views)], NO_CROPS, DeviceAugmentation(tensor).crop_format(torch.float32))
             on_device = cut(packed)
             for key, crops in (("pil", pil.carry_out(pixels, views)), ("tensor", tensor.carry_out(pixels, views))):
                 made[key].append(torch.cat([crop.flatten() for crop in (*crops.global_crops, *crops.local_crops)]))
@@ -292,9 +290,9 @@ def compare_pixels(files: list[bytes], args: argparse.Namespace, draws: int = 4)
 def main() -> None:
     parser = argparse.ArgumentParser(description="crops from JPEG files against plain torchvision on PIL images")
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=Path,
-        help="folder of one's own pictures; default: scikit-learn's",
+        help="folder of one's own images; default: scikit-learn's",
     )
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width and height of the files")
     parser.add_argument(
@@ -311,7 +309,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", message="This DataLoader will create")
-    files = make_files(args.pictures, tuple(args.size))
+    files = make_files(args.images, tuple(args.size))
     sides = make_sides(args.global_size, args.local_size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     record: dict[str, Any] = {
@@ -322,7 +320,7 @@ def main() -> None:
         "sides": time_sides(sides, files, args.repeats),
     }
     if all(args.large_size):
-        large = make_files(args.pictures, tuple(args.large_size))
+        large = make_files(args.images, tuple(args.large_size))
         record["large"] = {"size": args.large_size, **time_sides(sides, large, max(2, args.repeats // 3))}
     record["loader"] = {f"{workers} workers": time_loader(files, args, workers) for workers in args.workers}
     record["cutting"] = time_cutting(files, args, device)

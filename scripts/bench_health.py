@@ -24,7 +24,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 
 from dinov2.data import make_dataset
-from dinov2.train.health import HealthPanel
+from dinov2.train.monitor.target_stats import HealthPanel
 from dinov2.train.optim import ema_update
 from dinov2.train.train import clip_and_step, forward_backward
 from scripts import bench_step
@@ -52,7 +52,7 @@ def share(seconds: Mapping[str, Sequence[float]], periods: Mapping[str, int]) ->
 def main() -> None:
     args = get_args_parser().parse_intermixed_args()
     words = vars(args) | {"arch": None, "patch_size": None, "drop_path": None}
-    args.opts = ["train.dataset_path=FashionMNIST:split=TRAIN", *args.opts]  # pictures for the looks; the size counts
+    args.opts = ["train.dataset_path=FashionMNIST:split=TRAIN", *args.opts]  # images for the looks; the size counts
     cfg = bench_step.make_config(argparse.Namespace(**words | {"opts": args.opts}), args.precision)
     device = torch.device(args.device)
     side = bench_step.Side(cfg, device, plain=False)

@@ -74,7 +74,7 @@ def main() -> None:
     knn = KnnModule(bank, labels, [10, 20, 100, K], 0.07, device, NUM_CLASSES)
 
     def ours() -> None:
-        sims, nearest = knn.neighbours(queries)
+        sims, nearest = knn.neighbors(queries)
         for part in zip(sims.split(QUERY_BATCH), nearest.split(QUERY_BATCH), strict=True):
             knn.votes(*part)
 
@@ -87,7 +87,7 @@ def main() -> None:
         if importlib.util.find_spec("faiss"):
             searches["faiss"] = faiss(bank)
     positions = KnnModule(bank, torch.arange(args.bank, device=device), [K], 0.07, device)
-    _, expected = positions.neighbours(queries[:CHECKED])
+    _, expected = positions.neighbors(queries[:CHECKED])
     found = {name: share_in_both(expected, search(queries[:CHECKED])) for name, search in searches.items()}
 
     sides: dict[str, Callable[[], object]] = {

@@ -10,7 +10,7 @@ and, on two busy cores, ten minutes.
 
 Figures are bytes of the process that holds most:
 
-    state   weights, gradients and AdamW moments after a step, as `train/memory.py` counts them: tracked tensors
+    state   weights, gradients and AdamW moments after a step, as `preflight/memory.py` counts them: tracked tensors
     peak    peak resident memory of two steps less that of the same process before the model was built; predicted are
             state, gathered weights and gradients that are being reduced, without activations, gloo and kernels
     start   the same up to the first step: every process builds both networks whole; not predicted
@@ -42,9 +42,9 @@ from dinov2.data.collate import Batch, collate_data_and_cast
 from dinov2.data.loader import to_device
 from dinov2.data.masking import MaskingGenerator
 from dinov2.train.guards import NonFiniteGuard
-from dinov2.train.memory import STRATEGIES, Estimate, estimate, held_bytes
 from dinov2.train.optim import build_optimizer, ema_update, set_hyperparameters
 from dinov2.train.parallel import parallelize
+from dinov2.train.preflight.memory import STRATEGIES, Estimate, estimate, held_bytes
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import clip_and_step, forward_backward

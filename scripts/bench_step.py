@@ -373,7 +373,7 @@ def main() -> None:
         "first_loss": first,
         "flops_per_step": flops,
         "matrix_product_flops_per_second": product,
-        "model_flops_utilisation": flops / medians["ours"] / product,
+        "model_flops_utilization": flops / medians["ours"] / product,
         "peak_memory_bytes": memory or {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
         **hardware(device),
     }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a small DINOv2 on real pictures that come with the package, on a GPU or on two CPU cores, and shows what it
-# has learned: patch features in colour, k-NN accuracy, a report of the whole run. Installs what it needs first.
+# Trains a small DINOv2 on real images that come with the package, on a GPU or on two CPU cores, and shows what it
+# has learned: patch features in color, k-NN accuracy, a report of the whole run. Installs what it needs first.
 #
 #   bash scripts/quickstart.sh [OUT] [key=value ...]
 #
@@ -22,7 +22,7 @@ setup_venv requirements.txt
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 
-# Processes of their own load the pictures; they need about a fifth of the computing time.
+# Processes of their own load the images; they need about a fifth of the computing time.
 cores=$(nproc)
 workers=$((cores < 4 ? 1 : cores < 32 ? cores / 4 : 8))
 export OMP_NUM_THREADS=$((cores < 8 ? cores : 8)) # more threads make so small a network slower

@@ -1,4 +1,4 @@
-"""What a quickstart run has learned: a picture of patch features, k-NN accuracies, and a page about all of the run.
+"""What a quickstart run has learned: a image of patch features, k-NN accuracies, and a page about all of the run.
 
     python scripts/quickstart_report.py OUT
 
@@ -18,20 +18,20 @@ import torch
 from torch import nn
 
 from dinov2 import config
-from dinov2.analysis.pca import pca_colours, to_pictures
+from dinov2.analysis.pca import pca_colors, to_images
 from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.transforms import ToNormalizedTensor, make_classification_eval_transform
 from dinov2.eval import setup
 from dinov2.eval.knn import eval_knn
-from dinov2.eval.pictures.contact_sheet import contact_sheet
-from dinov2.eval.pictures.feature_maps import patch_tokens
 from dinov2.eval.results import write_results
 from dinov2.log import setup_logging
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.train.report.page import write_report
+from dinov2.report.page import write_report
+from dinov2.visualization.contact_sheet import contact_sheet
+from dinov2.visualization.feature_maps import patch_tokens
 
-NUM_NEIGHBOURS = (10, 20)
+NUM_NEIGHBORS = (10, 20)
 IMAGES_PER_CLASS = 3
 
 Accuracies = dict[str, dict[int, float]]  # features -> {k: top-1 in percent}
@@ -59,23 +59,23 @@ def compare(features: Mapping[str, nn.Module], cfg: Config, train_dataset: str, 
     for name, model in features.items():
         scores = eval_knn(
             model,
-            setup.labelled_dataset(train_dataset, transform),
-            setup.labelled_dataset(val_dataset, transform),
+            setup.labeled_dataset(train_dataset, transform),
+            setup.labeled_dataset(val_dataset, transform),
             num_workers=0,  # the images are tiny and in memory
             autocast_dtype=setup.get_autocast_dtype(cfg),
-            nb_knn=NUM_NEIGHBOURS,
+            nb_knn=NUM_NEIGHBORS,
         )
-        accuracies[name] = {k: 100 * scores["full", k]["top-1"] for k in NUM_NEIGHBOURS}
+        accuracies[name] = {k: 100 * scores["full", k]["top-1"] for k in NUM_NEIGHBORS}
     return accuracies
 
 
 def as_table(accuracies: Accuracies) -> str:
     """Markdown that is readable as it is."""
     width = max(map(len, accuracies))
-    lines = [f"| {'top-1 in %':<{width}} |" + "".join(f" k = {k} |" for k in NUM_NEIGHBOURS)]
-    lines.append(f"| {'-' * width} |" + " -----: |" * len(NUM_NEIGHBOURS))
+    lines = [f"| {'top-1 in %':<{width}} |" + "".join(f" k = {k} |" for k in NUM_NEIGHBORS)]
+    lines.append(f"| {'-' * width} |" + " -----: |" * len(NUM_NEIGHBORS))
     for name, row in accuracies.items():
-        lines.append(f"| {name:<{width}} |" + "".join(f" {row[k]:6.1f} |" for k in NUM_NEIGHBOURS))
+        lines.append(f"| {name:<{width}} |" + "".join(f" {row[k]:6.1f} |" for k in NUM_NEIGHBORS))
     return "\n".join(lines) + "\n"
 
 
@@ -90,7 +90,7 @@ def draw_features(networks: Mapping[str, DinoVisionTransformer], cfg: Config, va
     rows = {"image": images}
     for name, network in networks.items():
         tokens = patch_tokens(network, tensors, shifts=cfg.student.patch_size)
-        rows[name] = to_pictures(pca_colours(tokens))
+        rows[name] = to_images(pca_colors(tokens))
     title = "Patch features: their first three principal components as red, green and blue, one basis per network"
     contact_sheet(rows, title=title, headings=dataset.classes, columns=len(dataset.classes)).save(output)
 
@@ -122,6 +122,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Picture and measure what a quickstart run has learned")
+    parser = argparse.ArgumentParser(description="EncodedImage and measure what a quickstart run has learned")
     parser.add_argument("folder", type=Path, help="output folder of the training")
     sys.exit(main(parser.parse_args()))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What each sharding strategy costs: memory and communication of a process, by size of the backbone.
 
-Computed from the sizes of the networks (`train/memory.py` has the formulas), with the heads, precisions and units of a
+Computed from the sizes of the networks (see `train/preflight/memory.py`), with the heads, precisions and units of a
 recipe; activations are not in it. Prints JSON in bytes, or with --markdown two tables in GiB.
 
     python scripts/sharding_table.py --markdown
@@ -22,7 +22,7 @@ import torch
 
 from dinov2 import config
 from dinov2.models import ARCHS
-from dinov2.train.memory import STRATEGIES, estimate
+from dinov2.train.preflight.memory import STRATEGIES, estimate
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 GIB = 2**30

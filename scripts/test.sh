@@ -47,12 +47,12 @@ install_browser() {
 # reproduce the recordings, be loaded and converted, evaluate, draw, read images.
 oldest=(
     tests/test_config.py tests/test_golden.py tests/test_packaging.py tests/layers tests/loss
-    tests/train/test_{checkpoint_command,checkpoint_folder,compile,dry_run,resume}.py
+    tests/tools/test_checkpoints_tool.py tests/train/test_{checkpoint_folder,compile,dry_run,resume}.py
     tests/train/test_processes.py::test_a_run_continues_on_another_number_of_processes
     tests/test_quickstart.py::test_quickstart_leaves_everything_in_one_folder_and_runs_twice
     tests/hub/test_hub.py tests/models/test_{export,intermediate_layers,peers,weights}.py
-    tests/eval/test_{features,knn,linear,log_regression,visualize}.py
-    tests/data/test_{images,loader,uncut}.py tests/test_trackers.py
+    tests/eval/test_{features,knn,linear,log_regression}.py tests/visualization/test_visualization_command.py
+    tests/data/test_{images,loader,raw}.py tests/test_trackers.py
 )
 
 shared_out=(-n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder)

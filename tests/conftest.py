@@ -14,7 +14,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# No deadline: the machine may be busy. Derandomised: a red test is red again on the next run.
+# No deadline: the machine may be busy. Derandomized: a red test is red again on the next run.
 settings.register_profile("dinov2", deadline=None, derandomize=True, database=None, print_blob=True)
 settings.load_profile("dinov2")
 

@@ -64,7 +64,7 @@ def test_a_step_and_its_phases() -> None:
     record = record_of("bench_step", *TINY_STEP, *TINY)
     assert all(is_spread(ratio) for ratio in record["ratio"].values())
     assert all(min(times.values()) > 0 for times in record["milliseconds_per_phase"].values())
-    assert 0 < record["model_flops_utilisation"] < 1
+    assert 0 < record["model_flops_utilization"] < 1
     tokens, width, prototypes = 2 * 2 * 5 + 2 * 8 * 2, 32, 16
     assert record["flops_per_step"] > 3 * 2 * tokens * 12 * width**2 + 2 * width * prototypes, "of the student's blocks"
 
@@ -92,7 +92,7 @@ def test_features(precision: str) -> None:
     assert parameters["ours"] == parameters["transformers"] == parameters["timm"] + 384, "timm has no mask token"
 
 
-def test_nearest_neighbours() -> None:
+def test_nearest_neighbors() -> None:
     record = record_of("bench_knn", "--bank=8000", "--queries=300", "--width=16", "--rounds=2")
     for ratio in (record["ratio"], record["ratio_of_work"]):
         assert {"ours / bare", "ours / sklearn"} <= ratio.keys()

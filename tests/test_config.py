@@ -537,9 +537,9 @@ def test_a_key_that_is_not_spelt_right_is_an_error(word):
 def test_an_unknown_key_is_an_error_that_names_the_nearest(key, nearest):
     with pytest.raises(ConfigError) as error:
         load(None, [f"{key}=1"])
-    first, _, neighbours = str(error.value).partition("; nearest known keys: ")
-    assert first == f"unknown key {key!r}" and nearest in neighbours
-    assert neighbours.endswith(f"(in override '{key}=1')")
+    first, _, neighbors = str(error.value).partition("; nearest known keys: ")
+    assert first == f"unknown key {key!r}" and nearest in neighbors
+    assert neighbors.endswith(f"(in override '{key}=1')")
 
 
 def test_all_problems_of_a_file_are_reported_at_once_with_its_name(tmp_path):

@@ -1,4 +1,4 @@
-"""dinov2.distributed: every process finds its place, and the collectives do what their names say."""
+"""dinov2.distributed: every process learns its rank, and the collectives do what their names say."""
 
 import os
 import random
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dinov2 import distributed
-from dinov2.distributed import Place, expand_nodelist, where_am_i
+from dinov2.distributed import ProcessInfo, detect_process, expand_nodelist
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,61 +68,61 @@ def test_a_wrong_node_list_is_named(text: str) -> None:
 
 
 def test_alone_without_any_variable() -> None:
-    assert where_am_i({}) == Place("alone")
+    assert detect_process({}) == ProcessInfo("alone")
 
 
 def test_torchrun_wins_over_slurm() -> None:
-    expected = Place("torchrun", 5, 8, 1, 4, "node7", 29500)
-    assert where_am_i(TORCHRUN) == expected
-    assert where_am_i(STEP | TORCHRUN) == expected
+    expected = ProcessInfo("torchrun", 5, 8, 1, 4, "node7", 29500)
+    assert detect_process(TORCHRUN) == expected
+    assert detect_process(STEP | TORCHRUN) == expected
 
 
 def test_slurm_step_not_its_allocation_counts() -> None:
-    assert where_am_i(STEP) == Place("slurm", 5, 7, 2, 3, "host2", 47303)
+    assert detect_process(STEP) == ProcessInfo("slurm", 5, 7, 2, 3, "host2", 47303)
 
 
 def test_slurm_port_is_drawn_from_the_job_unless_set() -> None:
-    assert where_am_i(STEP).master_port == random.Random(12345).randint(20000, 60000) == 47303
-    assert where_am_i(STEP | {"MASTER_PORT": "4000"}).master_port == 4000
+    assert detect_process(STEP).master_port == random.Random(12345).randint(20000, 60000) == 47303
+    assert detect_process(STEP | {"MASTER_PORT": "4000"}).master_port == 4000
 
 
 def test_an_allocation_without_a_step_is_one_process() -> None:
     batch_script = {k: v for k, v in STEP.items() if "STEP" not in k}
-    assert where_am_i(batch_script) == Place("alone")
+    assert detect_process(batch_script) == ProcessInfo("alone")
 
 
 def test_slurm_contradiction_is_an_error() -> None:
     with pytest.raises(ValueError, match="counts 3 nodes but lists 1"):
-        where_am_i(STEP | {"SLURM_STEP_NODELIST": "host2"})
+        detect_process(STEP | {"SLURM_STEP_NODELIST": "host2"})
 
 
 def test_submitit_on_this_machine_even_inside_a_slurm_step() -> None:
-    expected = Place("submitit", 1, 2, 1, 2, "127.0.0.1", random.Random(4711).randint(20000, 60000))
-    assert where_am_i(SUBMITIT) == expected
-    assert where_am_i(STEP | SUBMITIT) == expected
+    expected = ProcessInfo("submitit", 1, 2, 1, 2, "127.0.0.1", random.Random(4711).randint(20000, 60000))
+    assert detect_process(SUBMITIT) == expected
+    assert detect_process(STEP | SUBMITIT) == expected
 
 
 @pytest.mark.parametrize("stray", [{"MASTER_ADDR": "x"}, {"LOCAL_RANK": "0"}, {"WORLD_SIZE": "1", "RANK": "0"}])
 def test_a_stray_variable_is_ignored_and_reported(stray: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    assert where_am_i(stray) == Place("alone")
+    assert detect_process(stray) == ProcessInfo("alone")
     assert f"ignoring {next(iter(sorted(stray)))}" in caplog.text or "ignoring RANK" in caplog.text
 
 
 @pytest.mark.parametrize("half", [{"WORLD_SIZE": "2"}, {"RANK": "1"}, {"LOCAL_RANK": "3"}])
 def test_half_a_torchrun_is_no_silent_single_run(half: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="means several processes, but MASTER_ADDR.* not set"):
-        where_am_i(half)
+        detect_process(half)
 
 
 def test_an_impossible_place_is_an_error() -> None:
-    with pytest.raises(ValueError, match="impossible place.*rank=9"):
-        where_am_i(TORCHRUN | {"RANK": "9"})
+    with pytest.raises(ValueError, match="impossible process.*rank=9"):
+        detect_process(TORCHRUN | {"RANK": "9"})
 
 
 def test_alone_there_is_no_group_and_helpers_are_the_identity() -> None:
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
-    with distributed.session() as place:
-        assert place == Place("alone")
+    with distributed.session() as process:
+        assert process == ProcessInfo("alone")
         assert not distributed.is_enabled()
         assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (0, 1, 0)
         assert distributed.is_main()
@@ -146,9 +146,9 @@ WORKER = """
 import torch
 from dinov2 import distributed as d
 
-with d.session() as place:
+with d.session() as process:
     r, w = d.rank(), d.world_size()
-    assert (r, w, d.local_rank(), d.local_world_size()) == (place.rank, 3, place.rank, 3)
+    assert (r, w, d.local_rank(), d.local_world_size()) == (process.rank, 3, process.rank, 3)
     assert d.is_enabled() and d.is_main() == (r == 0)
 
     mine = torch.tensor([1.0, 10.0 * r])
@@ -182,7 +182,7 @@ with d.session():
 
 
 def start(code: str, rank: int, world_size: int, port: int) -> subprocess.Popen[str]:
-    place = {
+    process = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
@@ -192,7 +192,7 @@ def start(code: str, rank: int, world_size: int, port: int) -> subprocess.Popen[
     }
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        env=os.environ | place | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | process | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

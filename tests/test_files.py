@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from dinov2.files import is_occupied, remove_leftovers, replacing
+from dinov2.files import atomic_write, is_locked, remove_leftovers
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text("old")
-    with pytest.raises(OSError, match="disk full"), replacing(path) as file:
+    with pytest.raises(OSError, match="disk full"), atomic_write(path) as file:
         file.write(b"half of it")
         raise OSError("disk full")
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"] and path.read_text() == "old"
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"] and path.read_text() == "new"
 
@@ -31,8 +31,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 WRITER = """
 import sys
 from pathlib import Path
-from dinov2.files import replacing
-with replacing(Path(sys.argv[1])) as file:
+from dinov2.files import atomic_write
+with atomic_write(Path(sys.argv[1])) as file:
     print("here", flush=True)
     sys.stdin.read()
 """
@@ -54,7 +54,10 @@ def test_whoever_writes_a_file_that_does_not_fit_the_error_names_it_and_the_reas
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"cannot write: File too large: .*/x'$"), replacing(tmp_path / "x") as file:
+        with (
+            pytest.raises(OSError, match=r"cannot write: File too large: .*/x'$"),
+            atomic_write(tmp_path / "x") as file,
+        ):
             write(file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -93,23 +96,23 @@ def test_without_locks_only_what_is_old_is_removed(tmp_path: Path, monkeypatch: 
 HOLDER = """
 import sys
 from pathlib import Path
-from dinov2.files import occupying
-with occupying(Path(sys.argv[1])):
+from dinov2.files import folder_lock
+with folder_lock(Path(sys.argv[1])):
     print("here", flush=True)
     sys.stdin.read()
 """
 
 
 def test_a_folder_is_occupied_as_long_as_the_process_lives(tmp_path: Path) -> None:
-    assert not is_occupied(tmp_path) and not list(tmp_path.iterdir()) and not is_occupied(tmp_path / "nowhere")
+    assert not is_locked(tmp_path) and not list(tmp_path.iterdir()) and not is_locked(tmp_path / "nowhere")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], **pipes) as holder:  # type: ignore[call-overload]
         assert holder.stdout.readline() == b"here\n"
         (tmp_path / ".lock").chmod(0o444)
         before = (tmp_path / ".lock").read_text()
-        assert is_occupied(tmp_path) and is_occupied(tmp_path)
+        assert is_locked(tmp_path) and is_locked(tmp_path)
         holder.kill()
-    assert not is_occupied(tmp_path) and [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert not is_locked(tmp_path) and [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert (tmp_path / ".lock").read_text() == before
 
 
@@ -120,4 +123,4 @@ def test_without_locks_nobody_can_tell(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / ".lock").touch()
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.raises(OSError, match="No locks"):
-        is_occupied(tmp_path)
+        is_locked(tmp_path)

@@ -14,9 +14,9 @@ from PIL import Image
 
 from dinov2 import config
 from dinov2.data import make_dataset
-from dinov2.eval.pictures.contact_sheet import GAP, MARGIN
 from dinov2.hub.backbones import dinov2_vits14
 from dinov2.models import build_model
+from dinov2.visualization.contact_sheet import GAP, MARGIN
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "scripts" / "first_steps.ipynb"
 MAX_BYTES = 500_000
@@ -32,10 +32,10 @@ def texts_of(notebook: Any) -> str:
     return "\n".join(output.get("text") or output["data"]["text/plain"] for output in outputs)
 
 
-def pictures_of(notebook: Any) -> list[Image.Image]:
+def images_of(notebook: Any) -> list[Image.Image]:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     encoded = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
-    return [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in encoded]
+    return [Image.open(io.BytesIO(base64.b64decode(image))) for image in encoded]
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_it_shows_what_came_of_it_and_nothing_of_the_machine() -> None:
     assert kinds == {"stdout", "execute_result"}, "no errors, no warnings"
     assert not any(word in NOTEBOOK.read_text() for word in ("/root", "/home", "/tmp", "/work"))
     assert "of 2,000 images right" in texts_of(notebook)
-    assert len(pictures_of(notebook)) == 2
+    assert len(images_of(notebook)) == 2
 
 
 def test_it_runs_with_a_model_of_ones_own(tmp_path: Path, run_with: Any) -> None:
@@ -87,13 +87,13 @@ def test_it_runs_with_a_model_of_ones_own(tmp_path: Path, run_with: Any) -> None
     assert "patches of 7 pixels; a feature has 32 numbers" in text
     assert "patch tokens (1, 16, 32)" in text
     assert "(torch.Size([2000, 32]), torch.Size([2000, 32]))" in text
-    assert "10 neighbours: " in text
-    similar, colours = pictures_of(done)
+    assert "10 neighbors: " in text
+    similar, colors = images_of(done)
     pixels = np.asarray(similar)[:, -10 * (84 + GAP) - MARGIN :]  # without the labels of the rows
     top = int(np.flatnonzero((pixels < 128).any(axis=(1, 2)))[0])
     first, second = (pixels[y : y + 84] for y in (top, top + 84 + GAP))
     assert first.min() < 50 and (first == second).all(), "the nearest of an image is itself"
-    assert len(colours.getcolors(colours.width * colours.height)) > 1000
+    assert len(colors.getcolors(colors.width * colors.height)) > 1000
 
 
 def test_it_runs_with_a_released_model_and_images_of_ones_own(
@@ -119,4 +119,4 @@ def test_it_runs_with_a_released_model_and_images_of_ones_own(
     assert "patch tokens (1, 256, 384)" in text
     assert "(torch.Size([6, 384]), torch.Size([6, 384]))" in text
     assert "no labels" in text
-    assert len(pictures_of(done)) == 2
+    assert len(images_of(done)) == 2

@@ -1,4 +1,4 @@
-"""An installed package is whole: recipes, data set, licences and launchers are in the wheel, and it works."""
+"""An installed package is whole: recipes, dataset, licenses and launchers are in the wheel, and it works."""
 
 import os
 import re
@@ -51,7 +51,7 @@ def test_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     assert "dinov2/configs/ssl_default_config.yaml" in names
     assert "dinov2/configs/train/vitl16_short.yaml" in names
     assert "dinov2/configs/eval/vitg14_reg4_pretrain.yaml" in names
-    assert "dinov2/data/embedded/fashion_mnist_12k.npz" in names
+    assert "dinov2/data/datasets/embedded/fashion_mnist_12k.npz" in names
     assert "dinov2/run/train/train.py" in names
     assert "dinov2/run/eval/knn.py" in names
     assert not [name for name in names if name.endswith(".pyc") or not name.startswith("dinov2")]

@@ -1,1 +1,1 @@
-"""What features look like, in numbers and in colours: functions of tensors that know no model and no run."""
+"""What features look like, in numbers and in colors: functions of tensors that know no model and no run."""

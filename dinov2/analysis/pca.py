@@ -1,6 +1,6 @@
-"""Principal components of patch features as colours (DINOv2 paper, section 7.5).
+"""Principal components of patch features as colors (DINOv2 paper, section 7.5).
 
-One basis for all images: parts with like features have like colours wherever they are. Colours of two models have
+One basis for all images: parts with like features have like colors wherever they are. Colors of two models have
 nothing to do with one another.
 
 Features come in batches, which may be more than fit in memory: what is known of them is their number, mean and
@@ -50,8 +50,8 @@ class Moments:
             return
         features = features.double()
         mean = features.mean(dim=0)
-        centred = features - mean
-        scatter = centred.T @ centred
+        centered = features - mean
+        scatter = centered.T @ centered
         if self.count == 0:
             self.count, self.mean, self.scatter = count, mean, scatter
             return
@@ -134,37 +134,37 @@ def foreground_mask(tokens: Tensor) -> Tensor:
     return fit_foreground([tokens])(tokens)
 
 
-# --- Colours ---------------------------------------------------------------------------------------------------------
+# --- Colors ---------------------------------------------------------------------------------------------------------
 
 
-class Colouring(NamedTuple):
-    """How features become colours: three components as red, green and blue, each stretched over its range."""
+class PCAColormap(NamedTuple):
+    """How features become colors: three components as red, green and blue, each stretched over its range."""
 
     components: PrincipalComponents
     low: Tensor  # (3,) float64, coordinates that become 0
     high: Tensor  # (3,) float64, and 1
-    shown: Callable[[Tensor], Tensor] | None  # tokens (n, h, w, D) -> (n, h, w) bool, the patches with a colour
+    shown: Callable[[Tensor], Tensor] | None  # tokens (n, h, w, D) -> (n, h, w) bool, the patches with a color
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """(n, h, w, D) -> (n, h, w, 3) float32 in [0, 1] on the CPU; black where nothing is shown."""
         values = self.components.project(tokens).cpu()
-        colours = ((values - self.low) / (self.high - self.low)).clamp(0, 1).float()
-        return colours if self.shown is None else colours * self.shown(tokens).cpu()[..., None]
+        colors = ((values - self.low) / (self.high - self.low)).clamp(0, 1).float()
+        return colors if self.shown is None else colors * self.shown(tokens).cpu()[..., None]
 
 
-def fit_colouring(
+def fit_pca_colormap(
     batches: Iterable[Tensor], shown: Callable[[Tensor], Tensor] | None = None, *, clip: float = 0.0
-) -> Colouring:
-    """The colours that show most of the variation in these tokens.
+) -> PCAColormap:
+    """The colors that show most of the variation in these tokens.
 
     Args:
         batches: tokens (n, h, w, D) of images that share one basis; h and w may differ. Iterated over twice.
-        shown: tokens (n, h, w, D) -> (n, h, w) bool, the patches to colour; the others neither count nor show.
+        shown: tokens (n, h, w, D) -> (n, h, w) bool, the patches to color; the others neither count nor show.
         clip: share of the patches of a batch that may fall out of the range at either end; the range is the widest
             of the batches'. With 0 it is that of all patches.
 
     Returns:
-        The colouring, which gives black if features do not vary. Its signs are those for which objects are bright.
+        The colormap, which gives black if features do not vary. Its signs are those for which objects are bright.
     """
     everything, chosen, side = Moments(), Moments(), _ObjectSide()
     for tokens in batches:
@@ -183,22 +183,22 @@ def fit_colouring(
         low, high = torch.zeros_like(low), torch.zeros_like(high)
     smallest = max(1e-6 * everything.magnitude(), 1e-12)  # a smaller range is no variation but rounding
     high = torch.where(high - low < smallest, torch.inf, high)
-    return Colouring(components, low, high, shown)
+    return PCAColormap(components, low, high, shown)
 
 
-def pca_colours(tokens: Tensor, foreground: Tensor | None = None) -> Tensor:
+def pca_colors(tokens: Tensor, foreground: Tensor | None = None) -> Tensor:
     """The first three principal components as red, green and blue, each stretched over its range.
 
     Args:
         tokens: (n, h, w, D), of all images that are to share one basis.
-        foreground: (n, h, w) bool, the patches to colour; the others neither count nor show. None: all.
+        foreground: (n, h, w) bool, the patches to color; the others neither count nor show. None: all.
 
     Returns:
         (n, h, w, 3) float32 in [0, 1]; black outside the foreground, and all black if the features do not vary.
     """
-    return fit_colouring([tokens], None if foreground is None else lambda _: foreground)(tokens)
+    return fit_pca_colormap([tokens], None if foreground is None else lambda _: foreground)(tokens)
 
 
-def to_pictures(colours: Tensor) -> list[Image.Image]:
-    """Colours (n, h, w, 3) in [0, 1] -> n pictures of w x h pixels."""
-    return [Image.fromarray(pixels) for pixels in (colours * 255).round().to(torch.uint8).numpy()]
+def to_images(colors: Tensor) -> list[Image.Image]:
+    """Colors (n, h, w, 3) in [0, 1] -> n images of w x h pixels."""
+    return [Image.fromarray(pixels) for pixels in (colors * 255).round().to(torch.uint8).numpy()]

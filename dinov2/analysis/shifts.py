@@ -31,7 +31,7 @@ def finer_tokens(tokens_of: Callable[[Tensor], Tensor], images: Tensor, *, patch
         return tokens_of(images)
     step = patch_size // shifts
     height, width = images.shape[-2:]
-    # Centres the patch of a token on its cell of the finer grid.
+    # Centers the patch of a token on its cell of the finer grid.
     before = (patch_size - step) // 2
     after = patch_size - step - before
     padded = functional.pad(images, (before, after, before, after), mode="replicate")

@@ -1,4 +1,4 @@
-"""From a dataset string to batches: data sets, augmentation, masks, collation, samplers, loader."""
+"""From a dataset string to batches: datasets, augmentation, masks, collation, samplers, loader."""
 
 from dinov2.data.adapters import DatasetWithEnumeratedTargets
 from dinov2.data.augment import DataAugmentationDINO

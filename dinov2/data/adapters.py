@@ -1,11 +1,11 @@
-"""Data sets around data sets."""
+"""Datasets around datasets."""
 
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 
 
 class DatasetWithEnumeratedTargets(Dataset):

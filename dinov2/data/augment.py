@@ -1,6 +1,6 @@
 """The multi-crop augmentation of training: one image -> two global and L local crops.
 
-Everything random is drawn first (`dinov2.data.views`) and then carried out by one of several implementations.
+Everything random is drawn first (`dinov2.data.crop_params`) and then carried out by one of several implementations.
 
 Legend: G, S side of a global and a local crop; L number of local crops.
 """
@@ -16,10 +16,10 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pillow
 
-from dinov2.data.colours import SMALLEST_BLURRED, recolour
-from dinov2.data.images import Picture
+from dinov2.data.color_ops import SMALLEST_BLURRED, jitter_colors
+from dinov2.data.crop_params import NEUTRAL_FACTORS, CropParams, View, ViewSampler, possible_reduction
+from dinov2.data.images import EncodedImage
 from dinov2.data.transforms import BLUR_KERNEL, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from dinov2.data.views import NEUTRAL_FACTORS, View, Views, ViewSampler, possible_reduction
 
 
 class MultiCrop(NamedTuple):
@@ -30,10 +30,10 @@ class MultiCrop(NamedTuple):
 
 
 class DataAugmentationDINO:
-    """RGB image -> MultiCrop. Every crop draws its own geometry and colours.
+    """RGB image -> MultiCrop. Every crop draws its own geometry and colors.
 
-    The order is: resized crop (bicubic), flip, colour jitter, grayscale, blur, solarize (second global crop only),
-    normalisation.
+    The order is: resized crop (bicubic), flip, color jitter, grayscale, blur, solarize (second global crop only),
+    normalization.
 
     The blur probabilities are those in effect in the released code, whose blur was applied with probability 1 - p;
     the paper's are (1.0, 0.1, 0.5).
@@ -47,7 +47,7 @@ class DataAugmentationDINO:
         flip_probability: of the horizontal flip.
         color_jitter: strengths of brightness, contrast, saturation and hue.
         color_jitter_probability: of jittering a crop.
-        grayscale_probability: of turning a crop grey.
+        grayscale_probability: of turning a crop gray.
         blur_probabilities: for the first global, the second global and each local crop.
         blur_sigma: range of the blur's standard deviation in pixels.
         solarize_probability: of inverting bright pixels in the second global crop.
@@ -61,7 +61,7 @@ class DataAugmentationDINO:
         ValueError: an unknown implementation, or crops too small to be blurred.
     """
 
-    opens_pictures = True  # which can then be decoded at a smaller scale, see `AugmentedDataset`
+    opens_encoded = True  # which can then be decoded at a smaller scale, see `AugmentedDataset`
 
     def __init__(
         self,
@@ -106,25 +106,25 @@ class DataAugmentationDINO:
             solarize=[0.0, solarize_probability] + [0.0] * local_crops_number,
         )
 
-    def __call__(self, image: Image.Image | Picture) -> MultiCrop:
+    def __call__(self, image: Image.Image | EncodedImage) -> MultiCrop:
         """Draws from torch's CPU generator, once."""
         return self.carry_out(*self.draw(image))
 
-    def draw(self, image: Image.Image | Picture) -> tuple[np.ndarray, Views]:
+    def draw(self, image: Image.Image | EncodedImage) -> tuple[np.ndarray, CropParams]:
         """The pixels (height, width, 3) of the image, fewer if its crops allow it, and what is to be done to them.
 
         Raises:
             ImageDecodeError: truncated or corrupt data.
         """
-        picture = Picture(image) if isinstance(image, Image.Image) else image
+        encoded = EncodedImage(image) if isinstance(image, Image.Image) else image
         seed = int(torch.randint(2**63 - 1, ()))
-        views = self.sampler.draw(*picture.size, np.random.default_rng(seed))
+        views = self.sampler.draw(*encoded.size, np.random.default_rng(seed))
         reduction = 1 if self.implementation == "pil" else possible_reduction(views, self.sides)
-        pixels = picture.pixels(reduction)
+        pixels = encoded.pixels(reduction)
         height, width, _ = pixels.shape
         return pixels, views if reduction == 1 else views.reduced(reduction, width, height)
 
-    def carry_out(self, pixels: np.ndarray, views: Views) -> MultiCrop:
+    def carry_out(self, pixels: np.ndarray, views: CropParams) -> MultiCrop:
         """The crops that were drawn."""
         crops = IMPLEMENTATIONS[self.implementation](pixels, zip(views.rows(), self.sides, strict=True))
         first, second, *local_crops = (crop[0].sub_(self.mean).div_(self.std) for crop in crops)
@@ -132,14 +132,14 @@ class DataAugmentationDINO:
 
 
 def tensor_crops(pixels: np.ndarray, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:
-    """Crops (1, 3, side, side) of levels, float32: resampled in 8 bits, as by Pillow, then recoloured in float32."""
+    """Crops (1, 3, side, side) of levels, float32: resampled in 8 bits as by Pillow, color-jittered in float32."""
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     for view, side in views:
         top, left, height, width = view.box
         box = image[:, :, top : top + height, left : left + width]
         crop = interpolate(box, (side, side), mode="bicubic", antialias=True)
         crop = crop.flip(3) if view.flip else crop
-        yield recolour(crop.to(torch.float32, memory_format=torch.contiguous_format), view)
+        yield jitter_colors(crop.to(torch.float32, memory_format=torch.contiguous_format), view)
 
 
 def pil_crops(pixels: np.ndarray, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:

@@ -63,7 +63,7 @@ def collate_data_and_cast(
 
 
 def shared_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised; in a process that loads for another one, in memory that both share: it need not be copied."""
+    """Uninitialized; in a process that loads for another one, in memory that both share: it need not be copied."""
     if get_worker_info() is None:
         return torch.empty(*shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)

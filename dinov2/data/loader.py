@@ -12,7 +12,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from dinov2.data.augment import DataAugmentationDINO, MultiCrop
 from dinov2.data.collate import Batch
+from dinov2.data.device_augment import DeviceAugmentation, RawBatch, cut
 from dinov2.data.masking import MaskingGenerator
+from dinov2.data.sample_stream import AugmentedDataset, PositionBatches, StreamCollate
 from dinov2.data.samplers import (
     EndlessEpochs,
     EpochSampler,
@@ -20,8 +22,6 @@ from dinov2.data.samplers import (
     InfiniteSampler,
     ShardedInfiniteSampler,
 )
-from dinov2.data.stream import AugmentedDataset, PlaceBatches, StreamCollate
-from dinov2.data.uncut import UncutAugmentation, UncutBatch, cut
 from dinov2.data.workers import DEFAULT_TIMEOUT, SupervisedLoader
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def make_data_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """A torch DataLoader over this rank's part of a data set. EPOCH and the sharded samplers are the mended ones.
+    """A torch DataLoader over this rank's part of a dataset. EPOCH and the sharded samplers are the fixed ones.
 
     Args:
         dataset: map-style.
@@ -66,7 +66,7 @@ def make_data_loader(
         shuffle: random order.
         seed: of the order.
         sampler_type: None reads everything on every rank.
-        sampler_size: samples per epoch over all ranks, for EPOCH only; -1 is the size of the data set.
+        sampler_size: samples per epoch over all ranks, for EPOCH only; -1 is the size of the dataset.
         sampler_advance: samples of this rank to skip at the start, for the endless types only.
         drop_last: leave out an incomplete last batch.
         persistent_workers: keep the processes between epochs; without effect when there are none.
@@ -131,7 +131,7 @@ def make_train_loader(
     world_size: int = 1,
     patience: float = DEFAULT_TIMEOUT,
     while_waiting: Callable[[], object] | None = None,
-) -> Iterable[Batch] | Iterable[UncutBatch]:
+) -> Iterable[Batch] | Iterable[RawBatch]:
     """Endless batches of one rank, beginning where ``start_position`` images have been used by all ranks together.
 
     A batch depends neither on ``num_workers`` nor on where the loader started. With GLOBAL_ORDER the images at a
@@ -139,7 +139,7 @@ def make_train_loader(
 
     Args:
         dataset: item i is (PIL image, anything); raises `BadImageError` for an image that cannot be read.
-        augmentation: image -> crops, random only through torch's CPU generator. Picklable, as is the data set.
+        augmentation: image -> crops, random only through torch's CPU generator. Picklable, as is the dataset.
         batch_size: B, images per rank and step.
         num_workers: processes that load; 0 loads in this one.
         seed: of order, augmentation and masks.
@@ -147,7 +147,7 @@ def make_train_loader(
         mask_ratio_tuple: smallest and largest share of a masked crop's patches.
         mask_probability: share of the global crops that get a mask; 0 when iBOT is off.
         dtype: of the crops.
-        augment_on: "cpu", or "device": the loader gives whole pictures and what was drawn for them, and `to_device`
+        augment_on: "cpu", or "device": the loader gives whole images and what was drawn for them, and `to_device`
             makes the crops there; with a DataAugmentationDINO whose implementation is not "pil".
         sampler: order of the images; the finite types go on with their next epoch.
         start_position: images used before, when a run is resumed. Only GLOBAL_ORDER neither repeats nor leaves out
@@ -159,7 +159,7 @@ def make_train_loader(
     """
     if augment_on not in ("cpu", "device"):
         raise ValueError(f"cannot augment on {augment_on!r}; it is cpu or device")
-    uncut = _uncut(augmentation) if augment_on == "device" else None
+    raw = _device_augmentation(augmentation) if augment_on == "device" else None
     indices = _make_sampler(
         sampler,
         sample_count=_num_samples(dataset),
@@ -179,11 +179,11 @@ def make_train_loader(
         mask_ratio_tuple=mask_ratio_tuple,
         mask_probability=mask_probability,
         dtype=dtype,
-        crop_format=uncut.crop_format(dtype) if uncut else None,
+        crop_format=raw.crop_format(dtype) if raw else None,
     )
     return SupervisedLoader(
-        AugmentedDataset(dataset, uncut or augmentation, seed),
-        batch_sampler=PlaceBatches(
+        AugmentedDataset(dataset, raw or augmentation, seed),
+        batch_sampler=PositionBatches(
             indices, batch_size=batch_size, start_position=start_position, rank=rank, world_size=world_size
         ),
         num_workers=num_workers,
@@ -196,16 +196,16 @@ def make_train_loader(
     )
 
 
-def _uncut(augmentation: Callable[[Any], MultiCrop]) -> UncutAugmentation:
+def _device_augmentation(augmentation: Callable[[Any], MultiCrop]) -> DeviceAugmentation:
     if not isinstance(augmentation, DataAugmentationDINO) or augmentation.implementation == "pil":
         made_by = getattr(augmentation, "implementation", type(augmentation).__name__)
         raise ValueError(
             f"augment_on='device' is for DataAugmentationDINO with the tensor implementation, not {made_by}"
         )
-    return UncutAugmentation(augmentation)
+    return DeviceAugmentation(augmentation)
 
 
-def to_device(loader: Iterable[Batch] | Iterable[UncutBatch], device: torch.device) -> Generator[Batch]:
+def to_device(loader: Iterable[Batch] | Iterable[RawBatch], device: torch.device) -> Generator[Batch]:
     """The batches of a loader on a device, with their crops; on CUDA while the one before is at work.
 
     Closing the generator ends the processes of the loader.
@@ -215,7 +215,7 @@ def to_device(loader: Iterable[Batch] | Iterable[UncutBatch], device: torch.devi
     return (_move(batch, device) for batch in loader)
 
 
-def _to_cuda(loader: Iterable[Batch] | Iterable[UncutBatch], device: torch.device) -> Generator[Batch]:
+def _to_cuda(loader: Iterable[Batch] | Iterable[RawBatch], device: torch.device) -> Generator[Batch]:
     copies = torch.cuda.Stream(device)
     ahead = None
     for batch in loader:
@@ -228,8 +228,8 @@ def _to_cuda(loader: Iterable[Batch] | Iterable[UncutBatch], device: torch.devic
         yield ahead
 
 
-def _move(batch: Batch | UncutBatch, device: torch.device) -> Batch:
-    if isinstance(batch, UncutBatch):
+def _move(batch: Batch | RawBatch, device: torch.device) -> Batch:
+    if isinstance(batch, RawBatch):
         pixels = batch.pixels.to(device, non_blocking=True)
         return cut(batch._replace(pixels=pixels, batch=_move(batch.batch, device)))
     moved = Batch._make(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)

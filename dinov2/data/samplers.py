@@ -1,6 +1,6 @@
 """The order in which samples are read.
 
-n is the number of samples of the data set. A sampler yields the indices of one rank: of a global sequence it takes the
+n is the number of samples of the dataset. A sampler yields the indices of one rank: of a global sequence it takes the
 elements ``start, start + step, ...``, with ``start`` the rank and ``step`` the number of ranks.
 
 `GlobalOrderSampler` is the one training uses. The others are those of the released code and reproduce its orders.
@@ -72,12 +72,12 @@ class GlobalOrderSampler(Sampler[int]):
 
 
 class EpochSampler(Sampler[int]):
-    """A part of one epoch of ``size`` samples, drawn from as many copies of the data set as that takes.
+    """A part of one epoch of ``size`` samples, drawn from as many copies of the dataset as that takes.
 
     Args:
         size: samples per epoch, over all ranks.
         sample_count: n.
-        shuffle: draw at random; otherwise in the order of the data set.
+        shuffle: draw at random; otherwise in the order of the dataset.
         seed: of the draw.
         start: see the top of the file; None is 0.
         step: see the top of the file; None is 1.
@@ -126,11 +126,11 @@ class EpochSampler(Sampler[int]):
 
 
 class InfiniteSampler(Sampler[int]):
-    """Endless passes over the data set; every pass is shuffled as a whole and then dealt to the ranks.
+    """Endless passes over the dataset; every pass is shuffled as a whole and then dealt to the ranks.
 
     Args:
         sample_count: n.
-        shuffle: a new permutation for every pass, from one generator; otherwise the order of the data set.
+        shuffle: a new permutation for every pass, from one generator; otherwise the order of the dataset.
         seed: of that generator.
         start: see the top of the file; None is 0.
         step: see the top of the file; None is 1.
@@ -170,7 +170,7 @@ class InfiniteSampler(Sampler[int]):
 
 
 class ShardedInfiniteSampler(Sampler[int]):
-    """Endless passes over a shard of the data set, which is drawn once for each rank and stays its own.
+    """Endless passes over a shard of the dataset, which is drawn once for each rank and stays its own.
 
     Every pass shuffles the shard anew. All shards have floor(n / step) samples, so up to ``step - 1`` samples are
     never seen. Without shuffling the order is that of `InfiniteSampler`.
@@ -251,7 +251,7 @@ class EndlessEpochs(Sampler[int]):
 
 def _check_count(count: int) -> None:
     if count < 1:
-        raise ValueError("no samples to draw from: the data set is empty or has fewer samples than there are ranks")
+        raise ValueError("no samples to draw from: the dataset is empty or has fewer samples than there are ranks")
 
 
 def _permutation(count: int, generator: torch.Generator) -> torch.Tensor:

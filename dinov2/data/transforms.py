@@ -41,7 +41,7 @@ class GaussianBlur:
 
 
 class ToNormalizedTensor:
-    """RGB image -> float32 (3, H, W), scaled to [0, 1] and normalised: ToTensor and Normalize in one, same numbers."""
+    """RGB image -> float32 (3, H, W), scaled to [0, 1] and normalized: ToTensor and Normalize in one, same numbers."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
@@ -63,7 +63,7 @@ class MaybeToTensor(transforms.ToTensor):
 def make_normalize_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
 ) -> transforms.Normalize:
-    """Normalisation of float tensors (3, H, W) in [0, 1]."""
+    """Normalization of float tensors (3, H, W) in [0, 1]."""
     return transforms.Normalize(mean=mean, std=std)
 
 
@@ -90,7 +90,7 @@ def make_classification_eval_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> transforms.Compose:
-    """Shorter side to ``resize_size``, centre crop: image -> (3, crop_size, crop_size)."""
+    """Shorter side to ``resize_size``, center crop: image -> (3, crop_size, crop_size)."""
     return transforms.Compose(
         [
             transforms.Resize(resize_size, interpolation=interpolation),

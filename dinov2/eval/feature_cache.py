@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from dinov2 import distributed
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval.image_files import image_identity
-from dinov2.files import replacing
+from dinov2.files import atomic_write
 from dinov2.models.weights import read_file
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class FeatureCache:
         self.files: dict[str, str] = {}  # path -> "read", or "written" if there was none
 
     def get(self, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
-        """The features of a data set from their file, else by `extract`, which all processes then call.
+        """The features of a dataset from their file, else by `extract`, which all processes then call.
 
         Args:
             kind: which features of the model.
@@ -114,7 +114,7 @@ def _write(path: Path, content: dict[str, Any]) -> bool:
     """Whether that was possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:  # a full disk is no reason to lose the evaluation
         logger.warning("cannot keep the features: %s", error)

@@ -1,4 +1,4 @@
-"""Frozen features of a whole data set.
+"""Frozen features of a whole dataset.
 
 Shapes: n images, B images of a batch, D feature width.
 """
@@ -16,10 +16,10 @@ from torch.utils.data import default_collate
 
 from dinov2 import distributed
 from dinov2.data import DatasetWithEnumeratedTargets, SamplerType, make_data_loader
-from dinov2.data.base import ImageDataset, label_table
+from dinov2.data.datasets.base import ImageDataset, label_table
 from dinov2.data.images import BadImageError
 from dinov2.eval.feature_cache import FeatureCache
-from dinov2.eval.readable import ReadableOnly, collate_readable, readable_batches
+from dinov2.eval.skip_unreadable import SkipUnreadable, collate_skipping_unreadable, skip_unreadable_batches
 from dinov2.log import MetricLogger
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # more would be new pages in every block, and getting those takes a sixth of the time of a ViT-S.
 CPU_PIXELS = 8 * 224 * 224
 
-MAX_BAD_SHARE = 0.01  # of the images that cannot be read; above it the numbers would be those of another data set
+MAX_BAD_SHARE = 0.01  # of the images that cannot be read; above it the numbers would be those of another dataset
 
 AutocastContext = Callable[[], AbstractContextManager[object]]
 
@@ -138,7 +138,7 @@ def extract_features(
     cache: FeatureCache | None = None,
     kind: str = "class_token",
 ) -> tuple[Tensor, Tensor]:
-    """Run a backbone over a data set, or read what that gave from the cache; each rank gets the whole result.
+    """Run a backbone over a dataset, or read what that gave from the cache; each rank gets the whole result.
 
     Args:
         model: images (B, 3, H, W) -> features (B, ...).
@@ -151,7 +151,7 @@ def extract_features(
         kind: what the cache calls the features of this `model`.
 
     Returns:
-        Features (n, ...) float32 and labels (n,) int64 in the order of the data set, without the images that cannot
+        Features (n, ...) float32 and labels (n,) int64 in the order of the dataset, without the images that cannot
         be read. Lists of labels are (n, longest list), filled up with -1.
 
     Raises:
@@ -184,13 +184,13 @@ def _run_over(
     all_labels = dataset.get_targets()
     width = all_labels.shape[1] if all_labels is not None and all_labels.ndim > 1 else None
     loader = make_data_loader(
-        dataset=ReadableOnly(DatasetWithEnumeratedTargets(dataset)),
+        dataset=SkipUnreadable(DatasetWithEnumeratedTargets(dataset)),
         batch_size=batch_size,
         num_workers=num_workers,
         shuffle=False,
         sampler_type=SamplerType.DISTRIBUTED,
         drop_last=False,
-        collate_fn=partial(collate_readable, collate=partial(collate_enumerated, width=width)),
+        collate_fn=partial(collate_skipping_unreadable, collate=partial(collate_enumerated, width=width)),
         rank=distributed.rank(),
         world_size=distributed.world_size(),
     )
@@ -198,7 +198,7 @@ def _run_over(
     features, labels, seen = torch.empty(0), torch.empty(0), torch.zeros(len(dataset), dtype=torch.bool)
     progress = MetricLogger("  ", is_main=distributed.is_main())
     for images, (index, targets) in progress.log_every(
-        readable_batches(loader), 10, "Features:", len(loader), batch_size=batch_size * distributed.world_size()
+        skip_unreadable_batches(loader), 10, "Features:", len(loader), batch_size=batch_size * distributed.world_size()
     ):
         with autocast(autocast_dtype):
             output = run_model(model, images.to(device, non_blocking=True)).float()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinov2 import distributed
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +84,14 @@ def _stat(path: str) -> tuple[int, int]:
 # --- Equal images ----------------------------------------------------------------------------------------------------
 
 
-class LabelledSet(NamedTuple):
+class LabeledDataset(NamedTuple):
     """A dataset in which equal images are looked for, and its labels in terms of the training classes."""
 
     dataset: ImageDataset
     labels: np.ndarray | None  # (n,) int64, or (n, L) padded with -1; None: not comparable
 
     @classmethod
-    def of(cls, dataset: ImageDataset) -> "LabelledSet":
+    def of(cls, dataset: ImageDataset) -> "LabeledDataset":
         return cls(dataset, dataset.get_targets())
 
     def own_sizes(self) -> np.ndarray:
@@ -106,7 +106,7 @@ class LabelledSet(NamedTuple):
 
 
 def report_equal_images(
-    train_name: str, train: LabelledSet, others: Mapping[str, LabelledSet]
+    train_name: str, train: LabeledDataset, others: Mapping[str, LabeledDataset]
 ) -> dict[str, dict[str, int]]:
     """Count, on rank 0, the images of which the training set has a copy, byte for byte, and warn of them.
 
@@ -140,7 +140,7 @@ def report_equal_images(
     return found
 
 
-def _count_equal(sets: list[LabelledSet]) -> list[dict[str, int]]:
+def _count_equal(sets: list[LabeledDataset]) -> list[dict[str, int]]:
     """See `report_equal_images`; the training set comes first."""
     sizes = [each.own_sizes() for each in sets]
     chosen, left_out = _sizes_to_read(sizes)

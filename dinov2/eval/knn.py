@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dinov2 import distributed
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
@@ -57,7 +57,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         type=setup.positive_int,
         nargs="+",
         default=[10, 20, 100, 200],
-        help="how many neighbours vote",
+        help="how many neighbors vote",
     )
     add("--temperature", type=setup.positive_number, default=0.07, help="softmax temperature of the votes")
     add("--gather-on-cpu", action="store_true", help="keep the gathered features in host memory")
@@ -74,7 +74,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 
 
 class KnnModule(nn.Module):
-    """Weighted vote of the nearest neighbours (Wu et al. 2018, arXiv 1805.01978).
+    """Weighted vote of the nearest neighbors (Wu et al. 2018, arXiv 1805.01978).
 
     The bank may live in host memory while the arithmetic runs on `device`: it is streamed in chunks.
     """
@@ -91,7 +91,7 @@ class KnnModule(nn.Module):
         """Keep the bank.
 
         Args:
-            train_features: (n, D) float, L2-normalised rows.
+            train_features: (n, D) float, L2-normalized rows.
             train_labels: (n,) int64 in 0..C-1.
             nb_knn: the values of k; those above n become n, with a warning.
             T: temperature of the softmax over the similarities.
@@ -106,10 +106,10 @@ class KnnModule(nn.Module):
     @torch.inference_mode()
     def forward(self, queries: Tensor) -> dict[int, Tensor]:
         """Votes of the k nearest for each k: queries (Q, D) -> {k: (Q, C)}."""
-        return self.votes(*self.neighbours(queries))
+        return self.votes(*self.neighbors(queries))
 
     @torch.inference_mode()
-    def neighbours(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def neighbors(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities (Q, K) float32, largest first, and labels (Q, K) of the K nearest bank images.
 
         The similarities are cosines up to a constant of each query, to which neither their order nor the votes are
@@ -142,9 +142,9 @@ class KnnModule(nn.Module):
         return sims, labels
 
     def votes(self, sims: Tensor, labels: Tensor) -> dict[int, Tensor]:
-        """Class scores from neighbours, sims and labels (Q, K) -> {k: (Q, C)}.
+        """Class scores from neighbors, sims and labels (Q, K) -> {k: (Q, C)}.
 
-        The softmax is over all K neighbours whatever the k, so the votes of the smaller k sum to less than 1.
+        The softmax is over all K neighbors whatever the k, so the votes of the smaller k sum to less than 1.
         """
         weights = functional.softmax(sims / self.temperature, dim=1)
         empty = weights.new_zeros(len(weights), self.num_classes)
@@ -170,7 +170,7 @@ def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _possible_ks(nb_knn: Sequence[int], bank_size: int) -> list[int]:
     """The distinct ks in ascending order, none larger than the bank."""
     if not nb_knn or min(nb_knn) < 1:
-        raise ValueError(f"the numbers of neighbours must be at least 1, got {list(nb_knn)}")
+        raise ValueError(f"the numbers of neighbors must be at least 1, got {list(nb_knn)}")
     too_large = [k for k in nb_knn if k > bank_size]
     if too_large:
         logger.warning("k = %s: the bank holds %d images only, k = %d is used", too_large, bank_size, bank_size)
@@ -200,9 +200,9 @@ def eval_knn_on_features(
     """Score k-NN on features that are there already; the same complete matrices on every rank.
 
     Args:
-        train_features: the bank, (n, D) L2-normalised.
+        train_features: the bank, (n, D) L2-normalized.
         train_labels: (n,) int64.
-        val_features: the queries, (Q, D) L2-normalised; each rank classifies its share.
+        val_features: the queries, (Q, D) L2-normalized; each rank classifies its share.
         val_labels: (Q,) int64.
         nb_knn: values of k.
         temperature: of the vote.
@@ -258,8 +258,8 @@ def _score_bank(
     """Accuracies {k: {"top-1": ...}} of all ranks' queries with one bank."""
     knn = KnnModule(features, labels, ks, temperature, device, num_classes)
     metrics = {k: build_metric(metric_type, num_classes=num_classes).to(device) for k in knn.nb_knn}
-    sims, neighbour_labels = knn.neighbours(queries)
-    batches = zip(*(t.split(QUERY_BATCH) for t in (sims, neighbour_labels, query_labels.to(device))), strict=True)
+    sims, neighbor_labels = knn.neighbors(queries)
+    batches = zip(*(t.split(QUERY_BATCH) for t in (sims, neighbor_labels, query_labels.to(device))), strict=True)
     for batch_sims, batch_labels, target in batches:
         for k, votes in knn.votes(batch_sims, batch_labels).items():
             metrics[k].update(votes, target)
@@ -278,7 +278,7 @@ def eval_knn(
     cache: FeatureCache | None = None,
     **protocol: Any,
 ) -> Scores:
-    """Extract the normalised class tokens of both sets and score them (`protocol`: see `eval_knn_on_features`)."""
+    """Extract the normalized class tokens of both sets and score them (`protocol`: see `eval_knn_on_features`)."""
 
     def extract(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
         features, labels = extract_features(
@@ -309,7 +309,7 @@ def main(args: argparse.Namespace) -> None:
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
         train_dataset = setup.training_dataset(args.train_dataset, transform, setup.image_options(cfg))
-        val_dataset = setup.labelled_dataset(args.val_dataset, transform, image_options=train_dataset.image_options)
+        val_dataset = setup.labeled_dataset(args.val_dataset, transform, image_options=train_dataset.image_options)
         equal_images = setup.compare_sets(args.train_dataset, train_dataset, {args.val_dataset: val_dataset})
         scores = eval_knn(
             setup.build_model_for_eval(cfg, args.pretrained_weights),

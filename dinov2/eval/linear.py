@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 
 from dinov2 import distributed
 from dinov2.config import Config
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, autocast, require_finite, tokens_of_blocks
@@ -41,8 +41,8 @@ from dinov2.eval.linear_heads import (
     setup_linear_classifiers,
 )
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
-from dinov2.eval.readable import readable_batches
 from dinov2.eval.results import archive_results, as_table, run_facts, set_facts, write_results
+from dinov2.eval.skip_unreadable import skip_unreadable_batches
 from dinov2.log import MetricLogger, run_command
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
@@ -238,7 +238,7 @@ def eval_linear(
     start, history = checkpointer.load_latest() if resume else (0, [])
     model = nn.parallel.DistributedDataParallel(classifiers) if distributed.is_enabled() else classifiers
     progress = MetricLogger("  ", is_main=distributed.is_main())
-    batches = progress.log_every(readable_batches(batches_from(start)), 10, "Training", plan.max_iter, start)
+    batches = progress.log_every(skip_unreadable_batches(batches_from(start)), 10, "Training", plan.max_iter, start)
     for iteration, (images, labels) in enumerate(batches, start):
         features = feature_model(images.to(device, non_blocking=True))
         all_inputs = create_linear_input(features, len(features), use_avgpool=True)

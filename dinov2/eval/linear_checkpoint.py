@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dinov2 import distributed
-from dinov2.files import replacing
+from dinov2.files import atomic_write
 from dinov2.models.weights import read_file
 
 logger = logging.getLogger(__name__)
@@ -47,15 +47,15 @@ class LinearCheckpointer:
         self.pointer = output_dir / "last_checkpoint"
 
     def save(self, name: str, iteration: int, history: list[dict[str, Any]]) -> None:
-        """Write `NAME.pth` after `iteration` (the last finished one), replacing an older file of that name whole."""
+        """Write `NAME.pth` after `iteration` (the last finished one), atomic_write an older file of that name whole."""
         if not distributed.is_main():
             return
         state = {key: part.state_dict() for key, part in self.parts.items()}
         state |= {"iteration": iteration, "history": history, "run": self.run, "validated_on": self.validated_on}
         path = self.output_dir / f"{name}.pth"
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             torch.save(state, file)
-        with replacing(self.pointer) as file:
+        with atomic_write(self.pointer) as file:
             file.write(path.name.encode())
         logger.info("checkpoint of iteration %d: %s", iteration, path)
 

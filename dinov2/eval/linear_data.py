@@ -16,20 +16,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinov2 import distributed
 from dinov2.config import Config
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import ImageOptions
 from dinov2.data.randomness import seed_for
+from dinov2.data.sample_stream import PositionBatches, SamplePosition
 from dinov2.data.samplers import GlobalOrderSampler
-from dinov2.data.stream import Place, PlaceBatches
 from dinov2.data.transforms import make_classification_train_transform
 from dinov2.data.workers import SupervisedLoader
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, ModelWithPooledTokens, extract_features
-from dinov2.eval.image_files import LabelledSet, report_equal_images
+from dinov2.eval.image_files import LabeledDataset, report_equal_images
 from dinov2.eval.linear_checkpoint import read_checkpoint
 from dinov2.eval.linear_heads import classifiers_from_state_dict
 from dinov2.eval.metrics import MetricType
-from dinov2.eval.readable import ReadableOnly, collate_readable
 from dinov2.eval.setup import (
     check_classes,
     check_labels,
@@ -37,23 +36,24 @@ from dinov2.eval.setup import (
     eval_transform,
     image_options,
     image_sizes,
-    labelled_dataset,
+    labeled_dataset,
     labels_of,
     training_dataset,
 )
+from dinov2.eval.skip_unreadable import SkipUnreadable, collate_skipping_unreadable
 
 
 class AugmentedTrainingSet(Dataset[tuple[Tensor, int]]):
-    """Place -> (image, label), where the augmentation is random through (seed, position in the run) alone."""
+    """SamplePosition -> (image, label), where the augmentation is random through (seed, position in the run) alone."""
 
     def __init__(self, dataset: ImageDataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, place: Place) -> tuple[Tensor, int]:
+    def __getitem__(self, at: SamplePosition) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_for(self.seed, "linear augment", place.position))
-            return self.dataset[place.sample]
+            torch.default_generator.manual_seed(seed_for(self.seed, "linear augment", at.position))
+            return self.dataset[at.sample]
 
 
 def make_train_loader(
@@ -71,19 +71,19 @@ def make_train_loader(
         start_position=start_position,
     )
     return SupervisedLoader(
-        ReadableOnly(AugmentedTrainingSet(dataset, seed)),
-        batch_sampler=PlaceBatches(
+        SkipUnreadable(AugmentedTrainingSet(dataset, seed)),
+        batch_sampler=PositionBatches(
             order, batch_size=batch_size, start_position=start_position, rank=rank, world_size=world_size
         ),
         num_workers=num_workers,
-        collate_fn=collate_readable,
+        collate_fn=collate_skipping_unreadable,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
     )
 
 
 class EvalSet(NamedTuple):
-    """A labelled set to test classifiers on."""
+    """A labeled set to test classifiers on."""
 
     name: str  # dataset string
     dataset: ImageDataset
@@ -102,7 +102,7 @@ def make_eval_set(
     """The set of a dataset string; a class mapping is read from a `.npy` file."""
     mapping = None if class_mapping_fpath is None else _read_class_mapping(Path(class_mapping_fpath))
     several = metric_type is MetricType.IMAGENET_REAL_ACCURACY
-    dataset = labelled_dataset(dataset_str, transform, several=several, image_options=image_options)
+    dataset = labeled_dataset(dataset_str, transform, several=several, image_options=image_options)
     targets = dataset.get_targets()
     if several and targets is not None and targets.ndim == 1:
         raise ValueError(
@@ -201,8 +201,8 @@ def equal_images(sets: LinearSets, train_name: str) -> dict[str, dict[str, int]]
     for each in (sets.val, *sets.tests):
         mapping = None if each.class_mapping is None else np.append(each.class_mapping.cpu(), -1)  # padding stays -1
         labels = labels_of(each.dataset)
-        others[each.name] = LabelledSet(each.dataset, labels if mapping is None else mapping[labels])
-    return report_equal_images(train_name, LabelledSet.of(sets.train), others)
+        others[each.name] = LabeledDataset(each.dataset, labels if mapping is None else mapping[labels])
+    return report_equal_images(train_name, LabeledDataset.of(sets.train), others)
 
 
 def extract_tokens(

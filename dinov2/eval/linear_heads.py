@@ -29,7 +29,7 @@ class LinearClassifier(nn.Module):
     """One linear layer on a choice of tokens."""
 
     def __init__(self, out_dim: int, use_n_blocks: int, use_avgpool: bool, num_classes: int = 1000) -> None:
-        """Initialise the weights from a normal distribution of std 0.01, the biases with 0.
+        """Initialize the weights from a normal distribution of std 0.01, the biases with 0.
 
         Args:
             out_dim: width of the input, (n or n + 1) * D.
@@ -78,7 +78,7 @@ class LinearPostprocessor(nn.Module):
     """Scores of one classifier, in the form that metrics take."""
 
     def __init__(self, linear_classifier: LinearClassifier, class_mapping: Tensor | None = None) -> None:
-        """Keep the classifier; `class_mapping` (C',) int64 picks the classes of another data set out of the C."""
+        """Keep the classifier; `class_mapping` (C',) int64 picks the classes of another dataset out of the C."""
         super().__init__()
         self.linear_classifier = linear_classifier
         self.class_mapping = class_mapping

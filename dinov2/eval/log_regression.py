@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2 import distributed
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
@@ -39,7 +39,7 @@ HELD_OUT_SEED = 0
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class Labelled(NamedTuple):
+class LabeledFeatures(NamedTuple):
     """Features of some images and their labels."""
 
     features: Tensor  # (n, D)
@@ -84,7 +84,7 @@ def _device(text: str) -> str:
 
 
 class LogRegModule(nn.Module):
-    """Multinomial logistic regression: minimises C * (sum of the losses) + |weights|^2 / 2, intercept free."""
+    """Multinomial logistic regression: minimizes C * (sum of the losses) + |weights|^2 / 2, intercept free."""
 
     def __init__(self, C: float, max_iter: int, dtype: torch.dtype, device: torch.device, num_classes: int) -> None:
         """Prepare a solver: cuML's if `device` is a GPU and cuML is installed, else scikit-learn's on the CPU."""
@@ -138,12 +138,12 @@ class Fitter(NamedTuple):
     max_iter: int = 1000
     dtype: torch.dtype = torch.float64
 
-    def fit(self, C: float, train: Labelled) -> LogRegModule:
+    def fit(self, C: float, train: LabeledFeatures) -> LogRegModule:
         module = LogRegModule(C, self.max_iter, self.dtype, train.features.device, self.num_classes)
         module.fit(train.features, train.labels)
         return module
 
-    def score(self, module: LogRegModule, test: Labelled) -> Accuracies:
+    def score(self, module: LogRegModule, test: LabeledFeatures) -> Accuracies:
         """Accuracies {"top-1": ...} as fractions, on this process alone."""
         metric = build_metric(self.metric_type, num_classes=self.num_classes, sync_on_compute=False)
         metric.update(**module(test.features, test.labels))
@@ -151,7 +151,7 @@ class Fitter(NamedTuple):
 
 
 def sweep_C_values(
-    fitter: Fitter, train: Labelled, choice: Labelled, C_values: Sequence[float] = C_VALUES
+    fitter: Fitter, train: LabeledFeatures, choice: LabeledFeatures, C_values: Sequence[float] = C_VALUES
 ) -> list[Accuracies]:
     """Accuracies on `choice` of a model fitted to `train` for each C, and whether it `converged`; the ranks share."""
     mine = {}
@@ -175,7 +175,7 @@ def sweep_C_values(
     return [everything[i] for i in range(len(C_values))]
 
 
-def hold_out(train: Labelled) -> tuple[Labelled, Labelled]:
+def hold_out(train: LabeledFeatures) -> tuple[LabeledFeatures, LabeledFeatures]:
     """A random tenth (rounded down) of a training set to choose C on, and the rest: (rest, tenth).
 
     As published, the first tenth of a random order; but the last image of each class in that order stays in the rest.
@@ -197,15 +197,15 @@ def hold_out(train: Labelled) -> tuple[Labelled, Labelled]:
         )
     is_held_out = torch.zeros(len(order), dtype=torch.bool).index_fill_(0, positions, value=True)
     tenth, rest = order[is_held_out], order[~is_held_out]
-    return Labelled(*(t[rest] for t in train)), Labelled(*(t[tenth] for t in train))
+    return LabeledFeatures(*(t[rest] for t in train)), LabeledFeatures(*(t[tenth] for t in train))
 
 
 def eval_log_regression(
-    train: Labelled,
-    val: Labelled,
+    train: LabeledFeatures,
+    val: LabeledFeatures,
     *,
     fitter: Fitter,
-    finetune: Labelled | None = None,
+    finetune: LabeledFeatures | None = None,
     finetune_on_val: bool = False,
     C_values: Sequence[float] = C_VALUES,
 ) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def eval_log_regression(
     fitted = everything = train
     if finetune is not None:
         choice = finetune
-        everything = Labelled(*(torch.cat(pair) for pair in zip(train, finetune, strict=True)))
+        everything = LabeledFeatures(*(torch.cat(pair) for pair in zip(train, finetune, strict=True)))
     elif finetune_on_val:
         choice = val
     else:
@@ -261,10 +261,10 @@ def eval_log_regression_with_model(
     autocast_dtype: torch.dtype = torch.float32,
     cache: FeatureCache | None = None,
 ) -> dict[str, Any]:
-    """Extract the class tokens of the sets (not normalised) and run `eval_log_regression` on them."""
+    """Extract the class tokens of the sets (not normalized) and run `eval_log_regression` on them."""
     device = torch.device(train_features_device)
 
-    def extract(dataset: ImageDataset) -> Labelled:
+    def extract(dataset: ImageDataset) -> LabeledFeatures:
         features, labels = extract_features(
             model,
             dataset,
@@ -274,7 +274,7 @@ def eval_log_regression_with_model(
             autocast_dtype=autocast_dtype,
             cache=cache,
         )
-        return Labelled(features.to(device), labels.to(device))
+        return LabeledFeatures(features.to(device), labels.to(device))
 
     train, val = extract(train_dataset), extract(val_dataset)
     finetune = None if finetune_dataset is None else extract(finetune_dataset)
@@ -306,7 +306,7 @@ def main(args: argparse.Namespace) -> None:
         archive_results(path)
         train_dataset = setup.training_dataset(args.train_dataset, transform, setup.image_options(cfg))
         options = train_dataset.image_options
-        others = {name: setup.labelled_dataset(name, transform, image_options=options) for name in names if name}
+        others = {name: setup.labeled_dataset(name, transform, image_options=options) for name in names if name}
         equal_images = setup.compare_sets(args.train_dataset, train_dataset, others)
         sets = {args.train_dataset: train_dataset} | others
         results = eval_log_regression_with_model(

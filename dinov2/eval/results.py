@@ -19,9 +19,9 @@ import torch
 
 import dinov2
 from dinov2 import distributed
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval.feature_cache import FeatureCache
-from dinov2.files import replacing
+from dinov2.files import atomic_write
 from dinov2.models.download import cache_path
 from dinov2.models.weights import files_in
 
@@ -61,7 +61,7 @@ def write_results(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"dinov2": dinov2.__version__, "torch": str(torch.__version__)},
     }
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")
     logger.info("results: %s", path)
 
@@ -83,7 +83,7 @@ def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
 
 
 def run_facts(sets: Mapping[str, ImageDataset], cache: FeatureCache, started: float) -> dict[str, Any]:
-    """What a results file says of the data sets, the feature files and the time.
+    """What a results file says of the datasets, the feature files and the time.
 
     Args:
         sets: by dataset string.
@@ -105,9 +105,9 @@ def set_facts(dataset: ImageDataset) -> dict[str, int]:
     targets = dataset.get_targets()
     if targets is None:
         return {"images": len(dataset), "classes": 0}
-    labelled = targets >= 0
-    images = labelled.any(axis=1) if targets.ndim > 1 else labelled
-    return {"images": int(images.sum()), "classes": len(np.unique(targets[labelled]))}
+    labeled = targets >= 0
+    images = labeled.any(axis=1) if targets.ndim > 1 else labeled
+    return {"images": int(images.sum()), "classes": len(np.unique(targets[labeled]))}
 
 
 def as_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -14,11 +14,11 @@ from torch import Tensor
 from dinov2 import config, distributed
 from dinov2.config import DTYPES, Config
 from dinov2.data import make_dataset
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import ImageOptions
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.feature_cache import FeatureCache
-from dinov2.eval.image_files import LabelledSet, report_equal_images
+from dinov2.eval.image_files import LabeledDataset, report_equal_images
 from dinov2.eval.results import weights_fingerprint
 from dinov2.log import setup_logging
 from dinov2.models import build_model
@@ -60,7 +60,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         type=positive_int,
         help=f"images are scaled to this shorter side (default: 256, for logistic regression 224; {small})",
     )
-    parser.add_argument("--crop-size", type=positive_int, help=f"and their centre is cut out (default: 224; {small})")
+    parser.add_argument("--crop-size", type=positive_int, help=f"and their center is cut out (default: 224; {small})")
     parser.add_argument(
         "--feature-cache",
         metavar="FOLDER",
@@ -116,7 +116,7 @@ def build_model_for_eval(cfg: Config, pretrained_weights: str | None) -> DinoVis
 
     Args:
         cfg: says which backbone.
-        pretrained_weights: path or URL; None leaves the weights as initialised with `train.seed`.
+        pretrained_weights: path or URL; None leaves the weights as initialized with `train.seed`.
 
     Raises:
         ValueError: if the weights do not fit the configuration.
@@ -161,16 +161,16 @@ def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: in
 
 
 def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> Callable[..., Tensor]:
-    """The transform of evaluation images, image -> (3, crop, crop), with the normalisation of training."""
+    """The transform of evaluation images, image -> (3, crop, crop), with the normalization of training."""
     resize, crop = image_sizes(args, cfg, published_resize_size)
-    logger.info("images: shorter side to %d pixels, centre crop of %d x %d", resize, crop, crop)
+    logger.info("images: shorter side to %d pixels, center crop of %d x %d", resize, crop, crop)
     return make_classification_eval_transform(
         resize_size=resize, crop_size=crop, mean=cfg.augmentation.mean, std=cfg.augmentation.std
     )
 
 
 def feature_cache(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> FeatureCache:
-    """Where the features of the evaluated model are kept, and what they depend on besides the data set."""
+    """Where the features of the evaluated model are kept, and what they depend on besides the dataset."""
     if args.feature_cache == "none":
         return FeatureCache()
     folder = Path(args.feature_cache or Path(args.output_dir) / "features")
@@ -194,13 +194,13 @@ def check_same_classes(train_dataset: ImageDataset, other: ImageDataset, other_n
     """Labels are positions in a list of classes, which must be the same for the training images and the others.
 
     Raises:
-        ValueError: if both data sets name their classes and the names differ.
+        ValueError: if both datasets name their classes and the names differ.
     """
     check_classes(class_names(train_dataset), other, other_name)
 
 
 def class_names(dataset: ImageDataset) -> list[str]:
-    """The names of the classes by label; none if the data set does not tell."""
+    """The names of the classes by label; none if the dataset does not tell."""
     return list(getattr(dataset, "classes", None) or [])
 
 
@@ -251,24 +251,24 @@ def compare_sets(train_name: str, train: ImageDataset, others: Mapping[str, Imag
         check_same_classes(train, other, name)
         check_labels(labels_of(train), other, name)
     return report_equal_images(
-        train_name, LabelledSet.of(train), {name: LabelledSet.of(other) for name, other in others.items()}
+        train_name, LabeledDataset.of(train), {name: LabeledDataset.of(other) for name, other in others.items()}
     )
 
 
 def labels_of(dataset: ImageDataset) -> np.ndarray:
-    """The labels of a dataset that has some, as those of `labelled_dataset` have."""
+    """The labels of a dataset that has some, as those of `labeled_dataset` have."""
     targets = dataset.get_targets()
-    assert targets is not None, "labelled"
+    assert targets is not None, "labeled"
     return targets
 
 
 def training_dataset(dataset_str: str, transform: Callable[..., Tensor], image_options: ImageOptions) -> ImageDataset:
-    """As `labelled_dataset`, of images to tell classes apart by.
+    """As `labeled_dataset`, of images to tell classes apart by.
 
     Raises:
         ValueError: if they are all of one class, too.
     """
-    dataset = labelled_dataset(dataset_str, transform, image_options=image_options)
+    dataset = labeled_dataset(dataset_str, transform, image_options=image_options)
     targets = labels_of(dataset)
     if (targets == targets[0]).all():
         name = next(iter(class_names(dataset)[targets[0] :]), "")
@@ -287,14 +287,14 @@ def image_options(cfg: Config) -> ImageOptions:
     return ImageOptions(**vars(cfg.images))
 
 
-def labelled_dataset(
+def labeled_dataset(
     dataset_str: str,
     transform: Callable[..., Tensor],
     *,
     several: bool = False,
     image_options: ImageOptions | None = None,
 ) -> ImageDataset:
-    """The data set of a string, with images transformed, and with one label per image unless `several` are fine, too.
+    """The dataset of a string, with images transformed, and with one label per image unless `several` are fine, too.
 
     Raises:
         ValueError: if it is empty or has not such labels.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class DINOHead(nn.Module):
-    """MLP to a bottleneck, L2 normalisation, then the scores against `out_dim` prototypes.
+    """MLP to a bottleneck, L2 normalization, then the scores against `out_dim` prototypes.
 
     Args:
         in_dim: width of the tokens.

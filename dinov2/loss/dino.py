@@ -24,7 +24,7 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
-        """Teacher scores (R, K) -> targets (R, K), with the centre of the batches seen so far."""
+        """Teacher scores (R, K) -> targets (R, K), with the center of the batches seen so far."""
         return softmax_centering(teacher_output, self.center, teacher_temp)
 
     def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, *, n_iterations: int = 3) -> Tensor:
@@ -33,7 +33,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, *teacher_outputs: Tensor) -> None:
-        """Move the centre by the mean of these scores, (R, K) per micro-batch, over all processes.
+        """Move the center by the mean of these scores, (R, K) per micro-batch, over all processes.
 
         To be called after the targets are made.
         """

@@ -23,7 +23,7 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the published name)
         self.register_buffer("center", torch.zeros(1, 1, patch_out_dim))
 
     def softmax_center_teacher(self, teacher_patch_tokens: Tensor, teacher_temp: float) -> Tensor:
-        """Teacher scores (..., M, K) -> targets of that shape, with the centre of the batches seen so far."""
+        """Teacher scores (..., M, K) -> targets of that shape, with the center of the batches seen so far."""
         center = self.center if teacher_patch_tokens.ndim == 3 else self.center[0]
         return softmax_centering(teacher_patch_tokens, center, teacher_temp)
 
@@ -33,17 +33,17 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the published name)
 
     @torch.no_grad()
     def update_center(self, *teacher_patch_tokens: Tensor) -> None:
-        """Move the centre by the mean over processes and micro-batches of each one's mean score, as published.
+        """Move the center by the mean over processes and micro-batches of each one's mean score, as published.
 
         Takes (..., M, K) scores per micro-batch. One without masked patches does not count; if none has any, the
-        centre stays.
+        center stays.
         """
         means = [
             scores.flatten(0, -2).mean(dim=0, dtype=torch.float32) for scores in teacher_patch_tokens if scores.numel()
         ]
         total = torch.stack([torch.zeros_like(self.center.flatten()), *means]).sum(dim=0)
         num_means = all_reduce_sum(total.new_full((), len(means)))
-        batch_mean = all_reduce_sum(total) / num_means  # not finite if there is none, which leaves the centre alone
+        batch_mean = all_reduce_sum(total) / num_means  # not finite if there is none, which leaves the center alone
         self.center.copy_(updated_center(self.center, batch_mean.view_as(self.center), self.center_momentum))
 
     def forward(self, student_patch_tokens: Tensor, teacher_patch_tokens: Tensor, student_masks_flat: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From teacher scores to target probabilities: centred softmax or Sinkhorn-Knopp.
+"""From teacher scores to target probabilities: centered softmax or Sinkhorn-Knopp.
 
 Both keep the targets from collapsing onto few prototypes. Centering subtracts a running mean of the scores;
 Sinkhorn-Knopp (arXiv 2006.09882) solves for an assignment of the batch that uses all prototypes equally.
@@ -18,7 +18,7 @@ from dinov2.distributed import all_reduce_max, all_reduce_sum
 
 @torch.no_grad()
 def softmax_centering(scores: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """Softmax of the centred scores in float32: (R, K), center broadcastable -> (R, K), rows sum to 1."""
+    """Softmax of the centered scores in float32: (R, K), center broadcastable -> (R, K), rows sum to 1."""
     targets = torch.empty_like(scores, dtype=torch.float32)
     for rows in _pieces(scores):
         torch.softmax((scores[rows] - center).div_(temperature), dim=-1, out=targets[rows])

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from dinov2.models import build_model
-from dinov2.models.layouts import StateDict
+from dinov2.models.infer_architecture import find_arguments
+from dinov2.models.key_mapping import StateDict
 from dinov2.models.published import PUBLISHED, published_settings, weights_url
-from dinov2.models.sizes import find_arguments
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
 

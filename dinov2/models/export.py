@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.models.checksums import CHECKSUM_KEY, NO_CHECKSUM, with_checksum
-from dinov2.models.layouts import StateDict, to_hf, to_timm
-from dinov2.models.sizes import exact_ratio, find_arguments
+from dinov2.models.infer_architecture import exact_ratio, find_arguments
+from dinov2.models.key_mapping import StateDict, to_hf, to_timm
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import import_safetensors, load_backbone, read_file
 

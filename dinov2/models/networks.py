@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from dinov2.models.layouts import PATCH_PROJECTIONS, StateDict
+from dinov2.models.key_mapping import PATCH_PROJECTIONS, StateDict
 
 logger = logging.getLogger(__name__)
 

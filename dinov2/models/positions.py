@@ -54,18 +54,18 @@ def _resample_to_any(table: Tensor, old: Grid, new: Grid, *, offset: float, anti
 
 
 def _bicubic_matrix(old: int, new: int, step: Tensor, *, antialias: bool) -> Tensor:
-    """(new, old) weights of old cells in new ones; new cell i is centred on (i + 0.5) * step, in units of old cells.
+    """(new, old) weights of old cells in new ones; new cell i is centered on (i + 0.5) * step, in units of old cells.
 
     Like PyTorch: without antialiasing the four nearest cells with a = -0.75, the border repeated; with it a = -0.5, a
-    kernel as wide as the step when shrinking, cut at the border and normalised.
+    kernel as wide as the step when shrinking, cut at the border and normalized.
     """
-    centres = (torch.arange(new, device=step.device) + 0.5).unsqueeze(1) * step
+    centers = (torch.arange(new, device=step.device) + 0.5).unsqueeze(1) * step
     cells = torch.arange(old, device=step.device, dtype=step.dtype)  # some exporters compare equal types only
     if antialias:
-        weights = _cubic((cells + 0.5 - centres) / step.clamp(min=1), a=-0.5)
+        weights = _cubic((cells + 0.5 - centers) / step.clamp(min=1), a=-0.5)
         return weights / weights.sum(dim=1, keepdim=True)
-    nearest = (centres - 0.5).floor() + torch.arange(-1, 3, device=step.device)  # (new, 4)
-    weights = _cubic(centres - 0.5 - nearest, a=-0.75)
+    nearest = (centers - 0.5).floor() + torch.arange(-1, 3, device=step.device)  # (new, 4)
+    weights = _cubic(centers - 0.5 - nearest, a=-0.75)
     chosen = nearest.clamp(0, old - 1).unsqueeze(-1) == cells  # (new, 4, old)
     return (weights.unsqueeze(-1) * chosen).sum(dim=1)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dinov2.layers import Block, Mlp, PatchEmbed, SwiGLUFFN, pack, unpack
 from dinov2.layers.attention import backend_keyword
 from dinov2.layers.packing import Segments
-from dinov2.models.layouts import flatten_block_names
+from dinov2.models.key_mapping import flatten_block_names
 from dinov2.models.positions import Grid, resample_positions
 
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
@@ -340,7 +340,7 @@ class DinoVisionTransformer(nn.Module):
     def forward(
         self, x: Any, masks: Any = None, is_training: bool = False, patches: Sequence[Tensor] | None = None
     ) -> Tensor | dict[str, Any] | list[dict[str, Any]]:
-        """The normalised class token (B, D) through `head` (the identity), or with `is_training` all features."""
+        """The normalized class token (B, D) through `head` (the identity), or with `is_training` all features."""
         if isinstance(x, list | tuple) and not is_training:
             raise ValueError("a list of batches has features, is_training=True; class tokens are those of one batch")
         features: Any = self.forward_features(x, masks, patches)

@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import re
-import sys
+import runpy
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dinov2.models.checksums import check_safetensors, check_zip
 from dinov2.models.download import download
-from dinov2.models.layouts import StateDict, chunk_block_names, flatten_block_names, layout_of, to_published
+from dinov2.models.key_mapping import StateDict, chunk_block_names, flatten_block_names, layout_of, to_published
 from dinov2.models.networks import choose, find_state_dict, prefixes, without_wrappers
 from dinov2.models.positions import resample_positions
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -338,7 +338,5 @@ def _mismatch_message(source: str, missing: list[str], foreign: list[str], missh
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    from dinov2.models.weights_command import main
-
-    sys.exit(main())
+if __name__ == "__main__":  # the former name of a command
+    runpy.run_module("dinov2.tools.weights", run_name="__main__", alter_sys=True)

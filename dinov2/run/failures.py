@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch.distributed import DistError
 
-from dinov2.files import replacing
+from dinov2.files import atomic_write
 from dinov2.log import USER_ERRORS, log_path
 
 _LOST_PEER = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|gloo|nccl", re.IGNORECASE)
@@ -57,7 +57,7 @@ class Failure:
         """Write the note; that it cannot be written is no reason for another error."""
         try:
             note.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(note) as file:
+            with atomic_write(note) as file:
                 file.write(json.dumps(dataclasses.asdict(self)).encode())
         except OSError:
             pass

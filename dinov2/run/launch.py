@@ -58,7 +58,7 @@ def launch(
     task = Task(function, argparse.Namespace(**{key: value for key, value in vars(args).items() if key not in names}))
     dry_run = getattr(args, "dry_run", False)
     setup_logging()
-    if distributed.where_am_i().world_size > 1:  # torchrun or srun has started the processes already
+    if distributed.detect_process().world_size > 1:  # torchrun or srun has started the processes already
         return run_command(lambda: run_here(task), after_interrupt=AFTER_INTERRUPT)
     if submission.ngpus == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody looks for GPUs

@@ -3,7 +3,7 @@
     python -m dinov2.train.checkpoint inspect OUT     # what is in one; `convert` makes a file of it
 
 A checkpoint is a folder `OUT/checkpoints/model_<iteration>/` written by `torch.distributed.checkpoint` (weights,
-centres, AdamW moments) with a `state.json` beside the tensors (iteration, images seen, gradient scaler, meters). It is
+centers, AdamW moments) with a `state.json` beside the tensors (iteration, images seen, gradient scaler, meters). It is
 written under a temporary name and renamed when it is complete, so that a folder of the final name is always whole.
 Random numbers need no storing: they are functions of the seed and of the position in the run.
 """
@@ -11,8 +11,8 @@ Random numbers need no storing: they are functions of the seed and of the positi
 import itertools
 import json
 import logging
+import runpy
 import shutil
-import sys
 import time
 from collections.abc import Sequence, Set
 from concurrent.futures import Future
@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dinov2 import distributed
 from dinov2.config import Config
-from dinov2.files import replacing
+from dinov2.files import atomic_write
 from dinov2.log import read_records
 from dinov2.models.weights import load_backbone, read_state_dict
 from dinov2.train.checkpoint_folder import (
@@ -157,7 +157,7 @@ class Checkpointer:
                 unfinished.mkdir(parents=True)
                 facts = {"iteration": step, "world_size": distributed.world_size(), **extra_state}
                 state = {**facts, "scaler": self.scaler.state_dict()}
-                with replacing(unfinished / STATE_FILE) as file:
+                with atomic_write(unfinished / STATE_FILE) as file:
                     file.write(json.dumps(state).encode())
             distributed.barrier()
             one_process_is_enough()
@@ -209,7 +209,7 @@ class Checkpointer:
         return OSError(
             f"could not write the checkpoint of iteration {step} to {folder}: {_root_cause(error)}. "
             f"Last complete checkpoint: {former}. "
-            f"Run the same command again when that is mended: it continues from there."
+            f"Run the same command again when that is fixed: it continues from there."
         )
 
     def load(self, folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def has_lost_checkpoints(output_dir: Path, period: int) -> bool:
     return True
 
 
-def set_aside(output_dir: Path) -> None:
+def archive_run(output_dir: Path) -> None:
     """Move what an earlier run left in the folder to `earlier.<n>` in it, neither to mix with it nor to lose it."""
     former = [path for name in OUTPUTS if (path := output_dir / name).exists()]
     if distributed.is_main() and former:
@@ -315,7 +315,7 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
 
 
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
-    """Load networks and centres, but no optimizer, from a checkpoint folder, the file of a whole one or a teacher dump.
+    """Load networks and centers, but no optimizer, from a checkpoint folder, the file of a whole one or a teacher dump.
 
     A teacher dump holds one network with its heads, which student and teacher then both start from.
 
@@ -366,7 +366,7 @@ def save_teacher(teacher: nn.Module, path: Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             torch.save({"teacher": state}, file)
     except (OSError, RuntimeError) as error:
         raise OSError(f"could not write the teacher to {path}: {_root_cause(error)}") from error
@@ -395,7 +395,5 @@ def _shortened(error: BaseException) -> str:
     return text if len(text) < MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]} ..."
 
 
-if __name__ == "__main__":
-    from dinov2.train.checkpoint_command import main
-
-    sys.exit(main())
+if __name__ == "__main__":  # the former name of a command
+    runpy.run_module("dinov2.tools.checkpoints", run_name="__main__", alter_sys=True)

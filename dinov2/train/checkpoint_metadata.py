@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dinov2.files import read_json, read_regular_file, replacing
+from dinov2.files import atomic_write, read_json, read_regular_file
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def write_checksums(folder: Path) -> None:
         OSError: naming the file, if it cannot be written.
     """
     checksums = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
-    with replacing(folder / CHECKSUMS_FILE) as file:
+    with atomic_write(folder / CHECKSUMS_FILE) as file:
         file.write(json.dumps(checksums).encode())
 
 

@@ -4,9 +4,10 @@
                    "data": "ImageFolder:root=/images", "processes": 1, "device": "...", "commit": "...", ...}, ...]}
 
 Facts that are not known are null. Nothing in it names the machine; the only paths are those of the command
-and of the data set.
+and of the dataset.
 """
 
+import ctypes
 import json
 import logging
 import os
@@ -24,12 +25,13 @@ import torch
 
 import dinov2
 from dinov2 import distributed
-from dinov2.files import read_json, replacing
+from dinov2.files import atomic_write, read_json
 
 logger = logging.getLogger(__name__)
 
 ENVIRONMENT_FILE = "environment.json"
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 _CLONE = Path(__file__).resolve().parents[2]
 _COMMANDS = ("dinov2-train",)  # that an installation puts into the path
 
@@ -40,7 +42,7 @@ def record_environment(output_dir: Path, first_step: int = 0, data: str | None =
     Args:
         output_dir: of the run.
         first_step: that this session does; 0 means that the run begins, and former sessions are forgotten.
-        data: the data set that is trained on, as in the config.
+        data: the dataset that is trained on, as in the config.
 
     Raises:
         OSError: naming the file, if it cannot be written.
@@ -53,7 +55,7 @@ def record_environment(output_dir: Path, first_step: int = 0, data: str | None =
         logger.warning("%s; it is now %s, and what earlier sessions ran on is not known", error, damaged)
         path.replace(damaged)
         former = []
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps({"sessions": [*former, session(first_step, data)]}, indent=2).encode() + b"\n")
 
 
@@ -85,7 +87,7 @@ def _is_session(value: object) -> bool:
 
 
 def session(first_step: int, data: str | None = None) -> dict[str, Any]:
-    """The facts about this process, its data set and its machine."""
+    """The facts about this process, its dataset and its machine."""
     on_gpu = distributed.device().type == "cuda"
     return {
         "first_step": first_step,
@@ -157,3 +159,17 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for what is asked for next, instead of giving it back to the system.
+
+    Each step asks for the same gigabytes again, and the system would fill every page of them with zeros first. Has no
+    effect where the C library is not GNU's.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(_M_MMAP_MAX, 0)  # large pieces come from the heap too
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # which never shrinks

@@ -35,7 +35,7 @@ class NonFiniteGuard:
     def __init__(self, max_in_a_row: int) -> None:
         self.max_in_a_row = max_in_a_row
         self.in_a_row = 0
-        self._untold: deque[_Verdict] = deque()
+        self._unreported: deque[_Verdict] = deque()
 
     def refused(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> Tensor:
         """1 if any loss term, or the gradient of any sub-module, is not finite on any process, else 0; a scalar."""
@@ -43,7 +43,7 @@ class NonFiniteGuard:
         values |= {f"gradient of {name}": value for name, value in norms.items()}
         broken = torch.stack([(~value.detach().isfinite()).any().float() for value in values.values()])
         broken = distributed.all_reduce_max(broken)
-        self._untold.append(_Verdict(tuple(values), *_fetch(broken)))
+        self._unreported.append(_Verdict(tuple(values), *_fetch(broken)))
         return broken.amax()
 
     def tell(self, scaler: torch.amp.GradScaler, *, all_steps: bool = False) -> None:
@@ -55,8 +55,8 @@ class NonFiniteGuard:
         Raises:
             FloatingPointError: if too many steps in a row were refused.
         """
-        while len(self._untold) > (0 if all_steps else 1):
-            verdict = self._untold.popleft()
+        while len(self._unreported) > (0 if all_steps else 1):
+            verdict = self._unreported.popleft()
             if verdict.arrived is not None:
                 verdict.arrived.synchronize()
             self._judge([name for name, bad in zip(verdict.names, verdict.broken.tolist(), strict=True) if bad], scaler)

@@ -43,7 +43,7 @@ class Predictions(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The optimised terms, weights applied, and their sum; the published display of the same."""
+    """The optimized terms, weights applied, and their sum; the published display of the same."""
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -119,7 +119,7 @@ class SSLMetaArch(nn.Module):
         return self
 
     def forward(self, batch: Batch, teacher_temp: float) -> Losses:
-        """A batch through the whole objective. Moves the centres (with centering); gradients reach the student."""
+        """A batch through the whole objective. Moves the centers (with centering); gradients reach the student."""
         [targets] = self.targets([batch], teacher_temp)
         return self.losses(batch, targets, self.predictions(batch))
 
@@ -127,7 +127,7 @@ class SSLMetaArch(nn.Module):
     def targets(self, batches: Sequence[Batch], teacher_temp: float) -> list[Targets]:
         """The teacher on the unmasked global crops of all micro-batches of a step.
 
-        They are balanced or centred jointly: accumulating k micro-batches gives the targets of k processes.
+        They are balanced or centered jointly: accumulating k micro-batches gives the targets of k processes.
         """
         cls_scores, patch_scores = zip(*map(self._teacher_scores, batches), strict=True)
         cls = self._probabilities(self.dino_loss, cls_scores, teacher_temp) if self.use_dino else [None] * len(batches)

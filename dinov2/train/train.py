@@ -26,37 +26,36 @@ from torch import nn
 from dinov2 import config, distributed
 from dinov2.config import DTYPES, Config
 from dinov2.data import DataAugmentationDINO, MaskingGenerator
-from dinov2.data.base import ImageDataset
 from dinov2.data.collate import Batch
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.device_augment import RawBatch
 from dinov2.data.loader import SamplerType, make_train_loader, to_device
 from dinov2.data.masking import published_max_num_patches
 from dinov2.data.randomness import seed_for
-from dinov2.data.uncut import UncutBatch
-from dinov2.files import naming_full_disk, occupying, remove_leftovers
+from dinov2.files import folder_lock, naming_full_disk, remove_leftovers
 from dinov2.log import MetricLogger, read_records, run_command, setup_logging, truncate_metrics
 from dinov2.trackers import open_trackers
-from dinov2.train.alarms import AlarmBell
-from dinov2.train.allocation import keep_freed_memory
-from dinov2.train.best_teacher import rate_teacher
 from dinov2.train.checkpoint import (
     OUTPUTS,
     Checkpointer,
+    archive_run,
     has_lost_checkpoints,
     latest_checkpoint,
     load_initial_weights,
     load_training_weights,
     save_teacher,
-    set_aside,
 )
 from dinov2.train.checkpoint_state import Setup, read_state
-from dinov2.train.dry_run import dry_run
-from dinov2.train.environment import record_environment
+from dinov2.train.environment import keep_freed_memory, record_environment
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
-from dinov2.train.health import HealthPanel, TargetWatch
 from dinov2.train.interruption import Interruption
+from dinov2.train.monitor.alarms import AlarmMonitor
+from dinov2.train.monitor.best_teacher import rate_teacher
+from dinov2.train.monitor.target_stats import HealthPanel, TargetStats
 from dinov2.train.optim import build_optimizer, clip_gradients, ema_update, set_hyperparameters, step_unless
 from dinov2.train.parallel import parallelize
-from dinov2.train.preflight import check_settings
+from dinov2.train.preflight.checks import check_settings
+from dinov2.train.preflight.dry_run import dry_run
 from dinov2.train.schedules import build_schedules, global_batch_size, is_due, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
 from dinov2.train.training_data import open_dataset
@@ -88,7 +87,7 @@ def main(args: argparse.Namespace) -> None:
     output_dir = Path(args.output_dir or cfg.train.output_dir).resolve()
     if args.dry_run:
         planned: int | None = getattr(args, "world_size", None)  # by the launcher, which starts the processes
-        world_size = planned or distributed.where_am_i().world_size
+        world_size = planned or distributed.detect_process().world_size
         dry_run(with_run_values(cfg, output_dir, world_size), world_size, resume=not args.no_resume)
         return
     with distributed.session(), naming_full_disk(output_dir):
@@ -107,7 +106,7 @@ def main(args: argparse.Namespace) -> None:
                 logger.warning("%s", warning)
         cfg, dataset = open_dataset(cfg, resume=not args.no_resume)  # before the model: mistakes show at once
         model = SSLMetaArch(cfg).to(distributed.device())
-        with distributed.on_main(occupying(output_dir)):
+        with distributed.on_main(folder_lock(output_dir)):
             if args.eval_only:
                 dump_teacher_only(cfg, model, resume=not args.no_resume)
             else:
@@ -143,7 +142,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     if latest is None:
         load_initial_weights(model, cfg)
         if not resume or distributed.from_main(lambda: has_lost_checkpoints(output_dir, checkpoint_period)):
-            set_aside(output_dir)
+            archive_run(output_dir)
     model.train()
     parallelize(
         model.student,
@@ -184,7 +183,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     if distributed.is_main() and start < total_steps:
         record_environment(output_dir, start, data=cfg.train.dataset_path)
     panel = HealthPanel(cfg, model, dataset, last_step=total_steps - 1)
-    bell = AlarmBell(read_records(output_dir / "training_metrics.json"))
+    bell = AlarmMonitor(read_records(output_dir / "training_metrics.json"))
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
 
     due = False  # whether a checkpoint is, put off while steps are refused
@@ -239,7 +238,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             if stopping:
                 interruption.leave()
     watched = bell.summary() if panel.probe else "health was not measured"
-    logger.info("finished: %s; the run on a page: python -m dinov2.train.report %s", watched, output_dir)
+    logger.info("finished: %s; the run on a page: python -m dinov2.report %s", watched, output_dir)
 
 
 def forward_backward(
@@ -247,7 +246,7 @@ def forward_backward(
     batches: Sequence[Batch],
     teacher_temp: float,
     scaler: torch.amp.GradScaler,
-    watch: TargetWatch | None = None,
+    watch: TargetStats | None = None,
     *,
     seed: int,
     step: int,
@@ -333,7 +332,7 @@ def changed_settings(former: Path, cfg: Config) -> list[str]:
 
 def build_loader(
     cfg: Config, dataset: ImageDataset, images_seen: int, while_waiting: Callable[[], object] | None = None
-) -> Iterable[Batch] | Iterable[UncutBatch]:
+) -> Iterable[Batch] | Iterable[RawBatch]:
     """Endless micro-batches of this process, continuing where `images_seen` have been used by all; for `to_device`."""
     crops, patch_size = cfg.crops, cfg.student.patch_size
     augmentation = DataAugmentationDINO(
@@ -368,7 +367,7 @@ def build_loader(
 
 
 def displayed(losses: Losses, cfg: Config) -> dict[str, torch.Tensor]:
-    """The losses as logged: the optimised terms and their sum, or what the release shows."""
+    """The losses as logged: the optimized terms and their sum, or what the release shows."""
     terms = losses.published if cfg.train.log_published_losses else losses.terms
     return {"total_loss": torch.stack(list(terms.values())).sum(), **terms}
 

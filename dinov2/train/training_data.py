@@ -7,7 +7,7 @@ from pathlib import Path
 from dinov2 import config, distributed
 from dinov2.config import Config, ConfigError
 from dinov2.data import make_dataset
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import ImageOptions
 from dinov2.train.checkpoint_folder import latest_checkpoint
 

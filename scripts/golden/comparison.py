@@ -158,10 +158,10 @@ class Comparison:
     def spread(self, label: str, draws: Tensor, std: float, recorded_draws: int) -> None:
         """Compares the standard deviation of our draws with a recorded one of ``recorded_draws`` draws."""
         draws = draws.double()
-        centred = draws - draws.mean()
-        variance = centred.square().mean().item()
+        centered = draws - draws.mean()
+        variance = centered.square().mean().item()
         # Delta method: the spread of the squares comes from the fourth moment, that of their root from its derivative.
-        of_squares = math.sqrt(max(centred.pow(4).mean().item() - variance**2, 0.0))
+        of_squares = math.sqrt(max(centered.pow(4).mean().item() - variance**2, 0.0))
         of_root = of_squares / (2 * math.sqrt(max(variance, 1e-24)))
         standard_error = of_root * math.sqrt(1 / len(draws) + 1 / recorded_draws)
         self.statistic(label, math.sqrt(variance), std, standard_error)

@@ -22,7 +22,7 @@ from dinov2.eval.linear_heads import (
 from dinov2.eval.log_regression import (
     C_VALUES,
     Fitter,
-    Labelled,
+    LabeledFeatures,
     LogRegModule,
     eval_log_regression,
     hold_out,
@@ -95,8 +95,8 @@ def replay_knn(recording: Recording, comparison: Comparison) -> None:
 
 def replay_log_regression(recording: Recording, comparison: Comparison) -> None:
     """Compares weights by their objective and what they predict, as intercepts are defined up to a shift."""
-    train = Labelled(recording.input("train_features"), recording.input("train_labels"))
-    val = Labelled(recording.input("val_features"), recording.input("val_labels"))
+    train = LabeledFeatures(recording.input("train_features"), recording.input("train_labels"))
+    val = LabeledFeatures(recording.input("val_features"), recording.input("val_labels"))
     fitter = Fitter(num_classes=1 + int(max(train.labels.max(), val.labels.max())))
     strengths = recording.json["C_values"]
     if len(strengths) == len(C_VALUES):  # else the recording has a grid of its own
@@ -125,14 +125,14 @@ def replay_log_regression(recording: Recording, comparison: Comparison) -> None:
             _compare_fit(comparison, f"{mode}.sweep{match[1]}", fitter.fit(C, fitted), C, fitted, val)
 
 
-def _compare_permutation(comparison: Comparison, name: str, train: Labelled) -> None:
+def _compare_permutation(comparison: Comparison, name: str, train: LabeledFeatures) -> None:
     """That the same rows are held out: the first tenth of the recorded permutation."""
-    rest, tenth = hold_out(Labelled(torch.arange(len(train.labels)), train.labels))
+    rest, tenth = hold_out(LabeledFeatures(torch.arange(len(train.labels)), train.labels))
     comparison.exact(name, torch.cat([tenth.features, rest.features]), comparison.recording.tensors[name])
 
 
 def _compare_fit(
-    comparison: Comparison, name: str, module: LogRegModule, C: float, fitted: Labelled, val: Labelled
+    comparison: Comparison, name: str, module: LogRegModule, C: float, fitted: LabeledFeatures, val: LabeledFeatures
 ) -> None:
     """The objective on the images fitted to, and the probabilities of others."""
     coef, intercept = (comparison.recording.input(f"{name}.{part}") for part in ("coef", "intercept"))
@@ -140,7 +140,7 @@ def _compare_fit(
     classes, labels = np.unique(fitted.labels.numpy(), return_inverse=True)
     targets = torch.from_numpy(labels)
     ours, theirs = (
-        _objective(C, Labelled(fitted.features, targets), *map(torch.as_tensor, weights))
+        _objective(C, LabeledFeatures(fitted.features, targets), *map(torch.as_tensor, weights))
         for weights in ((estimator.coef_, estimator.intercept_), (coef, intercept))
     )
     comparison.close(f"{name}: objective / recorded", ours / theirs, 1.0, tolerance=OBJECTIVE_TOLERANCE)
@@ -149,7 +149,7 @@ def _compare_fit(
     comparison.close(f"{name}: probabilities", found, expected, tolerance=_probability_tolerance(C))
 
 
-def _objective(C: float, fitted: Labelled, coef: Tensor, intercept: Tensor) -> float:
+def _objective(C: float, fitted: LabeledFeatures, coef: Tensor, intercept: Tensor) -> float:
     """C * (sum of the losses) + |weights|^2 / 2; coef (classes, D), intercept (classes,)."""
     logits = fitted.features.double() @ coef.T + intercept
     losses = functional.cross_entropy(logits, fitted.labels, reduction="sum")

@@ -16,12 +16,21 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.data.augment import IMPLEMENTATIONS, DataAugmentationDINO
+from dinov2.data.crop_params import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    NEUTRAL_FACTORS,
+    SATURATION,
+    CropParams,
+    View,
+    stack_crop_params,
+)
 from dinov2.data.transforms import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
     make_classification_eval_transform,
 )
-from dinov2.data.views import BRIGHTNESS, CONTRAST, HUE, NEUTRAL_FACTORS, SATURATION, View, Views, stack_views
 from scripts.golden.comparison import Comparison
 from scripts.golden.recording import Recording
 
@@ -84,7 +93,7 @@ def _compare_operations(recording: Recording, comparison: Comparison, case: dict
         operation, *position = name.removeprefix(prefix).split(".")
         if operation == "normalized":
             augmentation = DataAugmentationDINO((1.0, 1.0), (1.0, 1.0), 0, side)
-            views = Views(*(np.array([value] * 2) for value in _nothing((0, 0, side, side))))
+            views = CropParams(*(np.array([value] * 2) for value in _nothing((0, 0, side, side))))
             comparison.tensor(name, augmentation.carry_out(np.array(crop), views).global_crops[0])
             continue
         factors = [factor for key, values in case["ops"].items() if key.startswith(operation) for factor in values]
@@ -155,22 +164,24 @@ def _compare_eval_transforms(recording: Recording, comparison: Comparison, image
 # --- Statistics ------------------------------------------------------------------------------------------------------
 
 
-def _draw(augmentation: DataAugmentationDINO, image: Image.Image) -> tuple[Views, dict[str, Tensor]]:
+def _draw(augmentation: DataAugmentationDINO, image: Image.Image) -> tuple[CropParams, dict[str, Tensor]]:
     """What was drawn for many augmentations of an image, (draws, crops of an image), and the crops of each view."""
     drawn, crops = [], []
     for _ in range(DRAWS_PER_IMAGE):
         pixels, views = augmentation.draw(image)
-        drawn.append(Views(*(values[None] for values in views)))
+        drawn.append(CropParams(*(values[None] for values in views)))
         made = augmentation.carry_out(pixels, views)
         crops.append([*made.global_crops, *made.local_crops][: len(VIEWS)])
-    return stack_views(drawn), {name: torch.stack([crop[which] for crop in crops]) for name, which in VIEWS.items()}
+    return stack_crop_params(drawn), {
+        name: torch.stack([crop[which] for crop in crops]) for name, which in VIEWS.items()
+    }
 
 
 def _compare_view(
     comparison: Comparison,
     implementation: str,
     name: str,
-    drawn: dict[str, tuple[Views, dict[str, Tensor]]],
+    drawn: dict[str, tuple[CropParams, dict[str, Tensor]]],
     recorded: dict[str, Any],
 ) -> None:
     draws = recorded["draws_per_image"]
@@ -181,7 +192,7 @@ def _compare_view(
             comparison.mean(label, ours[key], mean, theirs["std"][key], draws)
             comparison.spread(f"{label}, spread", ours[key], theirs["std"][key], draws)
     recorded_draws = draws * len(recorded["per_image"])
-    views = stack_views([Views(*(values[:, VIEWS[name]] for values in drawn[image][0])) for image in drawn])
+    views = stack_crop_params([CropParams(*(values[:, VIEWS[name]] for values in drawn[image][0])) for image in drawn])
     happened = {
         "hflip": views.flip,
         **{operation: views.factors[:, which] != NEUTRAL_FACTORS[which] for operation, which in JITTER.items()},
@@ -207,7 +218,7 @@ def _compare_view(
 
 
 def _crop_statistics(crops: Tensor) -> dict[str, Tensor]:
-    """Normalised crops (draws, 3, S, S) -> statistics of each crop, (draws,)."""
+    """Normalized crops (draws, 3, S, S) -> statistics of each crop, (draws,)."""
     statistics = {}
     for index, channel in enumerate("rgb"):
         statistics[f"mean_{channel}"] = crops[:, index].mean((1, 2))

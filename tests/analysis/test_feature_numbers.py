@@ -7,7 +7,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional
 
-from dinov2.analysis.features import leave_one_out_accuracy, nearest_distance, patch_similarity, rank_me
+from dinov2.analysis.feature_statistics import leave_one_out_accuracy, nearest_distance, patch_similarity, rank_me
 
 
 @pytest.mark.parametrize("shape", [(40, 7), (7, 40)])

@@ -1,4 +1,4 @@
-"""Principal components: the numbers are those of a PCA, in one piece or in batches; colours mean what they should."""
+"""Principal components: the numbers are those of a PCA, in one piece or in batches; colors mean what they should."""
 
 import pytest
 import torch
@@ -44,8 +44,8 @@ def test_moments_of_batches_do_not_lose_small_variations_around_a_large_mean() -
 
 
 def _scatter(data: Tensor) -> Tensor:
-    centred = data - data.mean(dim=0)
-    return centred.T @ centred
+    centered = data - data.mean(dim=0)
+    return centered.T @ centered
 
 
 def test_the_order_of_the_features_does_not_turn_the_signs() -> None:
@@ -74,62 +74,62 @@ def test_the_foreground_is_the_object_whatever_the_sign_of_the_features(sign: in
 @pytest.mark.parametrize("sign", [1, -1])
 def test_objects_are_bright_whatever_the_sign_of_the_features(sign: int) -> None:
     tokens, is_object = object_tokens(sign)
-    red = pca.pca_colours(tokens)[..., 0]
+    red = pca.pca_colors(tokens)[..., 0]
     assert red[is_object].min() > red[~is_object].max()
 
 
-# --- Colours ---------------------------------------------------------------------------------------------------------
+# --- Colors ---------------------------------------------------------------------------------------------------------
 
 
-def test_colours_use_the_whole_range_of_the_foreground_and_leave_the_rest_black() -> None:
+def test_colors_use_the_whole_range_of_the_foreground_and_leave_the_rest_black() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 5, 5, 8, generator=generator)
     foreground = torch.rand(2, 5, 5, generator=generator) < 0.5
-    colours = pca.pca_colours(tokens, foreground)
-    low, high = colours[foreground].aminmax(dim=0)
-    assert (colours[~foreground] == 0).all() and (low == 0).all() and (high == 1).all()
+    colors = pca.pca_colors(tokens, foreground)
+    low, high = colors[foreground].aminmax(dim=0)
+    assert (colors[~foreground] == 0).all() and (low == 0).all() and (high == 1).all()
 
 
 @pytest.mark.parametrize("foreground", [False, True])
-def test_colours_of_batches_are_those_of_all_images_at_once(foreground: bool) -> None:
+def test_colors_of_batches_are_those_of_all_images_at_once(foreground: bool) -> None:
     tokens = torch.randn(7, 5, 6, 8, generator=torch.Generator().manual_seed(0))
     batches = tokens.split([3, 1, 3])
-    colouring = pca.fit_colouring(batches, pca.fit_foreground(batches) if foreground else None)
-    expected = pca.pca_colours(tokens, pca.foreground_mask(tokens) if foreground else None)
-    torch.testing.assert_close(torch.cat([colouring(batch) for batch in batches]), expected)
+    colormap = pca.fit_pca_colormap(batches, pca.fit_foreground(batches) if foreground else None)
+    expected = pca.pca_colors(tokens, pca.foreground_mask(tokens) if foreground else None)
+    torch.testing.assert_close(torch.cat([colormap(batch) for batch in batches]), expected)
 
 
 def test_images_of_different_sizes_share_one_basis() -> None:
     generator = torch.Generator().manual_seed(0)
     small, wide = torch.randn(1, 4, 4, 8, generator=generator), torch.randn(1, 3, 9, 8, generator=generator)
     wide[0, 1, 5] = small[0, 2, 1]
-    colouring = pca.fit_colouring([small, wide])
-    assert colouring(wide).shape == (1, 3, 9, 3)
-    torch.testing.assert_close(colouring(wide)[0, 1, 5], colouring(small)[0, 2, 1])
+    colormap = pca.fit_pca_colormap([small, wide])
+    assert colormap(wide).shape == (1, 3, 9, 3)
+    torch.testing.assert_close(colormap(wide)[0, 1, 5], colormap(small)[0, 2, 1])
 
 
-def test_an_odd_patch_greys_the_others_only_without_clipping() -> None:
+def test_an_odd_patch_grays_the_others_only_without_clipping() -> None:
     tokens = torch.randn(1, 20, 20, 8, generator=torch.Generator().manual_seed(0))
     tokens[0, 3, 3] = 1000.0
-    spread = {clip: pca.fit_colouring([tokens], clip=clip)(tokens)[0, 10:, :, 0].std() for clip in (0.0, 0.01)}
+    spread = {clip: pca.fit_pca_colormap([tokens], clip=clip)(tokens)[0, 10:, :, 0].std() for clip in (0.0, 0.01)}
     assert spread[0.0] < 0.01 < 0.1 < spread[0.01]
 
 
 @pytest.mark.parametrize("foreground", [None, torch.zeros(2, 4, 4, dtype=torch.bool)])
 def test_features_that_do_not_vary_give_black(foreground: Tensor | None) -> None:
     tokens = torch.randn(16).expand(2, 4, 4, 16)
-    assert (pca.pca_colours(tokens, foreground) == 0).all()
+    assert (pca.pca_colors(tokens, foreground) == 0).all()
     assert not pca.foreground_mask(torch.zeros(2, 1, 1, 16)).any()
 
 
 def test_nothing_in_the_foreground_gives_black() -> None:
-    assert (pca.pca_colours(torch.randn(2, 4, 4, 16), torch.zeros(2, 4, 4, dtype=torch.bool)) == 0).all()
+    assert (pca.pca_colors(torch.randn(2, 4, 4, 16), torch.zeros(2, 4, 4, dtype=torch.bool)) == 0).all()
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_same_colours() -> None:
+def test_a_gpu_gives_the_same_colors() -> None:
     tokens = torch.randn(6, 5, 7, 16, generator=torch.Generator().manual_seed(0))
     on_gpu = [part.cuda() for part in tokens.split(2)]
-    colouring = pca.fit_colouring(on_gpu, pca.fit_foreground(on_gpu))
-    expected = pca.pca_colours(tokens, pca.foreground_mask(tokens))
-    torch.testing.assert_close(torch.cat([colouring(part) for part in on_gpu]), expected)
+    colormap = pca.fit_pca_colormap(on_gpu, pca.fit_foreground(on_gpu))
+    expected = pca.pca_colors(tokens, pca.foreground_mask(tokens))
+    torch.testing.assert_close(torch.cat([colormap(part) for part in on_gpu]), expected)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageFilter
 
 from dinov2.data.augment import IMPLEMENTATIONS, DataAugmentationDINO
-from dinov2.data.images import open_picture
-from dinov2.data.views import NEUTRAL_FACTORS, View, Views, possible_reduction
+from dinov2.data.crop_params import NEUTRAL_FACTORS, CropParams, View, possible_reduction
+from dinov2.data.images import open_image
 
 SIZE = 8
 DRAWS = 400
@@ -26,7 +26,7 @@ NOTHING: dict[str, Any] = {
 }
 
 
-def colour_image(width: int = SIZE, height: int = SIZE) -> Image.Image:
+def color_image(width: int = SIZE, height: int = SIZE) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -36,16 +36,16 @@ def whole_image_views(**changes: Any) -> DataAugmentationDINO:
 
 
 def test_shapes_and_counts() -> None:
-    crops = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 3, 28, 14)(colour_image(40, 30))
+    crops = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 3, 28, 14)(color_image(40, 30))
     assert [crop.shape for crop in crops.global_crops] == [(3, 28, 28)] * 2
     assert [crop.shape for crop in crops.local_crops] == [(3, 14, 14)] * 3
     assert {crop.dtype for crop in (*crops.global_crops, *crops.local_crops)} == {torch.float32}
-    assert DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 0, 28, 14)(colour_image()).local_crops == ()
+    assert DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 0, 28, 14)(color_image()).local_crops == ()
 
 
 def test_crops_follow_from_torchs_seed_and_differ_from_each_other() -> None:
     augmentation = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, 16, 16)
-    image = colour_image(40, 30)
+    image = color_image(40, 30)
 
     def draw(seed: int) -> list[torch.Tensor]:
         torch.manual_seed(seed)
@@ -59,8 +59,8 @@ def test_crops_follow_from_torchs_seed_and_differ_from_each_other() -> None:
 
 
 def test_without_operations_only_the_crop_is_left() -> None:
-    pixels = torch.from_numpy(np.array(colour_image())).permute(2, 0, 1) / 255
-    crops = whole_image_views()(colour_image())
+    pixels = torch.from_numpy(np.array(color_image())).permute(2, 0, 1) / 255
+    crops = whole_image_views()(color_image())
     assert all(torch.equal(crop, pixels) for crop in (*crops.global_crops, *crops.local_crops))
 
 
@@ -77,7 +77,7 @@ def test_without_operations_only_the_crop_is_left() -> None:
 )
 def test_operations_happen_with_their_probability(operation: dict[str, Any], expected: tuple[float, ...]) -> None:
     torch.manual_seed(0)
-    augmentation, image = whole_image_views(**operation), colour_image()
+    augmentation, image = whole_image_views(**operation), color_image()
     unchanged = whole_image_views()(image).global_crops[0]
     changed = []
     for _ in range(DRAWS):
@@ -103,7 +103,7 @@ def test_defaults_are_the_probabilities_in_effect_in_the_release() -> None:
 
 
 def photo(width: int = 160, height: int = 120) -> Image.Image:
-    """Smooth colours, edges and a little noise; bright and dark enough to be clipped."""
+    """Smooth colors, edges and a little noise; bright and dark enough to be clipped."""
     y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
     waves = [np.sin(6 * x + 2 * y), np.cos(9 * x * y), np.sign(np.sin(14 * (x - y)))]
     noise = np.random.default_rng(0).normal(0, 8, (height, width, 3))
@@ -180,11 +180,11 @@ def test_whole_augmentations_differ_by_rounding_only() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (300, 4), (3, 200), (7, 5)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_no_picture_is_too_small_or_too_long(size: tuple[int, int], implementation: str) -> None:
+def test_no_image_is_too_small_or_too_long(size: tuple[int, int], implementation: str) -> None:
     torch.manual_seed(0)
     augmentation = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, 10, 5, implementation=implementation)
     for _ in range(5):
-        crops = augmentation(colour_image(*size))
+        crops = augmentation(color_image(*size))
         assert all(torch.isfinite(crop).all() for crop in (*crops.global_crops, *crops.local_crops))
 
 
@@ -203,16 +203,16 @@ def test_a_smaller_decoding_gives_the_same_crops() -> None:
     """Boxes stay where they are: the crops differ far less than from boxes that are off by one of the crop's pixels."""
     file = io.BytesIO()
     photo(1203, 909).filter(ImageFilter.GaussianBlur(3)).save(file, "JPEG", quality=95, subsampling=0)
-    picture = open_picture(file.getvalue())
-    views = Views(*(np.array([value]) for value in unchanged((103, 57, 700, 900))))
+    image = open_image(file.getvalue())
+    views = CropParams(*(np.array([value]) for value in unchanged((103, 57, 700, 900))))
     side = 56
     reduction = possible_reduction(views, [side])
     assert reduction == 4
-    whole = levels("tensor", picture.load(), views.rows()[0], side)
-    smaller = picture.load(reduction)
+    whole = levels("tensor", image.load(), views.rows()[0], side)
+    smaller = image.load(reduction)
     assert smaller.size == (301, 228)
     reduced = levels("tensor", smaller, views.reduced(reduction, *smaller.size).rows()[0], side)
-    shifted = levels("tensor", picture.load(), unchanged((103, 57 + 900 // side, 700, 900)), side)
+    shifted = levels("tensor", image.load(), unchanged((103, 57 + 900 // side, 700, 900)), side)
     assert np.abs(reduced - whole).mean() < 0.3 * np.abs(shifted - whole).mean()
 
 
@@ -227,11 +227,11 @@ def test_a_smaller_decoding_gives_the_same_crops() -> None:
     ],
 )
 def test_every_box_stays_twice_its_crop(box: tuple[int, int], sides: int, expected: int) -> None:
-    views = Views(*(np.array([value, value]) for value in unchanged((0, 0, *box))))
+    views = CropParams(*(np.array([value, value]) for value in unchanged((0, 0, *box))))
     assert possible_reduction(views, [sides, 1]) == expected
 
 
-def test_reduced_boxes_stay_inside_the_picture() -> None:
+def test_reduced_boxes_stay_inside_the_image() -> None:
     sampler = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 6).sampler
     for seed in range(50):
         views = sampler.draw(1001, 707, np.random.default_rng(seed)).reduced(4, 251, 177)

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dinov2.data.base import ImageDataset
 from dinov2.data.datasets import DATASETS, Entry, ImageNet, make_dataset, parse_dataset_str
+from dinov2.data.datasets.base import ImageDataset
 
 
 def values(*keys):
-    """Non-empty texts, rich in ":" and "=", that do not contain one of the data set's own `:key=`."""
+    """Non-empty texts, rich in ":" and "=", that do not contain one of the dataset's own `:key=`."""
     text = st.text(st.one_of(st.sampled_from(":=/ .~\n"), st.characters(exclude_categories=["Cs"])), min_size=1)
     pieces = st.sampled_from([":", "=", "root", "split", ":foo=", "root=", "/a:b=c", "extra"])
     own_key = re.compile(rf":({'|'.join(keys)})=")
@@ -97,7 +97,7 @@ def test_home_folder(tmp_path, cache, monkeypatch):
 
 
 class Squares(ImageDataset):
-    """The least that a data set of one's own needs."""
+    """The least that a dataset of one's own needs."""
 
     def __init__(self, *, size, **transforms):
         super().__init__(**transforms)
@@ -107,7 +107,7 @@ class Squares(ImageDataset):
         return self.size
 
     def get_image_data(self, index):
-        raise KeyError("no such picture")
+        raise KeyError("no such image")
 
     def get_target(self, index):
         return index**2
@@ -117,6 +117,6 @@ def test_a_data_set_of_ones_own(monkeypatch):
     monkeypatch.setitem(DATASETS, "Squares", Entry(Squares, required=("size",)))
     dataset = make_dataset(dataset_str="Squares:size=3", target_transform=str)
     assert dataset.get_targets().tolist() == [0, 1, 4]
-    with pytest.raises(RuntimeError, match=r"sample 2 \(Squares sample 2\): 'no such picture'") as caught:
+    with pytest.raises(RuntimeError, match=r"sample 2 \(Squares sample 2\): 'no such image'") as caught:
         dataset[2]
     assert isinstance(caught.value.__cause__, KeyError)

@@ -1,4 +1,4 @@
-"""FashionMNIST reads like any other data set, from the package or from the full set's own files."""
+"""FashionMNIST reads like any other dataset, from the package or from the full set's own files."""
 
 import gzip
 import io
@@ -20,7 +20,7 @@ def idx(array):
 
 
 @pytest.mark.parametrize("split, length", [("TRAIN", 10_000), ("VAL", 2_000)])
-def test_the_embedded_part_is_balanced_and_grey(split, length):
+def test_the_embedded_part_is_balanced_and_gray(split, length):
     dataset = make_dataset(dataset_str=f"FashionMNIST:split={split}")
     assert len(dataset) == length
     assert np.bincount(dataset.get_targets()).tolist() == [length // 10] * 10
@@ -39,7 +39,7 @@ def test_the_first_images_are_an_ankle_boot_in_both_splits():
         assert FashionMNIST(split=split).get_class_name(0) == "ankle boot"
 
 
-def test_image_data_is_a_file_of_the_same_picture():
+def test_image_data_is_a_file_of_the_same_image():
     dataset = FashionMNIST(split=VAL)
     decoded = Image.open(io.BytesIO(dataset.get_image_data(5))).convert("RGB")
     assert (np.asarray(decoded) == np.asarray(dataset[5][0])).all()

@@ -14,9 +14,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from dinov2.data import file_list, image_net_22k
-from dinov2.data.datasets import ImageFolder, ImageList, ImageNet22k, make_dataset
-from dinov2.data.images import BadImageError, ImageDecodeError, ImageOptions, decode_image, open_picture
+from dinov2.data.datasets import ImageFolder, ImageList, ImageNet22k, file_list, image_net_22k, make_dataset
+from dinov2.data.images import BadImageError, ImageDecodeError, ImageOptions, decode_image, open_image
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 
@@ -99,8 +98,8 @@ def test_a_text_that_unzips_to_gigabytes_is_not_unzipped(kind):
 
 def test_a_large_exif_block_is_not_multiplied():
     exif = tiff_whose_tags_share(4000, 2**22)
-    picture = open_picture(PNG[:33] + chunk(b"eXIf", exif) + PNG[33:])
-    assert picture.load().size == (64, 64)
+    image = open_image(PNG[:33] + chunk(b"eXIf", exif) + PNG[33:])
+    assert image.load().size == (64, 64)
 
 
 def test_ordinary_progressive_files_are_read():
@@ -109,9 +108,9 @@ def test_ordinary_progressive_files_are_read():
 
 def test_the_first_frame_of_thousands_is_read_at_once():
     frames = [Image.new("L", (8, 8), index % 255) for index in range(2000)]
-    picture = open_picture(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
-    assert picture.has_more_frames
-    assert picture.load().getpixel((0, 0)) == (0, 0, 0)
+    image = open_image(encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert image.has_more_frames
+    assert image.load().getpixel((0, 0)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("file_format", ["EPS", "PDF", "TGA", "PCX", "ICO", "SGI"])

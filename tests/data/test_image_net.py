@@ -17,7 +17,7 @@ from dinov2.data.images import BadImageError
 TRAIN, VAL, TEST = ImageNet.Split.TRAIN, ImageNet.Split.VAL, ImageNet.Split.TEST
 # In another order than the folders, with the longest name in the last row (Q33).
 LABELS = 'n01443537,goldfish\nn01440764,tench\nn02124075,"cat, Egyptian, of the longest name"\n'
-FILES = {  # path -> grey value of the picture
+FILES = {  # path -> gray value of the image
     "train/n01440764/n01440764_10026.JPEG": 10,
     "train/n01440764/n01440764_9.JPEG": 20,
     "train/n01443537/n01443537_2.JPEG": 30,
@@ -28,7 +28,7 @@ FILES = {  # path -> grey value of the picture
 }
 
 
-def grey_jpeg(value):
+def gray_jpeg(value):
     file = io.BytesIO()
     Image.new("L", (8, 8), value).save(file, "JPEG")
     return file.getvalue()
@@ -39,7 +39,7 @@ def root(tmp_path):
     """A small ImageNet with its labels."""
     for path, value in FILES.items():
         (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "images" / path).write_bytes(grey_jpeg(value))
+        (tmp_path / "images" / path).write_bytes(gray_jpeg(value))
     (tmp_path / "images" / "labels.txt").write_text(LABELS)
     return tmp_path / "images"
 
@@ -50,15 +50,15 @@ def dumped(root, split, **options):
     return dataset
 
 
-def grey(image):
+def gray(image):
     return np.asarray(image)[0, 0].tolist()
 
 
 def test_train_reads_back_what_is_in_the_folders(root):
     dataset = dumped(root, TRAIN)
-    assert [grey(image) for image, _ in dataset] == [[value] * 3 for value in (10, 20, 30, 40)]
+    assert [gray(image) for image, _ in dataset] == [[value] * 3 for value in (10, 20, 30, 40)]
     assert [target for _, target in dataset] == [0, 0, 1, 2] == dataset.get_targets().tolist()
-    assert dataset.get_image_data(1) == grey_jpeg(20)
+    assert dataset.get_image_data(1) == gray_jpeg(20)
     assert dataset.describe(2) == str(root / "train/n01443537/n01443537_2.JPEG")
     assert [dataset.get_class_id(index) for index in (0, 3)] == ["n01440764", "n02124075"]
     assert [dataset.get_class_name(index) for index in (0, 3)] == ["tench", "cat, Egyptian, of the longest name"]
@@ -67,7 +67,7 @@ def test_train_reads_back_what_is_in_the_folders(root):
 
 def test_val_has_its_own_file_names_and_folder_ranks(root):
     dataset = dumped(root, VAL)
-    assert [grey(image)[0] for image, _ in dataset] == [50, 60]
+    assert [gray(image)[0] for image, _ in dataset] == [50, 60]
     assert dataset.get_targets().tolist() == [0, 1]
 
 
@@ -83,7 +83,7 @@ def test_tables_have_the_published_names_and_types(root):
     assert np.load(extra / "class-ids-TRAIN.npy").tolist() == ["n01440764", "n01443537", "n02124075"]
 
 
-def test_test_split_has_100000_unlabelled_records_and_needs_no_labels_file(root):
+def test_test_split_has_100000_unlabeled_records_and_needs_no_labels_file(root):
     (root / "labels.txt").unlink()
     dataset = dumped(root, TEST)
     entries = np.load(root.parent / "extra" / "entries-TEST.npy")
@@ -92,7 +92,7 @@ def test_test_split_has_100000_unlabelled_records_and_needs_no_labels_file(root)
     assert entries["actual_index"][[0, -1]].tolist() == [1, 100_000]
     assert entries.dtype["class_id"] == entries.dtype["class_name"] == np.dtype("<U0")
     image, target = dataset[0]
-    assert (grey(image)[0], target) == (70, None)
+    assert (gray(image)[0], target) == (70, None)
     assert dataset.get_targets() is dataset.get_class_id(0) is dataset.get_class_name(0) is None
     with pytest.raises(ValueError, match="TEST split of ImageNet has no classes"):
         dataset.find_class_name(0)
@@ -123,23 +123,23 @@ def test_a_pickled_copy_opens_its_own_tables(root):
     assert pickle.loads(data)[3][1] == 2
 
 
-def test_transforms_apply_to_picture_and_target(root):
-    dataset = dumped(root, VAL, transform=grey, target_transform=str)
+def test_transforms_apply_to_image_and_target(root):
+    dataset = dumped(root, VAL, transform=gray, target_transform=str)
     assert dataset[1] == ([60] * 3, "1")
     joint = ImageNet(split=VAL, root=root, extra=root.parent / "extra", transforms=lambda image, target: (target, 7))
     assert joint[1] == (1, 7)
     with pytest.raises(ValueError, match="either transforms"):
-        ImageNet(split=VAL, root=root, extra=root, transforms=max, transform=grey)
+        ImageNet(split=VAL, root=root, extra=root, transforms=max, transform=gray)
 
 
 def test_dataset_string_makes_the_data_set(root):
     dumped(root, VAL)
-    dataset = make_dataset(dataset_str=f"ImageNet:split=VAL:root={root}:extra={root.parent / 'extra'}", transform=grey)
+    dataset = make_dataset(dataset_str=f"ImageNet:split=VAL:root={root}:extra={root.parent / 'extra'}", transform=gray)
     assert dataset[0] == ([50] * 3, 0)
     assert dataset.split is VAL
 
 
-@pytest.mark.parametrize("content", [None, b"not a picture", grey_jpeg(10)[:-30]])
+@pytest.mark.parametrize("content", [None, b"not a image", gray_jpeg(10)[:-30]])
 def test_a_bad_image_names_index_and_path_and_keeps_the_cause(root, content):
     dataset = dumped(root, TRAIN)
     path = root / "train/n01443537/n01443537_2.JPEG"
@@ -153,7 +153,7 @@ def test_a_bad_image_names_index_and_path_and_keeps_the_cause(root, content):
 
 
 def test_beyond_the_end_is_no_bad_image(root):
-    with pytest.raises(IndexError, match="sample 4 of a data set of 4"):
+    with pytest.raises(IndexError, match="sample 4 of a dataset of 4"):
         dumped(root, TRAIN)[4]
 
 
@@ -188,15 +188,15 @@ def test_validation_images_in_one_heap_are_an_error(root):
 
 
 def test_enumerated_targets(root):
-    dataset = DatasetWithEnumeratedTargets(dumped(root, VAL, transform=grey))
+    dataset = DatasetWithEnumeratedTargets(dumped(root, VAL, transform=gray))
     assert list(dataset) == [([50] * 3, (0, 0)), ([60] * 3, (1, 1))]
-    assert (len(dataset), dataset.get_target(1), dataset.get_image_data(1)) == (2, (1, 1), grey_jpeg(60))
+    assert (len(dataset), dataset.get_target(1), dataset.get_image_data(1)) == (2, (1, 1), gray_jpeg(60))
     assert dataset.get_targets().tolist() == [0, 1]
     assert dataset.describe(0).endswith("val_00000293.JPEG")
 
 
 def test_enumerated_targets_replace_none_in_items_only(root):
-    dataset = DatasetWithEnumeratedTargets(dumped(root, TEST, transform=grey))
+    dataset = DatasetWithEnumeratedTargets(dumped(root, TEST, transform=gray))
     assert dataset[0] == ([70] * 3, (0, 0))
     assert dataset.get_target(5) == (5, None)
 

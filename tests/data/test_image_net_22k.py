@@ -16,7 +16,7 @@ from dinov2.data.datasets import ImageNet22k, make_dataset
 from dinov2.data.images import BadImageError
 
 
-def grey_png(value):
+def gray_png(value):
     file = io.BytesIO()
     Image.new("L", (8, 8), value).save(file, "PNG")
     return file.getvalue()
@@ -24,13 +24,13 @@ def grey_png(value):
 
 # The second class has a longer name, a zipped image and the one that is known to be undecodable.
 CLASSES = {
-    "n001": {"n001_1.JPEG": grey_png(10), "n001_22.JPEG": grey_png(20)},
+    "n001": {"n001_1.JPEG": gray_png(10), "n001_22.JPEG": gray_png(20)},
     "n06470073": {
-        "n06470073_1.JPEG": gzip.compress(grey_png(30)),
+        "n06470073_1.JPEG": gzip.compress(gray_png(30)),
         "n06470073_47249.JPEG": b"undecodable",
-        "n06470073_3.JPEG": grey_png(40),
+        "n06470073_3.JPEG": gray_png(40),
     },
-    "n900": {"n900_" + "long" * 40 + ".JPEG": grey_png(50)},  # too long for the plain tar header
+    "n900": {"n900_" + "long" * 40 + ".JPEG": gray_png(50)},  # too long for the plain tar header
 }
 GREYS, TARGETS = [10, 20, 30, 40, 50], [0, 0, 1, 1, 2]
 
@@ -46,12 +46,12 @@ def root(tmp_path):
     return tmp_path
 
 
-def grey(image):
+def gray(image):
     return np.asarray(image)[0, 0].tolist()[0]
 
 
 def dumped(root, **options):
-    dataset = ImageNet22k(root=root, extra=root / "extra", transform=grey, **options)
+    dataset = ImageNet22k(root=root, extra=root / "extra", transform=gray, **options)
     dataset.dump_extra()
     return dataset
 
@@ -94,8 +94,8 @@ def test_offsets_are_of_64_bits_and_files_with_32_are_read(root):
     assert {entries.dtype[field].str for field in ("start_offset", "end_offset")} == {"<u8"}
     published = [(name, "<u4" if name.endswith("offset") else entries.dtype[name]) for name in entries.dtype.names]
     np.save(path, entries.astype(published))
-    assert [image for image, _ in ImageNet22k(root=root, extra=root / "extra", transform=grey)] == GREYS
-    assert dataset.get_image_data(0).startswith(grey_png(10))
+    assert [image for image, _ in ImageNet22k(root=root, extra=root / "extra", transform=gray)] == GREYS
+    assert dataset.get_image_data(0).startswith(gray_png(10))
 
 
 def test_an_offset_beyond_4_gib_is_read(root):
@@ -103,13 +103,13 @@ def test_an_offset_beyond_4_gib_is_read(root):
     with (root / "n001.tar").open("r+b") as file:  # a sparse file: takes no space
         file.seek(start)
         member = tarfile.TarInfo("n001_1.JPEG")
-        member.size = len(grey_png(99))
-        file.write(member.tobuf() + grey_png(99).ljust(1024, b"\0"))
+        member.size = len(gray_png(99))
+        file.write(member.tobuf() + gray_png(99).ljust(1024, b"\0"))
     dataset = dumped(root)
     entries = np.load(root / "extra" / "entries.npy")
-    entries["start_offset"][0], entries["end_offset"][0] = start, start + 512 + -(-len(grey_png(99)) // 512) * 512
+    entries["start_offset"][0], entries["end_offset"][0] = start, start + 512 + -(-len(gray_png(99)) // 512) * 512
     np.save(root / "extra" / "entries.npy", entries)
-    dataset = ImageNet22k(root=root, extra=root / "extra", transform=grey)
+    dataset = ImageNet22k(root=root, extra=root / "extra", transform=gray)
     assert dataset[0] == (99, 0)
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dinov2.data.augment import DataAugmentationDINO
-from dinov2.data.base import ImageDataset
 from dinov2.data.collate import Batch
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import BadImageError
 from dinov2.data.loader import SamplerType, make_data_loader, make_train_loader, to_device
 from dinov2.data.masking import MaskingGenerator
-from dinov2.data.stream import AugmentedDataset, StreamCollate
+from dinov2.data.sample_stream import AugmentedDataset, StreamCollate
 from dinov2.data.workers import LoadingError
 
 # Fewer cores than workers, and forking beside threads: both are fine here.
@@ -33,7 +33,7 @@ pytestmark = [
 AUGMENTATION = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, 16, 8)
 
 
-class Pictures(Dataset):
+class ImageSet(Dataset):
     """Images filled with noise of their own; those in `bad` cannot be read."""
 
     def __init__(self, count: int = 20, bad: tuple[int, ...] = ()) -> None:
@@ -50,14 +50,14 @@ class Pictures(Dataset):
         return Image.fromarray(pixels), index
 
 
-class IndexOnly(Pictures):
+class IndexOnly(ImageSet):
     """Images whose pixels say which they are."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.new("RGB", (16, 16), (index, 0, 0)), index
 
 
-class Unexpected(Pictures):
+class Unexpected(ImageSet):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         raise KeyError(f"no sample {index}")
 
@@ -72,7 +72,7 @@ def train_batches(num_steps: int, dataset: Dataset | None = None, **changes: Any
         "mask_ratio_tuple": (0.1, 0.5),
         "mask_probability": 0.5,
     }
-    return list(itertools.islice(make_train_loader(dataset or Pictures(), **(settings | changes)), num_steps))
+    return list(itertools.islice(make_train_loader(dataset or ImageSet(), **(settings | changes)), num_steps))
 
 
 def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
@@ -153,7 +153,7 @@ def test_crops_come_in_the_dtype_asked_for() -> None:
 
 
 def test_what_goes_to_workers_can_be_pickled() -> None:
-    dataset = AugmentedDataset(Pictures(), AUGMENTATION, seed=0)
+    dataset = AugmentedDataset(ImageSet(), AUGMENTATION, seed=0)
     collate = StreamCollate(
         seed=0,
         mask_generator=MaskingGenerator(4),
@@ -168,7 +168,7 @@ def test_what_goes_to_workers_can_be_pickled() -> None:
 
 
 def test_bad_images_are_replaced_and_reported() -> None:
-    dataset = Pictures(20, bad=(3, 4, 11))
+    dataset = ImageSet(20, bad=(3, 4, 11))
     batches = train_batches(7, dataset)  # 21 positions: every image once, and one twice
     bad_images = {bad for batch in batches for bad in batch.bad_images}
     assert bad_images == {f"bad/{index}.jpg: cannot read {index}" for index in (3, 4, 11)}
@@ -179,7 +179,7 @@ def test_bad_images_are_replaced_and_reported() -> None:
 
 def test_the_other_images_of_a_batch_are_not_touched_by_a_replacement() -> None:
     good = train_batches(7)
-    batches = train_batches(7, Pictures(20, bad=(3,)))
+    batches = train_batches(7, ImageSet(20, bad=(3,)))
     changed = [
         (step, image)
         for step, (a, b) in enumerate(zip(good, batches, strict=True))
@@ -192,7 +192,7 @@ def test_the_other_images_of_a_batch_are_not_touched_by_a_replacement() -> None:
 
 def test_when_nothing_can_be_read_the_error_names_files() -> None:
     with pytest.raises(OSError, match=r"11 images drawn in a row.*bad/\d"):
-        train_batches(1, Pictures(5, bad=tuple(range(5))))
+        train_batches(1, ImageSet(5, bad=tuple(range(5))))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -215,7 +215,7 @@ class Files(ImageDataset):
 
     def get_image_data(self, index: int) -> bytes:
         file = io.BytesIO()
-        Pictures()[index][0].resize((150, 120)).save(file, "JPEG")
+        ImageSet()[index][0].resize((150, 120)).save(file, "JPEG")
         return file.getvalue()[: -300 if index in self.cut_off else None]
 
     def get_target(self, index: int) -> int:
@@ -247,8 +247,8 @@ def test_a_transform_of_the_data_set_is_applied_first() -> None:
 
 
 def inverted(dataset: Files) -> Tensor:
-    pictures = [(ImageOps.invert(dataset.get_image(index)), index) for index in range(len(dataset))]
-    return train_batches(1, pictures)[0].global_crops  # type: ignore[arg-type]
+    images = [(ImageOps.invert(dataset.get_image(index)), index) for index in range(len(dataset))]
+    return train_batches(1, images)[0].global_crops  # type: ignore[arg-type]
 
 
 # ---- augmentation on the device ----
@@ -266,7 +266,7 @@ def test_the_device_makes_the_same_batches() -> None:
             assert (a - b).abs().mean() < 0.01  # half a level
 
 
-def test_uncut_batches_depend_neither_on_workers_nor_on_restarts_nor_on_ranks() -> None:
+def test_raw_batches_depend_neither_on_workers_nor_on_restarts_nor_on_ranks() -> None:
     whole = device_batches(6)
     assert all_same(device_batches(6, num_workers=2), whole)
     assert all_same(device_batches(4, num_workers=1, start_position=2 * 3), whole[2:])
@@ -277,7 +277,7 @@ def test_uncut_batches_depend_neither_on_workers_nor_on_restarts_nor_on_ranks() 
         assert torch.allclose(torch.cat(parts, dim=1), batch.global_crops.unflatten(0, (2, 4)), atol=0.02)
 
 
-def test_uncut_batches_without_local_crops_and_in_half_precision() -> None:
+def test_raw_batches_without_local_crops_and_in_half_precision() -> None:
     only_global = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 0, 16, 8)
     (batch,) = device_batches(1, augmentation=only_global, dtype=torch.bfloat16)
     assert batch.global_crops.dtype == torch.bfloat16 and batch.local_crops.shape == (0, 3, 16, 16)
@@ -311,7 +311,7 @@ def test_batches_are_taken_from_the_loader_when_they_are_asked_for() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("augment_on", ["cpu", "device"])
 def test_on_cuda_all_batches_arrive_in_order(augment_on: str) -> None:
-    settings: dict[str, Any] = {"num_workers": 2, "dataset": Pictures(20, bad=(3,)), "augment_on": augment_on}
+    settings: dict[str, Any] = {"num_workers": 2, "dataset": ImageSet(20, bad=(3,)), "augment_on": augment_on}
     expected = train_batches(8, **settings)
     device = torch.device("cuda")
     arrived = []

@@ -103,7 +103,7 @@ def test_epochs_in_order() -> None:
     assert list(EpochSampler(size=12, sample_count=5, start=1, step=2)) == [1, 3, 0, 2, 4, 1]
 
 
-# ---- what is mended ----
+# ---- what is fixed ----
 
 
 @pytest.mark.parametrize("new_shuffle", [False, True])

@@ -1,6 +1,6 @@
 """The sets of torchvision read as what was written in the files that it expects; nothing is downloaded unasked.
 
-What is written is random pictures with known classes; only the checksums of the published files are not looked at.
+What is written is random images with known classes; only the checksums of the published files are not looked at.
 """
 
 import gzip
@@ -20,9 +20,9 @@ from PIL import Image
 from torchvision_layouts import LAYOUTS
 
 from dinov2.data.datasets import TorchvisionSet, make_dataset, parse_dataset_str
+from dinov2.data.datasets.torchvision_sets import own_division
+from dinov2.data.datasets.torchvision_sources import SOURCES
 from dinov2.data.images import BadImageError
-from dinov2.data.torchvision_sets import own_division
-from dinov2.data.torchvision_sources import SOURCES
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def rgb(pixels):
 
 
 def content(dataset):
-    """The samples in an order that does not depend on that of the data set."""
+    """The samples in an order that does not depend on that of the dataset."""
     return sorted(((image.tobytes(), target) for image, target in dataset), key=lambda sample: sample[0])
 
 
@@ -57,7 +57,7 @@ def test_every_set_is_tried():
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_pictures_and_classes_are_those_that_were_written(name, tmp_path):
+def test_images_and_classes_are_those_that_were_written(name, tmp_path):
     truth = write(name, tmp_path)
     class_names = []
     for split, samples in truth.items():
@@ -138,10 +138,10 @@ def test_files_of_another_checksum_are_refused(tmp_path, monkeypatch):
         make_dataset(dataset_str=dataset_str("CIFAR10", tmp_path, "TRAIN"))
 
 
-def test_lists_without_pictures_are_noticed(tmp_path):
+def test_lists_without_images_are_noticed(tmp_path):
     write("Places365", tmp_path)
     shutil.rmtree(tmp_path / "val_large")
-    with pytest.raises(FileNotFoundError, match=f"no Places365 in .*: no pictures in {tmp_path}/val_large"):
+    with pytest.raises(FileNotFoundError, match=f"no Places365 in .*: no images in {tmp_path}/val_large"):
         make_dataset(dataset_str=dataset_str("Places365", tmp_path, "VAL"))
 
 
@@ -152,7 +152,7 @@ def test_a_malformed_file_is_named_with_its_set(tmp_path):
         make_dataset(dataset_str=dataset_str("OxfordIIITPet", tmp_path, "TEST"))
 
 
-def test_labels_need_no_picture_and_a_broken_one_is_named(tmp_path):
+def test_labels_need_no_image_and_a_broken_one_is_named(tmp_path):
     truth = write("EuroSAT", tmp_path)
     files = sorted(tmp_path.rglob("*.jpg"))
     for file in files:
@@ -267,7 +267,7 @@ def test_wrong_options_are_answered(name, options, message, tmp_path):
 def test_options_of_other_sets_are_refused():
     with pytest.raises(ValueError, match="DTD has no option folds; it has partition"):
         TorchvisionSet("DTD", root="/data", split="TRAIN", folds=1)
-    with pytest.raises(ValueError, match="no data set 'CIFAR'; known: CIFAR10, CIFAR100"):
+    with pytest.raises(ValueError, match="no dataset 'CIFAR'; known: CIFAR10, CIFAR100"):
         TorchvisionSet("CIFAR", root="/data")
 
 

@@ -7,19 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from eval_pictures import Pictures, write_pictures
+from eval_images import ImageSet, write_images
 
 from dinov2.data import make_dataset
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval import image_files
-from dinov2.eval.image_files import LabelledSet, file_stats, image_identity, report_equal_images
+from dinov2.eval.image_files import LabeledDataset, file_stats, image_identity, report_equal_images
 
 MINUTE_NS = 60 * 10**9
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_pictures(tmp_path / "set", 6, seed=0)
+    write_images(tmp_path / "set", 6, seed=0)
     return tmp_path / "set"
 
 
@@ -78,13 +78,13 @@ def test_files_of_any_number_are_asked_in_order_and_may_be_missing(
 
 
 def test_copies_of_training_images_are_counted(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_pictures(tmp_path / "val", 6, seed=1)
+    write_images(tmp_path / "val", 6, seed=1)
     for name, copy in (("r/0", "r/new"), ("g/1", "g/new"), ("g/4", "b/new")):
         (tmp_path / "val" / f"{copy}.png").write_bytes((folder / f"{name}.png").read_bytes())
     (tmp_path / "val" / "b" / "link.png").symlink_to(folder / "b" / "2.png")
     train, val = dataset(folder), dataset(tmp_path / "val")
     with caplog.at_level(logging.WARNING):
-        found = report_equal_images("train", LabelledSet.of(train), {"val": LabelledSet.of(val)})
+        found = report_equal_images("train", LabeledDataset.of(train), {"val": LabeledDataset.of(val)})
     assert found == {
         "train": {"compared": 6, "equal": 0, "with_other_labels": 0},
         "val": {"compared": 10, "equal": 4, "with_other_labels": 1},
@@ -98,17 +98,17 @@ def test_contradictions_in_the_training_set_are_warned_of_and_mere_copies_are_no
 ) -> None:
     caplog.set_level(logging.INFO)
     (folder / "r" / "copy.png").write_bytes((folder / "r" / "0.png").read_bytes())
-    counts = report_equal_images("train", LabelledSet.of(dataset(folder)), {})["train"]
+    counts = report_equal_images("train", LabeledDataset.of(dataset(folder)), {})["train"]
     assert counts == {"compared": 7, "equal": 2, "with_other_labels": 0}
     assert [record.levelname for record in caplog.records if "more than once" in record.message] == ["INFO"]
     (folder / "b" / "copy.png").write_bytes((folder / "r" / "0.png").read_bytes())
-    counts = report_equal_images("train", LabelledSet.of(dataset(folder)), {})["train"]
+    counts = report_equal_images("train", LabeledDataset.of(dataset(folder)), {})["train"]
     assert counts == {"compared": 8, "equal": 3, "with_other_labels": 3}
     assert "3 of 8 images are there more than once (the same bytes), 3 of them with another label" in caplog.text
 
 
 def test_the_same_set_for_both_is_noticed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    both = LabelledSet.of(dataset(folder))
+    both = LabeledDataset.of(dataset(folder))
     report_equal_images("set", both, {"set": both})
     assert "set: the images that are tested on are the training images" in caplog.text
 
@@ -117,17 +117,17 @@ def test_of_many_files_a_share_is_compared(folder: Path, tmp_path: Path, monkeyp
     for number, path in enumerate(sorted(folder.rglob("*.png"))):
         path.write_bytes(path.read_bytes() + bytes(number))  # six sizes
     shutil.copytree(folder, tmp_path / "val")
-    train, val = LabelledSet.of(dataset(folder)), LabelledSet.of(dataset(tmp_path / "val"))
+    train, val = LabeledDataset.of(dataset(folder)), LabeledDataset.of(dataset(tmp_path / "val"))
     monkeypatch.setattr(image_files, "MOST_FILES", 5)
     some = report_equal_images("train", train, {"val": val})["val"]
     assert 0 < some["equal"] == some["compared"] < 6
 
 
 def test_images_without_files_are_not_compared_but_have_an_identity() -> None:
-    labelled = LabelledSet.of(Pictures(5))
-    assert report_equal_images("a", labelled, {"b": labelled})["b"] == {
+    labeled = LabeledDataset.of(ImageSet(5))
+    assert report_equal_images("a", labeled, {"b": labeled})["b"] == {
         "compared": 0,
         "equal": 0,
         "with_other_labels": 0,
     }
-    assert image_identity(Pictures(5)) != image_identity(Pictures(6))
+    assert image_identity(ImageSet(5)) != image_identity(ImageSet(6))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_pictures import CONFIG, tiny_backbone
+from eval_images import CONFIG, tiny_backbone
 from PIL import Image
 
 from dinov2 import config
@@ -82,7 +82,7 @@ def test_impossible_sizes_are_named() -> None:
         setup.image_sizes(parsed("--random-init", "--crop-size", "280"), cfg)
 
 
-def test_images_are_normalised_as_in_training(small: Path) -> None:
+def test_images_are_normalized_as_in_training(small: Path) -> None:
     cfg = config.load(small, ["augmentation.mean=[0.5,0.5,0.5]", "augmentation.std=[0.1,0.2,0.4]"])
     transform = setup.eval_transform(parsed("--random-init", config_file=small), cfg)
     tensor = transform(Image.new("RGB", (40, 20), (255, 0, 255)))

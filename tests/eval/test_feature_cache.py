@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from eval_pictures import Pictures, tiny_backbone, to_tensor, write_pictures
+from eval_images import ImageSet, tiny_backbone, to_tensor, write_images
 from torch import Tensor, nn
 
 from dinov2.data import make_dataset
-from dinov2.data.base import ImageDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
 
@@ -31,7 +31,7 @@ class Counting(nn.Module):
 
 
 def extract(model: nn.Module, cache: FeatureCache, dataset: ImageDataset | None = None) -> tuple[Tensor, Tensor]:
-    return extract_features(model, dataset or Pictures(12), 4, 0, cache=cache)
+    return extract_features(model, dataset or ImageSet(12), 4, 0, cache=cache)
 
 
 def test_the_second_time_they_come_from_disk_and_are_the_same(tmp_path: Path) -> None:
@@ -55,15 +55,15 @@ def test_other_weights_sizes_or_images_are_computed(facts: dict, dataset: dict[s
     model = Counting()
     extract(model, FeatureCache(tmp_path, {"weights": "a"}))
     before = model.calls
-    extract(model, FeatureCache(tmp_path, facts), Pictures(**({"count": 12} | dataset)))
+    extract(model, FeatureCache(tmp_path, facts), ImageSet(**({"count": 12} | dataset)))
     assert model.calls > before
 
 
 def test_other_labels_are_other_data(tmp_path: Path) -> None:
-    model, cache, relabelled = Counting(), FeatureCache(tmp_path, {}), Pictures(12)
-    relabelled.labels = relabelled.labels[::-1].copy()
+    model, cache, relabeled = Counting(), FeatureCache(tmp_path, {}), ImageSet(12)
+    relabeled.labels = relabeled.labels[::-1].copy()
     _, labels = extract(model, cache)
-    _, others = extract(model, cache, relabelled)
+    _, others = extract(model, cache, relabeled)
     assert labels.tolist() == others.tolist()[::-1]
 
 
@@ -80,7 +80,7 @@ def test_a_damaged_file_is_computed_again(content: bytes, tmp_path: Path, caplog
 
 
 def test_images_that_were_replaced_under_their_names_are_computed(tmp_path: Path) -> None:
-    name, model, cache = write_pictures(tmp_path / "set", 6, seed=0), Counting(), FeatureCache(tmp_path / "cache")
+    name, model, cache = write_images(tmp_path / "set", 6, seed=0), Counting(), FeatureCache(tmp_path / "cache")
     red, green = tmp_path / "set" / "r" / "0.png", tmp_path / "set" / "g" / "1.png"
     before, _ = extract(model, cache, make_dataset(dataset_str=name, transform=to_tensor))
     content = red.read_bytes(), green.read_bytes()
@@ -133,7 +133,7 @@ def test_a_file_is_used_only_if_it_is_right(
 
 
 def test_a_file_without_some_images_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model, cache, some_broken = Counting(), FeatureCache(tmp_path, {}), Pictures(200, broken=[7])
+    model, cache, some_broken = Counting(), FeatureCache(tmp_path, {}), ImageSet(200, broken=[7])
     extract(model, cache, some_broken)
     caplog.clear()
     features, labels = extract(model, cache, some_broken)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_pictures import command, tiny_backbone, write_pictures
+from eval_images import command, tiny_backbone, write_images
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -21,23 +21,23 @@ NUM_CLASSES, TEMPERATURE = 4, 0.07
 
 def features_and_labels(count: int, seed: int, spread: float = 1.0) -> tuple[Tensor, Tensor]:
     """Unit vectors (count, 8) around one of each class, and labels (count,)."""
-    centres = torch.randn(NUM_CLASSES, 8, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(NUM_CLASSES, 8, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
-    offsets = centres[labels] + 1.5 * torch.randn(count, 8, generator=generator)
+    offsets = centers[labels] + 1.5 * torch.randn(count, 8, generator=generator)
     return normalize(1.0 * (spread < 1) + spread * offsets), labels
 
 
 def brute_force(bank: Tensor, labels: Tensor, queries: Tensor, k: int, largest_k: int) -> Tensor:
-    """Votes (Q, C) by a loop over queries and neighbours, in float64."""
+    """Votes (Q, C) by a loop over queries and neighbors, in float64."""
     bank, queries = normalize(bank.double()), normalize(queries.double())
     votes = torch.zeros(len(queries), NUM_CLASSES, dtype=torch.float64)
     for i, query in enumerate(queries):
         cosines = torch.stack([query @ other for other in bank])
         nearest = cosines.argsort(descending=True)[:largest_k]
         weights = torch.exp(cosines[nearest] / TEMPERATURE)
-        for neighbour, weight in list(zip(nearest, weights / weights.sum(), strict=True))[:k]:
-            votes[i, labels[neighbour]] += weight
+        for neighbor, weight in list(zip(nearest, weights / weights.sum(), strict=True))[:k]:
+            votes[i, labels[neighbor]] += weight
     return votes
 
 
@@ -66,9 +66,9 @@ def test_autocast_does_not_reach_the_similarities() -> None:
     bank, labels = features_and_labels(50, seed=0)
     queries, _ = features_and_labels(12, seed=1)
     module = KnnModule(bank, labels, [10], TEMPERATURE, CPU, NUM_CLASSES)
-    expected = module.neighbours(queries)
+    expected = module.neighbors(queries)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = module.neighbours(queries)
+        found = module.neighbors(queries)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
@@ -143,7 +143,7 @@ def test_the_command_writes_scores_settings_and_hash(tmp_path: Path, capsys: pyt
     assert list(results["metrics"]) == ["full", "2 per class"]
     assert list(results["metrics"]["full"]) == ["3", "5"]
     top_1 = results["metrics"]["full"]["3"]["top-1"]
-    assert 80 < top_1 <= 100  # the colours are easily told apart
+    assert 80 < top_1 <= 100  # the colors are easily told apart
     log = capsys.readouterr().out
     assert f"('full', 3) Top 1: {top_1:.2f}" in log
     table = log.rpartition("k-NN classification of 21 images of 3 classes, accuracy in %\n")[2].splitlines()
@@ -161,9 +161,9 @@ def test_the_command_writes_scores_settings_and_hash(tmp_path: Path, capsys: pyt
 
 
 def test_data_without_labels_and_weights_that_do_not_fit_are_errors(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "flat", 3, seed=0)
-    for picture in (tmp_path / "flat").rglob("*.png"):
-        picture.rename(tmp_path / "flat" / picture.name)
+    write_images(tmp_path / "flat", 3, seed=0)
+    for image in (tmp_path / "flat").rglob("*.png"):
+        image.rename(tmp_path / "flat" / image.name)
     words = command(tmp_path / "a")
     words[words.index("--val-dataset") + 1] = f"ImageFolder:root={tmp_path / 'flat'}"
     with pytest.raises(ValueError, match="has no labels, which this evaluation needs"):

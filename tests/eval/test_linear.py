@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_pictures import Pictures, command, draw, encoded, tiny_backbone, to_tensor, write_pictures
+from eval_images import ImageSet, command, draw, encoded, tiny_backbone, to_tensor, write_images
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -45,7 +45,7 @@ class Experiment:
 
     def __init__(self, rates: tuple[float, ...] = RATES) -> None:
         self.tokens = ModelWithIntermediateLayers(tiny_backbone(), 4)
-        self.pictures = Pictures(10, transform=noisy)
+        self.images = ImageSet(10, transform=noisy)
         self.grid = self.make_grid(rates)
         self.num_validations = 0
 
@@ -53,7 +53,7 @@ class Experiment:
         return setup_linear_classifiers(self.tokens(torch.zeros(1, 3, 16, 16)), [1, 4], rates, BATCH_SIZE, 3)
 
     def batches_from(self, iteration: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(make_train_loader(iteration, dataset=self.pictures, batch_size=BATCH_SIZE, num_workers=0))
+        return iter(make_train_loader(iteration, dataset=self.images, batch_size=BATCH_SIZE, num_workers=0))
 
     def validate(self) -> dict:
         self.num_validations += 1
@@ -155,7 +155,7 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path)
 
 
 def test_augmentation_depends_on_the_position_alone() -> None:
-    make = partial(make_train_loader, dataset=Pictures(10, transform=noisy), batch_size=3)
+    make = partial(make_train_loader, dataset=ImageSet(10, transform=noisy), batch_size=3)
     here = list(islice(make(0, num_workers=0), 6))
     torch.manual_seed(123)
     later = list(islice(make(4, num_workers=2), 2))
@@ -204,7 +204,7 @@ def test_the_first_of_the_best_is_chosen_also_when_none_is_right() -> None:
 
 def test_features_of_training_images_that_are_not_finite_end_it(tmp_path: Path) -> None:
     experiment = Experiment()
-    experiment.pictures.transform = lambda image: to_tensor(image) * torch.inf
+    experiment.images.transform = lambda image: to_tensor(image) * torch.inf
     with pytest.raises(ValueError, match="the features of image 0 of the batch of iteration 0 are NaN or infinite"):
         experiment.train(tmp_path)
 
@@ -279,7 +279,7 @@ def run(folder: Path, **options: object) -> dict:
 
 
 def test_the_command_trains_tests_and_evaluates_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other = write_pictures(tmp_path / "other", 9, seed=5)
+    other = write_images(tmp_path / "other", 9, seed=5)
     np.save(tmp_path / "swapped.npy", np.array([1, 0, 2]))
     options = {
         "epochs": 2,
@@ -410,7 +410,7 @@ def write_image_net(root: Path) -> None:
         ImageNet(split=split, root=root, extra=root).dump_extra()
 
 
-def test_reassessed_labels_count_with_any_right_one_and_without_unlabelled_images(tmp_path: Path) -> None:
+def test_reassessed_labels_count_with_any_right_one_and_without_unlabeled_images(tmp_path: Path) -> None:
     root = tmp_path / "imagenet"
     write_image_net(root)
     train, val = (f"ImageNet:split={split}:root={root}:extra={root}" for split in ("TRAIN", "VAL"))
@@ -441,7 +441,7 @@ def test_reassessed_labels_count_with_any_right_one_and_without_unlabelled_image
 
 def test_sets_of_other_classes_are_refused_in_every_role(tmp_path: Path) -> None:
     other = tmp_path / "other"
-    write_pictures(other, 6, seed=3)
+    write_images(other, 6, seed=3)
     (other / "b").rename(other / "yak")
     trained = command(tmp_path / "a", epochs=1, epoch_length=2, batch_size=4, learning_rates=[0.1])
     linear.main(linear.get_args_parser().parse_args(trained))

@@ -6,28 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_pictures import command, write_pictures
+from eval_images import command, write_images
 from sklearn.linear_model import LogisticRegression
 
 from dinov2.eval import knn, linear, log_regression
-from dinov2.eval.log_regression import C_VALUES, Fitter, Labelled, eval_log_regression, hold_out, sweep_C_values
+from dinov2.eval.log_regression import C_VALUES, Fitter, LabeledFeatures, eval_log_regression, hold_out, sweep_C_values
 from dinov2.eval.metrics import MetricType
 
 
-def data(count: int, seed: int) -> Labelled:
+def data(count: int, seed: int) -> LabeledFeatures:
     """Noisy features (count, 6) of four classes."""
-    centres = torch.randn(4, 6, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(4, 6, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(4, (count,), generator=generator)
-    return Labelled(centres[labels] + torch.randn(count, 6, generator=generator), labels)
+    return LabeledFeatures(centers[labels] + torch.randn(count, 6, generator=generator), labels)
 
 
-def reference(C: float, train: Labelled) -> LogisticRegression:
+def reference(C: float, train: LabeledFeatures) -> LogisticRegression:
     estimator = LogisticRegression(C=C, tol=1e-12, max_iter=1000)
     return estimator.fit(train.features.double().numpy(), train.labels.numpy())
 
 
-def accuracy(estimator: LogisticRegression, test: Labelled) -> float:
+def accuracy(estimator: LogisticRegression, test: LabeledFeatures) -> float:
     return estimator.score(test.features.double().numpy(), test.labels.numpy())
 
 
@@ -43,7 +43,7 @@ def test_probabilities_are_those_of_scikit_learn(C: float) -> None:
 def test_a_class_without_training_images_gets_probability_zero() -> None:
     train, val = data(80, 0), data(20, 1)
     kept = train.labels != 1
-    found = Fitter(num_classes=5).fit(1.0, Labelled(train.features[kept], train.labels[kept]))(*val)["preds"]
+    found = Fitter(num_classes=5).fit(1.0, LabeledFeatures(train.features[kept], train.labels[kept]))(*val)["preds"]
     assert found.shape == (20, 5)
     assert (found[:, [1, 4]] == 0).all()
     torch.testing.assert_close(found.sum(dim=1), torch.ones(20, dtype=torch.float64))
@@ -75,7 +75,7 @@ def test_a_tenth_is_held_out_and_then_used() -> None:
 
 def test_c_is_chosen_on_the_set_that_is_given() -> None:
     train, val, finetune = data(60, 0), data(40, 1), data(30, 2)
-    both = Labelled(*(torch.cat(pair) for pair in zip(train, finetune, strict=True)))
+    both = LabeledFeatures(*(torch.cat(pair) for pair in zip(train, finetune, strict=True)))
     Cs, fitter = [1e-4, 1.0], Fitter(num_classes=4)
     on_finetune = eval_log_regression(train, val, fitter=fitter, finetune=finetune, C_values=Cs)
     assert [s["top-1"] for s in on_finetune["sweep"]] == [accuracy(reference(C, train), finetune) for C in Cs]
@@ -100,13 +100,13 @@ def test_too_few_images_to_hold_some_out_are_an_error(counts: tuple[int, int]) -
     with pytest.raises(ValueError, match=words):
         hold_out(data(*counts))
     with pytest.raises(ValueError, match="12 training images of 12 classes are too few"):
-        hold_out(Labelled(torch.randn(12, 3), torch.arange(12)))
+        hold_out(LabeledFeatures(torch.randn(12, 3), torch.arange(12)))
 
 
 @pytest.mark.parametrize("counts", [(10, 1), (1, 10), (1,) * 9 + (3,), (30, 1, 1, 1, 1), (11, 11)])
 def test_every_class_keeps_an_image_to_fit_to(counts: tuple[int, ...]) -> None:
     labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    rest, tenth = hold_out(Labelled(torch.arange(len(labels)), labels))
+    rest, tenth = hold_out(LabeledFeatures(torch.arange(len(labels)), labels))
     assert rest.labels.unique().tolist() == list(range(len(counts)))
     assert len(tenth.labels) == len(labels) // 10
     assert sorted(torch.cat([rest.features, tenth.features]).tolist()) == list(range(len(labels)))
@@ -150,7 +150,7 @@ def test_images_of_one_class_are_an_error_in_the_words_of_the_user(tmp_path: Pat
 
 
 def test_the_command_writes_percents_and_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    extra = write_pictures(tmp_path / "extra", 12, seed=3)
+    extra = write_images(tmp_path / "extra", 12, seed=3)
     words = command(tmp_path, finetune_dataset_str=extra, metric_type="mean_per_class_accuracy")
     log_regression.main(log_regression.get_args_parser().parse_args(words))
     results = json.loads((tmp_path / "out" / "results_eval_log_regression.json").read_text())

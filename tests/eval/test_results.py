@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_pictures import Pictures
+from eval_images import ImageSet
 
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.results import as_table, run_facts, set_facts, weights_fingerprint, write_results
@@ -50,7 +50,7 @@ def test_the_fingerprint_of_a_folder_is_that_of_the_weights_in_it(tmp_path: Path
     assert weights_fingerprint(str(tmp_path)) == before
 
 
-class SomeUnlabelled(Pictures):
+class SomeUnlabeled(ImageSet):
     """Three in four have labels: two classes in all."""
 
     def get_target(self, index: int) -> list[int]:  # type: ignore[override]
@@ -58,17 +58,17 @@ class SomeUnlabelled(Pictures):
 
 
 def test_sets_files_and_times_are_recorded(tmp_path: Path) -> None:
-    assert set_facts(Pictures(10)) == {"images": 10, "classes": 3}
-    assert set_facts(SomeUnlabelled(8)) == {"images": 6, "classes": 2}
-    cache, pictures = FeatureCache(tmp_path), Pictures(4)
-    cache.get("a", pictures, lambda: (time.sleep(0.05), (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))[1])
-    facts = run_facts({"A": pictures}, cache, time.monotonic() - 1)
+    assert set_facts(ImageSet(10)) == {"images": 10, "classes": 3}
+    assert set_facts(SomeUnlabeled(8)) == {"images": 6, "classes": 2}
+    cache, images = FeatureCache(tmp_path), ImageSet(4)
+    cache.get("a", images, lambda: (time.sleep(0.05), (torch.zeros(4, 2), torch.tensor([0, 1, 2, 0])))[1])
+    facts = run_facts({"A": images}, cache, time.monotonic() - 1)
     (file,) = tmp_path.iterdir()
     assert facts["sets"] == {"A": {"images": 4, "classes": 3}}
     assert facts["feature_files"] == {str(file): "written"}
     assert facts["seconds"]["features"] >= 0.05 and 0.9 < sum(facts["seconds"].values()) < 5
     for again, expected in ((cache, "written"), (FeatureCache(tmp_path), "read")):
-        again.get("a", pictures, lambda: pytest.fail("they are on disk"))
+        again.get("a", images, lambda: pytest.fail("they are on disk"))
         assert again.files == {str(file): expected}
 
 

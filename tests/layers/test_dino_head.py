@@ -1,4 +1,4 @@
-"""The projection head: published names and sizes, weight normalisation, and half precision."""
+"""The projection head: published names and sizes, weight normalization, and half precision."""
 
 import pytest
 import torch

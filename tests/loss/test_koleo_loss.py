@@ -39,8 +39,8 @@ def test_the_gradient_pushes_both_members_of_a_pair_apart() -> None:
     assert gradient[0, 1] > 0 > gradient[1, 1], "a step against the gradient turns them away from each other"
 
 
-def test_opposite_rows_are_each_others_neighbours() -> None:
-    """No other row is as far away as this, and none is nearer: a row must still not be taken for its own neighbour."""
+def test_opposite_rows_are_each_others_neighbors() -> None:
+    """No other row is as far away as this, and none is nearer: a row must still not be taken for its own neighbor."""
     row = features_of(1, dim=5)
     assert KoLeoLoss()(torch.cat([row, -row])).item() == pytest.approx(-math.log(2))
 
@@ -73,7 +73,7 @@ def test_half_precision_features_are_computed_in_single(dtype: torch.dtype) -> N
 
 
 def test_autocast_does_not_reach_in() -> None:
-    """With so many rows so close, similarities in bfloat16 would find other neighbours."""
+    """With so many rows so close, similarities in bfloat16 would find other neighbors."""
     features = features_of(200, dim=3)
     expected = KoLeoLoss()(features)
     with torch.autocast("cpu", torch.bfloat16):

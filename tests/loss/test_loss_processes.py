@@ -1,4 +1,4 @@
-"""Two processes compute what one computes on the joined batch: targets, centres, losses and gradients."""
+"""Two processes compute what one computes on the joined batch: targets, centers, losses and gradients."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -42,14 +42,14 @@ def run_process(rank: int, folder: str) -> None:
     results: Results = {}
     for kind in ROWS:
         results[f"sinkhorn {kind}"] = sinkhorn_knopp(shares(kind)[rank], 0.07)
-        results[f"dino centre {kind}"] = centre_after(DINOLoss, lambda step, kind=kind: shares(kind, seed=step)[rank])
-        results[f"ibot centre {kind}"] = centre_after(
+        results[f"dino center {kind}"] = center_after(DINOLoss, lambda step, kind=kind: shares(kind, seed=step)[rank])
+        results[f"ibot center {kind}"] = center_after(
             iBOTPatchLoss, lambda step, kind=kind: shares(kind, seed=step)[rank]
         )
     results["sinkhorn huge"] = sinkhorn_knopp(shares("unequal")[rank] + 1e4 * rank, 0.07)
     poisoned = shares("equal")[rank] + (torch.nan if rank else 0.0)
-    results["dino centre poisoned"] = centre_after(DINOLoss, lambda step: poisoned)
-    results["ibot centre poisoned"] = centre_after(iBOTPatchLoss, lambda step: poisoned)
+    results["dino center poisoned"] = center_after(DINOLoss, lambda step: poisoned)
+    results["ibot center poisoned"] = center_after(iBOTPatchLoss, lambda step: poisoned)
     results["dino"] = dino_step(shares("equal", seed=1)[rank], shares("equal", seed=2)[rank])
     mask = masks()[rank]
     results["ibot"] = ibot_step(patch_scores(1)[rank][mask], patch_scores(2)[rank][mask], mask)
@@ -58,7 +58,7 @@ def run_process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def centre_after(kind: type[DINOLoss] | type[iBOTPatchLoss], scores: Callable[[int], Tensor]) -> Tensor:
+def center_after(kind: type[DINOLoss] | type[iBOTPatchLoss], scores: Callable[[int], Tensor]) -> Tensor:
     loss = kind(PROTOTYPES)
     for step in range(STEPS):
         loss.update_center(scores(step))
@@ -109,28 +109,28 @@ def test_sinkhorn_is_finite_when_one_process_has_much_larger_scores(results: lis
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_the_image_centre_is_that_of_the_joined_batch(results: list[Results], kind: str) -> None:
-    expected = centre_after(DINOLoss, lambda step: torch.cat(shares(kind, seed=step)))
+def test_the_image_center_is_that_of_the_joined_batch(results: list[Results], kind: str) -> None:
+    expected = center_after(DINOLoss, lambda step: torch.cat(shares(kind, seed=step)))
     for result in results:
-        torch.testing.assert_close(result[f"dino centre {kind}"], expected)
+        torch.testing.assert_close(result[f"dino center {kind}"], expected)
     assert expected.any() == (kind != "both empty")
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_the_patch_centre_follows_the_mean_of_the_means(results: list[Results], kind: str) -> None:
+def test_the_patch_center_follows_the_mean_of_the_means(results: list[Results], kind: str) -> None:
     """As published: processes count the same, whatever their number of masked patches; one without does not count."""
     expected = torch.zeros(PROTOTYPES)
     for step in range(STEPS):
         means = [share.mean(dim=0) for share in shares(kind, seed=step) if len(share)]
         expected = 0.9 * expected + 0.1 * torch.stack(means).mean(dim=0) if means else expected
     for result in results:
-        torch.testing.assert_close(result[f"ibot centre {kind}"], expected)
+        torch.testing.assert_close(result[f"ibot center {kind}"], expected)
 
 
 @pytest.mark.parametrize("loss", ["dino", "ibot"])
-def test_bad_scores_in_one_process_leave_the_centre_alone_in_both(results: list[Results], loss: str) -> None:
+def test_bad_scores_in_one_process_leave_the_center_alone_in_both(results: list[Results], loss: str) -> None:
     for result in results:
-        assert not result[f"{loss} centre poisoned"].any()
+        assert not result[f"{loss} center poisoned"].any()
 
 
 def test_the_image_loss_is_the_mean_over_processes(results: list[Results]) -> None:

@@ -1,4 +1,4 @@
-"""Teacher targets: centred softmax and Sinkhorn-Knopp, against the published formulas written as loops in float64."""
+"""Teacher targets: centered softmax and Sinkhorn-Knopp, against the published formulas written as loops in float64."""
 
 import math
 
@@ -169,7 +169,7 @@ def test_scores_stay_and_get_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.04, 0.07])
-def test_centering_is_the_softmax_of_centred_scores(temperature: float) -> None:
+def test_centering_is_the_softmax_of_centered_scores(temperature: float) -> None:
     scores, center = scores_of(6, 10), scores_of(1, 10, seed=1)
     expected = torch.zeros(6, 10, dtype=torch.float64)
     for row in range(6):
@@ -186,7 +186,7 @@ def test_centering_of_half_precision_scores_is_computed_in_single() -> None:
     assert torch.equal(targets, softmax_centering(scores.float(), center, 0.04))
 
 
-def test_each_loss_centres_with_its_own_centre() -> None:
+def test_each_loss_centers_with_its_own_center() -> None:
     scores = scores_of(6, 10)
     dino, ibot = DINOLoss(10), iBOTPatchLoss(10)
     dino.center.copy_(scores_of(1, 10, seed=1))
@@ -199,7 +199,7 @@ def test_each_loss_centres_with_its_own_centre() -> None:
 
 
 @pytest.mark.parametrize("loss", [DINOLoss(10), iBOTPatchLoss(10)], ids=["dino", "ibot"])
-def test_the_centre_is_a_running_mean_of_scores(loss: DINOLoss | iBOTPatchLoss) -> None:
+def test_the_center_is_a_running_mean_of_scores(loss: DINOLoss | iBOTPatchLoss) -> None:
     expected = torch.zeros(10, dtype=torch.float64)
     for step in range(4):
         scores = scores_of(3 + step, 10, seed=step)
@@ -209,7 +209,7 @@ def test_the_centre_is_a_running_mean_of_scores(loss: DINOLoss | iBOTPatchLoss) 
 
 
 @pytest.mark.parametrize("kind", [DINOLoss, iBOTPatchLoss])
-def test_the_momentum_of_the_centre_can_be_chosen(kind: type[DINOLoss] | type[iBOTPatchLoss]) -> None:
+def test_the_momentum_of_the_center_can_be_chosen(kind: type[DINOLoss] | type[iBOTPatchLoss]) -> None:
     loss = kind(10, center_momentum=0.25)
     loss.update_center(torch.ones(3, 10))
     assert (loss.center == 0.75).all()
@@ -217,7 +217,7 @@ def test_the_momentum_of_the_centre_can_be_chosen(kind: type[DINOLoss] | type[iB
 
 @pytest.mark.parametrize("kind", [DINOLoss, iBOTPatchLoss])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_a_batch_that_is_not_finite_does_not_move_the_centre(
+def test_a_batch_that_is_not_finite_does_not_move_the_center(
     kind: type[DINOLoss] | type[iBOTPatchLoss], poison: float
 ) -> None:
     loss = kind(10)
@@ -232,7 +232,7 @@ def test_a_batch_that_is_not_finite_does_not_move_the_centre(
 
 
 @pytest.mark.parametrize("kind", [DINOLoss, iBOTPatchLoss])
-def test_a_batch_without_rows_does_not_move_the_centre(kind: type[DINOLoss] | type[iBOTPatchLoss]) -> None:
+def test_a_batch_without_rows_does_not_move_the_center(kind: type[DINOLoss] | type[iBOTPatchLoss]) -> None:
     loss = kind(10)
     loss.update_center(scores_of(3, 10))
     before = loss.center.clone()
@@ -240,7 +240,7 @@ def test_a_batch_without_rows_does_not_move_the_centre(kind: type[DINOLoss] | ty
     assert torch.equal(loss.center, before)
 
 
-def test_centres_are_buffers_of_the_published_shapes() -> None:
+def test_centers_are_buffers_of_the_published_shapes() -> None:
     assert [(name, tuple(value.shape)) for name, value in DINOLoss(10).state_dict().items()] == [("center", (1, 10))]
     ibot = iBOTPatchLoss(10).state_dict()
     assert [(name, tuple(value.shape)) for name, value in ibot.items()] == [("center", (1, 1, 10))]

@@ -41,25 +41,25 @@ def cubic(x: float, a: float) -> float:
 def resampling(grid: int, size: int, step: float, *, antialias: bool) -> Tensor:
     """(size, grid) weights: output i looks at (i + 0.5) * step of the input, in units of cells.
 
-    Without antialiasing four neighbours with a = -0.75, the border repeated. With it a = -0.5, the kernel as wide as
-    the step when shrinking, cut at the border and normalised; PyTorch then leaves an axis alone that keeps its size,
+    Without antialiasing four neighbors with a = -0.75, the border repeated. With it a = -0.5, the kernel as wide as
+    the step when shrinking, cut at the border and normalized; PyTorch then leaves an axis alone that keeps its size,
     whatever the step.
     """
     if antialias and grid == size:
         return torch.eye(grid, dtype=torch.float64)
     weights = torch.zeros(size, grid, dtype=torch.float64)
     for i in range(size):
-        centre = (i + 0.5) * step
+        center = (i + 0.5) * step
         if antialias:
             width = max(step, 1.0)
-            first, last = max(int(centre - 2 * width + 0.5), 0), min(int(centre + 2 * width + 0.5), grid)
+            first, last = max(int(center - 2 * width + 0.5), 0), min(int(center + 2 * width + 0.5), grid)
             for j in range(first, last):
-                weights[i, j] = cubic((j - centre + 0.5) / width, a=-0.5)
+                weights[i, j] = cubic((j - center + 0.5) / width, a=-0.5)
             weights[i] /= weights[i].sum()
         else:
-            left = math.floor(centre - 0.5)
+            left = math.floor(center - 0.5)
             for j in range(left - 1, left + 3):
-                weights[i, min(max(j, 0), grid - 1)] += cubic(centre - 0.5 - j, a=-0.75)
+                weights[i, min(max(j, 0), grid - 1)] += cubic(center - 0.5 - j, a=-0.75)
     return weights
 
 

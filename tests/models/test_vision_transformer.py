@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.models import build_model
-from dinov2.models.layouts import chunk_block_names
+from dinov2.models.key_mapping import chunk_block_names
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
@@ -363,7 +363,7 @@ def test_stochastic_depth_acts_in_training_only() -> None:
     assert torch.equal(model.eval()(x), plain(x))
 
 
-def test_images_need_not_be_square_nor_in_colour() -> None:
+def test_images_need_not_be_square_nor_in_color() -> None:
     model = small_vit(img_size=(4, 10), in_chans=1)
     assert model.pos_embed.shape == (1, 1 + 2 * 5, 12)
     features = model.forward_features(images(2, 1, 4, 10))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dinov2.layers import DINOHead
-from dinov2.models.layouts import to_hf, to_timm
+from dinov2.models.key_mapping import to_hf, to_timm
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import (
     check_numbers,
@@ -45,7 +45,7 @@ def teacher_dump(state: StateDict) -> object:
 
 
 def published_checkpoint(state: StateDict) -> object:
-    """A training checkpoint as the published code writes it: both networks, centres, optimizer, iteration."""
+    """A training checkpoint as the published code writes it: both networks, centers, optimizer, iteration."""
     teacher = prefixed("teacher.backbone.", chunk_block_names(state, depth=3, block_chunks=2))
     student = prefixed("student.backbone.", {name: value + 1 for name, value in state.items()})
     model = student | prefixed("student.", heads()) | teacher | prefixed("teacher.", heads())

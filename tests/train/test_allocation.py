@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import resource, torch
-from dinov2.train.allocation import keep_freed_memory
+from dinov2.train.environment import keep_freed_memory
 {call}
 def faults_of_ten_allocations():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

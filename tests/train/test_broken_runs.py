@@ -1,4 +1,4 @@
-"""Runs made to fail on purpose raise the right alarm while they run, a healthy one none; all on real pictures."""
+"""Runs made to fail on purpose raise the right alarm while they run, a healthy one none; all on real images."""
 
 import time
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from tiny import run_train
 
-from dinov2.data.fashion_mnist import FashionMNIST
+from dinov2.data.datasets.fashion_mnist import FashionMNIST
 from dinov2.log import read_records
 from dinov2.loss import DINOLoss, iBOTPatchLoss
-from dinov2.train.alarms import find_alarms
+from dinov2.train.monitor.alarms import find_alarms
 
 SETTINGS = [
     *("optim.epochs=60", "optim.warmup_epochs=5", "optim.base_lr=0.002", "train.batch_size_per_gpu=16"),
@@ -24,9 +24,9 @@ SETTINGS = [
 
 def alarms_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, *words: str) -> set[str]:
     """The kinds of alarms that a run has raised, which are those that its metrics file tells."""
-    with caplog.at_level("WARNING", "dinov2.train.alarms"):
+    with caplog.at_level("WARNING", "dinov2.train.monitor.alarms"):
         run_train(tmp_path, *SETTINGS, *words)
-    told = {record.args[0] for record in caplog.records if record.name == "dinov2.train.alarms"}  # type: ignore[index]
+    told = {record.args[0] for record in caplog.records if record.name == "dinov2.train.monitor.alarms"}  # type: ignore[index]
     assert told == {alarm.kind for alarm in find_alarms(read_records(tmp_path / "training_metrics.json"))}
     return told  # type: ignore[return-value]
 
@@ -36,7 +36,7 @@ def test_a_healthy_run_raises_none(centering: str, tmp_path: Path, caplog: pytes
     assert alarms_of(tmp_path, caplog, f"train.centering={centering}") == set()
 
 
-def test_without_centring_targets_collapse(
+def test_without_centering_targets_collapse(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for loss in (DINOLoss, iBOTPatchLoss):

@@ -14,17 +14,17 @@ import torch
 from checkpoint_files import write_checkpoint
 from tiny import run_train, tiny_config
 
-from dinov2.files import occupying
+from dinov2.files import folder_lock
 from dinov2.log import read_records, truncate_metrics
-from dinov2.train.alarms import AlarmBell
-from dinov2.train.best_teacher import rate_teacher, read_rating
+from dinov2.report.images import gallery
+from dinov2.report.run import read_run
+from dinov2.report.state import last_error
 from dinov2.train.checkpoint_folder import read_tensors
 from dinov2.train.checkpoint_metadata import write_checksums
 from dinov2.train.checkpoint_state import Setup, read_state
 from dinov2.train.environment import read_environment
-from dinov2.train.report.pictures import gallery
-from dinov2.train.report.run import read_run
-from dinov2.train.report.state import last_error
+from dinov2.train.monitor.alarms import AlarmMonitor
+from dinov2.train.monitor.best_teacher import rate_teacher, read_rating
 from dinov2.train.train import changed_settings
 
 VALUES = (
@@ -115,7 +115,7 @@ def drawn(out: Path) -> None:
 def metrics_again(out: Path) -> None:
     """What a run that resumes does with its metrics."""
     path = out / "training_metrics.json"
-    AlarmBell(read_records(path)).summary()
+    AlarmMonitor(read_records(path)).summary()
     truncate_metrics(path, 2)
     assert {record["iteration"] for record in read_records(path)} <= {0, 1}
 
@@ -146,7 +146,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "tokens": ("health/patch_tokens_0000003.npy", drawn),
     "results": ("results_eval_knn.json", reported),
     "log": ("logs/log.txt", lambda out: last_error(out / "logs" / "log.txt")),
-    "lock": (".lock", lambda out: occupying(out).__enter__()),
+    "lock": (".lock", lambda out: folder_lock(out).__enter__()),
 }
 
 

@@ -10,7 +10,7 @@ from tiny import CONFIG_FILE, run_train, tiny_config, tiny_model, write_images
 
 from dinov2 import config
 from dinov2.train import train
-from dinov2.train.dry_run import training_flops_per_image
+from dinov2.train.preflight.dry_run import training_flops_per_image
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 
@@ -24,7 +24,7 @@ def test_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     facts = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines() if re.match(r"[A-Za-z].*  +\S", line))
     head = 32 * 32 + 32 + 32 * 8 + 8 + 16 * 8 + 16
-    assert facts["data set"] == "FashionMNIST:split=VAL, 2,000 images"
+    assert facts["dataset"] == "FashionMNIST:split=VAL, 2,000 images"
     assert facts["global batch"] == "4 images (4 x 1 processes)"
     assert facts["peak learning rate"] == "0.002 (0.032, sqrt_wrt_1024)"
     assert facts["optimizer steps"] == "8 (4 nominal epochs of 2)"
@@ -36,7 +36,7 @@ def test_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["last layer of the heads"] == "learns from step 0"
     assert facts["checkpoints"] == "4: every 2 steps and after the last one"
     assert facts["teacher dumps"] == "2: every 4 steps and after the last one"
-    assert facts["images seen"] == "32, the data set 0.0 times"
+    assert facts["images seen"] == "32, the dataset 0.0 times"
     assert facts["parameters of dino_head"] == f"{head:,}"
     assert facts["parameters of backbone"] == "30,944"
     assert facts["FLOPs per image"].endswith("GFLOP (student and teacher, forward and backward)")
@@ -126,8 +126,8 @@ def folder_of_broken_images(folder: Path, num_broken: int) -> Path:
 Problem = Callable[[Path], list[str]]
 
 PROBLEMS: dict[str, tuple[Problem, str]] = {
-    "unknown data set": (lambda _: ["train.dataset_path=Imagenet"], "Imagenet.*ImageNet"),
-    "data set without a root": (lambda _: ["train.dataset_path=ImageNet:split=TRAIN"], "root"),
+    "unknown dataset": (lambda _: ["train.dataset_path=Imagenet"], "Imagenet.*ImageNet"),
+    "dataset without a root": (lambda _: ["train.dataset_path=ImageNet:split=TRAIN"], "root"),
     "no folder": (lambda tmp: [f"train.dataset_path=ImageFolder:root={tmp / 'none'}"], "no folder .*none"),
     "broken images": (
         lambda tmp: [f"train.dataset_path=ImageFolder:root={folder_of_broken_images(tmp / 'images', 2)}"],

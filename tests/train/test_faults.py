@@ -32,7 +32,7 @@ from tiny import (
 )
 from torch import nn
 
-from dinov2.files import occupying
+from dinov2.files import folder_lock
 from dinov2.log import setup_logging
 from dinov2.train import train
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_is_due_among_refused_steps_comes_with_the_next_good_o
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
-def test_refused_steps_leave_student_moments_and_centres_as_they_are(centering: str, tmp_path: Path) -> None:
+def test_refused_steps_leave_student_moments_and_centers_as_they_are(centering: str, tmp_path: Path) -> None:
     settings = ["optim.epochs=2", f"train.centering={centering}"]
     run_train(tmp_path / "good", *settings)
     weights = tmp_path / "good" / "checkpoints" / "model_0000003"
@@ -322,7 +322,7 @@ FOLDER = ["crops.local_crops_number=0", "train.batch_size_per_gpu=20", "optim.ep
 
 
 def images(folder: Path, num_broken: int) -> str:
-    """40 images of which some are broken, as a data set string."""
+    """40 images of which some are broken, as a dataset string."""
     for path in sorted(write_images(folder, 40).iterdir())[:num_broken]:
         path.write_bytes(path.read_bytes()[:60])
     return f"train.dataset_path=ImageFolder:root={folder}"
@@ -379,7 +379,7 @@ def test_masses_of_broken_images_are_named_up_to_a_limit_and_then_counted(caplog
 def test_a_folder_in_use_is_refused_until_the_other_run_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "occupying", partial(occupying, patience=0.3))
+    monkeypatch.setattr(train, "folder_lock", partial(folder_lock, patience=0.3))
     with start_train(tmp_path, "optim.epochs=100000", "train.checkpoint_period=2", "train.num_workers=1") as other:
         while not checkpoints(tmp_path):
             assert other.poll() is None, other.communicate()
@@ -389,7 +389,7 @@ def test_a_folder_in_use_is_refused_until_the_other_run_has_ended(
         with monkeypatch.context() as patch:  # a job that was requeued is let in: its former lock may have outlived it
             patch.setenv("SLURM_JOB_ID", "7")
             (tmp_path / ".lock").write_text("process 1 on a crashed machine, SLURM job 7\n")
-            with occupying(tmp_path, patience=0.3):
+            with folder_lock(tmp_path, patience=0.3):
                 pass
         other.kill()
         other.communicate()

@@ -16,7 +16,7 @@ from tiny import assert_same_end, checkpoints, metrics, run_train
 
 from dinov2 import distributed
 from dinov2.data import workers
-from dinov2.data.fashion_mnist import FashionMNIST
+from dinov2.data.datasets.fashion_mnist import FashionMNIST
 from dinov2.train import interruption, train
 from dinov2.train.interruption import SIGNALS, Interruption
 

@@ -12,8 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dinov2 import config
 from dinov2.config import Config
-from dinov2.train.memory import SAVED_PER_TOKEN_AND_BLOCK, STRATEGIES, Estimate, estimate, sharding_units
 from dinov2.train.parallel import parallelize
+from dinov2.train.preflight.memory import SAVED_PER_TOKEN_AND_BLOCK, STRATEGIES, Estimate, estimate, sharding_units
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 
@@ -46,7 +46,7 @@ def gathered_bytes(num_shards: int, module: nn.Module, itemsize: int) -> int:
 
 
 def sent_in_ring(num_processes: int, whole: float) -> float:
-    """By each process until all have seen a piece of everyone: one piece to the neighbour, again and again."""
+    """By each process until all have seen a piece of everyone: one piece to the neighbor, again and again."""
     pieces = [{rank} for rank in range(num_processes)]
     sent = 0.0
     while any(len(seen) < num_processes for seen in pieces):

@@ -9,7 +9,7 @@ from tiny import run_train
 
 from dinov2 import config
 from dinov2.config import ConfigError
-from dinov2.train.preflight import check_settings
+from dinov2.train.preflight.checks import check_settings
 from dinov2.train.schedules import describe_schedules
 
 PROCESSES = {"train/vitl16_short": 32, "train/vitl14": 96, "train/vitg14": 256, "train/quickstart": 1}

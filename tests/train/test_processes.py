@@ -107,7 +107,7 @@ def accumulate(num_processes: int) -> str:
 
 
 def largest_difference(a: Path, b: Path, step: int = STEPS - 1) -> float:
-    """Of weights, centres and moments: norm of the difference / norm; without key biases, which do not matter."""
+    """Of weights, centers and moments: norm of the difference / norm; without key biases, which do not matter."""
     first, second = tensors(a, step), tensors(b, step)
     assert first.keys() == second.keys()
     differences = []

@@ -178,8 +178,8 @@ def test_no_resume_starts_anew_and_neither_continues_nor_loses_the_former_run(
         run_train(tmp_path, "--no-resume")
     run_train(tmp_path)  # as a requeued job does: from the checkpoint of the new run, not from the later, former one
     assert_same_end(tmp_path, straight, LAST)
-    set_aside = tmp_path / "earlier.1" / "checkpoints"
-    assert list(contents(set_aside).values()) == list(former.values())
+    archive_run = tmp_path / "earlier.1" / "checkpoints"
+    assert list(contents(archive_run).values()) == list(former.values())
     run_train(tmp_path, "--no-resume", "optim.epochs=1")
     assert checkpoints(tmp_path) == [1] and (tmp_path / "earlier.2" / "checkpoints").is_dir()
 
@@ -398,7 +398,7 @@ def test_what_killed_processes_were_writing_is_removed(straight: Path, tmp_path:
 # --- What a checkpoint is --------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_holds_networks_centres_and_moments(straight: Path) -> None:
+def test_a_checkpoint_holds_networks_centers_and_moments(straight: Path) -> None:
     names = set(tensors(straight, LAST))
     roots = {name.partition(".")[0] for name in names}
     assert roots == {"model", "optimizer"}

@@ -112,7 +112,7 @@ def losses_of(model: SSLMetaArch, batch: Batch) -> Losses:
 
 
 def grown_apart(*overrides: str) -> SSLMetaArch:
-    """A model whose teacher is not its student, with centres that are not zero."""
+    """A model whose teacher is not its student, with centers that are not zero."""
     model = tiny_model(NO_DROP_PATH, *overrides).train()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def grown_apart(*overrides: str) -> SSLMetaArch:
 def test_losses_and_gradients_are_those_of_loops_over_crops(heads: list[str], centering: str, num_local: int) -> None:
     batch = random_batch(num_images=3, num_local=num_local)
     model = grown_apart(*WEIGHTS, *heads, centering)
-    naive = naive_terms(model, batch)  # before the centres move
+    naive = naive_terms(model, batch)  # before the centers move
     if num_local == 0:
         del naive["dino_local_crops_loss"]
     weights = dict(zip(TERMS, (0.7, 0.7, 0.2, 0.4), strict=True))
@@ -163,7 +163,7 @@ def test_the_student_of_one_crop_faces_the_teacher_of_the_other() -> None:
     model = grown_apart(CENTERING)
     targets, targets_of_swapped = (model.targets([some], TEACHER_TEMP)[0].cls for some in (batch, swapped))
     scores = model.teacher["dino_head"](model.teacher["backbone"](batch.global_crops[2:]))
-    model = grown_apart(CENTERING)  # with the first centre
+    model = grown_apart(CENTERING)  # with the first center
     of_crop_1 = F.softmax((scores - model.dino_loss.center) / TEACHER_TEMP, dim=-1)
     torch.testing.assert_close(targets[0], of_crop_1.detach(), rtol=1e-4, atol=1e-6)
     assert not torch.allclose(targets[0], targets[1], atol=1e-3)
@@ -220,7 +220,7 @@ def test_a_batch_without_a_masked_patch_gives_a_patch_loss_of_0() -> None:
         assert all(param.grad is None or param.grad.isfinite().all() for param in model.student.parameters())
 
 
-# --- Teacher, centres, modes -----------------------------------------------------------------------------------------
+# --- Teacher, centers, modes -----------------------------------------------------------------------------------------
 
 
 def test_the_teacher_starts_as_the_student_and_gets_no_gradient() -> None:
@@ -264,7 +264,7 @@ def test_only_the_student_has_stochastic_depth() -> None:
     assert torch.equal(features[0][1], features[1][1])
 
 
-def test_centres_move_after_the_targets_and_not_with_sinkhorn() -> None:
+def test_centers_move_after_the_targets_and_not_with_sinkhorn() -> None:
     batch = random_batch()
     model = tiny_model(CENTERING, *SEPARATE_HEADS)
     features = model.teacher["backbone"](batch.global_crops, is_training=True)

@@ -8,7 +8,7 @@ from tiny import CENTERING, SEPARATE_HEADS, checkpoints, run_train, tensors, tin
 from torch import Tensor
 
 from dinov2 import config
-from dinov2.train import checkpoint_command
+from dinov2.tools import checkpoints as checkpoint_command
 from dinov2.train.checkpoint import load_initial_weights, load_training_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -17,7 +17,7 @@ STANDSTILL = ["optim.epochs=1", "optim.base_lr=0", "optim.min_lr=0", "teacher.mo
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run whose student, teacher and centres all differ from where they started."""
+    """The folder of a finished run whose student, teacher and centers all differ from where they started."""
     output_dir = tmp_path_factory.mktemp("trained")
     run_train(output_dir, CENTERING, "train.seed=5")
     return output_dir
@@ -32,7 +32,7 @@ def dump(output_dir: Path) -> Path:
 
 
 def model_in(output_dir: Path, iteration: int = 7) -> dict[str, Tensor]:
-    """The networks and centres of a checkpoint."""
+    """The networks and centers of a checkpoint."""
     stored = tensors(output_dir, iteration)
     return {name.removeprefix("model."): value for name, value in stored.items() if name.startswith("model.")}
 
@@ -45,7 +45,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 # --- MODEL.WEIGHTS ---------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_gives_networks_and_centres_but_neither_optimizer_nor_iteration(
+def test_a_checkpoint_gives_networks_and_centers_but_neither_optimizer_nor_iteration(
     trained: Path, tmp_path: Path
 ) -> None:
     run_train(tmp_path, f"MODEL.WEIGHTS={checkpoint(trained)}", *STANDSTILL)
@@ -61,7 +61,7 @@ def test_a_teacher_dump_gives_both_networks(trained: Path, tmp_path: Path) -> No
         assert_equal({name: started[f"{side}.{name}"] for name in teacher}, teacher)
 
 
-def test_so_does_the_file_of_a_whole_checkpoint_with_its_student_and_centres(trained: Path, tmp_path: Path) -> None:
+def test_so_does_the_file_of_a_whole_checkpoint_with_its_student_and_centers(trained: Path, tmp_path: Path) -> None:
     assert checkpoint_command.main(["convert", str(trained), str(tmp_path / "full.pth"), "--to", "full"]) == 0
     model = tiny_model(CENTERING)
     load_training_weights(model, tmp_path / "full.pth")

@@ -50,7 +50,7 @@ def test_published_losses_can_be_logged_instead_and_change_nothing_else(tmp_path
     for name, setting in (("true", "false"), ("published", "true")):
         run_train(tmp_path / name, f"train.log_published_losses={setting}", "ibot.loss_weight=0.5", "optim.epochs=1")
     own, published = metrics(tmp_path / "true")[0], metrics(tmp_path / "published")[0]
-    assert published["ibot_loss"] == pytest.approx(own["ibot_loss"])  # 0.5 of what is optimised at weight 0.5
+    assert published["ibot_loss"] == pytest.approx(own["ibot_loss"])  # 0.5 of what is optimized at weight 0.5
     assert published["koleo_loss"] == pytest.approx(own["koleo_loss"] / 2)
     assert published["dino_local_crops_loss"] == pytest.approx(own["dino_local_crops_loss"])
     for line in (own, published):
@@ -76,7 +76,7 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_same_global_batch(tmp_path: Path) -> None:
-    """Without what is drawn for each process by itself: masks, stochastic depth, neighbours in the batch."""
+    """Without what is drawn for each process by itself: masks, stochastic depth, neighbors in the batch."""
     common = ["ibot.loss_weight=0", "dino.koleo_loss_weight=0", "student.drop_path_rate=0", "train.log_period=2"]
     run_train(tmp_path / "one", *common, "train.batch_size_per_gpu=6")
     words = ["--config-file", str(CONFIG_FILE), "--output-dir", str(tmp_path / "two"), *common]

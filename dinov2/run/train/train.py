@@ -12,7 +12,7 @@ if __package__ in (None, ""):  # run by path from a clone: make the package impo
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
 from dinov2.run.launch import launch
-from dinov2.train.preflight import check_settings
+from dinov2.train.preflight.checks import check_settings
 from dinov2.train.train import get_args_parser
 
 

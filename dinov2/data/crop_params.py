@@ -1,0 +1,151 @@
+"""What happens to the crops of an image, drawn before any pixel is touched.
+
+So the same draws can be carried out by several implementations, in a worker or later on the device, and an image can
+be decoded at a smaller scale when its crops allow it.
+
+Legend: C crops of an image, 2 global ones and the local ones; n crops in general.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+"""The operations of the color jitter, as `CropParams.order` and `CropParams.factors` number them."""
+NEUTRAL_FACTORS = (1.0, 1.0, 1.0, 0.0)
+"""The factors that change nothing."""
+
+_ATTEMPTS = 10  # to find a box that fits, as torchvision makes
+
+
+class View(NamedTuple):
+    """The operations on one crop: a row of `CropParams`, as plain Python numbers."""
+
+    box: tuple[int, int, int, int]
+    flip: bool
+    order: tuple[int, int, int, int]
+    factors: tuple[float, float, float, float]
+    gray: bool
+    sigma: float
+    solarize: bool
+
+
+class CropParams(NamedTuple):
+    """The operations on n crops, in the order in which they are carried out."""
+
+    boxes: np.ndarray  # (n, 4) int64: top, left, height, width in pixels of the upright image
+    flip: np.ndarray  # (n,) bool
+    order: np.ndarray  # (n, 4) int64: the operations of the color jitter, first to last
+    factors: np.ndarray  # (n, 4) float64 of brightness, contrast, saturation; shift of hue in turns
+    gray: np.ndarray  # (n,) bool
+    sigma: np.ndarray  # (n,) float64: blur in pixels, 0 = none
+    solarize: np.ndarray  # (n,) bool
+
+    def take(self, which: slice | np.ndarray) -> "CropParams":
+        """Some of the crops."""
+        return CropParams(*(values[which] for values in self))
+
+    def rows(self) -> list[View]:
+        """One crop at a time."""
+        return [View(*row) for row in zip(*(values.tolist() for values in self), strict=True)]
+
+    def reduced(self, reduction: int, width: int, height: int) -> "CropParams":
+        """The same crops of the image that is ``reduction`` times smaller, ``width`` x ``height``."""
+        edges = np.rint(np.stack([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]]) / reduction)
+        first, last = np.minimum(edges, (height, width)).astype(np.int64)
+        return self._replace(boxes=np.concatenate([first, last - first], 1))
+
+
+def possible_reduction(views: CropParams, sides: Sequence[int]) -> int:
+    """How many times smaller, 1, 2, 4 or 8, an image may be so that each box is still twice its crop in size.
+
+    Its crops are then resampled from what is smaller by 2 or more, as they should be, and no box is off by more than a
+    quarter of a crop's pixel when it is rounded to pixels of the smaller image.
+    """
+    room = (views.boxes[:, 2:] / (2 * np.array(sides)[:, None])).min()
+    return max(reduction for reduction in (1, 2, 4, 8) if reduction <= max(room, 1))
+
+
+def stack_crop_params(parts: Sequence[CropParams]) -> CropParams:
+    """The crops of all parts, one part after the other."""
+    return CropParams(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+class ViewSampler:
+    """Draws `CropParams` for crops that differ in their settings.
+
+    Args:
+        scale: (C, 2) range of the area, as share of the image.
+        aspect_ratio: range of width / height.
+        flip: probability of the horizontal flip.
+        color_jitter: strengths of brightness, contrast, saturation and hue.
+        jitter: probability of jittering.
+        gray: probability of turning gray.
+        blur: (C,) probability of blurring.
+        blur_sigma: range of the blur's standard deviation in pixels.
+        solarize: (C,) probability of inverting bright pixels.
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: Sequence[Sequence[float]],
+        aspect_ratio: Sequence[float],
+        flip: float,
+        color_jitter: Sequence[float],
+        jitter: float,
+        gray: float,
+        blur: Sequence[float],
+        blur_sigma: Sequence[float],
+        solarize: Sequence[float],
+    ) -> None:
+        self.scale = np.array(scale, np.float64)
+        self.aspect_ratio = (float(aspect_ratio[0]), float(aspect_ratio[1]))
+        self.probabilities = np.array([[flip, jitter, gray, b, s] for b, s in zip(blur, solarize, strict=True)])
+        brightness, contrast, saturation, hue = color_jitter
+        strengths = np.array([brightness, contrast, saturation, hue])
+        self.factor_low = np.array([max(0.0, 1 - s) for s in strengths[:HUE]] + [-hue])
+        self.factor_high = np.append(1 + strengths[:HUE], hue)
+        self.blur_sigma = (float(blur_sigma[0]), float(blur_sigma[1]))
+
+    def draw(self, width: int, height: int, rng: np.random.Generator) -> CropParams:
+        """Draws the crops of an image of ``width`` x ``height`` pixels, always from as many random numbers."""
+        numbers = rng.random((len(self.scale), 2 * _ATTEMPTS + 16))
+        areas, aspects, chances, corner, order, factors, sigma = np.split(
+            numbers, np.cumsum([_ATTEMPTS, _ATTEMPTS, 5, 2, 4, 4]), axis=1
+        )
+        flip, jitter, gray, blur, solarize = (chances < self.probabilities).T
+        low, high = self.blur_sigma
+        return CropParams(
+            boxes=self._boxes(width, height, areas, aspects, corner),
+            flip=flip,
+            order=order.argsort(axis=1),
+            factors=np.where(
+                jitter[:, None], self.factor_low + (self.factor_high - self.factor_low) * factors, NEUTRAL_FACTORS
+            ),
+            gray=gray,
+            sigma=np.where(blur, low + (high - low) * sigma[:, 0], 0.0),
+            solarize=solarize,
+        )
+
+    def _boxes(self, width: int, height: int, areas: np.ndarray, aspects: np.ndarray, corner: np.ndarray) -> np.ndarray:
+        """Boxes as of torchvision's RandomResizedCrop, from numbers in [0, 1): (C, attempts) twice, and (C, 2)."""
+        area = width * height * (self.scale[:, :1] + np.diff(self.scale) * areas)
+        log_low, log_high = np.log(self.aspect_ratio)
+        aspect = np.exp(log_low + (log_high - log_low) * aspects)
+        widths, heights = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+        fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+        rows, first = np.arange(len(fits)), fits.argmax(axis=1)
+        sizes = np.stack([heights[rows, first], widths[rows, first]], axis=1)
+        corners = np.floor(corner * ((height, width) - sizes + 1))
+        failed = ~fits[rows, first]
+        if failed.any():
+            sizes[failed] = self._largest_in_range(width, height)
+            corners[failed] = ((height, width) - sizes[failed]) // 2
+        return np.concatenate([corners, sizes], axis=1).astype(np.int64)
+
+    def _largest_in_range(self, width: int, height: int) -> tuple[int, int]:
+        """(height, width) of the whole image, cut to the nearest aspect ratio in range."""
+        lowest, highest = self.aspect_ratio
+        return min(height, max(1, round(width / lowest))), min(width, max(1, round(height * highest)))

@@ -1,0 +1,188 @@
+"""Dataset strings -> datasets: the table of the known ones, and the place to add another."""
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from functools import partial
+from typing import Any, NamedTuple
+
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.fashion_mnist import FashionMNIST
+from dinov2.data.datasets.image_folder import ImageFolder
+from dinov2.data.datasets.image_list import ImageList
+from dinov2.data.datasets.image_net import ImageNet
+from dinov2.data.datasets.image_net_22k import ImageNet22k
+from dinov2.data.datasets.torchvision_sets import TorchvisionSet
+from dinov2.data.datasets.torchvision_sources import SOURCES
+from dinov2.data.images import ImageOptions
+
+__all__ = [
+    "DATASETS",
+    "Entry",
+    "FashionMNIST",
+    "ImageDataset",
+    "ImageFolder",
+    "ImageList",
+    "ImageNet",
+    "ImageNet22k",
+    "TorchvisionSet",
+    "make_dataset",
+    "parse_dataset_str",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """What a dataset string needs to know of a dataset."""
+
+    factory: Callable[..., Any]  # called with the keys of the string, transform and target_transform
+    required: tuple[str, ...] = ("root",)
+    optional: tuple[str, ...] = ()
+    splits: type[Enum] | tuple[str, ...] | None = None  # what `split` may be: a member of the enum, a word, any text
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return self.required + self.optional
+
+    @property
+    def known_splits(self) -> Mapping[str, Any]:
+        """What may be written for `split` -> what the dataset is given; empty if that is any text."""
+        if isinstance(self.splits, tuple):
+            return {split: split for split in self.splits}
+        return {} if self.splits is None else self.splits.__members__
+
+
+# Name in the dataset string -> dataset. One of your own is a class like ImageFolder (see ImageDataset) and a line like
+#     DATASETS["Birds"] = Entry(Birds, required=("root",), optional=("split",))
+# here or in your code; then "Birds:root=/data/birds:split=val" is Birds(root="/data/birds", split="val").
+DATASETS: dict[str, Entry] = {
+    "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), optional=("real",), splits=ImageNet.Split),
+    "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
+    "ImageFolder": Entry(ImageFolder, optional=("split",)),
+    "ImageList": Entry(ImageList, required=("file",), optional=("root", "classes")),
+    "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
+} | {
+    name: Entry(partial(TorchvisionSet, name), source.required, source.optional, source.split_names)
+    for name, source in SOURCES.items()
+}
+
+
+def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
+    """Takes a dataset string, `Name(:key=value)*`, apart.
+
+    A `:` begins a new key only before one of the dataset's own keys and `=`, so a value may hold both `:` and `=`.
+
+    Args:
+        dataset_str: for instance `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-extra`.
+
+    Returns:
+        The name and the keyword arguments; `split` as a member of the dataset's enum if it has one, else as text.
+
+    Raises:
+        ValueError: unknown name, key or split; missing, empty or repeated key.
+    """
+    name, _, rest = dataset_str.partition(":")
+    if name not in DATASETS:
+        if os.path.isdir(dataset_str):
+            raise ValueError(
+                f"{dataset_str!r} is a folder, not a dataset string; for its images write "
+                f"ImageFolder:root={dataset_str}"
+            )
+        raise ValueError(f"unknown dataset {_quote(name, DATASETS)} in {dataset_str!r}; known: {', '.join(DATASETS)}")
+    entry = DATASETS[name]
+
+    # "root=/a:b:extra=/c" -> "", "root", "/a:b", "extra", "/c"
+    leading, *parts = re.split(rf"(?:^|:)({'|'.join(entry.keys)})=", rest)
+    if leading:
+        raise _unknown_key(leading.partition("=")[0], dataset_str)
+    keys, values = parts[::2], parts[1::2]
+    arguments: dict[str, Any] = dict(zip(keys, values, strict=True))
+    if len(arguments) < len(keys):
+        raise ValueError(f"a key is given twice in {dataset_str!r}; write {_usage(name)}")
+    missing = [key for key in entry.required if not arguments.get(key)]
+    if missing:
+        raise ValueError(f"missing {' and '.join(missing)} in {dataset_str!r}; write {_usage(name)}")
+    if empty := [key for key, value in arguments.items() if not value]:  # as of a variable of the shell that is not set
+        raise ValueError(f"{' and '.join(empty)} empty in {dataset_str!r}; write {_usage(name)}")
+    if entry.splits is not None and "split" in arguments:
+        arguments["split"] = _known_split(entry.known_splits, arguments["split"], dataset_str)
+    return name, arguments
+
+
+def _known_split(known: Mapping[str, Any], split: str, dataset_str: str) -> Any:
+    if split in known:
+        return known[split]
+    if key := _key_inside(split):
+        raise _unknown_key(key, dataset_str)
+    raise ValueError(f"unknown split {_quote(split, known)} in {dataset_str!r}; known: {', '.join(known)}")
+
+
+def make_dataset(
+    *,
+    dataset_str: str,
+    transform: Callable[[Any], Any] | None = None,
+    target_transform: Callable[[Any], Any] | None = None,
+    image_options: ImageOptions | None = None,
+) -> Any:
+    """Makes the dataset that a dataset string describes.
+
+    Args:
+        dataset_str: see `parse_dataset_str`; `~` at the beginning of a path is the home folder.
+        transform: applied to the images.
+        target_transform: applied to the targets.
+        image_options: how image files are read, see `ImageOptions`; without a value range one is measured where there
+            are images of more than 8 bits, and is then in `image_options` of the dataset.
+
+    Returns:
+        The dataset; what it has, see `ImageDataset`.
+
+    Raises:
+        ValueError: the string is wrong.
+        FileNotFoundError: the files are not there.
+    """
+    logger.info("using dataset %r", dataset_str)
+    name, arguments = parse_dataset_str(dataset_str)
+    for key, value in arguments.items():
+        if key != "split":
+            arguments[key] = os.path.expanduser(value)
+            # A misspelled key, as in "root=/data:splt=val", or a path that really has such a name?
+            unknown = _key_inside(value)
+            if unknown and not os.path.exists(arguments[key]):
+                raise _unknown_key(unknown, dataset_str)
+    dataset = DATASETS[name].factory(**arguments, transform=transform, target_transform=target_transform)
+    logger.info("%d samples in dataset %r", len(dataset), dataset_str)
+    if isinstance(dataset, ImageDataset):
+        dataset.image_options = image_options or dataset.image_options
+        for level, note in dataset.notes():
+            logger.log(level, "%s", note)
+    return dataset
+
+
+def _key_inside(value: str) -> str | None:
+    """The `key` of a value like `/data:key=text`, which may be a misspelled one."""
+    match = re.search(r":(\w+)=", value)
+    return None if match is None else match[1]
+
+
+def _unknown_key(key: str, dataset_str: str) -> ValueError:
+    name = dataset_str.partition(":")[0]
+    return ValueError(f"unknown key {_quote(key, DATASETS[name].keys)} in {dataset_str!r}; write {_usage(name)}")
+
+
+def _quote(text: str, known: Iterable[str]) -> str:
+    """The text in quotes and, if it resembles a known one, the question whether that was meant."""
+    lowered = {choice.lower(): choice for choice in known}
+    near = difflib.get_close_matches(text.lower(), lowered, n=1)
+    return f"{text!r} (did you mean {lowered[near[0]]}?)" if near else repr(text)
+
+
+def _usage(name: str) -> str:
+    entry = DATASETS[name]
+    values = {} if entry.splits is None else {"split": "|".join(entry.known_splits)}
+    required = "".join(f":{key}={values.get(key, '...')}" for key in entry.required)
+    optional = "".join(f"[:{key}={values.get(key, '...')}]" for key in entry.optional)
+    return name + required + optional

@@ -1,0 +1,332 @@
+"""The images under a folder: found quickly, stored compactly, remembered between runs."""
+
+import hashlib
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov2.data.images import kind_of_file
+from dinov2.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg",
+    ".jpx", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# What changes a folder within this time of reading it may not show in the folder's time of change.
+SETTLED_NS = 2 * 10**9
+_FORMAT = "2"  # of the stored list; part of its name
+_MAX_VISITS = 1000  # of one folder, through links
+_REPORT_SECONDS = 30.0  # between lines of the log while a large folder is listed
+_MOST_KINDS = 12  # of other files, in a message
+
+
+class PathTable:
+    """A read-only sequence of paths in two flat arrays; of millions of `str`, every worker process would get a copy.
+
+    Args:
+        data: (bytes of all paths,) uint8, the paths end to end, encoded as for the file system.
+        ends: (number of paths,) int64, where each path ends.
+    """
+
+    def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
+        self.data = data
+        self.ends = ends
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> "PathTable":
+        encoded = [os.fsencode(path) for path in paths]
+        ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        start = self.ends[index - 1] if index > 0 else 0
+        return os.fsdecode(self.data[start : self.ends[index]].tobytes())
+
+    def fingerprint(self) -> str:
+        """A hash of all paths in their order: 16 hexadecimal digits. A gigabyte of paths takes about a second."""
+        digest = hashlib.blake2b(np.ascontiguousarray(self.ends).data, digest_size=8)
+        digest.update(np.ascontiguousarray(self.data).data)
+        return digest.hexdigest()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+class FileList(NamedTuple):
+    """What lies under a folder."""
+
+    images: PathTable  # relative to the folder, with "/" between the parts, sorted
+    others: dict[str, int]  # kind of what was passed over, such as ".txt" or "named pipe" -> number
+
+    def note_on_others(self) -> str | None:
+        """What was passed over, in words."""
+        if not self.others:
+            return None
+        return f"passed over {sum(self.others.values()):,} other file(s): {_in_words(self.others)}"
+
+
+def list_images(root: Path) -> FileList:
+    """Finds all images under a folder, at any depth and through links; hidden files and folders are passed over.
+
+    Only regular files count, and links to them. A link to nothing or to itself counts too, as an image that cannot be
+    read. The list is kept in the user's cache folder, where it is valid as long as no folder under `root` has changed.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        FileNotFoundError: There is no image, or no such folder.
+        OSError: A folder cannot be read.
+    """
+    cache = _cache_path(root)
+    files = _load(cache, root)
+    if files is not None:
+        logger.info("%d images under %s, as listed in %s", len(files.images), root, cache)
+        return files
+
+    start_ns = time.time_ns()
+    names, folders, folder_times, others = _scan(root)
+    if not names:
+        raise FileNotFoundError(
+            f"no images under {root}: looked into {len(folders)} folder(s) with {sum(others.values())} file(s)"
+            f" for names that end in {', '.join(IMAGE_SUFFIXES)}{_found_instead(others)}"
+        )
+    files = FileList(PathTable.of(sorted(names)), others)
+    logger.info("%d images under %s, found in %.1f s", len(names), root, (time.time_ns() - start_ns) / 1e9)
+    if max(folder_times) < start_ns - SETTLED_NS:
+        _store(cache, files, PathTable.of(folders), folder_times)
+    return files
+
+
+def check_folder(folder: Path, *, given_as: str = "root") -> None:
+    """Says what something is that should be a folder and is none.
+
+    Args:
+        folder: The path that was given.
+        given_as: The key that it was given as.
+
+    Raises:
+        FileNotFoundError: There is no such folder; names the part of the path that is missing.
+        NotADirectoryError: It is a file; says of which kind, and what to do.
+        PermissionError: It may not be read.
+    """
+    if folder.is_dir():
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise PermissionError(f"{given_as}={folder} is a folder that this user may not read")
+        return
+    if folder.exists():
+        raise NotADirectoryError(f"{given_as}={folder} is {_what_file_is(folder)}")
+    if set("*?[") & set(str(folder)):
+        raise FileNotFoundError(
+            f"no folder {_shown(folder)}: patterns are not expanded in {given_as}=; give a folder above the files, "
+            "or a list of them, ImageList:file=..."
+        )
+    existing = next((parent for parent in folder.parents if parent.is_dir()), Path())
+    raise FileNotFoundError(f"no folder {_shown(folder)}; {_folders_in(existing)}")
+
+
+def _shown(path: Path) -> str:
+    """A path as it is, or in quotes if one would not see what it is: with spaces at its ends, or unprintable."""
+    is_plain = str(path).isprintable() and all(part == part.strip() for part in path.parts)
+    return str(path) if is_plain else repr(str(path))
+
+
+_UNPACK = "unpack it and give the folder"
+_FILE_KINDS = {
+    ".tar": f"a tar archive: {_UNPACK} (of one tar per class, ImageNet22k reads the folder of the tars)",
+    ".tgz": f"a compressed tar archive: {_UNPACK}",
+    ".tar.gz": f"a compressed tar archive: {_UNPACK}",
+    ".tar.bz2": f"a compressed tar archive: {_UNPACK}",
+    ".tar.xz": f"a compressed tar archive: {_UNPACK}",
+    ".tar.zst": f"a compressed tar archive: {_UNPACK}",
+    ".zip": f"a zip archive: {_UNPACK}",
+    ".7z": f"a 7z archive: {_UNPACK}",
+    ".rar": f"a rar archive: {_UNPACK}",
+    ".txt": "a text file: if it lists images, write ImageList:file=...",
+    ".csv": "a table: if it lists images, write ImageList:file=...",
+    ".tsv": "a table: if it lists images, write ImageList:file=...",
+    ".parquet": "a Parquet file: export its images to a folder",
+    ".arrow": "an Arrow file: export its images to a folder",
+    ".tfrecord": "a TFRecord file: export its images to a folder",
+    ".h5": "an HDF5 file: export its images to a folder",
+    ".hdf5": "an HDF5 file: export its images to a folder",
+    ".mdb": "an LMDB database: export its images to a folder",
+    ".npz": "a NumPy archive: export its images to a folder",
+    ".npy": "a NumPy array: export its images to a folder",
+    "without suffix": "if they are images, list them: ImageList:file=... reads files of any name",
+} | dict.fromkeys(IMAGE_SUFFIXES, "a single image: give the folder that it lies in")
+
+
+def _what_file_is(path: Path) -> str:
+    """Kind of a file that should be a folder, and what to do."""
+    if not path.is_file():
+        return f"{kind_of_file(path.stat().st_mode)}, not a folder"
+    kinds = (kind for suffix, kind in _FILE_KINDS.items() if path.name.lower().endswith(suffix))
+    kind = next(kinds, None)
+    if kind is None:
+        with path.open("rb") as file:
+            start = file.read(262)
+        kind = next((what for begin, what in _CONTENT_KINDS.items() if start.startswith(begin)), None)
+        if start[257:262] == b"ustar":
+            kind = _FILE_KINDS[".tar"]
+    return f"a file, not a folder{'' if kind is None else f': {kind}'}"
+
+
+_CONTENT_KINDS = {b"PK\x03\x04": _FILE_KINDS[".zip"], b"\x1f\x8b": _FILE_KINDS[".tgz"]}
+
+
+def _folders_in(folder: Path) -> str:
+    """The folders in a folder, for the message about a missing one."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())[:20]
+    except OSError as error:
+        return f"{folder} cannot be read: {error.strerror}"
+    return f"folders in {folder}: {', '.join(names) or 'none'}"
+
+
+def _in_words(others: Mapping[str, int]) -> str:
+    """The most frequent kinds first."""
+    kinds = sorted(others.items(), key=lambda item: (-item[1], item[0]))
+    more = [f"{sum(count for _, count in kinds[_MOST_KINDS:]):,} of other kinds"] if len(kinds) > _MOST_KINDS else []
+    return ", ".join([f"{count:,} {kind}" for kind, count in kinds[:_MOST_KINDS]] + more)
+
+
+def _found_instead(others: Mapping[str, int]) -> str:
+    """What there is in place of images, and what to do about the most frequent kind."""
+    if not others:
+        return ""
+    most = max(others, key=lambda kind: others[kind])
+    return f"; found {_in_words(others)}{f' ({_FILE_KINDS[most]})' if most in _FILE_KINDS else ''}"
+
+
+def _scan(root: Path) -> tuple[list[str], list[str], list[int], dict[str, int]]:
+    """Images, folders with their times of change, and the number of other files by kind, under a folder.
+
+    Raises:
+        OSError: A folder cannot be read, or links lead to one again and again.
+    """
+    names: list[str] = []
+    folders: list[str] = []
+    folder_times: list[int] = []
+    others: Counter[str] = Counter()
+    visits: Counter[tuple[int, int]] = Counter()
+    next_report = time.monotonic() + _REPORT_SECONDS
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # a folder, the identities of those above it
+    while pending:
+        folder, above = pending.pop()
+        status = os.stat(root / folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:
+            continue  # a link that leads back up
+        visits[identity] += 1
+        if visits[identity] > _MAX_VISITS:
+            raise OSError(
+                f"links under {root} lead to one folder more than {_MAX_VISITS:,} times, such as {root / folder}"
+            )
+        if time.monotonic() > next_report:
+            logger.info("listing %s: %d images in %d folders so far", root, len(names), len(folders))
+            next_report += _REPORT_SECONDS
+        folders.append(folder)
+        folder_times.append(status.st_mtime_ns)
+        with os.scandir(root / folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                kind = _kind_of(entry)
+                if kind == _FOLDER:
+                    pending.append((f"{folder}{entry.name}/", (*above, identity)))
+                elif kind != _FILE:
+                    others[kind] += 1
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    names.append(folder + entry.name)
+                else:
+                    others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
+    return names, folders, folder_times, dict(others)
+
+
+_FOLDER, _FILE = "folder", "file"
+
+
+def _kind_of(entry: os.DirEntry[str]) -> str:
+    """What an entry of a folder is; a link that leads nowhere is a file. Only links need a look at the disk."""
+    try:
+        if entry.is_dir():
+            return _FOLDER
+        if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
+            return _FILE
+        return kind_of_file(entry.stat().st_mode)
+    except OSError:  # a link to itself, or into a folder that may not be searched
+        return _FILE
+
+
+def _cache_path(root: Path) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    key = hashlib.sha256(os.fsencode(os.path.realpath(root)) + " ".join((_FORMAT, *IMAGE_SUFFIXES)).encode())
+    return Path(base, "dinov2", "file_lists", f"{key.hexdigest()[:32]}.npz")
+
+
+def _load(cache: Path, root: Path) -> FileList | None:
+    """The stored list if there is one, it is consistent and no folder has changed."""
+    try:
+        with cache.open("rb") as file, np.load(file) as stored:
+            folders = _stored_paths(stored, "folder")
+            times = stored["folder_times"]
+            if times.shape != (len(folders),):
+                return None
+            for folder, folder_time in zip(folders, times, strict=True):
+                if os.stat(root / folder).st_mtime_ns != folder_time:
+                    return None
+            images = _stored_paths(stored, "file")
+            others = dict(zip(_stored_paths(stored, "kind"), map(int, stored["kind_counts"]), strict=True))
+            return FileList(images, others) if len(images) else None
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged file raises nearly anything
+        logger.info("the list of images in %s is damaged and is made anew: %s", cache, error)
+        return None
+
+
+def _stored_paths(stored: Mapping[str, np.ndarray], name: str) -> PathTable:
+    """A table of the cache.
+
+    Raises:
+        KeyError, ValueError: It is missing or inconsistent.
+    """
+    data, ends = stored[f"{name}_data"], stored[f"{name}_ends"]
+    if data.dtype != np.uint8 or ends.dtype != np.int64 or data.ndim != 1 or ends.ndim != 1:
+        raise ValueError(f"{name}: wrong types")
+    if (np.diff(ends, prepend=0) < 0).any() or (ends[-1] if len(ends) else 0) != len(data):
+        raise ValueError(f"{name}: wrong positions")
+    return PathTable(data, ends)
+
+
+def _store(cache: Path, files: FileList, folders: PathTable, folder_times: Sequence[int]) -> None:
+    kinds = PathTable.of(files.others)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(cache) as file:
+            np.savez(
+                file,
+                file_data=files.images.data,
+                file_ends=files.images.ends,
+                folder_data=folders.data,
+                folder_ends=folders.ends,
+                folder_times=np.array(folder_times, np.int64),
+                kind_data=kinds.data,
+                kind_ends=kinds.ends,
+                kind_counts=np.array(list(files.others.values()), np.int64),
+            )
+    except OSError as error:
+        logger.info("the list of images is not kept for the next run: %s", error)

@@ -1,0 +1,120 @@
+"""Any folder of images."""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.file_list import PathTable, check_folder, list_images
+from dinov2.data.images import read_image_file
+
+logger = logging.getLogger(__name__)
+
+SPLIT_FOLDERS = {"test", "train", "val", "valid", "validation"}
+
+
+class ImageFolder(ImageDataset):
+    """All images under a folder, at any depth, in the order of their paths.
+
+    When every image lies in some folder below `root`, the sorted names of the folders of the first level are the
+    classes (as in `torchvision.datasets.ImageFolder`); when some lie in `root` itself there are no labels, and training
+    needs none. A folder beside one called `train`, as `val` usually is, may lack some of its classes: the indices are
+    those of `train` when it has all of them. Links are followed, hidden files passed over. The list of files is kept
+    between runs and made anew when a folder has changed.
+
+    Args:
+        root: the folder.
+        split: a folder below `root` to read instead, such as `val`.
+        transforms, transform, target_transform: see `ImageDataset`.
+
+    Raises:
+        OSError: the folder is missing, cannot be read, is a file or has no images.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | Path,
+        split: str | None = None,
+        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+        self.root = Path(root) if split is None else Path(root, split)
+        check_folder(self.root)
+        listed = list_images(self.root)
+        self._files, self._note = listed.images, listed.note_on_others()
+        ranges = _class_ranges(self._files)
+        self.classes = _complete(sorted(ranges), self.root.parent / "train")
+        self._targets = _targets(ranges, self.classes) if ranges else None
+        logger.info("%s: %s", self.root, f"{len(self.classes)} classes" if self.classes else "no labels")
+        if self.classes and SPLIT_FOLDERS.issuperset(self.classes):
+            logger.warning(
+                "%s: the folders %s count as classes; to read one of them, with the classes below it, add :split=%s",
+                self.root,
+                ", ".join(self.classes),
+                self.classes[0],
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def describe(self, index: int) -> str:
+        """The path of the image."""
+        return str(self.root / self._files[index])
+
+    def fingerprint(self) -> str:
+        """A hash of the paths of all images below `root`."""
+        return self._files.fingerprint()
+
+    def get_image_data(self, index: int) -> bytes:
+        return read_image_file(self.root / self._files[index], self.image_options)
+
+    def notes_on_files(self) -> list[str]:
+        return [] if self._note is None else [f"{self.root}: {self._note}"]
+
+    def get_target(self, index: int) -> int | None:
+        return None if self._targets is None else int(self._targets[index])
+
+    def get_targets(self) -> np.ndarray | None:
+        return self._targets
+
+    def get_class_name(self, index: int) -> str | None:
+        """The folder that gives sample `index` its label, None without labels."""
+        return None if self._targets is None else self.classes[self._targets[index]]
+
+
+def _class_ranges(files: PathTable) -> dict[str, slice]:
+    """Each folder of the first level and which of the files lie in it; none when a file lies in no folder."""
+    ranges: dict[str, slice] = {}  # files are sorted, so those of a folder follow one another
+    start = 0
+    while start < len(files):
+        name, slash, _ = files[start].partition("/")
+        if not slash:
+            return {}
+        end = bisect_left(files, name + chr(ord("/") + 1), lo=start)  # the first path beyond all "name/..."
+        ranges[name] = slice(start, end)
+        start = end
+    return ranges
+
+
+def _complete(classes: list[str], train: Path) -> list[str]:
+    """The classes of the folder `train` if they are all of `classes` and more, else `classes`."""
+    if classes and train.is_dir() and set(classes) < {path.name for path in train.iterdir()}:
+        train_classes = _class_ranges(list_images(train).images)
+        if set(classes) < set(train_classes):
+            return sorted(train_classes)
+    return classes
+
+
+def _targets(ranges: dict[str, slice], classes: list[str]) -> np.ndarray:
+    """Class index of each file."""
+    targets = np.empty(max(files.stop for files in ranges.values()), np.int64)
+    for class_index, name in enumerate(classes):
+        targets[ranges.get(name, slice(0))] = class_index
+    return targets

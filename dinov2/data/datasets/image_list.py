@@ -1,0 +1,188 @@
+"""Images and their labels as a text file names them."""
+
+import csv
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.file_list import PathTable
+from dinov2.data.images import kind_of_file, read_image_file
+
+logger = logging.getLogger(__name__)
+
+_MAX_DIGITS = 9  # of a class index
+
+
+class ImageList(ImageDataset):
+    """The images of a list, in its order, with the labels that stand beside them.
+
+    A line of the list is `path<TAB>label`, in a file that ends in `.csv` `path,label` with the usual quotes; with paths
+    alone there are no labels. Further columns are fine if the first line names them all, two of them `path` and
+    `label`. Empty lines are passed over.
+
+    Labels that are all whole numbers are class indices. Others are names, and their sorted order is that of the
+    classes. Of lists that belong together, to train and to test, one may not name all classes: give both the same
+    `classes`, such as the training list. With it, labels that are all among the classes are names.
+
+    Args:
+        file: the list, UTF-8.
+        root: folder that the paths start from; without it the folder of the list.
+        classes: a file with the names of the classes, one a line in the order of their indices; or a list like `file`,
+            whose labels in sorted order are the names.
+        transforms, transform, target_transform: see `ImageDataset`.
+
+    Raises:
+        FileNotFoundError: a list is missing, or the first image of `file`.
+        ValueError: a list is empty or a line is not as it should be; a label is not among the classes.
+    """
+
+    def __init__(
+        self,
+        *,
+        file: str | Path,
+        root: str | Path | None = None,
+        classes: str | Path | None = None,
+        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+        self.file = Path(file)
+        self.root = self.file.parent if root is None else Path(root)
+        paths, labels = read_list(self.file)
+        self._paths = PathTable.of(paths)
+        if not Path(self.describe(0)).is_file():
+            raise FileNotFoundError(
+                f"no file {self.describe(0)}, which {self.file} names first; paths start from {self.root}, and columns "
+                f"are separated by {'commas' if self.file.suffix.lower() == '.csv' else 'tabs'}"
+            )
+        known = None if classes is None else read_class_names(Path(classes))
+        self.classes, self._targets = _classes_and_targets(labels, known, self.file)
+        logger.info("%s: %s", self.file, "no labels" if labels is None else f"{len(set(labels))} different labels")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def describe(self, index: int) -> str:
+        """The path of the image."""
+        return os.path.join(self.root, self._paths[index])
+
+    def fingerprint(self) -> str:
+        """A hash of the paths of all images below `root`."""
+        return self._paths.fingerprint()
+
+    def get_image_data(self, index: int) -> bytes:
+        return read_image_file(self.describe(index), self.image_options)
+
+    def get_target(self, index: int) -> int | None:
+        return None if self._targets is None else int(self._targets[index])
+
+    def get_targets(self) -> np.ndarray | None:
+        return self._targets
+
+
+def read_list(file: Path) -> tuple[list[str], list[str] | None]:
+    """First and second column of a list, or its columns `path` and `label`; None for labels if there are none.
+
+    Raises:
+        FileNotFoundError: the list is missing.
+        ValueError: it is empty, or a line has not as many columns as the others.
+    """
+    lines = _lines(file)
+    number, first = next(lines, (0, None))
+    if first is None:
+        raise ValueError(f"{file} is empty")
+    if {"path", "label"} <= set(first):
+        columns = [first.index("path"), first.index("label")]
+    else:
+        columns = list(range(len(first)))
+        lines = chain([(number, first)], lines)
+        if len(first) > 2:
+            raise ValueError(
+                f"line {number} of {file} has {len(first)} columns; expected a path and a label, or a first line that "
+                f"names the columns, two of them path and label"
+            )
+    rows = []
+    for number, row in lines:
+        if len(row) != len(first):
+            raise ValueError(f"line {number} of {file} has {len(row)} column(s), the first has {len(first)}: {row}")
+        rows.append([row[column] for column in columns])
+        if "" in (cell.strip() for cell in rows[-1]):
+            raise ValueError(f"line {number} of {file} has an empty path or label: {row}")
+    if not rows:
+        raise ValueError(f"{file} names no image")
+    return [row[0] for row in rows], [row[1].strip() for row in rows] if len(columns) == 2 else None
+
+
+def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """Number and columns of the lines that are not empty."""
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a folder, not a list; for its images write ImageFolder:root={file}")
+    if file.exists() and not file.is_file():
+        raise OSError(f"{file} is {kind_of_file(file.stat().st_mode)}, not a list")
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:  # as paths are decoded
+        if file.suffix.lower() == ".csv":
+            reader = csv.reader(_without_nul(text, file), skipinitialspace=True)
+            try:
+                yield from ((reader.line_num, row) for row in reader if row)
+            except csv.Error as error:
+                raise ValueError(f"line {reader.line_num} of {file} is not as it should be: {error}") from error
+        else:
+            for number, line in enumerate(_without_nul(text, file), start=1):
+                if line := line.rstrip("\r\n"):
+                    yield number, line.split("\t")
+
+
+def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ValueError(f"line {number} of {file} has bytes of zero: it is no text file, or not in UTF-8")
+        yield line
+
+
+def read_class_names(file: Path) -> list[str] | None:
+    """Names of the classes in the order of their indices, see `ImageList`; None when a list has class indices instead.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: it is empty, or names a class twice.
+    """
+    names, labels = read_list(file)
+    if labels is not None:
+        return None if _are_numbers(labels) else sorted(set(labels))
+    if len(set(names)) < len(names):
+        raise ValueError(f"{file} names a class twice: {max(names, key=names.count)}")
+    return names
+
+
+def _classes_and_targets(
+    labels: Sequence[str] | None, known: list[str] | None, file: Path
+) -> tuple[list[str], np.ndarray | None]:
+    """Names of the classes, if they have names, and class index of each image."""
+    if labels is None:
+        return known or [], None
+    unknown = sorted(set(labels) - set(known or []))
+    if _are_numbers(labels) and unknown:
+        if (longest := max(map(len, labels))) > _MAX_DIGITS:
+            raise ValueError(f"{file} has a class index of {longest} digits")
+        targets = np.array([int(label) for label in labels], np.int64)
+        if targets.min() < 0 or (known is not None and targets.max() >= len(known)):
+            limit = "" if known is None else f" and below {len(known)}, the number of classes"
+            raise ValueError(f"{file} has labels {targets.min()} to {targets.max()}; they must be at least 0{limit}")
+        return known or [], targets
+    if known is not None and unknown:
+        raise ValueError(f"{file} has labels that are not among the {len(known)} classes: {', '.join(unknown[:6])}")
+    names = unknown if known is None else known
+    index = {name: position for position, name in enumerate(names)}
+    return names, np.array([index[label] for label in labels], np.int64)
+
+
+def _are_numbers(labels: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"-?[0-9]+", label) for label in labels)

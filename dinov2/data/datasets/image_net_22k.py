@@ -1,0 +1,237 @@
+"""ImageNet-22k as one tarball per class, read in place through memory maps."""
+
+import gzip
+import io
+import logging
+import mmap
+import re
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.file_list import check_folder
+from dinov2.data.datasets.index_files import INTEGERS, TEXT, ExtraFile, check_classes
+
+logger = logging.getLogger(__name__)
+
+TAR_BLOCK = 512  # bytes; every member of a tarball has one such block of header, then its data in whole blocks
+END_OF_ARCHIVE = "** Block of NULs **"  # how tar lists it
+_FIELDS = {
+    "class_index": INTEGERS,
+    "class_id": TEXT,
+    "start_offset": INTEGERS,
+    "end_offset": INTEGERS,
+    "filename": TEXT,
+}
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # members whose data lies in one piece
+_NUM_CHECKED = 100  # entries, when the tables are opened
+_AT_ONCE = 2**18  # entries that are compared at once; bounds the memory
+_MAX_EXPANSION = 100  # of a zipped image; photographs hardly shrink, and a megabyte of zeros is a kilobyte
+UNDECODABLE = {"n06470073_47249.JPEG"}
+
+
+class ImageNet22k(ImageDataset):
+    """ImageNet-22k (all of ImageNet, 21841 classes).
+
+    Expects one uncompressed tarball `<root>/<wnid>.tar` per class, and in `extra` the tables that `dump_extra` makes
+    once. `root` and `extra` may be one folder. Unpacked into folders, the same images are read by `ImageFolder`.
+
+    Args:
+        root: folder of the tarballs.
+        extra: folder of the tables.
+        transforms, transform, target_transform: see `ImageDataset`.
+        mmap_cache_size: number of tarballs that stay mapped into memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | Path,
+        extra: str | Path,
+        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
+        transform: Callable[[Any], Any] | None = None,
+        target_transform: Callable[[Any], Any] | None = None,
+        mmap_cache_size: int = 16,
+    ) -> None:
+        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+        if mmap_cache_size < 1:
+            raise ValueError(f"mmap_cache_size is {mmap_cache_size}, should be at least 1")
+        self.root = Path(root)
+        creation = (
+            "from dinov2.data.datasets import ImageNet22k; "
+            f"ImageNet22k(root={str(root)!r}, extra={str(extra)!r}).dump_extra()"
+        )
+        self._entries = ExtraFile(Path(extra, "entries.npy"), creation, _FIELDS)
+        self._class_ids = ExtraFile(Path(extra, "class-ids.npy"), creation)
+        self._is_checked = False
+        self._mmap_cache_size = mmap_cache_size
+        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()  # by class, the least recently used one first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": OrderedDict()}  # a spawned worker makes its own
+
+    def __len__(self) -> int:
+        if not self._is_checked:
+            step = max(len(self._entries.array) // _NUM_CHECKED, 1)
+            for index in range(0, len(self._entries.array), step):
+                check_classes(self._entries, self._class_ids, index)
+            self._is_checked = True
+        return len(self._entries.array)
+
+    def describe(self, index: int) -> str:
+        """The tarball and the name of the image in it."""
+        entry = self._entries.array[index]
+        return f"{self._tarball(str(entry['class_id']))}: {entry['filename']}"
+
+    def image_files(self) -> Iterator[str]:
+        """The tarball of each image."""
+        return (str(self._tarball(str(class_id))) for class_id in self._entries.array["class_id"])
+
+    def get_image_data(self, index: int) -> bytes:
+        """The image file of sample `index`, with the zeros that fill its last block in the tarball."""
+        entry = self._entries.array[index]
+        tarball = self._map(str(entry["class_id"]))
+        start, end = int(entry["start_offset"]), int(entry["end_offset"])
+        self._check_member(index, tarball, start, end)
+        if end - start > self.image_options.max_bytes:
+            raise OSError(
+                f"{end - start:,} bytes, limit {self.image_options.max_file_size:,} MiB (images.max_file_size)"
+            )
+        data = tarball[start + TAR_BLOCK : end]
+        return _unzipped(data, self.image_options.max_bytes) if data.startswith(b"\x1f\x8b") else data
+
+    def _check_member(self, index: int, tarball: mmap.mmap, start: int, end: int) -> None:
+        """Raises a `ValueError` if a regular file of a tarball does not lie exactly there."""
+        room = end - start - TAR_BLOCK
+        try:
+            member = tarfile.TarInfo.frombuf(tarball[start : start + TAR_BLOCK], "utf-8", "surrogateescape")
+            fits = member.type in _REGULAR and room - TAR_BLOCK < member.size <= room and end <= len(tarball)
+        except (tarfile.TarError, ValueError, OverflowError):
+            fits = False
+        if not fits:
+            raise self._entries.damaged(
+                f"entry {index} says that {self.describe(index)} lies at bytes {start} to {end}, where it does not"
+            )
+
+    def get_target(self, index: int) -> int:
+        check_classes(self._entries, self._class_ids, index)
+        return int(self._entries.array[index]["class_index"])
+
+    def get_targets(self) -> np.ndarray:
+        for start in range(0, len(self), _AT_ONCE):
+            check_classes(self._entries, self._class_ids, slice(start, start + _AT_ONCE))
+        return self._entries.array["class_index"].astype(np.int64)
+
+    def get_class_id(self, index: int) -> str:
+        """WordNet id of the class of sample `index`."""
+        return str(self._entries.array[index]["class_id"])
+
+    def get_class_ids(self) -> np.ndarray:
+        """WordNet ids of the classes of all samples, (len(self),) unicode."""
+        return np.array(self._entries.array["class_id"])
+
+    def find_class_id(self, class_index: int) -> str:
+        """WordNet id of a class."""
+        return str(self._class_ids.array[class_index])
+
+    def _tarball(self, class_id: str) -> Path:
+        return self.root / f"{class_id}.tar"
+
+    def _map(self, class_id: str) -> mmap.mmap:
+        if class_id in self._maps:
+            self._maps.move_to_end(class_id)
+        else:
+            if not self._tarball(class_id).is_file():
+                raise FileNotFoundError(f"no tarball {self._tarball(class_id)}")
+            with self._tarball(class_id).open("rb") as file:
+                self._maps[class_id] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if len(self._maps) > self._mmap_cache_size:
+                self._maps.popitem(last=False)[1].close()
+        return self._maps[class_id]
+
+    def dump_extra(self) -> None:
+        """Makes the extra files.
+
+        The positions of the images come from `<root>/blocks/<wnid>.log`, the listing that `tar --list --block-number`
+        prints, or where there is none from the headers in the tarball itself. The rank of a tarball among the sorted
+        names is its class index.
+
+        Raises:
+            FileNotFoundError: no tarballs.
+            ValueError: a listing or a tarball is cut off or not as it should be.
+        """
+        check_folder(self.root)
+        class_ids = sorted(path.stem for path in self.root.glob("*.tar") if path.is_file())
+        if not class_ids:
+            raise FileNotFoundError(f"no tarballs <wnid>.tar in {self.root}")
+        parts = []
+        for class_index, class_id in enumerate(class_ids):
+            parts.append(self._list_class(class_index, class_id))
+            if class_index % 100 == 0:
+                logger.info("listing %s: %d of %d tarballs", self.root, class_index, len(class_ids))
+        self._class_ids.save(np.array(class_ids))
+        self._entries.save(np.concatenate(parts))  # as wide as the longest strings
+        logger.info("wrote the extra files of %d classes to %s", len(class_ids), self._entries.path.parent)
+
+    def _list_class(self, class_index: int, class_id: str) -> np.ndarray:
+        """Table of the images in one tarball."""
+        log = self.root / "blocks" / f"{class_id}.log"
+        members = _members_in_log(log) if log.exists() else _members_in_tarball(self._tarball(class_id))
+        # Folders and links, which a listing names too, have no data.
+        rows = [
+            (class_index, class_id, *member)
+            for member in members
+            if member[2] not in UNDECODABLE and member[1] - member[0] > TAR_BLOCK
+        ]
+        dtype = [
+            ("class_index", "<u4"),
+            ("class_id", f"<U{len(class_id)}"),
+            ("start_offset", "<u8"),  # of the header block
+            ("end_offset", "<u8"),  # of the last data block
+            ("filename", f"<U{max((len(row[-1]) for row in rows), default=1)}"),
+        ]
+        return np.array(rows, dtype)
+
+
+def _unzipped(data: bytes, max_bytes: int) -> bytes:
+    """The content of a gzip file, which a few images are stored as; zeros may follow it.
+
+    Raises:
+        OSError, EOFError, zlib.error: It is damaged.
+        ValueError: It is larger than ``max_bytes``, or out of all proportion to the file.
+    """
+    limit = min(max_bytes, 2**20 + _MAX_EXPANSION * len(data))
+    with gzip.open(io.BytesIO(data)) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{len(data):,} zipped bytes expand to more than {limit:,}")
+    return content
+
+
+def _members_in_log(path: Path) -> Iterator[tuple[int, int, str]]:
+    """Start, end and name of the members, from the lines `block <number>: <name>` of a listing."""
+    lines = [re.fullmatch(r"block (\d{1,15}): (.*)", line) for line in path.read_text(encoding="utf-8").splitlines()]
+    members = [(int(line[1]) * TAR_BLOCK, line[2]) for line in lines if line is not None]
+    if len(members) < len(lines) or not members or members[-1][1] != END_OF_ARCHIVE:
+        raise ValueError(f"{path} is not a complete listing by tar --list --block-number")
+    for (start, name), (end, _) in zip(members, members[1:], strict=False):
+        if end <= start:
+            raise ValueError(f"{path} names block {end // TAR_BLOCK} after block {start // TAR_BLOCK}")
+        yield start, end, name
+
+
+def _members_in_tarball(path: Path) -> Iterator[tuple[int, int, str]]:
+    """Start, end and name of the members, from the headers in a tarball."""
+    try:
+        with tarfile.open(path, "r:") as tarball:
+            for member in tarball:
+                if member.type in _REGULAR:
+                    end = member.offset_data + -(-member.size // TAR_BLOCK) * TAR_BLOCK
+                    yield member.offset_data - TAR_BLOCK, end, member.name
+    except (tarfile.TarError, EOFError, OverflowError) as error:
+        raise ValueError(f"cannot read the tarball {path}: {error}") from error

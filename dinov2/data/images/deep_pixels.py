@@ -1,0 +1,130 @@
+"""Pixels of more than 8 bits, or of bands that Pillow does not know: from a file to values, from values to RGB."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dinov2.data.images.formats import is_cut_to_8_bits, is_deep, open_header, read_16_bits
+from dinov2.data.images.limits import check_pixels
+from dinov2.data.images.tiff import TiffHeader, read_stored
+from dinov2.data.images.value_range import ValueRange, measure_range, to_8_bit
+
+_MAX_BYTES_PER_PIXEL = 8  # of all samples, decoded; with the limit on pixels it bounds the memory
+
+
+class Samples(NamedTuple):
+    """Pixels as they are stored; H and W may still lie sideways."""
+
+    values: np.ndarray  # (H, W, 1) or (H, W, 3), any real type; NaN where there is no data
+    alpha: np.ndarray | None  # (H, W), integers of the full range of their type or fractions from 0 to 1
+    is_turned: bool = False  # whether the orientation in the file has been applied
+
+    @property
+    def opaque(self) -> float:
+        """The alpha of an opaque pixel."""
+        if self.alpha is None or self.alpha.dtype.kind == "f":
+            return 1.0
+        return float(np.iinfo(self.alpha.dtype).max)
+
+    @property
+    def is_transparent(self) -> bool:
+        """Whether a pixel is not opaque."""
+        return self.alpha is not None and float(self.alpha.min()) < self.opaque
+
+
+def check_usable(tiff: TiffHeader) -> None:
+    """Refuses samples that are no gray, nor red, green and blue.
+
+    Raises:
+        ValueError: Saying what the file is.
+    """
+    if tiff.kind == "c" or tiff.photometric not in (0, 1, 2):
+        raise ValueError(f"{tiff}, color model {tiff.photometric}, which cannot be used; convert it to gray or RGB")
+
+
+def read_samples(data: bytes, tiff: TiffHeader | None, max_pixels: int) -> Samples:
+    """Reads the first band of an image file, or the first three, and its alpha.
+
+    Args:
+        data: Content of the file.
+        tiff: Its header, if it is TIFF; else it is PNG of 16 bits, or of one band.
+        max_pixels: Limit on the pixels of an image, see `ImageOptions`.
+
+    Raises:
+        Exception: Nearly any, for a damaged file; of a TIFF file that cannot be used the error says what it is.
+    """
+    is_turned = False
+    if tiff is None:
+        stored = _read_by_pillow(data, None)
+        assert stored is not None, "this layout is always read"
+        num_bands = stored.shape[2] - (stored.shape[2] in (2, 4))
+        alpha = num_bands if num_bands < stored.shape[2] else None
+    else:
+        stored, is_turned = _read_tiff(data, tiff, max_pixels)
+        num_bands, alpha = tiff.num_bands, tiff.alpha
+    bands = np.delete(stored, alpha, axis=2) if alpha is not None and alpha < min(num_bands, 3) else stored
+    values = bands[..., : 3 if num_bands >= 3 else 1]
+    return Samples(values, None if alpha is None else stored[..., alpha], is_turned)
+
+
+def map_to_rgb(samples: Samples, tiff: TiffHeader | None, value_range: ValueRange | None) -> Image.Image:
+    """Maps samples to 8 bits.
+
+    Args:
+        samples: Pixels as they are stored.
+        tiff: Header of the file, if it is TIFF.
+        value_range: Becomes 0 to 255; None: as these values alone suggest, see `RangeMeasurement`.
+
+    Returns:
+        An image in mode RGB, or RGBA where there is alpha.
+    """
+    if tiff is not None and not tiff.is_deep:
+        value_range = (0.0, float(2**tiff.bits - 1))
+    levels = to_8_bit(samples.values, value_range or measure_range([samples.values]) or (0.0, 1.0))
+    if tiff is not None and tiff.photometric == 0:  # white is 0
+        levels = 255 - levels
+    image = Image.fromarray(levels if levels.shape[2] == 3 else levels[..., 0]).convert("RGB")
+    if samples.alpha is not None:
+        image.putalpha(Image.fromarray(to_8_bit(samples.alpha, (0.0, samples.opaque))))
+    return image
+
+
+def _read_tiff(data: bytes, tiff: TiffHeader, max_pixels: int) -> tuple[np.ndarray, bool]:
+    """All samples of a TIFF file, (H, W, S), and whether they have been turned upright."""
+    if tiff.samples * tiff.bits > 8 * max(_MAX_BYTES_PER_PIXEL, len(data) // max(math.prod(tiff.size), 1)):
+        check_pixels((tiff.size[0] * tiff.samples, tiff.size[1]), max_pixels)
+    is_turned = False
+    try:
+        stored = read_stored(data, tiff)
+    except Exception as error:
+        found = _read_by_pillow(data, tiff)
+        if found is None:
+            raise ValueError(
+                f"{tiff}, which cannot be read ({error}); convert it to Deflate or no compression, for instance "
+                "with gdal_translate -co COMPRESS=DEFLATE"
+            ) from error
+        stored, is_turned = found, True
+    if tiff.nodata is not None and (tiff.kind != "u" or tiff.nodata > 0):
+        empty = stored == tiff.nodata
+        if empty.any():
+            stored = np.where(empty, np.nan, stored)
+    return stored, is_turned
+
+
+def _read_by_pillow(data: bytes, tiff: TiffHeader | None) -> np.ndarray | None:
+    """All samples, (H, W, S), of an image of which Pillow knows them; those of TIFF files are upright."""
+    try:
+        image = open_header(data)
+    except Exception:
+        if tiff is None:
+            raise
+        return None
+    if is_cut_to_8_bits(image):
+        return read_16_bits(image, open_header(data))
+    if not is_deep(image):
+        return None
+    stored = np.asarray(image)[..., None]
+    # Pillow has signed integers of 32 bits only.
+    return stored.view(np.uint32) if tiff is not None and (tiff.kind, tiff.bits) == ("u", 32) else stored

@@ -1,0 +1,157 @@
+"""What is in a dataset, from a sample of its images: their value range, and what of them is not used.
+
+Headers are read of all images of the sample, pixels only of those with more than 8 bits or with transparency.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dinov2.data.images import ImageOptions, open_image
+from dinov2.data.images.value_range import RangeMeasurement, num_levels, share_outside, to_8_bit
+
+NUM_SAMPLED = 64  # images, evenly spread over the dataset
+LARGE = 100 * 10**6  # pixels of an image that slows the loading down
+FEW_LEVELS = 32  # gray levels of 256
+_MAX_DECODED = 64 * 10**6  # pixels of images that are decoded, of more than 8 bits and of transparent ones each
+_MUCH_CLIPPED = 0.01  # share of the values
+_MANY_POOR = 0.1  # share of the images; some are nearly empty in any dataset, such as slices above a head
+_MOST_NAMED = 5
+
+
+@dataclass
+class ImageSurvey:
+    """Counts over the sampled images of a dataset.
+
+    Attributes:
+        options: The options that were given, with the value range if one was measured.
+        num_sampled: Number of images in the sample.
+        unreadable: Path and reason of each image that cannot be opened.
+        num_deep: Images of more than 8 bits.
+        num_extra_bands: Images with more bands than are used.
+        num_transparent: Images with transparent pixels.
+        num_more_frames: Images with more than one page or frame.
+        num_large: Images of more than 100 megapixels.
+        num_lost_bits: Images whose format is read in 8 bits only, although they have more.
+        measurement: Pixel values of images of more than 8 bits.
+    """
+
+    options: ImageOptions
+    num_sampled: int = 0
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    num_deep: int = 0
+    num_extra_bands: int = 0
+    num_transparent: int = 0
+    num_more_frames: int = 0
+    num_large: int = 0
+    num_lost_bits: int = 0
+    measurement: RangeMeasurement = field(default_factory=RangeMeasurement)
+
+    def notes(self) -> list[tuple[int, str]]:
+        """What a person should know, each with its level of logging; none for a dataset of plain 8-bit images."""
+        sample = f"of {self.num_sampled:,} images sampled"
+        background = self.options.background
+        drop = "dropped, so that what lies under it shows (images.background sets a color instead)"
+        alpha = drop if background is None else f"composited on {list(background)}"
+        counts = [
+            (self.num_extra_bands, "have more bands than are used: bands beyond three are left out, of two the second"),
+            (self.num_transparent, f"are transparent: transparency is {alpha}"),
+            (self.num_more_frames, "have more pages or frames than one: the first is used"),
+            (self.num_lost_bits, "have more than 8 bits in a format of which only the upper 8 are read"),
+            (self.num_large, f"have more than {LARGE // 10**6} megapixels, which slows the loading down"),
+        ]
+        notes = self._notes_on_values()
+        notes += [(logging.INFO, f"{count:,} {sample} {what}") for count, what in counts if count]
+        if self.unreadable:
+            named = [f"{path}: {reason}" for path, reason in self.unreadable[:_MOST_NAMED]]
+            more = [f"and {len(self.unreadable) - _MOST_NAMED} more"] if len(self.unreadable) > _MOST_NAMED else []
+            listed = "; ".join(named + more)
+            notes.append((logging.INFO, f"{len(self.unreadable):,} {sample} cannot be read: {listed}"))
+        return notes
+
+    def _notes_on_values(self) -> list[tuple[int, str]]:
+        value_range, measured = self.options.value_range, self.measurement
+        empty = measured.num_images - len(measured.samples)
+        text = f"{empty} of {measured.num_images} images of more than 8 bits have no finite value: they become black"
+        notes = [(logging.WARNING, text)] if empty else []
+        if value_range is None or not measured.samples:
+            return notes
+        low, high = (f"{value:,.6g}" for value in value_range)
+        types = " and ".join(sorted(measured.types))
+        found = f"{measured.smallest:,.6g} to {measured.largest:,.6g}"
+        text = (
+            f"{self.num_deep:,} of {self.num_sampled:,} images sampled have more than 8 bits: pixel values of {types}"
+        )
+        mapped = f"{low} to {high} is mapped to 0..255 (images.value_range sets this)"
+        notes.append((logging.INFO, f"{text} from {found}; {mapped}"))
+        clipped = float(np.mean([share_outside(values, value_range) for values in measured.samples]))
+        if clipped > _MUCH_CLIPPED:
+            text = f"{100 * clipped:.1f} % of the pixel values lie outside of {low} to {high} and are clipped"
+            notes.append((logging.WARNING, f"{text} (images.value_range)"))
+        poor = sum(
+            num_levels(to_8_bit(values, value_range)) < min(FEW_LEVELS, num_levels(values))
+            for values in measured.samples
+        )
+        if poor:
+            text = (
+                f"{poor} of {len(measured.samples)} images of more than 8 bits keep fewer than {FEW_LEVELS} gray levels"
+            )
+            level = logging.WARNING if poor > _MANY_POOR * len(measured.samples) else logging.INFO
+            notes.append((level, f"{text} of 256: {low} to {high} is a wide range for them (images.value_range)"))
+        return notes
+
+
+def survey_images(
+    read: Callable[[int], bytes], describe: Callable[[int], str], length: int, options: ImageOptions
+) -> ImageSurvey:
+    """Opens some images of a dataset, evenly spread.
+
+    Args:
+        read: Content of the image file of a sample.
+        describe: Path of a sample.
+        length: Number of samples.
+        options: How images are read; without a value range, one is measured if there are images of more than 8 bits.
+    """
+    survey = ImageSurvey(options)
+    count = min(NUM_SAMPLED, length)
+    deep: list[tuple[int, int]] = []  # sample and its number of pixels
+    decoded = 0
+    for index in (position * length // count for position in range(count)):
+        survey.num_sampled += 1
+        try:
+            image = open_image(read(index), options)
+            pixels = math.prod(image.size)
+            survey.num_extra_bands += image.num_dropped_bands > 0
+            survey.num_more_frames += image.has_more_frames
+            survey.num_large += pixels > LARGE
+            survey.num_lost_bits += image.lost_bits > 0
+            if image.is_deep:
+                deep.append((index, pixels))
+            elif image.has_alpha and decoded < _MAX_DECODED:
+                decoded += pixels
+                survey.num_transparent += image.is_transparent()
+        except Exception as error:  # broken files raise nearly anything
+            survey.unreadable.append((describe(index), str(error)))
+    survey.num_deep = len(deep)
+    _measure(survey, read, describe, deep)
+    return survey
+
+
+def _measure(
+    survey: ImageSurvey, read: Callable[[int], bytes], describe: Callable[[int], str], deep: Sequence[tuple[int, int]]
+) -> None:
+    """Measures the value range on the images of more than 8 bits, on fewer if they are large."""
+    step = max(math.ceil(sum(pixels for _, pixels in deep) / _MAX_DECODED), 1)
+    for index, _ in deep[::step]:
+        try:
+            samples = open_image(read(index), survey.options).samples()
+        except Exception as error:
+            survey.unreadable.append((describe(index), str(error)))
+            continue
+        survey.measurement.add(samples.values)
+        survey.num_transparent += samples.is_transparent
+    if survey.options.value_range is None:
+        survey.options = survey.options.with_range(survey.measurement.range())

@@ -1,0 +1,143 @@
+"""What the teacher saw in the same images over training: images for the page.
+
+Shapes: n images, h x w patches, D feature width.
+"""
+
+import base64
+import io
+import logging
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dinov2.analysis.pca import pca_colors, to_images
+from dinov2.files import read_array
+from dinov2.report.run import Run
+
+logger = logging.getLogger(__name__)
+
+MAX_IMAGES = 8
+MAX_STEPS = 8
+MAX_SIDE = 128  # pixels
+SMALL_SIDE = 64  # pixels; up to here PNG, which keeps every pixel, is small enough
+
+
+class Gallery(NamedTuple):
+    """Rows of images as data URIs; images of one image are in one column."""
+
+    images: list[str]  # none if they were not kept
+    steps: dict[int, list[str]]  # components of the features at some steps, the earliest first
+    num_steps: int  # of which there are features
+    colors: Tensor | None  # (n, h, w, 3) of the last step
+
+
+def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
+    """The images of a run, evenly spread over its steps.
+
+    Args:
+        run: whose files are read.
+        reference: (n, h, w, 3), colors of another run, to which those of the last step are turned, if they have the
+            same shape.
+    """
+    files = run.patch_features
+    chosen = [list(files)[index] for index in spread(len(files), MAX_STEPS)]
+    colors: dict[int, Tensor] = {}
+    for step in reversed(chosen):
+        tokens = read_tokens(files[step])
+        if tokens is None:
+            continue
+        found = pca_colors(tokens)
+        later = next(reversed(colors.values())) if colors else reference
+        colors[step] = aligned(found, later) if later is not None and later.shape == found.shape else found
+    images = (
+        [] if run.images is None else [Image.fromarray(each.transpose(1, 2, 0)) for each in run.images[:MAX_IMAGES]]
+    )
+    return Gallery(
+        images=[data_uri(shrunk(image)) for image in images],
+        steps={step: [data_uri(image) for image in to_images(colors[step])] for step in sorted(colors)},
+        num_steps=len(files),
+        colors=colors[max(colors)] if colors else None,
+    )
+
+
+def read_tokens(path: Path) -> Tensor | None:
+    """Patch tokens (n, h, w, D) of the first images; None, with a warning, if the file cannot be read."""
+    try:
+        tokens = read_array(path)
+        if tokens.dtype.kind != "f" or tokens.ndim != 4 or min(tokens.shape) < 1 or tokens.shape[-1] < 3:
+            raise ValueError(f"expected (images, rows, columns, features), got {tokens.dtype} of shape {tokens.shape}")
+    except (OSError, ValueError) as error:
+        logger.warning("%s is left out: %s", path, error)
+        return None
+    return torch.from_numpy(tokens[:MAX_IMAGES].astype(np.float32)).nan_to_num()
+
+
+def spread(count: int, most: int) -> list[int]:
+    """Positions among `count` things: all, or `most` of them at even distances, the first and the last included."""
+    if count <= most:
+        return list(range(count))
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
+
+
+def aligned(colors: Tensor, reference: Tensor) -> Tensor:
+    """Colors with the channels exchanged and inverted so that they agree best with others of the same patches.
+
+    Sign and order of principal components are arbitrary, or change with little: this makes them follow `reference`.
+
+    Args:
+        colors: (n, h, w, 3) in [0, 1].
+        reference: (n, h, w, 3).
+
+    Returns:
+        (n, h, w, 3)
+    """
+    own, others = (_standardized(each.flatten(0, 2)) for each in (colors, reference))
+    agreement = own.T @ others / len(own)  # (channel, channel of the reference): correlations
+    order = max(permutations(range(3)), key=lambda order: sum(abs(agreement[c, t]) for t, c in enumerate(order)))
+    channels = [
+        1 - colors[..., channel] if agreement[channel, target] < 0 else colors[..., channel]
+        for target, channel in enumerate(order)
+    ]
+    return torch.stack(channels, dim=-1)
+
+
+def _standardized(values: Tensor) -> Tensor:
+    centered = values.double() - values.double().mean(dim=0)
+    return centered / centered.square().mean(dim=0).sqrt().clamp_min(1e-9)
+
+
+def shrunk(image: Image.Image) -> Image.Image:
+    """The image itself, or a smaller one if it is larger than the page shows it."""
+    if max(image.size) <= MAX_SIDE:
+        return image
+    factor = MAX_SIDE / max(image.size)
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def data_uri(image: Image.Image) -> str:
+    """A image that needs no file: PNG, or JPEG if it is large."""
+    kind = "png" if max(image.size) <= SMALL_SIDE else "jpeg"
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def galleries(runs: Sequence[Run]) -> list[Gallery]:
+    """The images of several runs, in the colors of the first one with the same images."""
+    found: list[Gallery] = []
+    for run in runs:
+        alike = (each for other, each in zip(runs, found, strict=False) if same_images(run, other))
+        found.append(gallery(run, next((each.colors for each in alike if each.colors is not None), None)))
+    return found
+
+
+def same_images(run: Run, other: Run) -> bool:
+    """Whether the images of two runs can be compared."""
+    return run.images is not None and other.images is not None and np.array_equal(run.images, other.images)

@@ -1,0 +1,1 @@
+"""Inspecting and converting weights and checkpoints."""

@@ -1,0 +1,283 @@
+"""Settings that go together badly: each is allowed by itself, and no run is any good with them.
+
+What can teach nothing is an error, what works but is hardly wanted a warning. Unlike what `config.load` refuses, this
+is asked before a training only: what an earlier run made with such settings can still be evaluated.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from operator import attrgetter
+
+from dinov2.config import Config, ConfigError, Dino, Ibot
+from dinov2.loss import DINOLoss
+from dinov2.train.preflight.memory import masked_patches_per_image
+from dinov2.train.schedules import build_schedules, global_batch_size, scale_lr
+from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS
+
+MAX_PROTOTYPES_PER_ROW = 64
+"""Of Sinkhorn-Knopp. The published recipes have 21; with 512 all targets are nearly uniform and nothing is learned."""
+
+MAX_LEARNING_RATE = 0.1
+"""Of AdamW, which moves every weight by about the rate in a step; the published recipes have 0.006 at most."""
+
+MAX_DECAY_PER_STEP = 0.02
+"""Share of a weight that decay may take in a step; the published recipes take 0.002 at most."""
+
+MIN_MOMENTUM = 0.5
+"""Of the teacher; below it the teacher is hardly more than a copy of the student."""
+
+MAX_INITIAL_SHARE = 0.5
+"""Of the initial weights in the teacher at the end of a run; it is below 0.01 in all recipes."""
+
+MAX_DROP_PATH = 0.75
+"""Share of the blocks that an image may skip; the published recipes have 0.4 at most."""
+
+MIN_LAYERWISE_DECAY = 0.5
+"""At which the learning rate ten blocks below the last one is a thousandth; the published recipes have 0.9 at least."""
+
+MIN_CLIP_GRAD = 1e-3
+"""At which gradients of 100 million weights are near AdamW's epsilon of 1e-8; the published recipes have 3."""
+
+MAX_MASK_RATIO = 0.9
+"""Share of a crop's patches that are masked in every masked crop; the published recipes have 0.1 to 0.5."""
+
+MAX_JITTER = 1.0
+"""Of brightness, contrast and saturation; the published recipes have 0.4 at most."""
+
+MIN_STD = 0.01
+"""Of pixels in [0, 1], which are divided by it; a step of 8-bit gray levels is 0.004."""
+
+MIN_SCALE = 0.001
+"""Share of an image that a crop shows; of 224 x 224 pixels it is 7 x 7."""
+
+
+def check_settings(cfg: Config, world_size: int) -> list[str]:
+    """What is wrong with settings that are each allowed.
+
+    Args:
+        cfg: Config of the run.
+        world_size: Number of processes of the run.
+
+    Returns:
+        Warnings, each a line that names keys and values.
+
+    Raises:
+        ConfigError: If nothing can be learned, naming all settings that prevent it.
+    """
+    lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
+    cfg = replace(cfg, optim=replace(cfg.optim, lr=lr))
+    if problems := [*_useless_heads(cfg), *_no_masks(cfg)]:
+        raise ConfigError("\n".join(problems))
+    return [
+        *_longer_than_the_run(cfg),
+        *_learning_rate(cfg),
+        *_optimizer(cfg),
+        *_teacher_average(cfg),
+        *_temperature(cfg),
+        *_batch(cfg, world_size),
+        *_network(cfg),
+        *_crops(cfg),
+        *_pixels(cfg),
+        *_health(cfg),
+    ]
+
+
+def _set(cfg: Config, *keys: str) -> str:
+    """The settings as in `optim.epochs = 10, optim.warmup_epochs = 2`."""
+
+    def text(value: object) -> str:
+        if isinstance(value, tuple):
+            return f"[{', '.join(map(text, value))}]"
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{key} = {text(attrgetter(key)(cfg))}" for key in keys)
+
+
+def _heads(cfg: Config) -> dict[str, Dino | Ibot]:
+    """The sections whose heads are trained."""
+    separate = cfg.ibot.loss_weight > 0 and cfg.ibot.separate_head
+    heads: dict[str, Dino | Ibot] = {"ibot": cfg.ibot} if separate else {}
+    return heads if separate and cfg.dino.loss_weight <= 0 else {"dino": cfg.dino, **heads}
+
+
+# --- Nothing can be learned ------------------------------------------------------------------------------------------
+
+
+def _useless_heads(cfg: Config) -> Iterator[str]:
+    for section, head in _heads(cfg).items():
+        if head.head_n_prototypes == 1:
+            yield f"{_set(cfg, f'{section}.head_n_prototypes')}: the softmax over one prototype is 1 for every image"
+        if head.head_bottleneck_dim == 1:
+            yield f"{_set(cfg, f'{section}.head_bottleneck_dim')}: one number, scaled to unit length, has no gradient"
+
+
+def _no_masks(cfg: Config) -> Iterator[str]:
+    if cfg.ibot.loss_weight <= 0:
+        return
+    crops = NUM_GLOBAL_CROPS * cfg.train.batch_size_per_gpu
+    patches = (cfg.crops.global_crops_size // cfg.student.patch_size) ** 2
+    consequence = f"masks none, which leaves nothing for {_set(cfg, 'ibot.loss_weight')}"
+    if int(crops * cfg.ibot.mask_sample_probability) == 0:
+        of = _set(cfg, "train.batch_size_per_gpu")
+        yield f"{_set(cfg, 'ibot.mask_sample_probability')} of {crops} global crops ({of}) {consequence}"
+    if patches * max(cfg.ibot.mask_ratio_min_max) <= 1:
+        of = _set(cfg, "crops.global_crops_size", "student.patch_size")
+        yield f"{_set(cfg, 'ibot.mask_ratio_min_max')} of {patches} patches of a global crop ({of}) {consequence}"
+
+
+# --- What is hardly wanted -------------------------------------------------------------------------------------------
+
+
+def _longer_than_the_run(cfg: Config) -> Iterator[str]:
+    epochs, steps, run = cfg.optim.epochs, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH, _set(cfg, "optim.epochs")
+    if cfg.optim.warmup_epochs == epochs:
+        yield f"{_set(cfg, 'optim.warmup_epochs')} is the whole run ({run}): the learning rate rises until the end"
+    if cfg.optim.freeze_last_layer_epochs >= epochs:
+        yield f"{_set(cfg, 'optim.freeze_last_layer_epochs')} is the whole run ({run}): the prototypes never learn"
+    teacher = cfg.teacher
+    if teacher.warmup_teacher_temp_epochs >= epochs and teacher.warmup_teacher_temp != teacher.teacher_temp:
+        reached = build_schedules(cfg, cfg.optim.lr).teacher_temp[steps - 1]
+        warmup, wanted = _set(cfg, "teacher.warmup_teacher_temp_epochs"), _set(cfg, "teacher.teacher_temp")
+        if teacher.warmup_teacher_temp_epochs > epochs:
+            yield f"{warmup} is longer than the run ({run}): {wanted} is never reached, it ends at {reached:.4g}"
+        else:
+            yield f"{warmup} is the whole run ({run}): {wanted} is reached at the last step only"
+    for key, consequence in {
+        "train.checkpoint_period": "the only checkpoint is that of the last step",
+        "train.checkpoint_keep_every": "no checkpoint is kept for good",
+        "health.knn_period": "k-NN is measured at the start, with teacher dumps and at the end only",
+    }.items():
+        if (attrgetter(key)(cfg) or 0) > steps:
+            yield f"{_set(cfg, key)} is longer than the run of {steps} steps: {consequence}"
+    period, kept = cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.train.checkpoint_keep_every
+    if kept % period and kept <= steps:
+        every = f"only the checkpoints of every {math.lcm(kept, period)} steps are kept for good"
+        yield f"{_set(cfg, 'train.checkpoint_keep_every')} is no multiple of the period of {period} steps: {every}"
+
+
+def _peak(cfg: Config) -> str:
+    rule = _set(cfg, "optim.base_lr", "optim.scaling_rule")
+    return f"the peak learning rate {cfg.optim.lr:.3g} ({rule})"
+
+
+def _learning_rate(cfg: Config) -> Iterator[str]:
+    lr, min_lr = cfg.optim.lr, cfg.optim.min_lr
+    if lr == min_lr == 0:
+        yield f"{_set(cfg, 'optim.base_lr', 'optim.min_lr')}: nothing is learned"
+    elif min_lr > lr:
+        yield f"{_set(cfg, 'optim.min_lr')} is above {_peak(cfg)}: the rate rises to it until the end"
+    if lr > MAX_LEARNING_RATE:
+        yield f"{_peak(cfg)} is above {MAX_LEARNING_RATE}: AdamW diverges"
+    if (decay := cfg.optim.layerwise_decay) < MIN_LAYERWISE_DECAY:
+        below = f"ten blocks below the last one the learning rate is {decay**10:.1g} of its"
+        yield f"{_set(cfg, 'optim.layerwise_decay')}: {below}"
+
+
+def _optimizer(cfg: Config) -> Iterator[str]:
+    optim = cfg.optim
+    decayed = max(optim.lr, optim.min_lr) * max(optim.weight_decay, optim.weight_decay_end)
+    if decayed > MAX_DECAY_PER_STEP:
+        keys = _set(cfg, "optim.weight_decay", "optim.weight_decay_end")
+        yield f"{keys}: at {_peak(cfg)} a step takes up to {decayed:.1%} of every weight"
+    if 0 < (optim.clip_grad or 0) < MIN_CLIP_GRAD:
+        yield f"{_set(cfg, 'optim.clip_grad')}: gradients are cut to where AdamW takes them for zero; 0 = no limit"
+    if optim.adamw_beta1 > optim.adamw_beta2:
+        yield f"{_set(cfg, 'optim.adamw_beta1')} is above {_set(cfg, 'optim.adamw_beta2')}: swapped?"
+    precision = "compute_precision.student.backbone.mixed_precision.param_dtype"
+    if attrgetter(precision)(cfg) == "fp16" and not cfg.compute_precision.grad_scaler:
+        yield f"compute_precision.grad_scaler = false, {_set(cfg, precision)}: small gradients become zero"
+
+
+def _teacher_average(cfg: Config) -> Iterator[str]:
+    first, final = cfg.teacher.momentum_teacher, cfg.teacher.final_momentum_teacher
+    steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    keys = _set(cfg, "teacher.momentum_teacher", "teacher.final_momentum_teacher")
+    if final < first:
+        yield f"{keys}: the teacher moves more at the end than at the start; swapped?"
+    if min(first, final) < MIN_MOMENTUM:
+        yield f"{keys}: below {MIN_MOMENTUM} the teacher is hardly more than a copy of the student"
+    initial_share = ((first + final) / 2) ** steps  # of a cosine from one to the other the mean decides
+    if initial_share > MAX_INITIAL_SHARE:
+        yield f"{keys}: after the {steps} steps of the run the teacher is still {initial_share:.0%} its initial weights"
+
+
+def _temperature(cfg: Config) -> Iterator[str]:
+    teacher, keys = cfg.teacher, _set(cfg, "teacher.warmup_teacher_temp", "teacher.teacher_temp")
+    first = teacher.warmup_teacher_temp if teacher.warmup_teacher_temp_epochs else teacher.teacher_temp
+    if first > teacher.teacher_temp:
+        yield f"{keys}: the temperature falls during its warm-up; swapped?"
+    of_student = DINOLoss(out_dim=1).student_temp
+    if max(first, teacher.teacher_temp) >= of_student:
+        yield f"{keys}: targets must be sharper than predictions (temperature {of_student:g}), or all become alike"
+
+
+def _batch(cfg: Config, world_size: int) -> Iterator[str]:
+    batch, per_process = global_batch_size(cfg, world_size), _set(cfg, "train.batch_size_per_gpu")
+    if cfg.dino.koleo_loss_weight > 0 and cfg.train.batch_size_per_gpu < 2:
+        yield f"{_set(cfg, 'dino.koleo_loss_weight')} has no effect: with {per_process} an image has no neighbor"
+    if batch < 2:
+        yield f"a step is of one image ({per_process}, 1 process), which is compared with no other"
+    if cfg.train.centering != "sinkhorn_knopp":
+        return
+    rows: dict[str, tuple[str, float]] = {}
+    if cfg.dino.loss_weight > 0:
+        rows["class tokens"] = "dino", NUM_GLOBAL_CROPS * batch
+    if cfg.ibot.loss_weight > 0:
+        rows["masked patches"] = "ibot" if cfg.ibot.separate_head else "dino", masked_patches_per_image(cfg) * batch
+    for name, (section, number) in rows.items():
+        key = f"{section}.head_n_prototypes"
+        if (per_row := attrgetter(key)(cfg) / number) > MAX_PROTOTYPES_PER_ROW:
+            yield (
+                f"{_set(cfg, key)}: {per_row:.0f} to each of the {number:.0f} {name} in a step of {batch} images; "
+                f"above {MAX_PROTOTYPES_PER_ROW} (published: 21) sinkhorn_knopp makes targets nearly uniform; fewer "
+                "prototypes, a larger batch or train.centering=centering help"
+            )
+
+
+def _network(cfg: Config) -> Iterator[str]:
+    for section, head in _heads(cfg).items():
+        if head.head_hidden_dim == 1 and head.head_nlayers > 1:
+            yield f"{_set(cfg, f'{section}.head_hidden_dim')}: one number of an image reaches the prototypes"
+    if (rate := cfg.student.drop_path_rate) > MAX_DROP_PATH:
+        mean = rate if cfg.student.drop_path_uniform else rate / 2
+        yield f"{_set(cfg, 'student.drop_path_rate')}: an image skips {mean:.0%} of the blocks"
+
+
+def _health(cfg: Config) -> Iterator[str]:
+    health = cfg.health
+    needed = {"health.period": health.period == 0}
+    if health.best_by == "knn":
+        needed |= {"health.knn_period": health.knn_period == 0, "health.knn_dataset": health.knn_dataset == "none"}
+    missing = [key for key, is_off in needed.items() if is_off]
+    if health.best_by != "auto" and missing:
+        yield f"{_set(cfg, 'health.best_by', *missing)}: that is not measured, so that no teacher is called the best"
+
+
+def _pixels(cfg: Config) -> Iterator[str]:
+    if min(cfg.augmentation.std) < MIN_STD:
+        yield f"{_set(cfg, 'augmentation.std')}: pixels in [0, 1] are divided by less than {MIN_STD}"
+    if max(cfg.augmentation.color_jitter) > MAX_JITTER:
+        yield f"{_set(cfg, 'augmentation.color_jitter')}: above {MAX_JITTER:g} many crops are black, white or garish"
+    if cfg.ibot.loss_weight > 0 and min(cfg.ibot.mask_ratio_min_max) > MAX_MASK_RATIO:
+        yield f"{_set(cfg, 'ibot.mask_ratio_min_max')}: a masked crop shows hardly anything to predict the rest from"
+
+
+def _crops(cfg: Config) -> Iterator[str]:
+    crops, number = cfg.crops, _set(cfg, "crops.local_crops_number")
+    for kind in ["global", "local"] if crops.local_crops_number > 0 else ["global"]:
+        size, scale = f"crops.{kind}_crops_size", f"crops.{kind}_crops_scale"
+        if attrgetter(size)(cfg) == cfg.student.patch_size:
+            yield f"{_set(cfg, size)} is one patch ({_set(cfg, 'student.patch_size')})"
+        if min(attrgetter(scale)(cfg)) < MIN_SCALE:
+            yield f"{_set(cfg, scale)}: a crop of less than {MIN_SCALE} of an image is of a few pixels"
+    if crops.local_crops_number == 0:
+        return
+    if cfg.dino.loss_weight <= 0:
+        yield f"{number} has no effect with {_set(cfg, 'dino.loss_weight')}: local crops cost time and teach nothing"
+    if crops.local_crops_size > crops.global_crops_size:
+        keys = "crops.local_crops_size", "crops.global_crops_size"
+        yield f"{_set(cfg, *keys)}: local crops are larger than global ones; swapped?"
+    if sum(crops.local_crops_scale) > sum(crops.global_crops_scale):
+        keys = "crops.local_crops_scale", "crops.global_crops_scale"
+        yield f"{_set(cfg, *keys)}: local crops show more of an image than global ones; swapped?"

@@ -1,0 +1,224 @@
+"""A run without the training: checks everything that could go wrong later and prints what the run would be."""
+
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dinov2 import config, distributed
+from dinov2.config import Config
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.images import BadImageError
+from dinov2.models import build_model
+from dinov2.trackers import check_trackers
+from dinov2.train.checkpoint import load_initial_weights
+from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
+from dinov2.train.checkpoint_state import read_state
+from dinov2.train.monitor.probe import NoLabels, labeled_dataset
+from dinov2.train.preflight.checks import check_settings
+from dinov2.train.preflight.memory import estimate, masked_patches_per_image
+from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
+from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
+from dinov2.train.training_data import open_dataset
+
+PROCESSES_PER_MACHINE = 8
+"""Assumed where the processes are yet to be started."""
+
+IMAGES_TRIED = 20
+"""How many images are read to see whether the dataset can be."""
+
+
+def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
+    """Check config, dataset, output folder, and checkpoint or weights to start from, and print the plan of the run.
+
+    Raises:
+        OSError, ValueError: whatever would have stopped the run.
+    """
+    findings = check_settings(cfg, world_size)
+    _check_writable(Path(cfg.train.output_dir))
+    cfg, dataset = open_dataset(cfg, resume=resume)
+    unreadable = _check_readable(dataset, cfg.train.max_bad_image_share)
+    knn = _knn(cfg, dataset)
+    check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
+    latest = latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") if resume else None
+    starts_from_weights = latest is None and (cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
+    with torch.device("cpu" if starts_from_weights else "meta"):
+        model = SSLMetaArch(cfg)
+    if latest is None:
+        load_initial_weights(model, cfg)
+    plan = _start(latest, cfg, model) | _plan(cfg, model, len(dataset), world_size)
+    watched = f"every {cfg.health.period} steps" if cfg.health.period else "not measured (health.period=0)"
+    plan |= {"health": watched, "k-NN while training": knn}
+    lines = [f"{name:32} {value}" for name, value in plan.items()]
+    if (batch := global_batch_size(cfg, world_size)) > len(dataset):
+        lines += [
+            "",
+            f"mind: a step takes {batch:,} images, and the dataset has {len(dataset):,}: they repeat within it",
+        ]
+    known = {path for path, _ in dataset.survey().unreadable}
+    notes = [f"{'warning' if level > logging.INFO else 'mind'}: {note}" for level, note in dataset.notes()]
+    notes += [f"mind: {error}" for error in unreadable if error.path not in known]
+    lines += ["", *notes] if notes else []
+    lines += ["", *(f"warning: {warning}" for warning in findings)] if findings else []
+    but = f" but for {len(findings)} warning(s)" if findings else ""
+    text = "\n".join([config.to_yaml(cfg), *lines, "", f"dry run: everything is in order{but}, nothing was trained"])
+    sys.stdout.write(text + "\n")
+
+
+def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
+    """Where the run begins; the checkpoint that it resumes from is looked at, but for the numbers in its tensors.
+
+    Raises:
+        OSError, ValueError: if it is damaged, cannot be read, or is of another model.
+    """
+    if latest is None:
+        weights = filter(None, (cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS))
+        return {"starts from": ", ".join(weights) or "random weights"}
+    step = read_state(latest)["iteration"] + 1
+    stored = read_shapes(latest)
+    for name, value in model.state_dict().items():
+        if (found := stored.get(f"model.{name}")) is None or found.shape != value.shape:
+            shape = "none" if found is None else tuple(found.shape)
+            raise ValueError(f"cannot resume from {latest}: {name} is {tuple(value.shape)} here, {shape} there")
+    return {"starts from": f"step {step:,}: resumes {latest}"}
+
+
+def _knn(cfg: Config, dataset: ImageDataset) -> str:
+    try:
+        labeled_dataset(cfg, dataset)
+    except NoLabels as error:
+        return f"none, {error}"
+    period = cfg.health.knn_period
+    when = "with every teacher dump" if period is None else f"every {period} steps"
+    return f"{cfg.health.knn_images} images of {cfg.health.knn_dataset or cfg.train.dataset_path}, {when}"
+
+
+def _check_readable(dataset: ImageDataset, max_bad_share: float) -> list[BadImageError]:
+    """Read some images, evenly spread; returns why some cannot be: one, or the share that the run bears, may be broken.
+
+    Raises:
+        OSError: More cannot be read.
+    """
+    sample = range(0, len(dataset), max(len(dataset) // IMAGES_TRIED, 1))[:IMAGES_TRIED]
+    broken = []
+    for index in sample:
+        try:
+            dataset[index]
+        except BadImageError as error:
+            broken.append(error)
+    if len(broken) > max(min(1, len(sample) - 1), max_bad_share * len(sample)):
+        raise OSError(f"{len(broken)} of {len(sample)} images tried cannot be read; the first: {broken[0]}")
+    return broken
+
+
+def _check_writable(folder: Path) -> None:
+    """Try to write into the folder, or into the nearest existing parent of one that is still to be made."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to the output folder {folder}: {error}") from error
+
+
+def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> dict[str, str]:
+    """What a person wants to know before starting: name -> value with its unit."""
+    batch = global_batch_size(cfg, world_size)
+    accumulated = f" x {cfg.train.accumulate_steps} micro-batches" if cfg.train.accumulate_steps > 1 else ""
+    steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    parameters = {name: _num_parameters(module) for name, module in model.student.items()}
+    flops = training_flops_per_image(cfg, model)
+    return {
+        "dataset": f"{cfg.train.dataset_path}, {num_images:,} images",
+        "global batch": f"{batch:,} images ({cfg.train.batch_size_per_gpu} x {world_size} processes{accumulated})",
+        "peak learning rate": f"{cfg.optim.lr:.6g} ({cfg.optim.base_lr:g}, {cfg.optim.scaling_rule})",
+        "optimizer steps": f"{steps:,} ({cfg.optim.epochs} nominal epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,})",
+        "learning-rate warm-up": f"{cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:,} steps",
+        **describe_schedules(cfg, cfg.optim.lr),
+        "checkpoints": _how_often(cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH, steps),
+        "teacher dumps": _how_often(cfg.evaluation.eval_period_iterations, steps),
+        "images seen": f"{steps * batch:,}, the dataset {steps * batch / num_images:.1f} times",
+        **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
+        "FLOPs per image": f"{flops / 1e9:.1f} GFLOP (student and teacher, forward and backward)",
+        "FLOPs of the run": f"{flops * steps * batch:.3g} FLOP",
+        **_costs(cfg, model, world_size),
+    }
+
+
+def _how_often(period: int, steps: int) -> str:
+    """What is written every `period` steps and at the end of a run of `steps`."""
+    return f"{num_due(period, steps):,}: every {period:,} steps and after the last one" if period > 0 else "none"
+
+
+def _costs(cfg: Config, model: SSLMetaArch, world_size: int) -> dict[str, str]:
+    """What a process will hold and send."""
+    here = distributed.detect_process()
+    per_machine = here.local_world_size if here.world_size == world_size else min(PROCESSES_PER_MACHINE, world_size)
+    costs = estimate(cfg, model, world_size, per_machine)
+    memory = (
+        f"{_gib(costs.memory)} (weights, gradients and AdamW {_gib(costs.state)}, gathered weights and gradients "
+        f"{_gib(costs.gathered + costs.reducing)}, activations {_gib(costs.activations)})"
+    )
+    if world_size == 1:
+        return {"memory per process, estimated": memory}
+    modules = cfg.compute_precision.student
+    strategies = [f"{name} {getattr(modules, name).sharding_strategy}" for name in model.student]
+    sent = f"{_gib(costs.sent)} by a process, {_gib(costs.sent_by_machine)} by a machine of {per_machine} to others"
+    return {"sharding": ", ".join(strategies), "memory per process, estimated": memory, "sent in a step": sent}
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+def training_flops_per_image(cfg: Config, model: SSLMetaArch) -> float:
+    """Floating-point operations of one image in one step; a multiply-add counts two, a backward pass two forwards.
+
+    fvcore counts one block and the rest of the backbone on the CPU; depth, crops and heads multiply that.
+    """
+    with warnings.catch_warnings():  # importing it uses what PyTorch has deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        from fvcore.nn import FlopCountAnalysis
+
+    one_block = {**config.backbone_arguments(cfg), "depth": 1, "attention_backend": "sdpa"}
+    depth = model.student_backbone.n_blocks
+
+    def backbone(size: int, share_of_blocks: float) -> float:
+        small = build_model(**{**one_block, "img_size": size}).eval()
+        analysis = FlopCountAnalysis(small, torch.zeros(1, 3, size, size))
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_multiply_adds)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        block = analysis.by_module()["blocks.0"]
+        return analysis.total() + (depth * share_of_blocks - 1) * block
+
+    kept = 1 - cfg.student.drop_path_rate
+    num_local = cfg.crops.local_crops_number
+    teacher = NUM_GLOBAL_CROPS * backbone(cfg.crops.global_crops_size, 1.0)
+    student = NUM_GLOBAL_CROPS * backbone(cfg.crops.global_crops_size, kept)
+    if num_local:
+        student += num_local * backbone(cfg.crops.local_crops_size, kept)
+    patches = masked_patches_per_image(cfg)
+    patch_head = "ibot_head" if "ibot_head" in model.student else "dino_head"
+    for name, student_tokens, teacher_tokens in (
+        ("dino_head", NUM_GLOBAL_CROPS + num_local, NUM_GLOBAL_CROPS),
+        (patch_head, patches, patches),
+    ):
+        if name in model.student:
+            student += student_tokens * _num_parameters(model.student[name])
+            teacher += teacher_tokens * _num_parameters(model.student[name])
+    return 2 * (3 * student + teacher)
+
+
+def _attention_multiply_adds(inputs: list[Any], outputs: list[Any]) -> float:
+    """Of scores and of the weighted sum, for queries (b, H, n, d) and as many keys."""
+    batch, heads, length, width = inputs[0].type().sizes()
+    return 2.0 * batch * heads * length * length * width

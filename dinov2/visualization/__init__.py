@@ -1,0 +1,1 @@
+"""Figures and videos of what a frozen backbone computes: components, attention, similarity, neighbors."""

@@ -1,0 +1,146 @@
+"""The report in a real browser: on a desktop, on a phone, on paper, with nothing but the file."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from synthetic_run import FEATURE_STEPS, NUM_IMAGES, write_run
+
+from dinov2.report.page import write_report
+
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+A4_WIDTH = 688  # CSS pixels of the paper between margins of 14 mm
+
+# What the page needs to be read: nothing sticks out, every image is there.
+MEASURE = """() => {
+    const width = document.documentElement.clientWidth;
+    const box = element => element.getBoundingClientRect();
+    const all = selector => [...document.querySelectorAll(selector)];
+    const sideways = e => e.closest('.scroll') || e.closest('details:not([open])');
+    return {
+        overflow: document.documentElement.scrollWidth - width,
+        outside: all('body *').filter(e => box(e).right > width + 1 && !sideways(e)).map(e => e.outerHTML.slice(0, 99)),
+        hidden: all('.scroll').filter(e => e.scrollWidth > e.clientWidth + 1).length,
+        charts: all('svg.chart').map(e => [box(e).width, box(e).height]),
+        cut: all('svg.chart').flatMap(svg => [...svg.querySelectorAll('text')]
+            .filter(e => box(e).right > box(svg).right + 1 || box(e).left < box(svg).left - 1).map(e => e.textContent)),
+        images: [...document.images].map(e => e.complete && e.naturalWidth > 0 && box(e).width >= 24),
+        smallest: Math.min(...all('svg.chart text.tick').map(e => box(e).height)),
+    };
+}"""
+
+
+@dataclass
+class Visit:
+    """A page that is open, and what went wrong on it."""
+
+    page: Any
+    errors: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def open(self, path: Path, width: int, **settings: Any) -> dict[str, Any]:
+        """Go there, and measure."""
+        self.page.set_viewport_size({"width": width, "height": 900})
+        self.page.emulate_media(**settings)
+        self.page.goto(path.as_uri())
+        self.page.wait_for_load_state()
+        return self.page.evaluate(MEASURE)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    with playwright.sync_playwright() as started:
+        if program is None and not Path(started.chromium.executable_path).exists():
+            pytest.skip("needs a browser: apt-get install chromium, or playwright install chromium")
+        instance = started.chromium.launch(executable_path=program, args=["--no-sandbox"])  # root has no sandbox
+        yield instance
+        instance.close()
+
+
+@pytest.fixture
+def visit(browser: Any) -> Iterator[Visit]:
+    page = browser.new_page()
+    visit = Visit(page)
+    page.on("pageerror", lambda error: visit.errors.append(str(error)))
+    page.on("console", lambda message: visit.errors.append(message.text))
+    page.on("request", lambda request: visit.requests.append(request.url))
+    yield visit
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    healthy = write_run(folder / "a_run_whose_name_is_rather_long_and_has_no_spaces_in_it_at_all")
+    collapsed = write_run(folder / "collapsed", collapse_at=300, seed=1, overrides=("optim.base_lr=0.1",))
+    bare = write_run(folder / "bare", health=False, images=False, evaluations=False, environment=False, done=1)
+    return {
+        "one": write_report([healthy]),
+        "collapsed": write_report([collapsed]),
+        "bare": write_report([bare]),
+        "several": write_report([healthy, collapsed, bare], folder / "several.html"),
+        "four": write_report([healthy, collapsed, bare, healthy], folder / "four.html"),
+    }
+
+
+@pytest.mark.parametrize("name", ["one", "collapsed", "bare", "several"])
+@pytest.mark.parametrize("width", [1280, 375])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_is_seen_on_a_desktop_and_on_a_phone(
+    visit: Visit, reports: dict[str, Path], name: str, width: int, scheme: str
+) -> None:
+    found = visit.open(reports[name], width, color_scheme=scheme)
+    assert (found["overflow"], found["outside"], found["cut"]) == (0, [], [])
+    assert name == "several" or found["hidden"] == 0  # only tables of several runs may need to be pushed
+    assert all(found["images"]) and all(w > 250 and h > 130 for w, h in found["charts"])
+    rows = {"one": 1, "collapsed": 1, "bare": 0, "several": 2}[name]
+    assert len(found["images"]) == rows * NUM_IMAGES * (len(FEATURE_STEPS) + 1)
+    assert len(found["charts"]) > (20 if rows else 8)
+    assert found["smallest"] > 9  # pixels of a line of type
+    columns = len({round(box["x"]) for box in (each.bounding_box() for each in visit.page.locator(".panel").all())})
+    assert columns == (3 if width > 1000 else 1)
+    assert (visit.errors, [url for url in visit.requests if not url.startswith(("file:", "data:"))]) == ([], [])
+    assert len([url for url in visit.requests if url.startswith("file:")]) == 1
+
+
+def test_a_table_that_goes_on_at_the_side_says_so(visit: Visit, reports: dict[str, Path]) -> None:
+    pushed = "e => [e.scrollWidth > e.clientWidth + 1, e.previousElementSibling?.checkVisibility() === true"
+    pushed += " && e.previousElementSibling.className === 'wide', getComputedStyle(e).backgroundImage]"
+    for width, media in ((375, "screen"), (1280, "screen"), (A4_WIDTH, "print")):
+        visit.open(reports["four"], width, media=media)
+        found = visit.page.evaluate(f"() => [...document.querySelectorAll('.scroll')].map({pushed})")
+        assert any(hidden for hidden, _, _ in found) == (width == 375)
+        assert any(note for _, note, _ in found) == (width == 375)
+        assert all(hidden for hidden, note, _ in found if note)
+        assert all("gradient" in shadow for hidden, _, shadow in found if hidden)
+
+
+def test_the_verdict_and_what_to_do_are_seen_first(visit: Visit, reports: dict[str, Path]) -> None:
+    visit.open(reports["collapsed"], 1280)
+    for text in ("Needs attention: collapse", "Alarms", "What to do"):
+        place = visit.page.get_by_text(text).first
+        assert place.is_visible() and place.bounding_box()["y"] < 900
+    visit.page.get_by_text("All settings").click()
+    assert visit.page.get_by_text("OFFICIAL_EPOCH_LENGTH: 50").is_visible()
+
+
+@pytest.mark.parametrize("name", ["one", "several"])
+def test_on_paper_nothing_is_cut_or_torn(visit: Visit, reports: dict[str, Path], name: str) -> None:
+    found = visit.open(reports[name], A4_WIDTH, media="print")
+    assert (found["overflow"], found["outside"], found["cut"], found["hidden"]) == (0, [], [], 0)
+    assert all(found["images"]) and all(w > 250 for w, _ in found["charts"])
+    torn = "e => getComputedStyle(e).breakInside !== 'avoid'"
+    parts = "[...document.querySelectorAll('figure, .alarm, .row, tr')]"
+    assert visit.page.evaluate(f"() => {parts}.filter({torn}).length") == 0
+    assert not visit.page.locator("details, nav").first.is_visible()
+    paper = visit.page.evaluate("() => getComputedStyle(document.body).backgroundColor")
+    visit.page.emulate_media(media="print", color_scheme="dark")
+    assert paper == visit.page.evaluate("() => getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    printed = visit.page.pdf(prefer_css_page_size=True)
+    assert printed.startswith(b"%PDF") and 4 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 16
