@@ -1,4 +1,4 @@
-"""MkDocs hook: pages link to files of the repository as on GitHub (`../dinov2/config.py`); the site shows their text."""
+"""MkDocs hook: links to files of the repository (`../dinov2/config.py`) lead to pages of the site with their text."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".ipynb": "json", "": "text", ".txt": "text", ".md": "markdown"}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".ipynb": "json", ".md": "markdown"}
 MODEL_CARD = Path("MODEL_CARD.md")  # a page of the site, in its navigation
 LINK = re.compile(r"(?<=\]\()((?:\.\./)+)([^)#\s]+)(?=[)#])")
 
@@ -28,7 +28,7 @@ def page_text(path: Path) -> str:
     """Markdown that shows a repository file; left out of the search."""
     text = (ROOT / path).read_text(encoding="utf-8")
     if path != MODEL_CARD:
-        text = f"# {path}\n\n``````{LANGUAGES[path.suffix]}\n{text}\n``````\n"
+        text = f"# {path}\n\n``````{LANGUAGES.get(path.suffix, 'text')}\n{text}\n``````\n"
     return f"---\nsearch:\n  exclude: true\n---\n{text}"
 
 
