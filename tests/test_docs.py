@@ -232,6 +232,17 @@ def test_configuration_keys_and_modules_in_the_text_exist(page: Path) -> None:
                 assert hasattr(import_module(module), attribute), f"{page.name}: {code}"
 
 
+OTHER_PROGRAMS = {"--logdir", "--id"}  # of TensorBoard and wandb
+
+
+@pytest.mark.parametrize("page", [*PAGES, NOTEBOOK], ids=lambda page: page.name)
+def test_flags_in_the_text_exist(page: Path) -> None:
+    sources = [*(ROOT / "dinov2").rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]
+    known = {flag for path in sources for flag in re.findall(r'"(--[\w-]+)"', path.read_text(encoding="utf-8"))}
+    mentioned = {flag for code in inline_code(page) if code.startswith("--") for flag in re.findall(r"--[\w-]+", code)}
+    assert mentioned <= known | OTHER_PROGRAMS
+
+
 # --- Links -----------------------------------------------------------------------------------------------------------
 
 
