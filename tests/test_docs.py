@@ -232,6 +232,13 @@ def test_configuration_keys_and_modules_in_the_text_exist(page: Path) -> None:
                 assert hasattr(import_module(module), attribute), f"{page.name}: {code}"
 
 
+def test_metrics_in_the_text_exist() -> None:
+    known = pytest.importorskip("dinov2.metric_names").BY_NAME
+    codes = inline_code(ROOT / "docs" / "monitoring.md")
+    names = {code for code in codes if re.fullmatch(r"(cls|patch|probe|grad|koleo|student|data|knn)[a-z_]*", code)}
+    assert {"knn", "data_wait", "probe_cls_rank_me", "cls_target_information"} <= names <= known.keys()
+
+
 OTHER_PROGRAMS = {"--logdir", "--id"}  # of TensorBoard and wandb
 
 
