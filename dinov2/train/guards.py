@@ -46,7 +46,7 @@ class NonFiniteGuard:
         self._unreported.append(_Verdict(tuple(values), *_fetch(broken)))
         return broken.amax()
 
-    def tell(self, scaler: torch.amp.GradScaler, *, all_steps: bool = False) -> None:
+    def report(self, scaler: torch.amp.GradScaler, *, all_steps: bool = False) -> None:
         """Log the refusals of the steps before the latest one, or of `all_steps`.
 
         A gradient that overflows now and then is how a gradient scaler finds its scale: it does not count as long as

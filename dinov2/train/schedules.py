@@ -120,6 +120,11 @@ def describe_schedules(cfg: Config, lr: float) -> dict[str, str]:
     }
 
 
+def num_steps(cfg: Config) -> int:
+    """Optimizer steps of a whole run."""
+    return cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+
+
 def global_batch_size(cfg: Config, world_size: int) -> int:
     """Images per optimizer step over all processes and micro-batches."""
     return cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps * world_size

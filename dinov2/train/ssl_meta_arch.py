@@ -118,10 +118,15 @@ class SSLMetaArch(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, batch: Batch, teacher_temp: float) -> Losses:
-        """A batch through the whole objective. Moves the centers (with centering); gradients reach the student."""
-        [targets] = self.targets([batch], teacher_temp)
-        return self.losses(batch, targets, self.predictions(batch))
+    def forward(self, batch: Batch, targets: Targets) -> tuple[Losses, Predictions]:
+        """Compute the student's predictions for a batch and their losses; gradients reach the student.
+
+        Args:
+            batch: A micro-batch.
+            targets: The teacher's targets for it, see `targets`.
+        """
+        predictions = self.predictions(batch)
+        return self.losses(batch, targets, predictions), predictions
 
     @torch.no_grad()
     def targets(self, batches: Sequence[Batch], teacher_temp: float) -> list[Targets]:

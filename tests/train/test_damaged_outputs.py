@@ -25,7 +25,7 @@ from dinov2.train.checkpoint_state import Setup, read_state
 from dinov2.train.environment import read_environment
 from dinov2.train.monitor.alarms import AlarmMonitor
 from dinov2.train.monitor.best_teacher import rate_teacher, read_rating
-from dinov2.train.train import changed_settings
+from dinov2.train.training_run import changed_settings
 
 VALUES = (
     None,

@@ -24,7 +24,7 @@ from dinov2.train.preflight.checks import check_settings
 from dinov2.train.preflight.memory import estimate, masked_patches_per_image
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
-from dinov2.train.training_data import open_dataset
+from dinov2.train.training_run import open_dataset
 
 PROCESSES_PER_MACHINE = 8
 """Assumed where the processes are yet to be started."""
