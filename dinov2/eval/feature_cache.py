@@ -36,8 +36,8 @@ class FeatureCache:
         """Nothing is read or written yet.
 
         Args:
-            directory: of the files; None keeps nothing.
-            facts: that tell one model, and one way of preparing images, from another; JSON.
+            directory: Of the files; None keeps nothing.
+            facts: That tell one model, and one way of preparing images, from another; JSON.
         """
         self.directory, self.facts = directory, facts or {}
         self.seconds = 0.0  # spent on getting features
@@ -47,9 +47,9 @@ class FeatureCache:
         """The features of a dataset from their file, else by `extract`, which all processes then call.
 
         Args:
-            kind: which features of the model.
-            dataset: whose images.
-            extract: computes them.
+            kind: Which features of the model.
+            dataset: Whose images.
+            extract: Computes them.
         """
         started = time.monotonic()
         features = extract() if self.directory is None else self._get(self.directory, kind, dataset, extract)

@@ -102,11 +102,11 @@ def require_finite(features: Tensor, names: Callable[[int], str], model: nn.Modu
 
     Args:
         features: (n, ...) of n images that were run together.
-        names: position among them -> where the image comes from.
-        model: that computed them.
+        names: Position among them -> where the image comes from.
+        model: That computed them.
 
     Raises:
-        ValueError: naming the tensor of the weights that is not finite, else the first such image.
+        ValueError: Naming the tensor of the weights that is not finite, else the first such image.
     """
     is_bad = ~features.isfinite().flatten(1).all(dim=1)
     if not is_bad.any():
@@ -141,21 +141,21 @@ def extract_features(
     """Run a backbone over a dataset, or read what that gave from the cache; each rank gets the whole result.
 
     Args:
-        model: images (B, 3, H, W) -> features (B, ...).
-        dataset: yields (image tensor, label); a label that is None becomes the position of the image.
-        batch_size: per process; the ranks share the work.
-        num_workers: data loader workers per process.
-        gather_on_cpu: keep the result in host memory.
-        autocast_dtype: precision of the model.
-        cache: where features are kept.
-        kind: what the cache calls the features of this `model`.
+        model: Images (B, 3, H, W) -> features (B, ...).
+        dataset: Yields (image tensor, label); a label that is None becomes the position of the image.
+        batch_size: Per process; the ranks share the work.
+        num_workers: Data loader workers per process.
+        gather_on_cpu: Keep the result in host memory.
+        autocast_dtype: Precision of the model.
+        cache: Where features are kept.
+        kind: What the cache calls the features of this `model`.
 
     Returns:
         Features (n, ...) float32 and labels (n,) int64 in the order of the dataset, without the images that cannot
         be read. Lists of labels are (n, longest list), filled up with -1.
 
     Raises:
-        ValueError: if more than `MAX_BAD_SHARE` of the images cannot be read, or a feature is not finite.
+        ValueError: If more than `MAX_BAD_SHARE` of the images cannot be read, or a feature is not finite.
     """
 
     def compute() -> tuple[Tensor, Tensor]:

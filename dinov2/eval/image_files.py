@@ -113,9 +113,9 @@ def report_equal_images(
     Only files of one size are read. Images in archives and arrays are not compared.
 
     Args:
-        train_name: dataset string.
-        train: the training set, in which copies under different labels are counted, too.
-        others: validation and test sets by dataset string.
+        train_name: Dataset string.
+        train: The training set, in which copies under different labels are counted, too.
+        others: Validation and test sets by dataset string.
 
     Returns:
         By dataset string: `compared` images, those `equal` to a training image (in the training set: to another one),

@@ -93,9 +93,9 @@ class KnnModule(nn.Module):
         Args:
             train_features: (n, D) float, L2-normalized rows.
             train_labels: (n,) int64 in 0..C-1.
-            nb_knn: the values of k; those above n become n, with a warning.
-            T: temperature of the softmax over the similarities.
-            device: where to compute.
+            nb_knn: The values of k; those above n become n, with a warning.
+            T: Temperature of the softmax over the similarities.
+            device: Where to compute.
             num_classes: C.
         """
         super().__init__()
@@ -200,17 +200,17 @@ def eval_knn_on_features(
     """Score k-NN on features that are there already; the same complete matrices on every rank.
 
     Args:
-        train_features: the bank, (n, D) L2-normalized.
+        train_features: The bank, (n, D) L2-normalized.
         train_labels: (n,) int64.
-        val_features: the queries, (Q, D) L2-normalized; each rank classifies its share.
+        val_features: The queries, (Q, D) L2-normalized; each rank classifies its share.
         val_labels: (Q,) int64.
-        nb_knn: values of k.
-        temperature: of the vote.
-        n_per_class_list: negative = the whole bank; n > 0 = random banks of n images per class, for which the values of
+        nb_knn: Values of k.
+        temperature: Of the vote.
+        n_per_class_list: Negative = the whole bank; n > 0 = random banks of n images per class, for which the values of
             k are those of `nb_knn` up to n, and n itself.
-        n_tries: banks per few-shot size, seeded 0, 1, ...; their scores are averaged.
-        metric_type: which accuracy.
-        device: where to compute; the process's device when None.
+        n_tries: Banks per few-shot size, seeded 0, 1, ...; their scores are averaged.
+        metric_type: Which accuracy.
+        device: Where to compute; the process's device when None.
     """
     num_classes = 1 + int(max(train_labels.max(), val_labels.max()))
     mine = slice(distributed.rank(), None, distributed.world_size())

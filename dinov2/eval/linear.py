@@ -123,13 +123,13 @@ def evaluate_linear_classifiers(
     """Accuracies of each classifier by name, without those that have diverged.
 
     Args:
-        classifiers: by name.
-        eval_set: what to measure.
-        features: this rank's tokens (n, L, 2, D), all finite, and labels of the set, see `extract_tokens`.
-        num_classes: of the training set.
+        classifiers: By name.
+        eval_set: What to measure.
+        features: This rank's tokens (n, L, 2, D), all finite, and labels of the set, see `extract_tokens`.
+        num_classes: Of the training set.
 
     Raises:
-        ValueError: if all of them have diverged.
+        ValueError: If all of them have diverged.
     """
     device, mapping = distributed.device(), eval_set.class_mapping
     width = num_classes if mapping is None else len(mapping)
@@ -216,21 +216,21 @@ def eval_linear(
     """Train the classifiers in place, from the latest checkpoint if there is one and `resume`.
 
     Args:
-        feature_model: images -> tokens of the last blocks.
-        classifiers: the grid.
-        param_groups: of the optimizer.
-        batches_from: iteration -> this rank's batches from there on.
-        validate: scores the classifiers as they are.
-        plan: when what happens.
-        output_dir: of the checkpoints.
-        resume: whether to look for a checkpoint.
-        run, validated_on: see `LinearCheckpointer`.
+        feature_model: Images -> tokens of the last blocks.
+        classifiers: The grid.
+        param_groups: Of the optimizer.
+        batches_from: Iteration -> this rank's batches from there on.
+        validate: Scores the classifiers as they are.
+        plan: When what happens.
+        output_dir: Of the checkpoints.
+        resume: Whether to look for a checkpoint.
+        run, validated_on: See `LinearCheckpointer`.
 
     Returns:
         The validations on the way (not the one after the last iteration, which is the caller's).
 
     Raises:
-        ValueError: if the features of an image are not finite.
+        ValueError: If the features of an image are not finite.
     """
     device = distributed.device()
     optimizer, scheduler = build_optimizer(param_groups, plan.max_iter)

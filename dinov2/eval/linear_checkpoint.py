@@ -36,11 +36,11 @@ class LinearCheckpointer:
         """Keep references.
 
         Args:
-            output_dir: where the files and `last_checkpoint`, which names the newest, are.
-            model: the classifiers, not wrapped.
-            optimizer, scheduler: saved and restored with them.
-            run: what makes this run the one it is; a checkpoint of another run is not resumed from.
-            validated_on: identity of the validation images; of others, the validations on the way are forgotten.
+            output_dir: Where the files and `last_checkpoint`, which names the newest, are.
+            model: The classifiers, not wrapped.
+            optimizer, scheduler: Saved and restored with them.
+            run: What makes this run the one it is; a checkpoint of another run is not resumed from.
+            validated_on: Identity of the validation images; of others, the validations on the way are forgotten.
         """
         self.output_dir, self.run, self.validated_on = output_dir, run, validated_on
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
@@ -63,7 +63,7 @@ class LinearCheckpointer:
         """Restore the newest checkpoint if there is one: first iteration to do, and the history so far.
 
         Raises:
-            ValueError: if the checkpoint belongs to another run, or is damaged.
+            ValueError: If the checkpoint belongs to another run, or is damaged.
         """
         if not self.pointer.is_file():
             return 0, []
@@ -99,8 +99,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; the facts `run` are empty if it has none, as published ones.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or no checkpoint of linear classifiers.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, or no checkpoint of linear classifiers.
     """
     state = read_file(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):

@@ -140,7 +140,7 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
     """The sets of the command line.
 
     Raises:
-        ValueError: if there are not as many test metrics or class mappings as test sets, or a set has other classes
+        ValueError: If there are not as many test metrics or class mappings as test sets, or a set has other classes
             than those trained on and no class mapping, or labels that no classifier can give.
     """
     options, train = image_options(cfg), None

@@ -32,9 +32,9 @@ class LinearClassifier(nn.Module):
         """Initialize the weights from a normal distribution of std 0.01, the biases with 0.
 
         Args:
-            out_dim: width of the input, (n or n + 1) * D.
-            use_n_blocks: n.
-            use_avgpool: whether the mean patch token is part of the input.
+            out_dim: Width of the input, (n or n + 1) * D.
+            use_n_blocks: N.
+            use_avgpool: Whether the mean patch token is part of the input.
             num_classes: C.
         """
         super().__init__()
@@ -97,7 +97,7 @@ def classifier_names(use_n_blocks: int, use_avgpool: bool, rates: Sequence[float
     """Published names, such as `classifier_4_blocks_avgpool_True_lr_0_00400`, with more decimals where rates need them.
 
     Raises:
-        ValueError: if a rate is there twice, so that no number of decimals can tell them apart.
+        ValueError: If a rate is there twice, so that no number of decimals can tell them apart.
     """
     if len(set(rates)) < len(rates):
         raise ValueError(f"learning rates must differ from each other, got {list(rates)}")
@@ -130,13 +130,13 @@ def setup_linear_classifiers(
     All classifiers on the same input start from the same weights, whatever else is in the grid.
 
     Args:
-        sample_output: backbone output for any images, for its widths.
-        n_last_blocks_list: the numbers of blocks.
-        learning_rates: for a global batch of 256.
-        batch_size: per process.
+        sample_output: Backbone output for any images, for its widths.
+        n_last_blocks_list: The numbers of blocks.
+        learning_rates: For a global batch of 256.
+        batch_size: Per process.
         num_classes: C.
-        world_size: number of processes.
-        seed: of the initial weights.
+        world_size: Number of processes.
+        seed: Of the initial weights.
     """
     rates = [scale_lr(rate, batch_size, world_size) for rate in learning_rates]
     classifiers, groups = {}, []
@@ -156,7 +156,7 @@ def classifiers_from_state_dict(state: Mapping[str, Tensor], source: str) -> All
     """The classifiers of a checkpoint, whatever grid it was trained with.
 
     Raises:
-        ValueError: if `state`, which comes from `source`, holds none, or incomplete ones.
+        ValueError: If `state`, which comes from `source`, holds none, or incomplete ones.
     """
     classifiers = {}
     try:

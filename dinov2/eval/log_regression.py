@@ -181,7 +181,7 @@ def hold_out(train: LabeledFeatures) -> tuple[LabeledFeatures, LabeledFeatures]:
     As published, the first tenth of a random order; but the last image of each class in that order stays in the rest.
 
     Raises:
-        ValueError: if there are too few images.
+        ValueError: If there are too few images.
     """
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     backwards = train.labels.cpu()[order].flip(0).numpy()
@@ -219,7 +219,7 @@ def eval_log_regression(
         [{"C": C, "top-1": ..., "converged": ...}, ...]}, elsewhere nothing.
 
     Raises:
-        ValueError: if there are too few images, or all that are fitted to are of one class.
+        ValueError: If there are too few images, or all that are fitted to are of one class.
     """
     fitted = everything = train
     if finetune is not None:

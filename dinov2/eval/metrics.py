@@ -120,10 +120,10 @@ def build_metric(
     """The accuracies `top-k` for each k.
 
     Args:
-        metric_type: which accuracy.
+        metric_type: Which accuracy.
         num_classes: C, the width of the scores.
-        ks: the values of k; (1, 5) when None. Those above `num_classes` are left out.
-        sync_on_compute: sum over the processes; off when they evaluate different models.
+        ks: The values of k; (1, 5) when None. Those above `num_classes` are left out.
+        sync_on_compute: Sum over the processes; off when they evaluate different models.
 
     Returns:
         A collection whose `compute()` gives {"top-1": ..., "top-5": ...}.

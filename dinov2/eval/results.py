@@ -40,11 +40,11 @@ def write_results(
     """Write the results on rank 0.
 
     Args:
-        path: the JSON file.
-        evaluation: which one.
-        metrics: what was measured; accuracies in percent.
-        args: the command line, from which all settings are recorded.
-        facts: further entries, see `run_facts`.
+        path: The JSON file.
+        evaluation: Which one.
+        metrics: What was measured; accuracies in percent.
+        args: The command line, from which all settings are recorded.
+        facts: Further entries, see `run_facts`.
     """
     if not distributed.is_main():
         return
@@ -86,9 +86,9 @@ def run_facts(sets: Mapping[str, ImageDataset], cache: FeatureCache, started: fl
     """What a results file says of the datasets, the feature files and the time.
 
     Args:
-        sets: by dataset string.
-        cache: of the features, after use.
-        started: when the evaluation began, by `time.monotonic()`.
+        sets: By dataset string.
+        cache: Of the features, after use.
+        started: When the evaluation began, by `time.monotonic()`.
     """
     return {
         "sets": {name: set_facts(dataset) for name, dataset in sets.items()},

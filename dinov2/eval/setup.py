@@ -115,11 +115,11 @@ def build_model_for_eval(cfg: Config, pretrained_weights: str | None) -> DinoVis
     """The teacher's backbone on this process's device, in evaluation mode.
 
     Args:
-        cfg: says which backbone.
-        pretrained_weights: path or URL; None leaves the weights as initialized with `train.seed`.
+        cfg: Says which backbone.
+        pretrained_weights: Path or URL; None leaves the weights as initialized with `train.seed`.
 
     Raises:
-        ValueError: if the weights do not fit the configuration.
+        ValueError: If the weights do not fit the configuration.
     """
     torch.manual_seed(cfg.train.seed)
     model = build_model(**config.backbone_arguments(cfg))
@@ -147,7 +147,7 @@ def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: in
     """Sizes in pixels (resize, crop): from the flags, else the published ones or those of a small-image model.
 
     Raises:
-        ValueError: if the crop is no whole number of patches, or larger than the resized image.
+        ValueError: If the crop is no whole number of patches, or larger than the resized image.
     """
     trained = cfg.crops.global_crops_size
     small = trained < SMALLEST_PUBLISHED_SIZE
@@ -194,7 +194,7 @@ def check_same_classes(train_dataset: ImageDataset, other: ImageDataset, other_n
     """Labels are positions in a list of classes, which must be the same for the training images and the others.
 
     Raises:
-        ValueError: if both datasets name their classes and the names differ.
+        ValueError: If both datasets name their classes and the names differ.
     """
     check_classes(class_names(train_dataset), other, other_name)
 
@@ -221,13 +221,13 @@ def check_labels(
     """Labels that are tested on should be among those trained on.
 
     Args:
-        train_targets: labels of the training images.
-        other: dataset to test on.
-        other_name: its dataset string.
-        num_classes: labels that a classifier can give; None: any.
+        train_targets: Labels of the training images.
+        other: Dataset to test on.
+        other_name: Its dataset string.
+        num_classes: Labels that a classifier can give; None: any.
 
     Raises:
-        ValueError: if a label is not below `num_classes`.
+        ValueError: If a label is not below `num_classes`.
     """
     targets = labels_of(other)
     if num_classes is not None and targets.max() >= num_classes:
@@ -245,7 +245,7 @@ def compare_sets(train_name: str, train: ImageDataset, others: Mapping[str, Imag
     """See that training images and others, by dataset string, go together; what `report_equal_images` finds.
 
     Raises:
-        ValueError: if they have other classes.
+        ValueError: If they have other classes.
     """
     for name, other in others.items():
         check_same_classes(train, other, name)
@@ -266,7 +266,7 @@ def training_dataset(dataset_str: str, transform: Callable[..., Tensor], image_o
     """As `labeled_dataset`, of images to tell classes apart by.
 
     Raises:
-        ValueError: if they are all of one class, too.
+        ValueError: If they are all of one class, too.
     """
     dataset = labeled_dataset(dataset_str, transform, image_options=image_options)
     targets = labels_of(dataset)
@@ -297,7 +297,7 @@ def labeled_dataset(
     """The dataset of a string, with images transformed, and with one label per image unless `several` are fine, too.
 
     Raises:
-        ValueError: if it is empty or has not such labels.
+        ValueError: If it is empty or has not such labels.
     """
     dataset = make_dataset(dataset_str=dataset_str, transform=transform, image_options=image_options)
     if len(dataset) == 0:

@@ -45,7 +45,7 @@ def skip_unreadable_batches(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches of a loader with `collate_skipping_unreadable`.
 
     Raises:
-        ValueError: if there is an `UnreadableBatch` among them. Not in a worker, which would add its traceback.
+        ValueError: If there is an `UnreadableBatch` among them. Not in a worker, which would add its traceback.
     """
     for batch in batches:
         if isinstance(batch, UnreadableBatch):

@@ -88,8 +88,8 @@ class Block(nn.Module):
         """Every sequence attends to itself; the result has the form of the input.
 
         Args:
-            x: one batch (B, N, D); or packed tokens (T, D) with their `segments`; or a list of batches (b_k, n_k, D).
-            rows: with packed tokens, the only ones that are wanted: the feed-forward network skips the others, and the
+            x: One batch (B, N, D); or packed tokens (T, D) with their `segments`; or a list of batches (b_k, n_k, D).
+            rows: With packed tokens, the only ones that are wanted: the feed-forward network skips the others, and the
                 result is (len(rows), D).
         """
         if not isinstance(x, Tensor):

@@ -11,11 +11,11 @@ class DINOHead(nn.Module):
     """MLP to a bottleneck, L2 normalization, then the scores against `out_dim` prototypes.
 
     Args:
-        in_dim: width of the tokens.
-        out_dim: number of prototypes K.
-        use_bn: batch norm after every hidden layer.
-        nlayers: linear layers of the MLP, at least 1.
-        mlp_bias: whether these layers have a bias.
+        in_dim: Width of the tokens.
+        out_dim: Number of prototypes K.
+        use_bn: Batch norm after every hidden layer.
+        nlayers: Linear layers of the MLP, at least 1.
+        mlp_bias: Whether these layers have a bias.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ class PatchEmbed(nn.Module):
     """One linear map per patch, as a convolution whose stride is its kernel.
 
     Args:
-        img_size: height and width in pixels that the model is built for (it fixes `num_patches`).
-        patch_size: height and width of a patch in pixels.
+        img_size: Height and width in pixels that the model is built for (it fixes `num_patches`).
+        patch_size: Height and width of a patch in pixels.
         flatten_embedding: False keeps the grid, (B, H/p, W/p, D).
     """
 

@@ -66,8 +66,8 @@ class iBOTPatchLoss(nn.Module):  # noqa: N801  (the published name)
         """Masked form: mean over **all** B crops of the mean over the crop's masked patches, 0 where none is.
 
         Args:
-            student_patch_tokens_masked: scores (M, K), masked patches in the order of the flattened mask.
-            teacher_patch_tokens_masked: targets (M, K).
+            student_patch_tokens_masked: Scores (M, K), masked patches in the order of the flattened mask.
+            teacher_patch_tokens_masked: Targets (M, K).
             student_masks_flat: (B, N) bool.
             n_masked_patches: M, if the two inputs are padded beyond it.
             masks_weight: (M,), 1 / (masked patches of the crop); derived from the masks if absent.

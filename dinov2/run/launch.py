@@ -45,9 +45,9 @@ def launch(
 
     Args:
         function: `module:function`, called with the parsed arguments of the task.
-        get_args_parser: makes the task's own parser; called with `add_help=False`.
-        name: of the job in the queue, such as `dinov2:train`.
-        argv: the command line without the program; None takes it from the process.
+        get_args_parser: Makes the task's own parser; called with `add_help=False`.
+        name: Of the job in the queue, such as `dinov2:train`.
+        argv: The command line without the program; None takes it from the process.
         check: What is wrong with a config for so many processes: warnings, or a ConfigError. The task checks by itself;
             this is for what would otherwise wait in the queue first.
     """

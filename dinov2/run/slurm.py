@@ -177,7 +177,7 @@ def submit(task: Task, submission: Submission, name: str) -> int:
     """Put the task into SLURM's queue and say where to look; the exit status.
 
     Raises:
-        LaunchError: if SLURM does not take it.
+        LaunchError: If SLURM does not take it.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError

@@ -99,7 +99,7 @@ def uses_slurm(submission: Submission) -> bool:
     """Whether the task is to be submitted.
 
     Raises:
-        LaunchError: if it is, but there is no SLURM here.
+        LaunchError: If it is, but there is no SLURM here.
     """
     found = shutil.which("sbatch") is not None and shutil.which("srun") is not None
     if submission.launcher == "slurm" and not found:
@@ -111,7 +111,7 @@ def check_counts(submission: Submission) -> None:
     """Refuse numbers that make no sense, alone or together.
 
     Raises:
-        LaunchError: naming the flags.
+        LaunchError: Naming the flags.
     """
     least = {"ngpus": 0, "tasks_per_node": 1, "nodes": 1, "timeout": 1, "cpus_per_task": 1}
     for name, lower in least.items():
@@ -147,7 +147,7 @@ def num_local_processes(submission: Submission, num_gpus: int) -> int:
     one per GPU, at most as many as asked for.
 
     Raises:
-        LaunchError: if more nodes, or explicitly more processes than there are GPUs, are asked for.
+        LaunchError: If more nodes, or explicitly more processes than there are GPUs, are asked for.
     """
     if submission.nodes > 1:
         raise LaunchError(

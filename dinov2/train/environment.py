@@ -40,12 +40,12 @@ def record_environment(output_dir: Path, first_step: int = 0, data: str | None =
     """Append this session to `output_dir/environment.json`; to be called on rank 0.
 
     Args:
-        output_dir: of the run.
-        first_step: that this session does; 0 means that the run begins, and former sessions are forgotten.
-        data: the dataset that is trained on, as in the config.
+        output_dir: Of the run.
+        first_step: That this session does; 0 means that the run begins, and former sessions are forgotten.
+        data: The dataset that is trained on, as in the config.
 
     Raises:
-        OSError: naming the file, if it cannot be written.
+        OSError: Naming the file, if it cannot be written.
     """
     path = output_dir / ENVIRONMENT_FILE
     try:
@@ -63,8 +63,8 @@ def read_environment(path: Path) -> list[dict[str, Any]]:
     """The sessions in an environment file, the oldest first; none if there is no file.
 
     Raises:
-        OSError: naming the file, if it cannot be read.
-        ValueError: naming the file, if it is damaged.
+        OSError: Naming the file, if it cannot be read.
+        ValueError: Naming the file, if it is damaged.
     """
     try:
         content = read_json(path)
@@ -113,7 +113,7 @@ def reproducing_command(argv: Sequence[str]) -> str | None:
     """What to type in the top folder of the clone; None where a scheduler started the process by a program of its own.
 
     Args:
-        argv: program and arguments of this process.
+        argv: Program and arguments of this process.
     """
     program = Path(argv[0])
     if program.name in _COMMANDS:

@@ -29,7 +29,7 @@ class NonFiniteGuard:
     the processor never waits for the step that the device is working on.
 
     Args:
-        max_in_a_row: refusals in a row that end the run.
+        max_in_a_row: Refusals in a row that end the run.
     """
 
     def __init__(self, max_in_a_row: int) -> None:
@@ -53,7 +53,7 @@ class NonFiniteGuard:
         the losses are finite and the scaler can lower the scale (1 without a scaler) to a sensible one.
 
         Raises:
-            FloatingPointError: if too many steps in a row were refused.
+            FloatingPointError: If too many steps in a row were refused.
         """
         while len(self._unreported) > (0 if all_steps else 1):
             verdict = self._unreported.popleft()
@@ -104,7 +104,7 @@ class BadImageGuard:
         """Count the images of some batches.
 
         Raises:
-            OSError: if the share of unreadable images so far is above the limit.
+            OSError: If the share of unreadable images so far is above the limit.
         """
         bad_images = [bad for batch in batches for bad in batch.bad_images]
         self.seen += sum(len(batch.global_crops) // 2 for batch in batches) + len(bad_images)

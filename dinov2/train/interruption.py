@@ -39,7 +39,7 @@ class Interruption:
                 interruption.leave()
 
     Args:
-        save: completes the checkpoint of the last finished step; for a stop while images do not come.
+        save: Completes the checkpoint of the last finished step; for a stop while images do not come.
     """
 
     def __init__(self, save: Callable[[], object] = lambda: None) -> None:
@@ -78,13 +78,13 @@ class Interruption:
         """To be called now and then while images are waited for.
 
         Raises:
-            NoImages: a signal came more than `GRACE` seconds ago. One process then stops with a checkpoint. Several
+            NoImages: A signal came more than `GRACE` seconds ago. One process then stops with a checkpoint. Several
                 cannot agree on that: the others may be in the middle of the step, waiting for this one.
         """
         if self.signum and time.monotonic() > self._noted + GRACE:
             name = signal.Signals(self.signum).name
             end = "; the last complete checkpoint counts" if distributed.is_enabled() else ""
-            raise NoImages(f"no batch of images came within {GRACE:g} seconds of {name}{end}")
+            raise NoImages(f"no batch of images arrived within {GRACE:g} seconds of {name}{end}")
 
     def requested(self) -> bool:
         """Whether any process was told to stop; to be asked by all of them after every step."""
@@ -100,8 +100,8 @@ class Interruption:
         that, as the first one to leave takes the job down.
 
         Raises:
-            KeyboardInterrupt: for SIGINT.
-            SystemExit: with the usual status 128 + signal, or that of the former handler.
+            KeyboardInterrupt: For SIGINT.
+            SystemExit: With the usual status 128 + signal, or that of the former handler.
         """
         if self.signum == signal.SIGINT:
             raise KeyboardInterrupt

@@ -51,15 +51,15 @@ def parallelize(
     To be called on the final device and before the optimizer is made, which must hold the sharded parameters.
 
     Args:
-        student, teacher: networks by name; `backbone` has `blocks`.
-        precision: strategy and dtypes of each network.
-        block_chunks: how many units the blocks of a backbone are sharded in; 0 makes each block one.
-        activation_checkpointing: what the student's blocks compute again in the backward pass instead of keeping it:
+        student, teacher: Networks by name; `backbone` has `blocks`.
+        precision: Strategy and dtypes of each network.
+        block_chunks: How many units the blocks of a backbone are sharded in; 0 makes each block one.
+        activation_checkpointing: What the student's blocks compute again in the backward pass instead of keeping it:
             nothing, all but the results of matrix products and attention, or everything.
-        compile_blocks: compile each block by `torch.compile`.
+        compile_blocks: Compile each block by `torch.compile`.
 
     Raises:
-        ValueError: if the processes of a machine are to share and the machines have different numbers of them.
+        ValueError: If the processes of a machine are to share and the machines have different numbers of them.
     """
     if activation_checkpointing != "none":
         for block in _blocks(student):

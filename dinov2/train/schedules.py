@@ -15,7 +15,7 @@ class CosineScheduler:
     approaches but does not reach. The warm-up includes both its ends, so `base_value` stands there twice.
 
     Raises:
-        ValueError: if freezing and warm-up are longer than the whole.
+        ValueError: If freezing and warm-up are longer than the whole.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ def scale_lr(base_lr: float, rule: str, global_batch: int) -> float:
     """Peak learning rate for `global_batch` images per step.
 
     Raises:
-        ValueError: if the rule is unknown.
+        ValueError: If the rule is unknown.
     """
     factors = {
         "sqrt_wrt_1024": math.sqrt(global_batch / 1024),

@@ -273,7 +273,7 @@ def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
     """Write the teacher of the latest checkpoint if `resume`, or of MODEL.WEIGHTS, as `eval/manual_<iteration>`.
 
     Raises:
-        FileNotFoundError: if there is neither, rather than writing random weights.
+        FileNotFoundError: If there is neither, rather than writing random weights.
     """
     output_dir = Path(cfg.train.output_dir)
     folder = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None

@@ -37,7 +37,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     """Check config, dataset, output folder, and checkpoint or weights to start from, and print the plan of the run.
 
     Raises:
-        OSError, ValueError: whatever would have stopped the run.
+        OSError, ValueError: Whatever would have stopped the run.
     """
     findings = check_settings(cfg, world_size)
     _check_writable(Path(cfg.train.output_dir))
@@ -74,7 +74,7 @@ def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, st
     """Where the run begins; the checkpoint that it resumes from is looked at, but for the numbers in its tensors.
 
     Raises:
-        OSError, ValueError: if it is damaged, cannot be read, or is of another model.
+        OSError, ValueError: If it is damaged, cannot be read, or is of another model.
     """
     if latest is None:
         weights = filter(None, (cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS))

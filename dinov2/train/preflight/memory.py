@@ -65,8 +65,8 @@ def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_
     """What a process of a run holds and sends; the model may be on the meta device.
 
     Args:
-        num_processes: of the run.
-        processes_per_machine: with so many or fewer there is one machine.
+        num_processes: Of the run.
+        processes_per_machine: With so many or fewer there is one machine.
     """
     per_machine = min(processes_per_machine, num_processes)
     networks = []
@@ -109,9 +109,9 @@ class _Network:
     """One network of the student, its teacher, and how they are shared.
 
     Attributes:
-        units: elements of each unit, padded; that outside of blocks comes first.
-        shard: elements of all units that a process holds.
-        kept: whether the student keeps what it has gathered until the backward pass.
+        units: Elements of each unit, padded; that outside of blocks comes first.
+        shard: Elements of all units that a process holds.
+        kept: Whether the student keeps what it has gathered until the backward pass.
     """
 
     def __init__(
