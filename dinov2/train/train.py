@@ -1,9 +1,9 @@
-"""Train DINOv2: from the command line to the last checkpoint. The loop is `do_train`.
+"""Training of DINOv2, from the command line to the last checkpoint. The loop is `do_train`.
 
     python dinov2/train/train.py --config-file dinov2/configs/train/vitl16_short.yaml --output-dir OUT \\
         train.dataset_path=ImageFolder:root=/my/images
 
-The same command again resumes the run, exactly. `--dry-run` checks everything and trains nothing.
+The same command resumes the run exactly. `--dry-run` checks everything without training.
 """
 
 import argparse
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """The published flags, and --dry-run."""
+    """Build the parser of the published flags and --dry-run."""
     parser = argparse.ArgumentParser("DINOv2 training", add_help=add_help, allow_abbrev=False)
     parser.add_argument(
         "--config-file", required=True, help="YAML file, or the name of a packaged one such as train/vitl16_short"
@@ -75,11 +75,11 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Run what the parsed arguments ask for, in this process or as one of several."""
+    """Run the command, in a single process or as one of several."""
     cfg = config.load(args.config_file, args.opts)
     output_dir = Path(args.output_dir or cfg.train.output_dir).resolve()
     if args.dry_run:
-        planned: int | None = getattr(args, "world_size", None)  # by the launcher, which starts the processes
+        planned: int | None = getattr(args, "world_size", None)  # set by the launcher, which starts the processes
         world_size = planned or distributed.detect_process().world_size
         dry_run(with_run_values(cfg, output_dir, world_size), world_size, resume=not args.no_resume)
         return
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         setup_logging(output_dir, distributed.rank())
         seed_everything(cfg.train.seed)
-        torch.set_float32_matmul_precision("high")  # TF32 where the hardware has it, as published
+        torch.set_float32_matmul_precision("high")  # TF32 where supported, as published
         logger.info("%d process(es), device %s, output %s", distributed.world_size(), distributed.device(), output_dir)
         if distributed.device().type == "cpu":
             keep_freed_memory()
@@ -97,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
         if not args.eval_only:
             for warning in check_settings(cfg, distributed.world_size()):
                 logger.warning("%s", warning)
-        cfg, dataset = open_dataset(cfg, resume=not args.no_resume)  # before the model: mistakes show at once
+        cfg, dataset = open_dataset(cfg, resume=not args.no_resume)  # before the model, to report mistakes early
         model = SSLMetaArch(cfg).to(distributed.device())
         with distributed.on_main(folder_lock(output_dir)):
             if args.eval_only:
@@ -137,7 +137,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
     interruption = Interruption(partial(run.save, wait=True))
     loader = build_loader(cfg, dataset, run.images_seen, while_waiting=interruption.check_wait)
-    loading = closing(to_device(loader, distributed.device()))  # its worker processes end with the loop
+    loading = closing(to_device(loader, distributed.device()))  # ends the worker processes after the loop
     tracking = open_run_trackers(cfg, first_step=run.step + 1)
     due = False  # a checkpoint is; it is postponed while steps are refused
     with tracking as trackers, loading as micro_batches, checkpointer, interruption:
@@ -232,7 +232,7 @@ def clip_and_step(
 def log_steps(
     cfg: Config, metrics: MetricLogger, micro_batches: Iterable[Batch], *, first_step: int
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
-    """The remaining steps of a run with their micro-batches; progress is logged on the way."""
+    """Iterate over the remaining steps and their micro-batches, and log progress."""
     steps = enumerate(zip(*[iter(micro_batches)] * cfg.train.accumulate_steps, strict=False), first_step)
     return metrics.log_every(
         steps,
@@ -273,7 +273,7 @@ def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
     """Write the teacher of the latest checkpoint if `resume`, or of MODEL.WEIGHTS, as `eval/manual_<iteration>`.
 
     Raises:
-        FileNotFoundError: If there is neither, rather than writing random weights.
+        FileNotFoundError: There is neither; random weights are not written.
     """
     output_dir = Path(cfg.train.output_dir)
     folder = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
@@ -284,11 +284,11 @@ def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
         )
     load_training_weights(model, source)
     if distributed.is_main() and not (output_dir / "config.yaml").exists():
-        config.save(cfg, output_dir / "config.yaml")  # which an evaluation of the teacher needs
+        config.save(cfg, output_dir / "config.yaml")  # needed by evaluations of the teacher
     iteration = read_state(folder)["iteration"] + 1 if folder else 0
     save_teacher(model.teacher, output_dir / "eval" / f"manual_{iteration}" / "teacher_checkpoint.pth")
 
 
 if __name__ == "__main__":
-    words = "the same command again continues the training"
-    sys.exit(run_command(lambda: main(get_args_parser().parse_intermixed_args()), after_interrupt=words))
+    hint = "the same command again continues the training"
+    sys.exit(run_command(lambda: main(get_args_parser().parse_intermixed_args()), after_interrupt=hint))

@@ -85,7 +85,7 @@ def _former_range(cfg: Config) -> tuple[float, float] | None:
 def build_loader(
     cfg: Config, dataset: ImageDataset, images_seen: int, while_waiting: Callable[[], object] | None = None
 ) -> Iterable[Batch] | Iterable[RawBatch]:
-    """Endless micro-batches of this process, continuing where `images_seen` have been used by all; for `to_device`."""
+    """Build the loader of endless micro-batches of this process after `images_seen` images; for `to_device`."""
     crops, patch_size = cfg.crops, cfg.student.patch_size
     augmentation = DataAugmentationDINO(
         crops.global_crops_scale,
@@ -222,10 +222,13 @@ def open_run_trackers(cfg: Config, *, first_step: int) -> AbstractContextManager
 def resume_run(
     cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger, setup: Setup
 ) -> tuple[int, int]:
-    """Restore the latest checkpoint, if there is one; the first step to do and the images seen before it.
+    """Restore the latest checkpoint, if there is one.
 
-    What is not as it was before is logged as a warning. Config and metrics on disk are replaced only once that has
-    worked.
+    Changed settings, data and processes are logged as warnings. Config and metrics on disk are replaced only after that
+    succeeded.
+
+    Returns:
+        The next step, and the number of images seen before it.
     """
     config_file = Path(cfg.train.output_dir) / "config.yaml"
     start = images_seen = 0
@@ -246,7 +249,7 @@ def resume_run(
 
 
 def changed_settings(former: Path, cfg: Config) -> list[str]:
-    """The settings that differ from those in a run's config file; none, with a warning, if that cannot be understood.
+    """Settings that differ from those in the config file of a run; empty, with a warning, if it cannot be read.
 
     Returns:
         Texts such as "optim.epochs: 2 -> 4".
@@ -256,12 +259,12 @@ def changed_settings(former: Path, cfg: Config) -> list[str]:
     try:
         return config.differences(config.load(former), cfg)
     except (ValueError, OSError) as error:
-        logger.warning("which settings have changed cannot be told, %s is replaced: %s", former, error)
+        logger.warning("cannot compare settings, %s is replaced: %s", former, error)
         return []
 
 
 def uses_fp16(cfg: Config) -> bool:
-    """Whether gradients need scaling: only fp16 has so small a range."""
+    """Whether gradients need scaling, which only fp16 with its small range does."""
     student = cfg.compute_precision.student
     dtypes = {module.mixed_precision.param_dtype for module in (student.backbone, student.dino_head, student.ibot_head)}
     return cfg.compute_precision.grad_scaler and "fp16" in dtypes
