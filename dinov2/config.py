@@ -289,13 +289,13 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     """Defaults, then a file, then overrides; later values win, lists are replaced whole.
 
     Args:
-        file: a YAML file, or the name of a packaged one such as ``train/vitl16_short``; None for the defaults alone.
+        file: A YAML file, or the name of a packaged one such as ``train/vitl16_short``; None for the defaults alone.
         overrides: ``dotted.key=value`` words. The first ``=`` splits. A key whose type is text takes all that follows
             as it is; quotes around it are an error. For other keys it is YAML without comments.
 
     Raises:
-        FileNotFoundError: no such file and no such packaged name.
-        ConfigError: malformed YAML or override, unknown key, unusable value, settings that contradict each other.
+        FileNotFoundError: No such file and no such packaged name.
+        ConfigError: Malformed YAML or override, unknown key, unusable value, settings that contradict each other.
     """
     sources = []
     if file is not None:
@@ -309,7 +309,7 @@ def from_dict(mapping: Mapping[str, Any], source: str = "mapping") -> Config:
     """Nested mapping over the defaults; ``source`` says in messages where it came from.
 
     Raises:
-        ConfigError: as for `load`.
+        ConfigError: As for `load`.
     """
     return _merge([_check(mapping, source)])
 
@@ -328,7 +328,7 @@ def save(cfg: Config, path: str | Path) -> None:
     """Write every key as YAML; a reader sees the old file or the new one, never half of one. ``load(path) == cfg``.
 
     Raises:
-        OSError: naming the file, if it cannot be written.
+        OSError: Naming the file, if it cannot be written.
     """
     with atomic_write(Path(path)) as file:
         file.write(to_yaml(cfg).encode())

@@ -67,7 +67,7 @@ def detect_process(env: Mapping[str, str] = os.environ) -> ProcessInfo:
     of an allocation alone, as in an sbatch script or an salloc shell, do not make several processes); alone.
 
     Raises:
-        ValueError: if the variables mean several processes but are incomplete or contradict each other.
+        ValueError: If the variables mean several processes but are incomplete or contradict each other.
     """
     if all(name in env for name in _TORCHRUN):
         address, port, rank, world_size, local_rank, local_world_size = (env[name] for name in _TORCHRUN)
@@ -91,7 +91,7 @@ def expand_nodelist(text: str) -> list[str]:
     """Expand a SLURM node list: `a1,b[2-3,07-09]` -> a1 b2 b3 b07 b08 b09; ranges keep their zero padding.
 
     Raises:
-        ValueError: if the text is no node list.
+        ValueError: If the text is no node list.
     """
     names: list[str] = []
     for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
@@ -171,8 +171,8 @@ def init(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessInfo:
     Collectives on CUDA tensors go through NCCL, those on CPU tensors through gloo.
 
     Raises:
-        RuntimeError: if a process group exists already.
-        ValueError: if the environment makes no sense, or there are fewer GPUs than processes on this machine.
+        RuntimeError: If a process group exists already.
+        ValueError: If the environment makes no sense, or there are fewer GPUs than processes on this machine.
     """
     global _process
     if dist.is_initialized():
@@ -283,7 +283,7 @@ def device_mesh(num_shards: int) -> DeviceMesh:
     What is sharded is split over a row and replicated over the rows. Only with a process group.
 
     Raises:
-        ValueError: if the processes do not fill the rows.
+        ValueError: If the processes do not fill the rows.
     """
     if world_size() % num_shards:
         raise ValueError(f"{world_size()} processes cannot be divided into groups of {num_shards}")

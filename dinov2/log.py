@@ -155,9 +155,9 @@ class SmoothedValue:
     """A series of numbers: its last `window_size` values, and the count and total of all of them.
 
     Args:
-        window_size: how many values the median, the average and the maximum look at.
-        fmt: text form; may use median, avg, global_avg, max and value.
-        mean_over_processes: applied to the tensors before they become numbers; then all processes must ask for numbers
+        window_size: How many values the median, the average and the maximum look at.
+        fmt: Text form; may use median, avg, global_avg, max and value.
+        mean_over_processes: Applied to the tensors before they become numbers; then all processes must ask for numbers
             at the same time.
     """
 
@@ -291,14 +291,14 @@ class MetricLogger:
     """Named meters, and a loop over batches that prints them.
 
     Args:
-        delimiter: between the parts of a printed line.
-        output_file: every printed line is also appended here as a JSON object.
-        is_main: whether this is the process that writes the file and shows the progress bar.
-        mean_over_processes: applied to tensors before they become numbers; then all processes must print together.
-        hidden: meters that the console does not show.
+        delimiter: Between the parts of a printed line.
+        output_file: Every printed line is also appended here as a JSON object.
+        is_main: Whether this is the process that writes the file and shows the progress bar.
+        mean_over_processes: Applied to tensors before they become numbers; then all processes must print together.
+        hidden: Meters that the console does not show.
 
     Attributes:
-        listeners: are called with each such record, in the main process.
+        listeners: Are called with each such record, in the main process.
     """
 
     def __init__(
@@ -383,11 +383,11 @@ class MetricLogger:
         Nothing is fetched and nothing yielded when `start_iteration` has reached `n_iterations` already.
 
         Args:
-            iterable: batches, the first of which belongs to `start_iteration`.
-            print_freq: iterations between two lines.
-            header: the first words of each line.
-            n_iterations: where to stop, not counted from `start_iteration`; default: the length of the iterable.
-            batch_size: images per iteration over all processes; if given, images per second are printed.
+            iterable: Batches, the first of which belongs to `start_iteration`.
+            print_freq: Iterations between two lines.
+            header: The first words of each line.
+            n_iterations: Where to stop, not counted from `start_iteration`; default: the length of the iterable.
+            batch_size: Images per iteration over all processes; if given, images per second are printed.
         """
         stop = len(iterable) if n_iterations is None else n_iterations  # type: ignore[arg-type]
         loop = _Loop(header, range(start_iteration, stop), print_freq, batch_size)
@@ -476,7 +476,7 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
     """Append one line to a file of JSON lines.
 
     Raises:
-        OSError: naming the file, if it cannot be written.
+        OSError: Naming the file, if it cannot be written.
     """
     try:
         with path.open("a") as file:
@@ -491,7 +491,7 @@ def read_records(path: str | Path) -> list[dict[str, float]]:
     Lines that are torn by a crash or damaged are left out, with a warning.
 
     Raises:
-        OSError: naming the file, if it cannot be read.
+        OSError: Naming the file, if it cannot be read.
     """
     records, num_damaged = readable_records(path)
     if num_damaged:
@@ -512,7 +512,7 @@ def truncate_metrics(path: str | Path, before_iteration: int) -> None:
     well, with a warning. The file is replaced as a whole, so that a crash in here loses nothing.
 
     Raises:
-        OSError: naming the file, if it cannot be read or written.
+        OSError: Naming the file, if it cannot be read or written.
     """
     path = Path(path)
     lines = _lines(path)

@@ -64,7 +64,7 @@ def parse(text: str) -> Any:
     """The value that a YAML document holds, None if it is empty.
 
     Raises:
-        YamlError: if it is not YAML, gives a key twice, has tags or an alias within what it stands for, or has a value
+        YamlError: If it is not YAML, gives a key twice, has tags or an alias within what it stands for, or has a value
             that ends in ` #` without a space after it, as names do more often than comments.
     """
     loader = None

@@ -66,7 +66,7 @@ def main() -> None:
         losses = forward_backward(side.model, [batch], 0.07, side.scaler, watch, seed=0, step=1)
         norms = clip_and_step(losses, side.model.student, side.optimizer, side.scaler, 3.0, side.guard)
         ema_update(side.model.teacher, side.model.student, 0.99)
-        side.guard.tell(side.scaler)
+        side.guard.report(side.scaler)
         panel.measured(1, watch, norms)
 
     sides: dict[str, Callable[[], object]] = {

@@ -122,7 +122,7 @@ def shrunk(image: Image.Image) -> Image.Image:
 
 
 def data_uri(image: Image.Image) -> str:
-    """A image that needs no file: PNG, or JPEG if it is large."""
+    """An image that needs no file: PNG, or JPEG if it is large."""
     kind = "png" if max(image.size) <= SMALL_SIDE else "jpeg"
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))

@@ -22,7 +22,7 @@ _MAGMA = (
 
 
 class Cell(NamedTuple):
-    """A image on a sheet, and a line below it."""
+    """An image on a sheet, and a line below it."""
 
     image: Image.Image
     caption: str = ""
@@ -42,7 +42,7 @@ class Legend(NamedTuple):
 
 
 def heat_map(values: np.ndarray, low: float, high: float) -> Image.Image:
-    """Numbers (h, w) as colors from black for `low` to bright for `high`: a image of w x h pixels."""
+    """Numbers (h, w) as colors from black for `low` to bright for `high`: an image of w x h pixels."""
     stops = np.array([list(bytes.fromhex(stop)) for stop in _MAGMA.split()])
     position = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(stops) - 1)
     channels = [np.interp(position, np.arange(len(stops)), stops[:, channel]) for channel in range(3)]
@@ -56,13 +56,13 @@ def overlay(image: Image.Image, colors: Image.Image, strength: float = 0.65) -> 
 
 
 def enlarged(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A image at a larger size (width, height), its pixels as rectangles with true proportions."""
+    """An image at a larger size (width, height), its pixels as rectangles with true proportions."""
     width, height = size
     return image.resize((4 * width, 4 * height), Image.Resampling.NEAREST).reduce(4)  # borders blend between pixels
 
 
 def mark(image: Image.Image, center: tuple[float, float]) -> Image.Image:
-    """A copy of a image with a ring around a point (x, y) in pixels, to be seen on any color."""
+    """A copy of an image with a ring around a point (x, y) in pixels, to be seen on any color."""
     marked = image.copy()
     draw, stroke = ImageDraw.Draw(marked), max(round(min(image.size) / 112), 2)
     for color, radius, width in (("black", 5 * stroke, 3 * stroke), ("white", 4 * stroke, stroke)):
@@ -124,7 +124,7 @@ def contact_sheet(
         headings: one for each column.
         captions: one for each image.
         columns: images beside one another.
-        cell: longer side of a image on the sheet in pixels; whole multiples of the images' look best.
+        cell: longer side of an image on the sheet in pixels; whole multiples of the images' look best.
     """
     num_images = len(next(iter(rows.values())))
     cells, labels = [], []
@@ -203,7 +203,7 @@ def _drawn(item: Cell, cell: int) -> Image.Image:
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """A image whose longer side is `cell`."""
+    """An image whose longer side is `cell`."""
     scale = cell / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     return enlarged(image, size) if scale >= 1 else image.resize(size, Image.Resampling.LANCZOS)

@@ -1,7 +1,7 @@
 """What a frozen backbone sees in images: patch tokens, attention of the class token, similarities.
 
 Images keep their proportions. A side that is no multiple of the patch is brought to the nearest one, which stretches
-a image by less than half a patch.
+an image by less than half a patch.
 
 Shapes: n images, h x w patches of an image, D feature width, H heads, p patch side in pixels.
 """
@@ -30,7 +30,7 @@ BATCH_SIZE = 16  # images on a GPU at once; a CPU takes them a few at a time any
 
 
 def input_size(size: tuple[int, int], shorter_side: int | None, patch_size: int) -> tuple[int, int]:
-    """The size (width, height) at which a image of another one is looked at.
+    """The size (width, height) at which an image of another one is looked at.
 
     Args:
         size: (width, height) of the image.
@@ -43,7 +43,7 @@ def input_size(size: tuple[int, int], shorter_side: int | None, patch_size: int)
 
 
 def resized(image: Image.Image, shorter_side: int | None, patch_size: int) -> Image.Image:
-    """A image at the size at which it is looked at, see `input_size`."""
+    """An image at the size at which it is looked at, see `input_size`."""
     size = input_size(image.size, shorter_side, patch_size)
     return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
@@ -184,7 +184,7 @@ def similarity_maps(tokens: Sequence[Tensor], image: int, cell: tuple[int, int])
 
 
 def locate(text: str, size: tuple[int, int]) -> tuple[float, float]:
-    """A point as fractions (x, y) of the width and height of a image of that size.
+    """A point as fractions (x, y) of the width and height of an image of that size.
 
     Args:
         text: `x,y`; whole numbers are pixels of the original image, two with a decimal point are fractions.

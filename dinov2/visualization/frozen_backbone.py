@@ -122,7 +122,7 @@ def _folder_of_teacher(weights: str) -> Path | None:
 
 
 def _name(weights: str) -> str:
-    """What weights are called in a image: a teacher of a run by the run and the iteration, others by their file."""
+    """What weights are called in an image: a teacher of a run by the run and the iteration, others by their file."""
     run, folder = _run_of(weights), _folder_of_teacher(weights)
     return f"{run.parent.name}/{folder.name}" if run and folder else Path(weights).absolute().name
 

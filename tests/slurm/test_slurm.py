@@ -204,7 +204,7 @@ def test_a_signal_at_the_start_is_not_lost_and_a_killed_process_ends_the_job(clu
     os.kill(rank_1, signal.SIGKILL)
     job.wait_for_state("FAILED", seconds=60)
     assert time.monotonic() - started < 60
-    assert "error: process 1 of 2 ended without a word: killed" in last_line(job)
+    assert "error: process 1 of 2 ended without an error: killed" in last_line(job)
     assert f"log: {job.folder}/logs/log.txt.rank1" in last_line(job)
 
 

@@ -61,7 +61,7 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     ([FP16], "compute_precision.grad_scaler = false"),
     # teacher
     (["teacher.momentum_teacher=0.999"], "teacher.momentum_teacher = 0.999, teacher.final_momentum_teacher = 0.998"),
-    (["teacher.momentum_teacher=0"], "below 0.5 the teacher is hardly more than a copy of the student"),
+    (["teacher.momentum_teacher=0"], "below 0.5 the teacher is almost a copy of the student"),
     (["optim.epochs=2"], "after the 100 steps of the run the teacher is still 55% its initial weights"),
     (["teacher.momentum_teacher=1", "teacher.final_momentum_teacher=1"], "still 100% its initial weights"),
     (["teacher.warmup_teacher_temp=0.05"], "the temperature falls during its warm-up"),
@@ -89,7 +89,7 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     (["crops.local_crops_size=7"], "crops.local_crops_size = 7 is one patch (student.patch_size = 7)"),
     (["crops.global_crops_size=7", "ibot.loss_weight=0"], "crops.global_crops_size = 7 is one patch"),
     # pixels and health
-    (["optim.clip_grad=1e-9"], "optim.clip_grad = 1e-09: gradients are cut to where AdamW takes them for zero"),
+    (["optim.clip_grad=1e-9"], "optim.clip_grad = 1e-09: gradients are clipped to the level of AdamW's epsilon"),
     (["augmentation.color_jitter=[40,40,20,0.1]"], "augmentation.color_jitter = [40, 40, 20, 0.1]: above 1"),
     (["ibot.mask_ratio_min_max=[1,1]"], "ibot.mask_ratio_min_max = [1, 1]: a masked crop shows hardly anything"),
     (["health.best_by=knn", "health.knn_dataset=none"], "health.best_by = knn, health.knn_dataset = none: that is not"),

@@ -436,7 +436,7 @@ def test_writing_a_checkpoint_says_nothing_of_missing_process_groups(
     with caplog.at_level(logging.WARNING):
         run_train(tmp_path, "optim.epochs=1")
         run_train(tmp_path)
-    about_settings = "dinov2.train.train"  # which are other ones, and of a very short run
+    about_settings = "dinov2.train.training_run"  # which are other ones, and of a very short run
     assert [r.getMessage() for r in caplog.records if r.name != about_settings] == []
 
 
