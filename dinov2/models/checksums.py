@@ -60,7 +60,7 @@ def check_safetensors(path: Path) -> None:
         header = file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
         entry = _ENTRY.search(header)
         if entry is None:
-            logger.info("%s has no checksum: damage to its numbers would not be noticed", path)
+            logger.info("%s has no checksum: damage to its numbers is not detected", path)
             return
         found = zlib.crc32(length + header[: entry.start(1)] + NO_CHECKSUM.encode() + header[entry.end(1) :])
         while chunk := file.read(_CHUNK_BYTES):

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.models.checksums import CHECKSUM_KEY, NO_CHECKSUM, with_checksum
-from dinov2.models.infer_architecture import exact_ratio, find_arguments
+from dinov2.models.infer_architecture import exact_ratio, infer_arguments
 from dinov2.models.key_mapping import StateDict, to_hf, to_timm
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import import_safetensors, load_backbone, read_file
@@ -137,7 +137,7 @@ def _save_safetensors(state: StateDict, path: Path) -> None:
 
 
 def _read_ours(model: DinoVisionTransformer, path: Path) -> Tokens:
-    arguments = find_arguments(model.state_dict(), model.num_heads)
+    arguments = infer_arguments(model.state_dict(), model.num_heads)
     same = DinoVisionTransformer(
         **arguments | {name: getattr(model, name) for name in ("interpolate_offset", "interpolate_antialias")}
     )
@@ -160,7 +160,7 @@ def hf_config(model: DinoVisionTransformer) -> dict[str, Any]:
     Raises:
         ValueError: if transformers has no such network.
     """
-    arguments = find_arguments(model.state_dict(), model.num_heads)
+    arguments = infer_arguments(model.state_dict(), model.num_heads)
     ratio, registers = arguments["mlp_ratio"], model.num_register_tokens
     if ratio != int(ratio):
         raise ValueError(
@@ -213,7 +213,7 @@ def _write_timm(model: DinoVisionTransformer, path: Path) -> None:
 
 def timm_arguments(model: DinoVisionTransformer) -> tuple[str, dict[str, Any]]:
     """Name and keywords for `timm.create_model`."""
-    arguments = find_arguments(model.state_dict(), model.num_heads)
+    arguments = infer_arguments(model.state_dict(), model.num_heads)
     sizes = {384: "small", 768: "base", 1024: "large"}
     gated = arguments["ffn_layer"] == "swiglufused"
     size = "giant" if gated else sizes.get(model.embed_dim, "small")

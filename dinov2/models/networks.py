@@ -69,8 +69,8 @@ def choose(networks: Sequence[str], checkpoint_key: str, source: str) -> str:
             return matching[0]
     names = ", ".join(name.rstrip(".") or "one without prefix" for name in networks)
     raise ValueError(
-        f"{source} holds several networks: {names}; checkpoint_key = {checkpoint_key!r} is none of them or several. "
-        "Say which: load_backbone(..., checkpoint_key=NAME), or python -m dinov2.models.weights convert with "
+        f"{source} holds several networks: {names}; checkpoint_key = {checkpoint_key!r} matches none of them or "
+        "several. Select one: load_backbone(..., checkpoint_key=NAME), or python -m dinov2.tools convert with "
         "--checkpoint-key NAME"
     )
 

@@ -1,6 +1,6 @@
 """Checkpoints to resume from exactly, and teacher dumps to evaluate.
 
-    python -m dinov2.train.checkpoint inspect OUT     # what is in one; `convert` makes a file of it
+    python -m dinov2.tools inspect OUT     # print the contents of one; `convert` makes a file of it
 
 A checkpoint is a folder `OUT/checkpoints/model_<iteration>/` written by `torch.distributed.checkpoint` (weights,
 centers, AdamW moments) with a `state.json` beside the tensors (iteration, images seen, gradient scaler, meters). It is
@@ -396,4 +396,4 @@ def _shortened(error: BaseException) -> str:
 
 
 if __name__ == "__main__":  # the former name of a command
-    runpy.run_module("dinov2.tools.checkpoints", run_name="__main__", alter_sys=True)
+    runpy.run_module("dinov2.tools", run_name="__main__", alter_sys=True)

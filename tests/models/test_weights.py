@@ -186,7 +186,7 @@ def test_one_of_several_networks_is_never_taken_silently(
     tmp_path: Path, content: Callable[[StateDict, StateDict], object], names: str
 ) -> None:
     torch.save(content(vit().state_dict(), vit().state_dict()), tmp_path / "weights.pth")
-    message = f"holds several networks: {names}; checkpoint_key = 'teacher' is none of them or several"
+    message = f"holds several networks: {names}; checkpoint_key = 'teacher' matches none of them or several"
     assert_refused(vit(), tmp_path / "weights.pth", message)
 
 
