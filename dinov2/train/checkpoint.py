@@ -8,7 +8,6 @@ written under a temporary name and renamed when it is complete, so that a folder
 Random numbers need no storing: they are functions of the seed and of the position in the run.
 """
 
-import itertools
 import json
 import logging
 import runpy
@@ -27,9 +26,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dinov2 import distributed
 from dinov2.config import Config
-from dinov2.files import atomic_write
+from dinov2.files import atomic_write, numbered_path
 from dinov2.log import read_records
-from dinov2.models.weights import load_backbone, read_state_dict
+from dinov2.models.weights import check_numbers, load_backbone, read_state_dict
 from dinov2.train.checkpoint_folder import (
     SafeReader,
     complete_checkpoints,
@@ -288,15 +287,14 @@ def has_lost_checkpoints(output_dir: Path, period: int) -> bool:
 
 
 def archive_run(output_dir: Path) -> None:
-    """Move what an earlier run left in the folder to `earlier.<n>` in it, neither to mix with it nor to lose it."""
+    """Move the outputs of an earlier run to `OUT/earlier.<n>`, so that they are neither mixed nor lost."""
     former = [path for name in OUTPUTS if (path := output_dir / name).exists()]
     if distributed.is_main() and former:
-        names = (output_dir / f"earlier.{number}" for number in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
-        aside.mkdir()
+        archive = numbered_path(output_dir / "earlier")
+        archive.mkdir()
         for path in former:
-            path.rename(aside / path.name)
-        logger.warning("starting anew: what an earlier run left here is now in %s", aside)
+            path.rename(archive / path.name)
+        logger.warning("starting anew: the outputs of an earlier run are now in %s", archive)
     distributed.barrier()
 
 
@@ -315,22 +313,28 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
 
 
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
-    """Load networks and centers, but no optimizer, from a checkpoint folder, the file of a whole one or a teacher dump.
+    """Load networks and centers, without optimizer state.
 
-    A teacher dump holds one network with its heads, which student and teacher then both start from.
+    Args:
+        model: Changed in place; not sharded yet.
+        source: A checkpoint folder, a file with a whole checkpoint, or an exported teacher: one network with its heads,
+            which initializes both student and teacher.
 
     Raises:
-        ValueError: if the weights do not fit the model.
+        FileNotFoundError: If there are no such weights.
+        ValueError: If they cannot be read, do not fit the model, or are not finite.
     """
     if Path(source).is_dir():
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
         try:
             stored = {name for name in stored_names(Path(source)) if name.startswith("model.")}
             _load_tensors(state, Path(source), stored)
+            check_numbers(state, str(source))
         except (Exception, CheckpointException) as error:  # a damaged file raises nearly anything
             raise ValueError(f"cannot load the model from {source}: {_root_cause(error)}") from error
     else:
         state = read_state_dict(source)
+        check_numbers(state, str(source))
         whole = any(name.startswith("student.") for name in state)
         try:
             for module in (model,) if whole else (model.student, model.teacher):
