@@ -278,7 +278,7 @@ def _check_content(url: str, path: Path) -> None:
 
 def _progress_bar(name: str, position: int, length: int | None) -> Any:
     """A progress bar, if standard error is a terminal."""
-    return torch.hub.tqdm(  # type: ignore[attr-defined]  # tqdm if it is installed, or a simple stand-in
+    return torch.hub.tqdm(  # tqdm if it is installed, or a simple stand-in
         total=length,
         initial=position,
         desc=name,
