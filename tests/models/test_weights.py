@@ -209,7 +209,7 @@ def test_networks_of_other_libraries_are_told_apart(tmp_path: Path, layout: Call
 def test_a_student_that_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(teacher_dump(state := vit().state_dict()), tmp_path / "weights.pth")
     assert_loaded(load_backbone(vit(), tmp_path / "weights.pth", checkpoint_key="student"), state)
-    assert "holds no student: its teacher is taken" in caplog.text
+    assert "holds no student: its teacher is used" in caplog.text
 
 
 def test_names_that_meet_are_refused(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_a_network_that_transformers_does_not_have_is_refused(
 ) -> None:
     source = written(tmp_path, small(mlp_ratio=3.3).state_dict())
     assert main(["convert", source, str(tmp_path / "OUT"), "--to", "hf"]) == 1
-    assert "a whole number of times as wide as the rest, not 3.297" in capsys.readouterr().err
+    assert "the MLP ratio of transformers is an integer, but this network has 3.297" in capsys.readouterr().err
     assert not (tmp_path / "OUT").exists()
 
 
