@@ -5,7 +5,6 @@ Shapes: frames are RGB, (height, width, 3) uint8.
 
 import importlib
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.images import ImageDecodeError, open_image, read_image_file
+from dinov2.files import atomic_path
 
 logger = logging.getLogger(__name__)
 
@@ -121,18 +121,17 @@ def writing_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray],
     if path.suffix.lower() not in WRITABLE_SUFFIXES:
         raise ValueError(f"videos are written as {' or '.join(WRITABLE_SUFFIXES)}, not as {path.name!r}")
     av = import_av()
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix.lower()}")
-    writer = (_Gif if path.suffix.lower() == ".gif" else _Mp4)(av, temporary, rate)
     try:
-        yield writer.add
-        writer.close()
-        temporary.replace(path)
+        with atomic_path(path) as temporary:
+            writer = (_Gif if path.suffix.lower() == ".gif" else _Mp4)(av, temporary, rate)
+            try:
+                yield writer.add
+                writer.close()
+            finally:
+                with suppress(av.FFmpegError, OSError):
+                    writer.container.close()
     except av.FFmpegError as error:
         raise OSError(error.errno, f"cannot write the video: {error.strerror}", str(path)) from error
-    finally:
-        with suppress(av.FFmpegError, OSError):
-            writer.container.close()
-        temporary.unlink(missing_ok=True)
 
 
 class _Mp4:

@@ -5,7 +5,6 @@ A look costs some tens of forward passes, every `health.period` steps. Images ar
 Shapes: n images, N patches each, D width.
 """
 
-import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import BadImageError
-from dinov2.files import atomic_write, read_array
+from dinov2.files import atomic_write, numbered_path, read_array
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -332,9 +331,7 @@ def _archive_features_of_other_images(folder: Path, images: np.ndarray) -> None:
         logger.warning("%s; it is replaced", error)
         return
     if not same:
-        names = (folder.with_name(f"{folder.name}.earlier.{number}") for number in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
-        folder.rename(aside)
+        archive = folder.rename(numbered_path(folder.with_name(f"{folder.name}.earlier")))
         logger.warning(
-            "the images that are looked at are others than before: what was in %s is now in %s", folder, aside
+            "the images that are looked at are others than before: what was in %s is now in %s", folder, archive
         )
