@@ -85,7 +85,7 @@ def test_the_only_image_must_be_readable(folder: Path) -> None:
 def test_if_none_can_be_read_that_is_an_error(folder: Path) -> None:
     for path in folder.iterdir():
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="not one of 6 images can be read"):
+    with pytest.raises(ValueError, match="none of 6 images can be read"):
         reds([str(folder)])
 
 
