@@ -202,7 +202,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         open_trackers(**asdict(cfg.tracking), output_dir=output_dir, start=start, config=config.to_dict(cfg))
     )
     with tracking as trackers, loading as micro_batches, checkpointer, interruption:
-        metrics.listeners = [bell.hear, *(trackers or [])]
+        metrics.listeners = [bell.update, *(trackers or [])]
         steps = enumerate(zip(*[micro_batches] * cfg.train.accumulate_steps, strict=False), start)
         for step, batches in metrics.log_every(
             steps, cfg.train.log_period, "Training", total_steps, start, batch_size=global_batch
