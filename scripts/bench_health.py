@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What watching a run's health costs, as a share of its step time; prints JSON.
+"""Cost of measuring health metrics, as a share of its step time; prints JSON.
 
 Steps with and without the measurements of a log line alternate; looks at the fixed images and k-NN are timed by
 themselves. The share is what all of them add at the periods of the recipe, against steps without any: medians over the
@@ -62,12 +62,12 @@ def main() -> None:
     assert panel.probe is not None, "health.period is not 0"
 
     def step(*, line: bool) -> None:
-        watch = panel.watch(1, line_is_due=line)
-        losses = forward_backward(side.model, [batch], 0.07, side.scaler, watch, seed=0, step=1)
+        stats = panel.target_stats(1, line_is_due=line)
+        losses = forward_backward(side.model, [batch], 0.07, side.scaler, stats, seed=0, step=1)
         norms = clip_and_step(losses, side.model.student, side.optimizer, side.scaler, 3.0, side.guard)
         ema_update(side.model.teacher, side.model.student, 0.99)
         side.guard.tell(side.scaler)
-        panel.measured(1, watch, norms)
+        panel.measure(1, stats, norms)
 
     sides: dict[str, Callable[[], object]] = {
         "step": partial(step, line=False),

@@ -109,7 +109,7 @@ def _alarms(run: Run) -> str:
     now = dict.fromkeys(alarm.kind for alarm in run.alarms if not alarm.over)
     passed = dict.fromkeys(alarm.kind for alarm in run.alarms if alarm.kind not in now)
     kinds = [*now, *(f"{kind} (over)" for kind in passed)]
-    return f"Alarms: {', '.join(kinds)}. Findings and advice are below."
+    return f"Alarms: {', '.join(kinds)}. What was found, and what to do, is below."
 
 
 def _loss(run: Run) -> str:

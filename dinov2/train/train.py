@@ -209,7 +209,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         ):
             now = schedules.at(step)
             set_hyperparameters(optimizer, now)
-            watch = panel.watch(step, line_is_due=metrics.line_is_due())
+            watch = panel.target_stats(step, line_is_due=metrics.line_is_due())
             losses = forward_backward(model, batches, now.teacher_temp, scaler, watch, seed=cfg.train.seed, step=step)
             norms = clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite)
             ema_update(model.teacher, model.student, now.momentum)
@@ -220,7 +220,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu))
             metrics.update(**displayed(losses, cfg), only_finite=True)
             metrics.update(teacher_temp=now.teacher_temp)
-            measured = panel.measured(step, watch, norms)
+            measured = panel.measure(step, watch, norms)
             metrics.note(**measured)
             metrics.end_iteration()
             if is_due(step, cfg.evaluation.eval_period_iterations, last_step=total_steps - 1):
