@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Cost of measuring health metrics, as a share of its step time; prints JSON.
+"""Cost of measuring health metrics, as a share of the step time; prints JSON.
 
-Steps with and without the measurements of a log line alternate; looks at the fixed images and k-NN are timed by
+Steps with and without the measurements of a log line alternate; measurements of the probe images and k-NN are timed by
 themselves. The share is what all of them add at the periods of the recipe, against steps without any: medians over the
 rounds of the time that the process was at work, and of the time that passed.
 
@@ -52,7 +52,10 @@ def share(seconds: Mapping[str, Sequence[float]], periods: Mapping[str, int]) ->
 def main() -> None:
     args = get_args_parser().parse_intermixed_args()
     words = vars(args) | {"arch": None, "patch_size": None, "drop_path": None}
-    args.opts = ["train.dataset_path=FashionMNIST:split=TRAIN", *args.opts]  # images for the looks; the size counts
+    args.opts = [
+        "train.dataset_path=FashionMNIST:split=TRAIN",
+        *args.opts,
+    ]  # images for the probe; only their size matters
     cfg = bench_step.make_config(argparse.Namespace(**words | {"opts": args.opts}), args.precision)
     device = torch.device(args.device)
     side = bench_step.Side(cfg, device, plain=False)
@@ -72,7 +75,7 @@ def main() -> None:
     sides: dict[str, Callable[[], object]] = {
         "step": partial(step, line=False),
         "step with line": partial(step, line=True),
-        "look": panel.probe.look,
+        "look": panel.probe.measure,
     }
     seconds = alternate(sides, args.rounds, device)
     knn = alternate({"knn": panel.probe.knn}, 1, device)

@@ -21,6 +21,18 @@ DASHES = ("", "6 3", "1.5 3", "9 3 1.5 3", "3 2", "12 4")
 Points = Sequence[tuple[float, float]]
 
 
+class Stroke(NamedTuple):
+    """Color and dashes of a line."""
+
+    color: int
+    dashes: str
+
+
+def stroke(style: int) -> Stroke:
+    """The look of a line: styles differ by color and dashes; after the last color they repeat with other dashes."""
+    return Stroke(style % NUM_STYLES, DASHES[(style + style // NUM_STYLES) % len(DASHES)])
+
+
 class Line(NamedTuple):
     """A curve to draw: its (step, value) by step, the text before its last value, its style and number format."""
 
@@ -28,6 +40,11 @@ class Line(NamedTuple):
     tag: str
     style: int
     text: Callable[[float], str] = short
+
+    @property
+    def end_text(self) -> str:
+        """The text at its end."""
+        return f"{self.tag} {self.text(self.points[-1][1])}".strip()
 
 
 class Span(NamedTuple):
@@ -37,38 +54,6 @@ class Span(NamedTuple):
     last: float
     label: str
     tag: str = ""
-
-
-class Stroke(NamedTuple):
-    """Color and dashes of a line."""
-
-    color: int
-    dashes: str
-
-
-class Tick(NamedTuple):
-    """A position on an axis of the drawing, and its value."""
-
-    at: float
-    text: str
-
-
-class Curve(NamedTuple):
-    """A line in the drawing: an SVG path, the dots on it, and the text at its end."""
-
-    stroke: Stroke
-    path: str
-    dots: list[tuple[float, float]]
-    end: Tick
-
-
-class Shade(NamedTuple):
-    """A span in the drawing."""
-
-    left: float
-    width: float
-    label: str
-    tag: str
 
 
 class Axis(NamedTuple):
@@ -87,15 +72,23 @@ class Axis(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """A drawing of `WIDTH` x `HEIGHT`."""
+    """A drawing of `WIDTH` x `HEIGHT`: a text alternative, axes, lines with the heights of their end texts, spans."""
 
     label: str
     x: Axis
     y: Axis
-    x_ticks: list[Tick]
-    y_ticks: list[Tick]
-    curves: list[Curve]
-    shades: list[Shade]
+    lines: list[tuple[Line, float]]
+    spans: Sequence[Span]
+
+    def points(self, line: Line) -> list[tuple[float, float]]:
+        """The line in the drawing."""
+        return [(self.x.at(step), self.y.at(value)) for step, value in thinned(line.points, MAX_POINTS)]
+
+    def shade(self, span: Span) -> tuple[float, float]:
+        """The left end and the width of a span in the drawing."""
+        left, right = self.x.at(max(span.first, self.x.low)), self.x.at(min(span.last, self.x.high))
+        width = max(right - left, 3)
+        return (left + right - width) / 2, width
 
 
 def make_chart(
@@ -111,23 +104,11 @@ def make_chart(
         log: Whether the vertical axis is logarithmic; ignored if a value is not positive.
     """
     values = [value for line in lines for _, value in line.points]
-    x = _step_axis([0, steps, *(step for line in lines for step, _ in line.points)])
+    last = max(steps, *(line.points[-1][0] for line in lines))
+    x = Axis(0, last or 1, LEFT, WIDTH - RIGHT)
     y = value_axis(values, log=log and min(values) > 0)
     ends = spread_labels([y.at(line.points[-1][1]) + 4 for line in lines], FONT + 1, TOP + 4, HEIGHT - BOTTOM)
-    return Chart(
-        label,
-        x,
-        y,
-        x_ticks=[Tick(x.at(value), tick_text(value)) for value in ticks(x.low, x.high, 4)],
-        y_ticks=[Tick(y.at(value), tick_text(value)) for value in ticks(y.low, y.high, 5, log=y.log)],
-        curves=[_curve(line, x, y, end) for line, end in zip(lines, ends, strict=True)],
-        shades=[_shade(span, x) for span in spans],
-    )
-
-
-def stroke(style: int) -> Stroke:
-    """The look of a line: styles differ by color and dashes; after the last color they repeat with other dashes."""
-    return Stroke(style % NUM_STYLES, DASHES[(style + style // NUM_STYLES) % len(DASHES)])
+    return Chart(label, x, y, list(zip(lines, ends, strict=True)), spans)
 
 
 # --- Axes ------------------------------------------------------------------------------------------------------------
@@ -144,11 +125,6 @@ def value_axis(values: Sequence[float], *, log: bool = False) -> Axis:
         margin = 0.04 * (high - low)
         low, high = (0.0 if 0 <= low < 0.25 * high else low - margin), high + margin
     return Axis(low, high, HEIGHT - BOTTOM, TOP, log)
-
-
-def _step_axis(steps: Sequence[float]) -> Axis:
-    low, high = min(steps), max(steps)
-    return Axis(low, high if high > low else low + 1, LEFT, WIDTH - RIGHT)
 
 
 def ticks(low: float, high: float, most: int, *, log: bool = False) -> list[float]:
@@ -180,13 +156,6 @@ def tick_text(value: float) -> str:
 # --- Lines -----------------------------------------------------------------------------------------------------------
 
 
-def _curve(line: Line, x: Axis, y: Axis, end: float) -> Curve:
-    points = [(x.at(step), y.at(value)) for step, value in thinned(line.points, MAX_POINTS)]
-    path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points) if len(points) > 1 else ""
-    text = f"{line.tag} {line.text(line.points[-1][1])}".strip()
-    return Curve(stroke(line.style), path, points if len(points) <= MAX_DOTS else [], Tick(end, text))
-
-
 def thinned(points: Points, most: int) -> Points:
     """A line of fewer points with the same shape: of each piece the first, least, largest and last one."""
     if len(points) <= most:
@@ -212,9 +181,3 @@ def spread_labels(positions: Sequence[float], gap: float, low: float, high: floa
         found[index] = limit = min(found[index], limit)
         limit -= gap
     return found
-
-
-def _shade(span: Span, x: Axis) -> Shade:
-    left, right = x.at(max(span.first, x.low)), x.at(min(span.last, x.high))
-    middle, width = (left + right) / 2, max(right - left, 3)
-    return Shade(middle - width / 2, width, span.label, span.tag)

@@ -2,31 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from dinov2.metric_names import BY_NAME, METRICS, Metric
-from dinov2.report.charts import Chart, Line, Span, Stroke, make_chart, stroke
+from dinov2.metric_names import BY_NAME, METRICS, Group, Metric
+from dinov2.report.charts import Chart, Line, Span, make_chart
 from dinov2.report.numbers import number, percent, short
 from dinov2.report.run import Points, Run
 
-_QUESTIONS = {
-    "loss": (
-        "Losses",
-        "Does the student learn to predict the teacher? The loss falls fast, then slowly. It may rise for a while as "
-        "the teacher's targets sharpen, and a low loss alone does not mean good features.",
-    ),
-    "features": (
-        "Features",
-        "Do the teacher's features get better? The same images are measured throughout the run.",
-    ),
-    "targets": (
-        "Teacher's targets",
-        "Do the targets depend on the image? If all are equal or all are uniform, there is nothing to learn.",
-    ),
-    "optimization": ("Optimization", "Is the step size right?"),
-    "speed": ("Speed", "Is the hardware used to capacity?"),
-    "schedule": ("Schedules", "As configured."),
-}
 _LOG_SCALE = {"Gradient norms"}
 
 
@@ -36,37 +18,25 @@ class Panel(NamedTuple):
     Attributes:
         title: What it shows.
         metric: Describes the curves: meaning, unit, direction.
-        legend: (text, look) of each line; empty if there is only one, or if the lines are runs.
+        legend: (text, style) of each line; empty if there is only one, or if the lines are runs.
         chart: The drawing.
     """
 
     title: str
     metric: Metric
-    legend: list[tuple[str, Stroke]]
+    legend: list[tuple[str, int]]
     chart: Chart
 
 
-class Group(NamedTuple):
-    """The charts about one question."""
-
-    title: str
-    question: str
-    panels: list[Panel]
-
-
-def groups(runs: Sequence[Run]) -> list[Group]:
-    """The charts of all logged metrics; the last group has the metrics that are not in the table.
+def panels_by_group(runs: Sequence[Run]) -> dict[str, list[Panel]]:
+    """The charts of all logged metrics by group (`metric_names.Group`), "other" for metrics that are not in the table.
 
     With several runs every metric has a chart of its own, whose lines are the runs.
     """
-    found = []
-    for name, (title, question) in _QUESTIONS.items():
-        metrics = [metric for metric in (*METRICS, *_DERIVED) if metric.group == name and metric.chart]
-        found.append(Group(title, question, _panels(runs, metrics)))
+    groups = {name: [m for m in (*METRICS, *_DERIVED) if m.group == name and m.chart] for name in get_args(Group)}
     logged = {key: None for run in runs for record in run.records for key in record}  # in order
-    unknown = [Metric(key, "features", "", chart=key.replace("_", " ")) for key in logged if key not in BY_NAME]
-    found.append(Group("Also logged", "", _panels(runs, unknown)))
-    return [group for group in found if group.panels]
+    groups["other"] = [Metric(key, "features", "", chart=key.replace("_", " ")) for key in logged if key not in BY_NAME]
+    return {name: panels for name, metrics in groups.items() if (panels := _panels(runs, metrics))}
 
 
 def _panels(runs: Sequence[Run], metrics: Sequence[Metric]) -> list[Panel]:
@@ -98,7 +68,7 @@ def _panel(title: str, metric: Metric, series: Sequence[tuple[str, Points]], run
         steps=max(run.steps_done for run in runs),
         log=metric.chart in _LOG_SCALE,
     )
-    named = [(name, stroke(line.style)) for name, line in drawn] if not several and len(series) > 1 else []
+    named = [(name, line.style) for name, line in drawn] if not several and len(series) > 1 else []
     return Panel(title, metric, named, chart)
 
 

@@ -75,7 +75,7 @@ def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
         [] if run.images is None else [Image.fromarray(each.transpose(1, 2, 0)) for each in run.images[:MAX_IMAGES]]
     )
     return Gallery(
-        images=[data_uri(shrunk(image)) for image in images],
+        images=[data_uri(image) for image in images],
         steps={step: [data_uri(image) for image in to_images(colors[step])] for step in sorted(colors)},
         num_steps=len(files),
         colors=colors[max(colors)] if colors else None,
@@ -96,9 +96,7 @@ def read_tokens(path: Path) -> Tensor | None:
 
 def spread(count: int, most: int) -> list[int]:
     """Indices below `count`: all, or `most` of them at even distances, including the first and the last."""
-    if count <= most:
-        return list(range(count))
-    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 def aligned(colors: Tensor, reference: Tensor) -> Tensor:
@@ -113,8 +111,9 @@ def aligned(colors: Tensor, reference: Tensor) -> Tensor:
     Returns:
         (n, h, w, 3)
     """
-    own, others = (_standardized(each.flatten(0, 2)) for each in (colors, reference))
-    agreement = own.T @ others / len(own)  # (channel, channel of the reference): correlations
+    flat = np.concatenate([each.flatten(0, 2).double().numpy() for each in (colors, reference)], axis=1)
+    with np.errstate(invalid="ignore"):  # channels without contrast
+        agreement = np.nan_to_num(np.corrcoef(flat, rowvar=False)[:3, 3:])  # (channel, channel of the reference)
     order = max(permutations(range(3)), key=lambda order: sum(abs(agreement[c, t]) for t, c in enumerate(order)))
     channels = [
         1 - colors[..., channel] if agreement[channel, target] < 0 else colors[..., channel]
@@ -123,22 +122,9 @@ def aligned(colors: Tensor, reference: Tensor) -> Tensor:
     return torch.stack(channels, dim=-1)
 
 
-def _standardized(values: Tensor) -> Tensor:
-    centered = values.double() - values.double().mean(dim=0)
-    return centered / centered.square().mean(dim=0).sqrt().clamp_min(1e-9)
-
-
-def shrunk(image: Image.Image) -> Image.Image:
-    """The image, reduced to the size at which the page shows it if it is larger."""
-    if max(image.size) <= MAX_SIDE:
-        return image
-    factor = MAX_SIDE / max(image.size)
-    width, height = (max(1, round(side * factor)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
 def data_uri(image: Image.Image) -> str:
-    """The data URI of an image: PNG, or JPEG if it is large."""
+    """The data URI of an image, reduced to at most `MAX_SIDE`: PNG, or JPEG if it is large."""
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     kind = "png" if max(image.size) <= SMALL_SIDE else "jpeg"
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))

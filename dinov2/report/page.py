@@ -13,12 +13,12 @@ from markupsafe import Markup, escape
 
 import dinov2
 from dinov2.files import atomic_write
-from dinov2.report import charts, curves, images, sections
-from dinov2.report.curves import points_of
-from dinov2.report.numbers import duration, number, percent, rough, short
+from dinov2.report import charts, images, sections
+from dinov2.report import verdict as judgments
+from dinov2.report.curves import panels_by_group, points_of
+from dinov2.report.numbers import duration, number, percent, readable, rough, short
 from dinov2.report.read_run import read_runs
 from dinov2.report.run import Run
-from dinov2.report.verdict import health_steps, monitored, unmonitored, verdict
 
 logger = logging.getLogger(__name__)
 
@@ -81,19 +81,22 @@ def template_environment() -> Environment:
         loader=PackageLoader("dinov2.report"),
         autoescape=True,
         undefined=StrictUndefined,
+        extensions=["jinja2.ext.do"],
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"breakable": breakable, "commas": "{:,}".format, "coordinate": "{:.1f}".format}
-    environment.filters["session_facts"] = sections.session_facts
+    environment.filters |= {"commas": "{:,}".format, "coordinate": "{:.1f}".format, "breakable": breakable}
+    environment.filters |= {each.__name__: each for each in (duration, number, percent, readable, rough)}
+    environment.globals |= {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "FONT", "MAX_DOTS")}
     functions = (
-        *(health_steps, monitored, unmonitored, verdict, key_figures, side_by_side, tile, comparison_rows),
-        *(sections.alarm_groups, sections.knn_rows, sections.most_knn_images, sections.result_tables),
-        *(sections.setting_tables, sections.recorded_command),
-        *(curves.groups, charts.stroke, images.galleries, images.has_tiny_images, images.coarse_grid),
+        *(judgments.verdict, judgments.ended_with_error, judgments.last_step, judgments.change),
+        *(judgments.knn_on_test_images, judgments.distinguishes_no_images, judgments.not_better_than),
+        *(judgments.health_steps, judgments.monitored, judgments.monitored_until, judgments.unmonitored),
+        *(sections.result_tables, sections.setting_tables, sections.session_facts),
+        *(key_figures, side_by_side, comparison_rows, panels_by_group, charts.stroke, charts.ticks, charts.tick_text),
+        *(images.galleries, images.has_tiny_images, images.coarse_grid),
     )
     environment.globals |= {function.__name__: function for function in functions}
-    environment.globals |= {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "FONT")}
     return environment
 
 
@@ -127,38 +130,34 @@ def subtitle(runs: Sequence[Run]) -> str:
     return " \N{MIDDLE DOT} ".join(f"batches of {value}" if key == "batch" else value for key, value in shared.items())
 
 
-def key_figures(run: Run) -> Mapping[str, str]:
-    """The most important numbers of a run."""
+def key_figures(run: Run) -> Mapping[str, tuple[str, str]]:
+    """The most important numbers of a run, each with a remark that may be empty."""
 
-    def last(name: str, text: Callable[[float], str]) -> str:
+    def last(name: str, text: Callable[[float], str]) -> tuple[str, str]:
         points = points_of(run, name)
         if not points:
-            return ""
+            return "", ""
         step, value = points[-1]
-        return f"{text(value)}{'' if run.is_late(step) else f' ({run.step_text(step)})'}"
+        return text(value), "" if run.is_late(step) else f"({run.step_text(step)})"
 
-    total = "" if run.total_steps is None else f" of {run.total_steps:,}"
     figures = {
         "k-NN accuracy": last("knn", percent),
         "total loss": last("total_loss", number),
         "effective rank": last("probe_cls_rank_me", rough),
-        "steps done": f"{run.steps_done:,}{total}",
-        "training time": duration(run.seconds) if run.seconds else "",
+        "steps done": (f"{run.steps_done:,}", "" if run.total_steps is None else f"of {run.total_steps:,}"),
+        "training time": (duration(run.seconds) if run.seconds else "", ""),
         "images per second": last("images_per_second", short),
     }
-    return {name: text for name, text in figures.items() if text}
-
-
-def tile(text: str) -> tuple[str, str]:
-    """The number of a key figure, and the rest of its text."""
-    figure, _, rest = text.partition(" ") if re.search(r" of | \(", text) else (text, "", "")
-    return figure, rest
+    return {name: (figure, remark) for name, (figure, remark) in figures.items() if figure}
 
 
 def side_by_side(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Key figures and facts of several runs."""
-    shown = [{**key_figures(run), **facts(run)} for run in runs]
-    return [{name: text for name, text in column.items() if name != "steps"} for column in shown]
+    figures = [{name: " ".join(texts).strip() for name, texts in key_figures(run).items()} for run in runs]
+    return [
+        {**shown, **{name: text for name, text in facts(run).items() if name != "steps"}}
+        for shown, run in zip(figures, runs, strict=True)
+    ]
 
 
 def comparison_rows(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str], bool]]:

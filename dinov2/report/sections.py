@@ -1,63 +1,17 @@
-"""The content of the page's sections, as the templates show it: alarms, accuracy, settings, environment."""
+"""Tables of the page: results of evaluations, settings, environment."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dinov2 import config
 from dinov2.config import Config
-from dinov2.report.numbers import percent, readable, result_text
+from dinov2.report.numbers import result_text
 from dinov2.report.results import Result
 from dinov2.report.run import Run
-from dinov2.train.monitor.alarms import Alarm
 
 ABSENT = "\N{EN DASH}"
 
-# --- Alarms ----------------------------------------------------------------------------------------------------------
-
-
-class AlarmGroup(NamedTuple):
-    """All alarms of one kind."""
-
-    kind: str
-    over: bool
-    findings: list[str]
-    advice: list[str]
-
-
-def alarm_groups(run: Run) -> list[AlarmGroup]:
-    """The alarms of a run by kind, in the order in which they began."""
-    groups = []
-    for kind in dict.fromkeys(alarm.kind for alarm in run.alarms):
-        alarms = [alarm for alarm in run.alarms if alarm.kind == kind]
-        findings = [f"{_period(alarm)}: {readable(alarm.finding)}." for alarm in alarms]
-        advice = list(dict.fromkeys(alarm.advice for alarm in alarms))
-        groups.append(AlarmGroup(kind, all(alarm.over for alarm in alarms), findings, advice))
-    return groups
-
-
-def _period(alarm: Alarm) -> str:
-    if not alarm.over:
-        return f"Since step {alarm.first:,}"
-    return f"Steps {alarm.first:,} to {alarm.last:,}" if alarm.last > alarm.first else f"Step {alarm.first:,}"
-
-
 # --- Accuracy --------------------------------------------------------------------------------------------------------
-
-
-def knn_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """First, best and last k-NN accuracy while training, of each run that has one."""
-    rows = []
-    for run in runs:
-        if points := run.comparable("knn"):
-            shown = (points[0], max(points, key=lambda point: point[1]), points[-1])
-            rows.append([run.title if run.tag else "teacher", *(f"{percent(v)} at step {s:,.0f}" for s, v in shown)])
-    return rows
-
-
-def most_knn_images(runs: Sequence[Run]) -> str:
-    """The number of images that these accuracies are measured on, at most."""
-    most = [run.config.health.knn_images for run in runs if run.config is not None]
-    return f"at most {max(most):,}" if most else "a few"
 
 
 def result_tables(runs: Sequence[Run]) -> list[tuple[str, list[list[str]]]]:
@@ -163,8 +117,3 @@ def session_facts(run: Run) -> Mapping[str, str]:
 def _minute(date: object) -> str:
     """2026-11-23T14:18:21+00:00 -> 2026-11-23 14:18 UTC"""
     return f"{str(date)[:16].replace('T', ' ')} UTC" if date else "an unknown day"
-
-
-def recorded_command(run: Run) -> str:
-    """The command of the latest session that recorded one; empty if none did."""
-    return next((str(each["command"]) for each in reversed(run.sessions) if each.get("command")), "")

@@ -12,10 +12,10 @@ from test_report import Parsed, parsed
 
 from dinov2.log import last_error
 from dinov2.report.__main__ import main
-from dinov2.report.page import key_figures, page
+from dinov2.report.page import key_figures, page, render
 from dinov2.report.read_run import read_run
 from dinov2.report.run import Run, State
-from dinov2.report.verdict import progress, verdict
+from dinov2.report.verdict import verdict
 from dinov2.train.monitor.best_teacher import Rating
 
 HOLD = (
@@ -32,8 +32,8 @@ def bare_run(folder: Path, **words: object) -> Path:
 
 def judged(run: Run) -> str:
     """The verdict as one text."""
-    found = verdict(run)
-    return " ".join([f"{found.level}: {found.headline}.", *found.sentences])
+    level, headline = verdict(run)
+    return f"{level}: {headline}. {Parsed(render('verdict.html', run=run)).text}"
 
 
 def accuracy(run: Run) -> str:
@@ -141,7 +141,7 @@ def test_a_run_that_is_no_longer_monitored_is_not_called_healthy(tmp_path: Path,
     )
     assert f"not measured after step 400{' (health.period=0)' if period == 0 else ''}." in parsed(folder).text
     assert "The features of whole images at step 400 used about" in judged(run)
-    assert key_figures(run)["effective rank"].endswith(" (step 400)")
+    assert key_figures(run)["effective rank"][1] == "(step 400)"
     rewrite(folder, lambda line: line if "probe_cls_rank_me" in line or line["iteration"] > 400 else None)
     assert "not monitored after step 400" in judged(read_run(folder, "run"))
 
@@ -162,11 +162,11 @@ def test_a_value_of_the_untrained_network_is_marked(tmp_path: Path) -> None:
     folder = bare_run(tmp_path / "run", done=30)
     first = read_run(folder, "run").records[0]["knn"]
     begun = read_run(bare_run(tmp_path / "begun", done=1), "begun")
-    assert key_figures(begun)["effective rank"].endswith(" (step 0, untrained)")
-    assert key_figures(read_run(folder, "run"))["k-NN accuracy"].endswith("% (step 0, untrained)")
+    assert key_figures(begun)["effective rank"][1] == "(step 0, untrained)"
+    assert key_figures(read_run(folder, "run"))["k-NN accuracy"][1] == "(step 0, untrained)"
     assert f"k-NN accuracy {first:.1f} % (step 0, untrained)" in parsed(folder).text
     tuned = read_run(bare_run(tmp_path / "tuned", done=30, overrides=("MODEL.WEIGHTS=w.pth",)), "tuned")
-    assert key_figures(tuned)["k-NN accuracy"].endswith("% (step 0, initial weights)")
+    assert key_figures(tuned)["k-NN accuracy"][1] == "(step 0, initial weights)"
 
 
 # --- The best teacher, the dataset ----------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_after_a_change_of_the_dataset_only_the_last_one_is_compared(tmp_path: P
     assert run.dataset_start == 400
     knn = {int(step): value for step, value in run.series("knn")}
     assert "From step 400 on another dataset was used (New:<b>): earlier measurements are of" in judged(run)
-    assert f"{knn[400]:.1f}\N{NO-BREAK SPACE}% at step 400 to" in judged(run) and "untrained" not in judged(run)
+    assert f"{knn[400]:.1f} % at step 400 to" in judged(run) and "untrained" not in judged(run)
     assert "at step 400" in accuracy(run) and "at step 0" not in accuracy(run)
     assert "Before step 400 another dataset was trained on." in parsed(folder).text
     alts = " ".join(map(str, parsed(folder).attributes("alt")))
@@ -248,4 +248,4 @@ def test_percents_are_the_same_in_sentences_and_charts(tmp_path: Path) -> None:
     rewrite(folder, lambda line: line | ({"knn": 76.4497} if "knn" in line else {}))
     found = parsed(folder)
     assert "76.4 %" in found.text and "76.45" not in found.text
-    assert progress(read_run(folder, "run")).startswith("Finished")
+    assert ": Healthy. Finished: all 800 steps" in judged(read_run(folder, "run"))
