@@ -505,10 +505,10 @@ def _clock(seconds: float) -> str:
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one line to a file of JSON lines.
+    """Append one record to a file of JSON lines.
 
     Raises:
-        OSError: Naming the file, if it cannot be written.
+        OSError: The file cannot be written; the message names it.
     """
     try:
         with path.open("a") as file:
@@ -518,12 +518,15 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics file, the finite numbers of each by name; none if there is no file.
+    """Read the records of a metrics file; none if there is no file.
 
-    Lines that are torn by a crash or damaged are left out, with a warning.
+    Lines that are incomplete after a crash or damaged are skipped, with a warning.
+
+    Returns:
+        The finite numbers of each line, by name.
 
     Raises:
-        OSError: Naming the file, if it cannot be read.
+        OSError: The file cannot be read; the message names it.
     """
     records, num_damaged = readable_records(path)
     if num_damaged:
@@ -532,19 +535,23 @@ def read_records(path: str | Path) -> list[dict[str, float]]:
 
 
 def readable_records(path: str | Path) -> tuple[list[dict[str, float]], int]:
-    """As `read_records`, and instead of the warning the number of lines that are left out."""
+    """As `read_records`, but returns the number of skipped lines instead of logging a warning."""
     records = [_record(line) for line in _lines(Path(path))]
     return [record for record in records if record is not None], records.count(None)
 
 
 def truncate_metrics(path: str | Path, before_iteration: int) -> None:
-    """Drop from a metrics file, if there is one, the iterations that a resumed run is going to do again.
+    """Remove from a metrics file, if there is one, the iterations that a resumed run will repeat.
 
-    Kept are the lines with `iteration` < `before_iteration`; lines that are torn by a crash or damaged are dropped as
-    well, with a warning. The file is replaced as a whole, so that a crash in here loses nothing.
+    Lines that are incomplete after a crash or damaged are removed as well, with a warning. The file is replaced
+    atomically.
+
+    Args:
+        path: Metrics file.
+        before_iteration: First iteration to remove.
 
     Raises:
-        OSError: Naming the file, if it cannot be read or written.
+        OSError: The file cannot be read or written; the message names it.
     """
     path = Path(path)
     lines = _lines(path)
@@ -564,7 +571,7 @@ def truncate_metrics(path: str | Path, before_iteration: int) -> None:
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file with their ends; none if there is no file."""
+    """The lines of a file with their line ends; none if there is no file."""
     try:
         return read_regular_file(path).decode(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
@@ -572,7 +579,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _record(line: str) -> dict[str, float] | None:
-    """The finite numbers in a line of a metrics file by name; None if it is torn or no line of such a file."""
+    """The finite numbers in a line of a metrics file by name; None if it is incomplete or damaged."""
     if not line.endswith("\n"):
         return None
     try:

@@ -29,13 +29,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     args = get_args_parser().parse_args(argv)
-    return run_command(lambda: report(args))
 
+    def command() -> None:
+        write_report(args.folders, args.output, args.title)
 
-def report(args: argparse.Namespace) -> int:
-    """Write the report and return the exit status."""
-    write_report(args.folders, args.output, args.title)
-    return 0
+    return run_command(command)
 
 
 if __name__ == "__main__":

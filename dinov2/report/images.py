@@ -45,14 +45,6 @@ class Gallery(NamedTuple):
     colors: Tensor | None
 
 
-class CoarseGrid(NamedTuple):
-    """Sizes of images that have few patches, along a side."""
-
-    pixels: int
-    side: int  # patches
-    patch: int  # pixels
-
-
 def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
     """The features of a run at steps that are evenly spread.
 
@@ -143,16 +135,3 @@ def galleries(runs: Sequence[Run]) -> list[Gallery]:
 def same_images(run: Run, other: Run) -> bool:
     """Whether two runs have the same probe images."""
     return run.images is not None and other.images is not None and np.array_equal(run.images, other.images)
-
-
-def has_tiny_images(run: Run) -> bool:
-    """Whether the images are shown enlarged, pixel by pixel."""
-    return run.images is not None and max(run.images.shape[2:]) <= SMALL_SIDE
-
-
-def coarse_grid(run: Run) -> CoarseGrid | None:
-    """The patch grid of the images, if it is too coarse to show objects."""
-    if run.config is None:
-        return None
-    pixels, patch = run.config.crops.global_crops_size, run.config.student.patch_size
-    return CoarseGrid(pixels, pixels // patch, patch) if pixels // patch < FEW_PATCHES else None

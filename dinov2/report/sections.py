@@ -1,15 +1,78 @@
-"""Tables of the page: results of evaluations, settings, environment."""
+"""Figures and tables of the page: key figures, results of evaluations, settings, environment."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dinov2 import config
 from dinov2.config import Config
-from dinov2.report.numbers import result_text
+from dinov2.report.curves import points_of
+from dinov2.report.numbers import duration, number, percent, result_text, rough, short
 from dinov2.report.results import Result
 from dinov2.report.run import Run
 
 ABSENT = "\N{EN DASH}"
+
+# --- Head ------------------------------------------------------------------------------------------------------------
+
+
+def facts(run: Run) -> Mapping[str, str]:
+    """Data, network and size of a run."""
+    cfg = run.config
+    if cfg is None:
+        return {}
+    sizes = {"wide": cfg.student.embed_dim, "blocks": cfg.student.depth}
+    network = [cfg.student.arch, *(f"{size} {what}" for what, size in sizes.items() if size)]
+    return {
+        "data": cfg.train.dataset_path,
+        "network": ", ".join([*network, f"patches of {cfg.student.patch_size} pixels"]),
+        "steps": f"{run.total_steps:,} steps",
+        "batch": f"{run.global_batch(run.steps_done):,} images{'' if run.sessions else ' of each process'}",
+    }
+
+
+def subtitle(runs: Sequence[Run]) -> str:
+    """The facts that all runs share."""
+    first, *others = map(facts, runs)
+    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+    return " \N{MIDDLE DOT} ".join(f"batches of {value}" if key == "batch" else value for key, value in shared.items())
+
+
+def key_figures(run: Run) -> Mapping[str, tuple[str, str]]:
+    """The most important numbers of a run, each with a remark that may be empty."""
+
+    def last(name: str, text: Callable[[float], str]) -> tuple[str, str]:
+        points = points_of(run, name)
+        if not points:
+            return "", ""
+        step, value = points[-1]
+        return text(value), "" if run.is_late(step) else f"({run.step_text(step)})"
+
+    figures = {
+        "k-NN accuracy": last("knn", percent),
+        "total loss": last("total_loss", number),
+        "effective rank": last("probe_cls_rank_me", rough),
+        "steps done": (f"{run.steps_done:,}", "" if run.total_steps is None else f"of {run.total_steps:,}"),
+        "training time": (duration(run.seconds) if run.seconds else "", ""),
+        "images per second": last("images_per_second", short),
+    }
+    return {name: (figure, remark) for name, (figure, remark) in figures.items() if figure}
+
+
+def side_by_side(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Key figures and facts of several runs."""
+    figures = [{name: " ".join(texts).strip() for name, texts in key_figures(run).items()} for run in runs]
+    return [
+        {**shown, **{name: text for name, text in facts(run).items() if name != "steps"}}
+        for shown, run in zip(figures, runs, strict=True)
+    ]
+
+
+def comparison_rows(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str], bool]]:
+    """(name, text of each column, whether these differ) of each name in any column."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, [column.get(name, ABSENT) for column in columns]) for name in names]
+    return [(name, texts, len(set(texts)) > 1) for name, texts in rows]
+
 
 # --- Accuracy --------------------------------------------------------------------------------------------------------
 

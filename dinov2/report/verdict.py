@@ -21,7 +21,7 @@ class Change(NamedTuple):
     end: float
 
 
-def verdict(run: Run) -> tuple[Level, str]:
+def judge(run: Run) -> tuple[Level, str]:
     """Judge a run: the level and the headline."""
     current = [alarm for alarm in run.alarms if not alarm.over]
     if ended_with_error(run):

@@ -17,7 +17,7 @@ from dinov2.report.__main__ import main
 from dinov2.report.page import page
 from dinov2.report.read_run import read_run, read_runs
 from dinov2.report.run import Run
-from dinov2.report.verdict import verdict
+from dinov2.report.verdict import judge
 from dinov2.train.environment import record_environment
 from dinov2.train.monitor.alarms import Alarm
 
@@ -251,7 +251,7 @@ def test_a_run_without_alarms_is_not_healthy_whatever_it_has_learned(
     ]
     for record, value in zip(records, knn, strict=False):
         record["knn"] = value
-    assert verdict(replace(run, records=records))[1] == headline
+    assert judge(replace(run, records=records))[1] == headline
 
 
 def alarmed(run: Run, **changes: object) -> Run:

@@ -12,10 +12,11 @@ from test_report import Parsed, parsed
 
 from dinov2.log import last_error
 from dinov2.report.__main__ import main
-from dinov2.report.page import key_figures, page, render
+from dinov2.report.page import page, render
 from dinov2.report.read_run import read_run
 from dinov2.report.run import Run, State
-from dinov2.report.verdict import verdict
+from dinov2.report.sections import key_figures
+from dinov2.report.verdict import judge
 from dinov2.train.monitor.best_teacher import Rating
 
 HOLD = (
@@ -32,7 +33,7 @@ def bare_run(folder: Path, **words: object) -> Path:
 
 def judged(run: Run) -> str:
     """The verdict as one text."""
-    level, headline = verdict(run)
+    level, headline = judge(run)
     return f"{level}: {headline}. {Parsed(render('verdict.html', run=run)).text}"
 
 
