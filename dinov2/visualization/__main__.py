@@ -29,7 +29,7 @@ from PIL import Image
 from dinov2.eval.setup import PUBLISHED_CROP_SIZE, positive_int
 from dinov2.files import atomic_write
 from dinov2.log import run_command
-from dinov2.visualization.figures import Figure, attention_figure, neighbors_sheet, pca_figure, similarity_figure
+from dinov2.visualization.figures import Figure, attention_sheet, neighbors_sheet, pca_sheet, similarity_sheet
 from dinov2.visualization.frozen_backbone import DEFAULT_SIDE, FrozenBackbone, add_model_flags, load_frozen_backbone
 from dinov2.visualization.inputs import list_inputs, load_images
 from dinov2.visualization.neighbors import find_neighbors
@@ -39,7 +39,7 @@ from dinov2.visualization.video_figures import draw_video
 logger = logging.getLogger(__name__)
 
 COMMANDS = ("pca", "attention", "similarity", "neighbors")
-ALIASES = {"neighbours": "neighbors"}
+ALIASES = ("neighbours",)  # of "neighbors"
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 NUM_IMAGES = 30  # default number of images of each folder, glob, dataset or video
 NUM_QUERIES = 10
@@ -57,48 +57,24 @@ def get_args_parser() -> argparse.ArgumentParser:
     pca = _add_command(commands, "pca", draw_pca, "principal components of patch features as colors")
     pca.add_argument("--foreground", action="store_true", help="color the foreground only; the rest is black")
     pca.add_argument("--smooth", action="store_true", help="interpolate between the colors of patches")
-    pca.add_argument(
-        "--shifts",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="run the model on N x N shifted copies of each image, which gives an N times finer grid (default: 1)",
-    )
-    pca.add_argument(
-        "--every",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="use every Nth frame of a video that becomes a video (default: 1)",
-    )
+    shifts_help = "run the model on N x N shifted copies of each image, for an N times finer grid (default: 1)"
+    pca.add_argument("--shifts", type=positive_int, default=1, metavar="N", help=shifts_help)
+    every_help = "of a video that becomes a video, use every Nth frame (default: 1)"
+    pca.add_argument("--every", type=positive_int, default=1, metavar="N", help=every_help)
     _add_command(commands, "attention", draw_attention, "attention of the class token in the last block, per head")
-    similarity = _add_command(
-        commands, "similarity", draw_similarity, "cosine similarity of all patches to one of the first image"
+    similarity = _add_command(commands, "similarity", draw_similarity, "similarity of all patches to some of them")
+    point_help = (
+        "points of the first image, a row each. Two integers: pixels of the original image; two numbers with a decimal "
+        "point: fractions of its width and height (0.5,0.25)"
     )
-    similarity.add_argument(
-        "--point",
-        nargs="+",
-        required=True,
-        metavar="X,Y",
-        help="two integers: pixels of the original image; two numbers with a decimal point: fractions of its width and "
-        "height (0.5,0.25); a row for each point",
-    )
-    neighbors = _add_command(
-        commands, "neighbors", draw_neighbors, "nearest neighbors of images, as a figure and as a list in a .json file"
-    )
-    neighbors.add_argument(
-        "--query", nargs="+", required=True, help="images to find neighbors of: files, folders, globs, dataset strings"
-    )
-    neighbors.add_argument(
-        "--num-queries",
-        type=positive_int,
-        default=NUM_QUERIES,
-        help="maximum number of queries of each folder, glob or dataset, evenly spaced (default: %(default)s)",
-    )
-    neighbors.add_argument("--k", type=positive_int, default=5, help="number of neighbors (default: %(default)s)")
-    neighbors.add_argument(
-        "--num-workers", type=int, default=0, help="number of processes that decode images (default: %(default)s)"
-    )
+    similarity.add_argument("--point", nargs="+", required=True, metavar="X,Y", help=point_help)
+    neighbors = _add_command(commands, "neighbors", draw_neighbors, "nearest neighbors of images; also a .json list")
+    query_help = "images to find neighbors of: files, folders, globs, dataset strings"
+    neighbors.add_argument("--query", nargs="+", required=True, help=query_help)
+    number_help = f"maximum number of queries of each folder, glob or dataset, evenly spaced (default: {NUM_QUERIES})"
+    neighbors.add_argument("--num-queries", type=positive_int, default=NUM_QUERIES, help=number_help)
+    neighbors.add_argument("--k", type=positive_int, default=5, help="number of neighbors (default: 5)")
+    neighbors.add_argument("--num-workers", type=int, default=0, help="processes that decode images (default: 0)")
     return parser
 
 
@@ -106,36 +82,34 @@ def _add_command(
     commands: Any, name: str, draw: Callable[[argparse.Namespace], None], description: str
 ) -> argparse.ArgumentParser:
     """Add a command with the flags that all commands have."""
-    aliases = [alias for alias, command in ALIASES.items() if command == name]
+    is_search = name == "neighbors"
+    aliases = ALIASES if is_search else ()
     parser: argparse.ArgumentParser = commands.add_parser(
         name, aliases=aliases, help=description, description=description
     )
     suffixes = SHEET_SUFFIXES + (WRITABLE_SUFFIXES if name == "pca" else ())
     parser.set_defaults(draw=draw, suffixes=suffixes)
     add_model_flags(parser)
-    parser.add_argument(
-        "--images", nargs="+", required=True, help="image files, folders, globs, dataset strings, videos"
+    images_help = "image files, folders, globs, dataset strings, videos"
+    parser.add_argument("--images", nargs="+", required=True, help=images_help)
+    number = None if is_search else NUM_IMAGES
+    number_help = "maximum number of images of each folder, glob, dataset or video, evenly spaced (default: "
+    parser.add_argument("--num-images", type=positive_int, default=number, help=f"{number_help}{number or 'all'})")
+    size_help = (
+        "shorter side of the model inputs in pixels; both sides are rounded to multiples of the patch size; original: "
+        f"only rounded (default: {PUBLISHED_CROP_SIZE if is_search else DEFAULT_SIDE}, or the size of the global crops "
+        "of a model trained on small images)"
     )
-    is_search = name == "neighbors"
-    parser.add_argument(
-        "--num-images",
-        type=positive_int,
-        default=None if is_search else NUM_IMAGES,
-        help="maximum number of images of each folder, glob, dataset or video, evenly spaced (default: "
-        f"{'all' if is_search else NUM_IMAGES})",
-    )
-    parser.add_argument(
-        "--size",
-        type=lambda text: text if text == "original" else positive_int(text),
-        help="shorter side of the model inputs in pixels; both sides are rounded to multiples of the patch size; "
-        f"original: only rounded (default: {PUBLISHED_CROP_SIZE if is_search else DEFAULT_SIDE}, or the size of the "
-        "global crops of a model trained on small images)"
-        + (". Images are center-cropped to a square, as for the k-NN evaluation" if is_search else ""),
-    )
+    crop_help = ". Images are center-cropped to a square, as for the k-NN evaluation" if is_search else ""
+    parser.add_argument("--size", type=_size, help=size_help + crop_help)
     default = "pca.png, of one video pca.mp4" if name == "pca" else f"{name}.png"
     parser.add_argument("--output", type=Path, help=f"file to write: {', '.join(suffixes)} (default: {default})")
     parser.add_argument("--npy", action="store_true", help="also write the numbers to .npy files beside it")
     return parser
+
+
+def _size(text: str) -> int | str:
+    return text if text == "original" else positive_int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,7 +171,7 @@ def draw_pca(args: argparse.Namespace) -> None:
         logger.info("--foreground assumes that objects cover less of the image border than the background does")
     options = {"shifts": args.shifts, "foreground": args.foreground, "smooth": args.smooth}
     if args.output.suffix.lower() not in WRITABLE_SUFFIXES:
-        _draw(args, pca_figure, **options)
+        _draw(args, pca_sheet, **options)
         return
     video, backbone = Video(Path(args.images[0]).expanduser()), load_frozen_backbone(args)
     count = draw_video(
@@ -214,12 +188,12 @@ def draw_pca(args: argparse.Namespace) -> None:
 
 def draw_attention(args: argparse.Namespace) -> None:
     """Draw the attention of the class token."""
-    _draw(args, attention_figure)
+    _draw(args, attention_sheet)
 
 
 def draw_similarity(args: argparse.Namespace) -> None:
     """Draw the similarity of patches to those at some points of the first image."""
-    _draw(args, similarity_figure, points=args.point)
+    _draw(args, similarity_sheet, points=args.point)
 
 
 def draw_neighbors(args: argparse.Namespace) -> None:

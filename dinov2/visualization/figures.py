@@ -2,7 +2,7 @@
 
 backbone = FrozenBackbone(model, "my model")
 images = list(load_images(list_inputs(["holiday/*.jpg"])))
-pca_figure(backbone, images).sheet.save("pca.png")
+pca_sheet(backbone, images).sheet.save("pca.png")
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class Figure(NamedTuple):
     arrays: dict[str, list[np.ndarray]]  # name -> one array for each image
 
 
-def pca_figure(
+def pca_sheet(
     backbone: FrozenBackbone,
     images: Sequence[LoadedImage],
     *,
@@ -81,15 +81,17 @@ def pca_figure(
         columns=columns,
         cell=min(SHEET_WIDTH // columns, 320),
     )
-    return Figure(sheet, {"tokens": _to_numpy(tokens), "colors": [color[0].numpy() for color in colors]})
+    return Figure(
+        sheet, {"tokens": [grid.numpy() for grid in tokens], "colors": [color[0].numpy() for color in colors]}
+    )
 
 
-def attention_figure(
+def attention_sheet(
     backbone: FrozenBackbone, images: Sequence[LoadedImage], *, shorter_side: int | None = DEFAULT_SIDE
 ) -> Figure:
     """Images, and the attention of the class token in the last block: the mean of all heads, and each head.
 
-    The array of an image is "attention" (H, h, w). See `pca_figure` for the arguments.
+    The array of an image is "attention" (H, h, w). See `pca_sheet` for the arguments.
     """
     inputs = _model_inputs(backbone, images, shorter_side)
     attention = image_attention(backbone, inputs)
@@ -110,10 +112,10 @@ def attention_figure(
         legend=Legend("attention", "0", "99th percentile of each map"),
         cell=160,
     )
-    return Figure(sheet, {"attention": _to_numpy(attention)})
+    return Figure(sheet, {"attention": [heads.numpy() for heads in attention]})
 
 
-def similarity_figure(
+def similarity_sheet(
     backbone: FrozenBackbone,
     images: Sequence[LoadedImage],
     points: Sequence[str],
@@ -122,7 +124,7 @@ def similarity_figure(
 ) -> Figure:
     """Cosine similarity of the patches at some points of the first image to all patches; a row for each point.
 
-    The array of an image is "similarity" (points, h, w). See `pca_figure` for the other arguments.
+    The array of an image is "similarity" (points, h, w). See `pca_sheet` for the other arguments.
 
     Args:
         points: Points of the first image, see `feature_maps.parse_point`.
@@ -201,7 +203,3 @@ def _position_of_maximum(values: Tensor) -> tuple[float, float]:
     rows, columns = values.shape
     row, column = divmod(int(values.argmax()), columns)
     return (column + 0.5) / columns, (row + 0.5) / rows
-
-
-def _to_numpy(tensors: Sequence[Tensor]) -> list[np.ndarray]:
-    return [tensor.numpy() for tensor in tensors]

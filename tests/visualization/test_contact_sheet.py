@@ -30,7 +30,7 @@ def test_images_keep_their_proportions_and_touch_what_is_below() -> None:
     assert rows.max() - rows.min() + 1 == 2 * 20 + contact_sheet.GAP
 
 
-def test_empty_places_and_all_that_is_written_fit_on_the_sheet() -> None:
+def test_empty_cells_and_all_texts_fit_on_the_sheet() -> None:
     image = Image.new("RGB", (4, 4), "blue")
     rows = [[Cell(image, "a name that is much too long for a cell"), Cell(image)], [None, Cell(image, "short")]]
     legend = Legend("cosine", "0", "1")
@@ -81,7 +81,7 @@ def test_a_map_without_variation_is_drawn() -> None:
     assert contact_sheet.heat_map(np.full((2, 3), 0.5), 0.5, 0.5).size == (3, 2)
 
 
-def test_a_mark_is_seen_on_black_and_on_white_and_leaves_its_center_free() -> None:
+def test_a_ring_is_visible_on_black_and_on_white_and_leaves_its_center_free() -> None:
     for color in ("black", "white"):
         image = Image.new("RGB", (112, 112), color)
         marked = contact_sheet.draw_ring(image, (56, 56))

@@ -1,4 +1,4 @@
-"""Any model: published ones by name, those of a config, and what only tensors tell."""
+"""Any model: published ones by name, those of a config, and those inferred from tensors."""
 
 import argparse
 import json
@@ -76,7 +76,7 @@ def test_a_config_without_weights_is_the_network_before_training(tiny: DinoVisio
         assert load("--config-file", file, "--random-init").name == f"{name} (untrained)"
 
 
-def test_tensors_alone_tell_the_network(tmp_path: Path) -> None:
+def test_the_architecture_is_inferred_from_tensors(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = build_model("vit_small", img_size=28, patch_size=14, embed_dim=128, depth=2, num_heads=2, init_values=1.0)
     backbone = load("--pretrained-weights", save_teacher(model, tmp_path / "small.pth"))
@@ -131,12 +131,12 @@ def test_a_published_network_before_training_is_always_the_same() -> None:
         (["--model", "dinov2_vits14", "--random-init", "--opts", "a.b=1"], "--opts a.b=1 overrides a config"),
     ],
 )
-def test_flags_that_do_not_say_which_model_are_refused(words: list[str], message: str) -> None:
+def test_flags_that_do_not_select_one_model_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(*words)
 
 
-def test_weights_that_are_not_there_or_tell_no_network_are_named(tmp_path: Path) -> None:
+def test_missing_or_foreign_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no weights at .*none\.pth"):
         load("--pretrained-weights", tmp_path / "none.pth")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")

@@ -1,4 +1,4 @@
-"""Videos come back as they were written, upright, at any size; what cannot be read or written is said."""
+"""Videos come back as they were written, upright, at any size; errors name the file."""
 
 import struct
 import subprocess
@@ -78,7 +78,7 @@ def test_videos_filmed_sideways_are_turned_upright(tmp_path: Path, matrix: tuple
     assert next(video.arrays((20, 30))).shape == (30, 20, 3)
 
 
-def test_what_moves_is_a_video(tmp_path: Path) -> None:
+def test_a_gif_with_several_frames_is_a_video(tmp_path: Path) -> None:
     Image.new("P", (4, 4)).save(tmp_path / "still.gif")
     (tmp_path / "broken.gif").write_bytes(b"GIF89a")
     assert not is_video(tmp_path / "still.gif") and not is_video(tmp_path / "broken.gif")
@@ -99,7 +99,7 @@ def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
         Video(tmp_path / "half.mp4")
 
 
-def test_sound_without_images_is_no_video(tmp_path: Path) -> None:
+def test_audio_alone_is_no_video(tmp_path: Path) -> None:
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)
@@ -162,6 +162,6 @@ def test_a_package_too_old_to_turn_videos_upright_is_refused(monkeypatch: pytest
         import_av()
 
 
-def test_ffmpeg_keeps_silent_without_taking_pythons_lock(tmp_path: Path) -> None:
+def test_ffmpeg_logs_nothing(tmp_path: Path) -> None:
     write(tmp_path / "clip.mp4")
     assert av.logging.get_level() is None, "with a log level its threads and Python's may wait for each other forever"

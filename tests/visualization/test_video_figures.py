@@ -61,7 +61,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_a_disk_without_room_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - 2**30, 2**30))
     with TokenStore(tmp_path, (32, 32, 512), expected=1000):
         pass

@@ -53,7 +53,7 @@ def num_colors(path: Path) -> int:
         return len(sheet.convert("RGB").getcolors(10**7))
 
 
-@pytest.mark.parametrize("command", [["pca"], []], ids=["pca", "without a word"])
+@pytest.mark.parametrize("command", [["pca"], []], ids=["pca", "no command"])
 def test_pca_draws_images_of_different_sizes(model: list[str], figures: Path, command: list[str]) -> None:
     output = figures.parent / "new" / "pca.png"
     run(*command, *model, "--images", figures, "--output", output, "--npy")
@@ -136,7 +136,7 @@ def test_the_former_module_and_the_british_spelling_of_the_command_still_work() 
     assert "--num-queries" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def test_a_data_set_of_queries_is_thinned(model: list[str], tmp_path: Path) -> None:
+def test_queries_of_a_dataset_are_evenly_spaced(model: list[str], tmp_path: Path) -> None:
     output = tmp_path / "n.png"
     words = ["--query", "FashionMNIST:split=VAL", "--images", "FashionMNIST:split=VAL", "--num-images", 4]
     for flags, count in (([], 10), (["--num-queries", 3], 3)):
@@ -144,7 +144,7 @@ def test_a_data_set_of_queries_is_thinned(model: list[str], tmp_path: Path) -> N
         assert len(json.loads(output.with_suffix(".json").read_text())) == count
 
 
-def test_what_a_person_may_wonder_about_is_said(
+def test_default_sizes_and_assumptions_are_logged(
     model: list[str], figures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = [*model, "--images", figures / "a.png", "--output", figures / "o.png"]
@@ -186,7 +186,7 @@ def test_a_video_becomes_a_video_or_a_sheet(model: list[str], tmp_path: Path, mo
         (["neighbors", "--query", "nowhere.png"], r"no such images: 'nowhere\.png'"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(
+def test_impossible_requests_are_refused(
     model: list[str], figures: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(figures)
@@ -245,7 +245,7 @@ def test_errors_take_one_line_and_the_file_runs_by_its_path(tmp_path: Path) -> N
     assert result.stderr.count("\n") == 1
 
 
-def test_a_image_is_whole_or_absent(model: list[str], figures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_is_complete_or_absent(model: list[str], figures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = figures.parent / "pca.png"
     output.write_bytes(b"former")
 
