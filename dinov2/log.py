@@ -10,6 +10,8 @@ import io
 import json
 import logging
 import math
+import os
+import re
 import statistics
 import sys
 import time
@@ -38,6 +40,9 @@ T = TypeVar("T")
 # I20230417 17:55:51 1234 dinov2.train.train train.py:233] message
 _FORMAT = "%(levelname).1s%(asctime)s %(process)d %(name)s %(filename)s:%(lineno)s] %(message)s"
 _DATE_FORMAT = "%Y%m%d %H:%M:%S"
+_LINE = re.compile(r"([A-Z])\d{8} [\d:]+ \d+ \S+ \S+\] (.*)")  # level and message of such a line
+_LAST_BYTES = 1 << 16  # of a log file, in which `last_error` searches
+_INTERRUPTED = "interrupted"
 _UNPRINTABLE = "backslashreplace"  # of names of files, which may be of any bytes
 
 
@@ -140,12 +145,39 @@ def run_command(command: Callable[[], int | None], *, after_interrupt: str = "")
     try:
         return command() or 0
     except KeyboardInterrupt:
-        text = "interrupted" + (f"; {after_interrupt}" if after_interrupt else "")
+        text = _INTERRUPTED + (f"; {after_interrupt}" if after_interrupt else "")
         logger.error("%s", text, extra={"last_words": f"error: {text}"})
         return 130
     except USER_ERRORS as error:
         logger.error("%s", error, exc_info=True, extra={"last_words": f"error: {error}"})
         return 1
+
+
+def last_error(log: Path) -> str:
+    """The error that the last line of a log file reports; "" if it reports none.
+
+    A critical line has the exception that ends its traceback. An interruption by the user is not an error.
+
+    Args:
+        log: Log file of a process (`log_path`); it need not exist.
+    """
+    if not log.is_file():
+        return ""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    for index in reversed(range(len(lines))):
+        if (match := _LINE.match(lines[index])) is None:
+            continue
+        level, message = match.groups()
+        if level not in "EC" or message.startswith(_INTERRUPTED):
+            return ""
+        traceback = [line for line in lines[index + 1 :] if line.strip()]
+        return traceback[-1] if level == "C" and traceback else message
+    return ""
 
 
 # --- Meters ----------------------------------------------------------------------------------------------------------

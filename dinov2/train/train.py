@@ -141,18 +141,18 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     tracking = open_run_trackers(cfg, first_step=run.step + 1)
     due = False  # a checkpoint is; it is postponed while steps are refused
     with tracking as trackers, loading as micro_batches, checkpointer, interruption:
-        metrics.listeners = [alarms.hear, *(trackers or [])]
+        metrics.listeners = [alarms.update, *(trackers or [])]
         for step, batches in log_steps(cfg, metrics, micro_batches, first_step=run.step + 1):
             now = schedules.at(step)
             set_hyperparameters(optimizer, now)
-            stats = panel.watch(step, line_is_due=metrics.line_is_due())
+            stats = panel.target_stats(step, line_is_due=metrics.line_is_due())
             losses = forward_backward(model, batches, now.teacher_temp, scaler, stats, seed=cfg.train.seed, step=step)
             norms = clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite)
             ema_update(model.teacher, model.student, now.momentum)
             run.step, run.images_seen = step, run.images_seen + run.setup.global_batch
             nonfinite.report(scaler, all_steps=step == last_step)
             bad_images.check(batches)
-            measured = panel.measured(step, stats, norms)
+            measured = panel.measure(step, stats, norms)
             log_step(metrics, cfg, now, losses, measured)
             if is_due(step, cfg.evaluation.eval_period_iterations, last_step):
                 save_rated_teacher(model, output_dir / "eval" / f"training_{step}", step, measured, cfg.health.best_by)

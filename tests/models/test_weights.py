@@ -186,7 +186,7 @@ def test_one_of_several_networks_is_never_taken_silently(
     tmp_path: Path, content: Callable[[StateDict, StateDict], object], names: str
 ) -> None:
     torch.save(content(vit().state_dict(), vit().state_dict()), tmp_path / "weights.pth")
-    message = f"holds several networks: {names}; checkpoint_key = 'teacher' is none of them or several"
+    message = f"holds several networks: {names}; checkpoint_key = 'teacher' matches none of them or several"
     assert_refused(vit(), tmp_path / "weights.pth", message)
 
 
@@ -209,7 +209,7 @@ def test_networks_of_other_libraries_are_told_apart(tmp_path: Path, layout: Call
 def test_a_student_that_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(teacher_dump(state := vit().state_dict()), tmp_path / "weights.pth")
     assert_loaded(load_backbone(vit(), tmp_path / "weights.pth", checkpoint_key="student"), state)
-    assert "holds no student: its teacher is taken" in caplog.text
+    assert "holds no student: its teacher is used" in caplog.text
 
 
 def test_names_that_meet_are_refused(tmp_path: Path) -> None:

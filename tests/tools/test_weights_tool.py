@@ -1,6 +1,7 @@
-"""`python -m dinov2.models.weights`: what is in a file, and the same for others, compared before it is kept."""
+"""`python -m dinov2.tools` with weights: their architecture, and other forms, compared before they are kept."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from dinov2.models import export
 from dinov2.models.export import FORMS
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import load_backbone, read_state_dict
-from dinov2.tools import weights as weights_command
-from dinov2.tools.weights import main
+from dinov2.tools import backbone_forms
+from dinov2.tools.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"embed_dim": 128, "num_heads": 2, "img_size": 56}
@@ -40,6 +41,11 @@ def written(folder: Path, state: dict[str, Tensor]) -> str:
     return str(folder / "weights.pth")
 
 
+def without_padding(text: str) -> str:
+    """The output of `inspect` with two spaces after each title."""
+    return re.sub(r"(?<=\S) {2,}", "  ", text)
+
+
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
@@ -50,16 +56,16 @@ def test_inspect_says_what_the_network_is(tmp_path: Path, capsys: pytest.Capture
     state |= {f"dino_head.{name}": value for name, value in head.items()}
     torch.save({"teacher": state}, tmp_path / "dump.pth")
     assert main(["inspect", str(tmp_path / "dump.pth"), "--names"]) == 0
-    text = capsys.readouterr().out
+    text = without_padding(capsys.readouterr().out)
     for line in (
-        "network        none of the published ones",
-        "width          128, 2 blocks, 2 heads",
-        "feed-forward   swiglufused, 4 times the width",
-        "patches        14 pixels, 4 channels, 4 registers",
-        "positions      4 x 4 patches, images of 56 pixels",
-        f"parameters     {sum(value.numel() for value in backbone.values()):,} in {len(backbone)} tensors, float32",
-        f"other tensors  {len(head)}: dino_head.last_layer, dino_head.mlp.0",
-        "\nbackbone.blocks.1.attn.qkv.weight  384 x 128  float32\n",
+        "network  none of the published ones",
+        "width  128, 2 blocks, 2 heads",
+        "feed-forward  swiglufused, 4 times the width",
+        "patches  14 pixels, 4 channels, 4 registers",
+        "positions  4 x 4 patches, images of 56 pixels",
+        f"parameters  {sum(value.numel() for value in backbone.values()):,} in {len(backbone)} tensors, float32",
+        f"teacher dino_head  {sum(value.numel() for value in head.values()):,} parameters, float32",
+        "\nteacher.backbone.blocks.1.attn.qkv.weight  384 x 128  float32\n",
     ):
         assert line in text
 
@@ -69,7 +75,7 @@ def test_inspect_recognizes_a_published_network(tmp_path: Path, capsys: pytest.C
         shapes = {name: value.shape for name, value in published_shapes("dinov2_vitb14_reg").items()}
     path = written(tmp_path, {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()})
     assert main(["inspect", path]) == 0
-    assert "network        dinov2_vitb14_reg\n" in capsys.readouterr().out
+    assert "network  dinov2_vitb14_reg\n" in without_padding(capsys.readouterr().out)
 
 
 def published_shapes(name: str) -> dict[str, Tensor]:
@@ -135,7 +141,7 @@ def test_a_published_model_by_its_name(
     state = published_shapes("dinov2_vits14_reg")
     torch.save(state, tmp_path / "dinov2_vits14" / "dinov2_vits14_reg4_pretrain.pth")
     output = tmp_path / "OUT.safetensors"
-    monkeypatch.setattr(weights_command, "compare", lambda *_: [])  # at 518 pixels it takes seconds
+    monkeypatch.setattr(backbone_forms, "compare", lambda *_: [])  # at 518 pixels it takes seconds
     assert main(["convert", "dinov2_vits14_reg", str(output), "--to", "safetensors"]) == 0
     assert read_state_dict(output).keys() == state.keys()
     assert main(["convert", str(output), str(tmp_path / "OUT.pth"), "--to", "torch", "--model", "dinov2_vitb14"]) == 1
@@ -215,8 +221,12 @@ def test_a_package_that_is_missing_is_named(
 
 def test_heads_alone_are_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, DINOHead(12, 20, hidden_dim=8, bottleneck_dim=4).state_dict())
-    assert main(["inspect", path]) == 1
-    assert "no backbone: pos_embed, patch_embed.proj.weight, norm.weight missing" in capsys.readouterr().err
+    message = "no backbone: pos_embed, patch_embed.proj.weight, norm.weight missing"
+    assert main(["inspect", path]) == 0
+    assert f"network  not recognized: {message}" in without_padding(capsys.readouterr().out)
+    assert main(["convert", path, str(tmp_path / "OUT.onnx"), "--to", "onnx"]) == 1
+    assert f"{path}: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "OUT.onnx").exists()
 
 
 @pytest.mark.parametrize("form", ["hf", "timm"])
@@ -235,7 +245,7 @@ def test_a_network_that_transformers_does_not_have_is_refused(
 ) -> None:
     source = written(tmp_path, small(mlp_ratio=3.3).state_dict())
     assert main(["convert", source, str(tmp_path / "OUT"), "--to", "hf"]) == 1
-    assert "a whole number of times as wide as the rest, not 3.297" in capsys.readouterr().err
+    assert "the MLP ratio of transformers is an integer, but this network has 3.297" in capsys.readouterr().err
     assert not (tmp_path / "OUT").exists()
 
 

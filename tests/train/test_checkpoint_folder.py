@@ -202,9 +202,11 @@ def test_a_table_cannot_change_classes(name: str, state: object, folder: Path) -
 def test_an_entry_that_is_no_tensor_is_refused_as_torch_would_run_it(tmp_path: Path) -> None:
     target = tmp_path / "made"
     folder = write_checkpoint(tmp_path / "model_0000001", {"model.weight": Unsafe(target)})
-    with pytest.raises(ValueError, match=r"\.metadata is refused: model.weight is no tensor but a pickled object"):
+    with pytest.raises(ValueError, match=r"\.metadata is refused: model.weight is not a tensor but a pickled object"):
         read_tensors(folder)
-    with pytest.raises(dcp.api.CheckpointException, match="model.weight is no tensor|metadata is None"):  # torch 2.11
+    with pytest.raises(
+        dcp.api.CheckpointException, match="model.weight is not a tensor|metadata is None"
+    ):  # torch 2.11
         dcp.load({"model.weight": torch.zeros(1)}, storage_reader=SafeReader(folder), no_dist=True)
     assert not target.exists()
     dcp.load({"model.weight": torch.zeros(1)}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
@@ -227,7 +229,7 @@ def test_tensors_that_are_pickles_are_refused(folder: Path, tmp_path: Path) -> N
 def test_a_table_cannot_point_out_of_its_folder(elsewhere: str, folder: Path) -> None:
     change_table(folder, lambda metadata: setattr(first_place(metadata), "relative_path", elsewhere))
     with pytest.raises(
-        ValueError, match=r"\.metadata is refused: it points to .*, which is no file of a checkpoint folder"
+        ValueError, match=r"\.metadata is refused: it refers to .*, which is not a file of a checkpoint folder"
     ):
         read_metadata(folder)
 
@@ -301,7 +303,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("state", [[], {"scaler": {}}, {"iteration": "7"}, None])
 def test_a_state_without_an_iteration_is_refused(state: object, folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="state.json does not say which iteration it is of"):
+    with pytest.raises(ValueError, match="state.json has no valid iteration"):
         read_state(folder)
 
 
@@ -332,7 +334,7 @@ def test_a_state_whose_entries_cannot_be_is_refused(damage: dict[str, object], f
     path = folder / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(
-        ValueError, match=f"{path} (is damaged|is of iteration 8|does not say).*copy the checkpoint again"
+        ValueError, match=f"{path} (is damaged|is of iteration 8|has no valid iteration).*copy the checkpoint again"
     ):
         read_state(folder)
 
@@ -387,6 +389,4 @@ def test_the_damaged_tensor_is_named_also_in_checkpoints_of_earlier_versions(fol
 def test_what_has_no_checksum_is_read_and_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     read_state(folder)
-    assert caplog.messages == [
-        f"{folder / 'state.json'} was written without checksums: damage to it may not be noticed"
-    ]
+    assert caplog.messages == [f"{folder / 'state.json'} has no checksum: damage to it may not be detected"]

@@ -15,10 +15,9 @@ from checkpoint_files import write_checkpoint
 from tiny import run_train, tiny_config
 
 from dinov2.files import folder_lock
-from dinov2.log import read_records, truncate_metrics
+from dinov2.log import last_error, read_records, truncate_metrics
 from dinov2.report.images import gallery
-from dinov2.report.run import read_run
-from dinov2.report.state import last_error
+from dinov2.report.read_run import read_run
 from dinov2.train.checkpoint_folder import read_tensors
 from dinov2.train.checkpoint_metadata import write_checksums
 from dinov2.train.checkpoint_state import Setup, read_state

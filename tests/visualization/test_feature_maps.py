@@ -177,16 +177,16 @@ def test_similarity_is_the_cosine_to_the_chosen_patch() -> None:
     ],
 )
 def test_points_in_pixels_or_fractions_are_found_in_the_grid(point: str, cell: tuple[int, int]) -> None:
-    assert feature_maps.cell_at(feature_maps.locate(point, (80, 40)), (4, 8)) == cell
+    assert feature_maps.cell_at(feature_maps.parse_point(point, (80, 40)), (4, 8)) == cell
 
 
 @pytest.mark.parametrize("point", ["80,0", "0,40", "-1,3", "1.5,0.5", "-0.1,0.5", "35.0,12.0"])
 def test_points_outside_are_refused(point: str) -> None:
     with pytest.raises(ValueError, match=f"the point {point} is outside the image of 80 x 40 pixels"):
-        feature_maps.locate(point, (80, 40))
+        feature_maps.parse_point(point, (80, 40))
 
 
 @pytest.mark.parametrize("point", ["middle", "3", "1,2,3", "x,y", "", "0.5,30", "1,0.5", "nan,nan", "1e1,2"])
 def test_what_is_no_point_is_refused(point: str) -> None:
     with pytest.raises(ValueError, match="a point is x,y in pixels"):
-        feature_maps.locate(point, (80, 40))
+        feature_maps.parse_point(point, (80, 40))

@@ -9,7 +9,7 @@ from torch.nn import functional
 from dinov2.analysis.pca import pca_colors
 from dinov2.models import build_model
 from dinov2.visualization.feature_maps import image_attention, image_tokens
-from dinov2.visualization.figures import attention_sheet, neighbors_sheet, pca_sheet, similarity_sheet
+from dinov2.visualization.figures import attention_figure, neighbors_sheet, pca_figure, similarity_figure
 from dinov2.visualization.frozen_backbone import FrozenBackbone
 from dinov2.visualization.inputs import LoadedImage
 
@@ -28,7 +28,7 @@ def images(count: int, width: int = 32, height: int = 32) -> list[LoadedImage]:
 
 @pytest.mark.parametrize("count", [1, 5, 13, 25])
 def test_components_of_any_number_of_images_are_those_of_all_patches(count: int) -> None:
-    drawn = pca_sheet(backbone(), images(count), shorter_side=None)
+    drawn = pca_figure(backbone(), images(count), shorter_side=None)
     tokens = torch.stack(image_tokens(backbone(), [image.image for image in images(count)]))
     expected = pca_colors(tokens)
     np.testing.assert_allclose(np.stack(drawn.arrays["colors"]), expected.numpy(), atol=1e-5)
@@ -39,14 +39,14 @@ def test_components_of_any_number_of_images_are_those_of_all_patches(count: int)
 
 @pytest.mark.parametrize(("num_heads", "lines"), [(2, 1), (6, 1), (7, 2), (13, 3)])
 def test_every_head_has_a_cell_and_lines_hold_six(num_heads: int, lines: int) -> None:
-    drawn = attention_sheet(backbone(num_heads), images(1), shorter_side=32)
+    drawn = attention_figure(backbone(num_heads), images(1), shorter_side=32)
     (attention,) = image_attention(backbone(num_heads), [images(1)[0].image])
     np.testing.assert_allclose(drawn.arrays["attention"][0], attention.numpy(), atol=1e-6)
     assert drawn.sheet.height // 180 == lines
 
 
 def test_similarity_is_to_the_patch_at_the_point_and_drawn_in_a_row_each() -> None:
-    drawn = similarity_sheet(backbone(), images(2), ["12,12", "0.9,0.1"], shorter_side=None)
+    drawn = similarity_figure(backbone(), images(2), ["12,12", "0.9,0.1"], shorter_side=None)
     one, other = image_tokens(backbone(), [image.image for image in images(2)])
     own, others = drawn.arrays["similarity"]
     assert own.shape == others.shape == (2, 4, 4)

@@ -1,4 +1,4 @@
-"""ImageSet come from wherever people have them, and what cannot be read is named."""
+"""Images come from wherever people have them, and what cannot be read is named."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -14,7 +14,7 @@ from dinov2.visualization.video import writing_video
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """ImageSet 0.png to 5.png whose red is 10 times their number."""
+    """Images 0.png to 5.png whose red is 10 times their number."""
     for number in range(6):
         Image.new("RGB", (4, 4), (10 * number, 0, 0)).save(tmp_path / f"{number}.png")
     return tmp_path
@@ -66,7 +66,7 @@ def test_images_that_cannot_be_read_are_left_out_and_named(folder: Path, caplog:
     for source in (folder, folder / "*.png"):
         caplog.clear()
         assert reds([str(source)]) == [0, 10, 20, 50]
-        warnings = [record.getMessage() for record in caplog.records if record.name.endswith("sources")]
+        warnings = [record.getMessage() for record in caplog.records if record.name.endswith("inputs")]
         assert len(warnings) == 2 and str(folder / "3.png") in warnings[0] and str(folder / "4.png") in warnings[1]
 
 
@@ -78,14 +78,14 @@ def test_a_data_set_for_loaders_gives_positions_and_none_for_what_cannot_be_read
 
 def test_the_only_image_must_be_readable(folder: Path) -> None:
     (folder / "3.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"cannot read the image .*3\.png: 10 bytes in no image format"):
+    with pytest.raises(ValueError, match=r"cannot read the image .*3\.png: 8 bytes in no image format"):
         reds([str(folder / "3.png")])
 
 
 def test_if_none_can_be_read_that_is_an_error(folder: Path) -> None:
     for path in folder.iterdir():
         path.write_bytes(b"no image")
-    with pytest.raises(ValueError, match="not one of 6 images can be read"):
+    with pytest.raises(ValueError, match="none of 6 images can be read"):
         reds([str(folder)])
 
 

@@ -1,6 +1,7 @@
 """Videos come back as they were written, upright, at any size; what cannot be read or written is said."""
 
 import struct
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2.files import remove_leftovers
 from dinov2.visualization.video import Video, import_av, is_video, writing_video
 
 
@@ -34,7 +36,7 @@ def test_frames_come_back_as_they_were_written(tmp_path: Path, name: str) -> Non
     video = Video(write(tmp_path / name))
     frames = list(video.arrays())
     assert (len(frames), video.size, video.rate) == (12, (64, 48), Fraction(25, 2))
-    assert video.expected_frames() == video.count_frames() == 12
+    assert video.expected_frames == video.count_frames() == 12
     for number, pixels in enumerate(frames):
         assert np.abs(pixels.astype(int) - frame(number)).mean() < 4
 
@@ -104,8 +106,30 @@ def test_sound_without_images_is_no_video(tmp_path: Path) -> None:
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         sound.sample_rate = 44100
         container.mux(stream.encode(sound) + stream.encode(None))
-    with pytest.raises(ValueError, match=r"sound.mp4 has no images, only audio"):
+    with pytest.raises(ValueError, match=r"sound.mp4 has no video stream, only audio"):
         Video(path)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
+def test_the_temporary_file_is_removed_when_its_process_was_killed_and_kept_while_it_lives(
+    tmp_path: Path, name: str
+) -> None:
+    code = (
+        "import sys; from fractions import Fraction; from pathlib import Path; import numpy as np\n"
+        "from dinov2.visualization.video import writing_video\n"
+        "with writing_video(Path(sys.argv[1]), Fraction(25)) as add:\n"
+        "    add(np.zeros((48, 64, 3), np.uint8))\n"
+        "    print('here', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / name)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == b"here\n"
+        remove_leftovers(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 1
+        writer.kill()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_formats_are_not_written(tmp_path: Path) -> None:

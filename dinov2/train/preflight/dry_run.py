@@ -19,7 +19,7 @@ from dinov2.trackers import check_trackers
 from dinov2.train.checkpoint import load_initial_weights
 from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
-from dinov2.train.monitor.probe import NoLabels, labeled_dataset
+from dinov2.train.monitor.probe_images import NoLabels, labeled_dataset
 from dinov2.train.preflight.checks import check_settings
 from dinov2.train.preflight.memory import estimate, masked_patches_per_image
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
