@@ -372,8 +372,8 @@ def on_main(resource: AbstractContextManager[T]) -> Iterator[T | None]:
                 value = stack.enter_context(resource)
             except (OSError, ValueError) as error:
                 failure = error
-        if (error := all_gather_object(failure)[0]) is not None:
-            raise error
+        if (reason := all_gather_object(failure)[0]) is not None:
+            raise reason
         yield value
 
 
