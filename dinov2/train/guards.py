@@ -80,7 +80,7 @@ class NonFiniteGuard:
         if self.in_a_row >= self.max_in_a_row:
             raise FloatingPointError(
                 f"{self.in_a_row} steps in a row were not finite ({named}); weights are unchanged since the last "
-                f"finite one. Usual remedies: a lower optim.base_lr, a longer optim.warmup_epochs, bf16 or fp32 instead "
+                f"finite one. Remedies: a lower optim.base_lr, a longer optim.warmup_epochs, bf16 or fp32 instead "
                 f"of fp16, and an older checkpoint if the weights of the newest one are damaged "
                 f"(train.max_nonfinite_steps={self.max_in_a_row} sets this limit)"
             )

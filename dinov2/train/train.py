@@ -139,7 +139,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     loader = build_loader(cfg, dataset, run.images_seen, while_waiting=interruption.check_wait)
     loading = closing(to_device(loader, distributed.device()))  # ends the worker processes after the loop
     tracking = open_run_trackers(cfg, first_step=run.step + 1)
-    due = False  # a checkpoint is; it is postponed while steps are refused
+    checkpoint_due = False  # checkpoints are postponed while steps are skipped
     with tracking as trackers, loading as micro_batches, checkpointer, interruption:
         metrics.listeners = [alarms.update, *(trackers or [])]
         for step, batches in log_steps(cfg, metrics, micro_batches, first_step=run.step + 1):
@@ -157,10 +157,10 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
             if is_due(step, cfg.evaluation.eval_period_iterations, last_step):
                 save_rated_teacher(model, output_dir / "eval" / f"training_{step}", step, measured, cfg.health.best_by)
             stopping = interruption.requested()
-            due = due or checkpointer.is_due(step)
+            checkpoint_due = checkpoint_due or checkpointer.is_due(step)
             healthy = nonfinite.in_a_row == 0 or step == last_step  # otherwise older checkpoints are worth more
-            if stopping or (due and healthy):
-                due = False
+            if stopping or (checkpoint_due and healthy):
+                checkpoint_due = False
                 run.save(wait=stopping)
             checkpointer.finish(wait=False)
             if stopping:
