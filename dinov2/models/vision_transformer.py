@@ -168,7 +168,7 @@ class DinoVisionTransformer(nn.Module):
             if side * side == shape[1] - 1:
                 return side, side
         raise ValueError(
-            f"pos_embed {tuple(shape)} is no position table of a square grid of patches after a class token: "
+            f"pos_embed {tuple(shape)} is not a position table of a square grid of patches after a class token: "
             f"(1, 1 + side * side, {self.embed_dim})"
         )
 

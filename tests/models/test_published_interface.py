@@ -171,7 +171,7 @@ def test_a_table_that_is_of_no_square_grid_is_refused(
     model: DinoVisionTransformer, x: Tensor, shape: tuple[int, ...]
 ) -> None:
     model.pos_embed = nn.Parameter(torch.zeros(shape))
-    with pytest.raises(ValueError, match=rf"pos_embed \({shape[0]}, .* is no position table of a square grid"):
+    with pytest.raises(ValueError, match=rf"pos_embed \({shape[0]}, .* is not a position table of a square grid"):
         model(x)
 
 
