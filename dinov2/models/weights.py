@@ -133,14 +133,14 @@ def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> D
     missing = [name for name in wanted if name not in state]
     if not missing:
         state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_HEADS)}
-    foreign = [name for name in state if name not in wanted]
+    unknown = [name for name in state if name not in wanted]
     misshapen = [
         f"{name} (file {tuple(state[name].shape)}, model {tuple(wanted[name].shape)})"
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
     ]
-    if missing or foreign or misshapen:
-        raise ValueError(_mismatch_message(source, missing, foreign, misshapen))
+    if missing or unknown or misshapen:
+        raise ValueError(_mismatch_message(source, missing, unknown, misshapen))
     check_numbers(state, source)
     model.load_state_dict(state)
     logger.info("loaded %d tensors of the backbone from %s", len(state), source)
@@ -158,10 +158,10 @@ def check_numbers(state: StateDict, source: str) -> None:
         ValueError: If some are not; names the first of them.
     """
     if texts := [f"{name} ({value.dtype})" for name, value in state.items() if not value.is_floating_point()]:
-        raise ValueError(f"weights in {source} are no floating-point numbers: {_some(texts)}")
+        raise ValueError(f"weights in {source} are not floating-point numbers: {_some(texts)}")
     kinds = {name: "meta" if value.is_meta else str(value.layout) for name, value in state.items()}
     if texts := [f"{name} ({kind})" for name, kind in kinds.items() if kind != str(torch.strided)]:
-        raise ValueError(f"weights in {source} are no plain tensors: {_some(texts)}")
+        raise ValueError(f"weights in {source} are not plain tensors: {_some(texts)}")
     if texts := [name for name, value in state.items() if not value.isfinite().all()]:
         raise ValueError(f"weights in {source} are not finite (NaN or infinite): {_some(texts)}")
 
@@ -308,7 +308,7 @@ def _reason(path: Path, error: Exception) -> str:
     if match := re.search(r"GLOBAL (\S+) was not an allowed", text):
         return f"it holds more than tensors, {match[1]}: save its state dict alone where it was written"
     if "Unsupported operand" in text and not head.startswith(b"PK"):
-        return "it is no file of torch.save; one of safetensors has to be named .safetensors"
+        return "it is not a file of torch.save; a file of safetensors must be named .safetensors"
     lines = [line.strip() for line in text.splitlines() if line.strip() and _UNSAFE_ADVICE not in line]
     return lines[0] if lines else "it holds more than tensors, such as the code of TorchScript"
 
@@ -358,16 +358,16 @@ def _fitting_channels(weight: Tensor, model: DinoVisionTransformer, source: str)
     return weight[:, torch.arange(wanted) % stored] * (stored / wanted)
 
 
-def _mismatch_message(source: str, missing: list[str], foreign: list[str], misshapen: list[str]) -> str:
+def _mismatch_message(source: str, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
     lines = [f"the weights in {source} do not fit this backbone, nothing was loaded"]
-    for title, names in (("missing", missing), ("unknown", foreign), ("other shape", misshapen)):
+    for title, names in (("missing", missing), ("unknown", unknown), ("other shape", misshapen)):
         if names:
             lines.append(f"  {title} ({len(names)}): {_some(names)}")
-    if any(".mlp.w12." in name for name in missing + foreign):
+    if any(".mlp.w12." in name for name in missing + unknown):
         lines.append(
             "  the file and the model have different feed-forward layers: check student.ffn_layer (mlp, swiglufused)"
         )
-    if any("register_tokens" in name for name in missing + foreign):
+    if any("register_tokens" in name for name in missing + unknown):
         lines.append("  check student.num_register_tokens")
     if misshapen:
         lines.append("  check student.arch, student.patch_size and the config the weights were trained with")

@@ -51,7 +51,7 @@ def cached(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir()) if cache.exists() else []
 
 
-# --- What goes well --------------------------------------------------------------------------------------------------
+# --- Successful downloads ---------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_fetched_once_under_its_published_name(server: WeightServer, weights: bytes, cache: Path) -> None:
@@ -77,7 +77,7 @@ def test_files_of_one_name_from_two_places_are_not_mixed_up(server: WeightServer
     assert first.name.endswith("-teacher_checkpoint.pth")
 
 
-def test_a_server_that_does_not_say_the_length(server: WeightServer, weights: bytes) -> None:
+def test_a_server_that_does_not_report_the_length(server: WeightServer, weights: bytes) -> None:
     server.length = False
     assert download(server.url + FILE).read_bytes() == weights
 
@@ -97,7 +97,7 @@ def test_weights_are_loaded_from_a_url(server: WeightServer) -> None:
 
 
 def test_a_cut_connection_is_continued(server: WeightServer, weights: bytes) -> None:
-    server.cuts = [300_000, 0, 200_000]  # the second is the answer whose body nobody reads
+    server.cuts = [300_000, 0, 200_000]  # the second is the response whose body is not read
     assert download(server.url + FILE).read_bytes() == weights
     continued = [start for _, start in server.requests if start]
     assert continued == [300_000, 500_000]
@@ -108,7 +108,7 @@ def test_without_ranges_it_starts_over(server: WeightServer, weights: bytes) -> 
     assert download(server.url + FILE).read_bytes() == weights
 
 
-def test_a_silent_server_is_asked_again(server: WeightServer, weights: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_is_retried(server: WeightServer, weights: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TIMEOUT_S", 0.3)
     server.stalls = [400_000]
     assert download(server.url + FILE).read_bytes() == weights
@@ -123,7 +123,7 @@ def test_a_slow_server_is_waited_for(server: WeightServer, weights: bytes, monke
     assert len(server.requests) == 1
 
 
-def test_a_busy_server_is_asked_again(server: WeightServer, weights: bytes) -> None:
+def test_a_busy_server_is_retried(server: WeightServer, weights: bytes) -> None:
     server.statuses = [503, 429]
     assert download(server.url + FILE).read_bytes() == weights
 
@@ -221,7 +221,7 @@ def test_a_missing_file_is_named_at_once(server: WeightServer, cache: Path, stat
     assert len(server.requests) == 1 and not cached(cache)
 
 
-def test_a_refusal_says_what_to_do(server: WeightServer, cache: Path) -> None:
+def test_the_error_of_a_refusal_has_alternatives(server: WeightServer, cache: Path) -> None:
     server.statuses = [403]
     with pytest.raises(ConnectionError, match="the server answered 403 Forbidden") as caught:
         download(server.url + FILE)
@@ -280,7 +280,7 @@ def closed_port() -> int:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
-def test_without_a_network_it_says_where_to_put_the_file(
+def test_without_a_network_the_error_says_where_to_put_the_file(
     cache: Path, monkeypatch: pytest.MonkeyPatch, host: str
 ) -> None:
     monkeypatch.setattr(module, "PAUSE_S", 1000)  # it does not try again

@@ -199,7 +199,7 @@ def test_foreign_names_of_transformers_are_refused(tmp_path: Path) -> None:
         load_backbone(ours, tmp_path)
 
 
-def test_a_folder_without_weights_says_what_it_looked_for(tmp_path: Path) -> None:
+def test_the_error_of_a_folder_without_weights_names_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a folder without model.safetensors, pytorch_model.bin or teacher_"):
         read_state_dict(tmp_path)
 
@@ -269,7 +269,7 @@ def test_other_networks_are_recognized(settings: dict[str, object]) -> None:
     assert published_name(state) is None
 
 
-def test_what_tensors_cannot_tell_is_asked_for() -> None:
+def test_what_tensors_do_not_determine_must_be_given() -> None:
     model = DinoVisionTransformer(img_size=8, patch_size=2, embed_dim=12, depth=1, num_heads=3)
     with pytest.raises(ValueError, match="width 12 is not a multiple of 64 channels per head: give the number"):
         infer_arguments(model.state_dict())

@@ -128,7 +128,7 @@ def described(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, s
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("writers", ["one_process", "two_processes"])
-def test_every_form_holds_what_the_model_held(
+def test_every_form_has_the_tensors_of_the_model(
     form: str, suffix: str, writers: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder, tensors = request.getfixturevalue(writers)
@@ -170,7 +170,7 @@ def test_every_form_can_be_evaluated(
         assert_equal(read_state_dict(output), part(tensors, f"model.{network}."))
 
 
-def test_the_teacher_of_a_run_is_the_one_that_the_run_dumped(run: Path, tmp_path: Path) -> None:
+def test_the_teacher_of_a_run_is_the_one_that_the_run_exported(run: Path, tmp_path: Path) -> None:
     (dump,) = run.glob("eval/training_1/*.pth")
     for source in (run, run / "checkpoints", run / "checkpoints" / "model_0000001"):
         content = content_of(convert(source, tmp_path / "teacher.pth", "teacher", "--force"))
@@ -202,7 +202,7 @@ def assert_same_content(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-def test_what_is_no_tensor_comes_along(one_process: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+def test_other_entries_are_kept(one_process: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     content = content_of(convert(one_process[0], tmp_path / "full.pth", "full"))
     assert list(content) == ["model", "optimizer", "iteration", "scaler", "images_seen", "metrics"]
     assert (content["scaler"]["scale"], content["images_seen"], content["metrics"]) == (1024.0, 1234567, METRICS)
@@ -229,7 +229,7 @@ def test_a_released_backbone_can_be_converted(tmp_path: Path) -> None:
     assert_equal(content_of(convert(tmp_path / "released.pth", tmp_path / "b.safetensors", "backbone")), state)
 
 
-def test_tensors_that_share_memory_are_parted(tmp_path: Path) -> None:
+def test_tensors_that_share_memory_are_copied(tmp_path: Path) -> None:
     large = torch.randn(1000, 32)
     state = {"patch_embed.proj.weight": large[:4], "tied": large[:4], "transposed": large[4:8].t()}
     torch.save(state, tmp_path / "views.pth")
@@ -270,7 +270,7 @@ def test_a_file_can_replace_itself(one_process: tuple[Path, dict[str, Tensor]], 
         ("folder.pth", [], "folder.pth is a folder: give the name of a file in it"),
     ],
 )
-def test_a_file_that_readers_would_not_know_is_not_written(
+def test_a_suffix_that_readers_do_not_recognize_is_an_error(
     output: str,
     words: list[str],
     message: str,
@@ -292,7 +292,7 @@ def test_torch_files_may_have_any_other_suffix(one_process: tuple[Path, dict[str
 @pytest.mark.parametrize(
     ("held", "asked"), [("teacher", "student"), ("teacher", "full"), ("backbone", "teacher"), ("student", "teacher")]
 )
-def test_what_a_checkpoint_does_not_hold_cannot_be_had(
+def test_a_form_that_the_checkpoint_does_not_contain_is_an_error(
     held: str,
     asked: str,
     one_process: tuple[Path, dict[str, Tensor]],
@@ -450,7 +450,7 @@ def test_a_damaged_checkpoint_is_an_error_in_one_line_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["model_0000007"]
 
 
-def test_the_command_bears_a_reader_that_stops_reading(one_process: tuple[Path, dict[str, Tensor]]) -> None:
+def test_a_closed_pipe_is_no_error(one_process: tuple[Path, dict[str, Tensor]]) -> None:
     reading, writing = os.pipe()
     os.close(reading)  # as `head` does when it has its lines
     command = [sys.executable, "-m", "dinov2.tools", "inspect", str(one_process[0])]

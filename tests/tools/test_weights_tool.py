@@ -49,7 +49,7 @@ def without_padding(text: str) -> str:
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_says_what_the_network_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_the_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head = DINOHead(128, 20, hidden_dim=8, bottleneck_dim=4).state_dict()
     backbone = small("dinov2_vitg14_reg", in_chans=4).state_dict()
     state = {f"backbone.{name}": value for name, value in backbone.items()}
@@ -97,9 +97,7 @@ def test_the_command_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14_reg"])
 @pytest.mark.parametrize("form", ["hf", "timm", "safetensors", "torch"])
-def test_weights_in_other_layouts_come_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, form: str
-) -> None:
+def test_converted_weights_load_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, form: str) -> None:
     model = small(name)
     output = tmp_path / "new" / NAMES[form]
     assert main(["convert", written(tmp_path, model.state_dict()), str(output), "--to", form]) == 0
@@ -122,8 +120,8 @@ def test_networks_for_other_runtimes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
-def test_the_layouts_of_others_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also with heads that only the configuration of transformers tells."""
+def test_files_of_transformers_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also with a number of heads that only the config of transformers has."""
     model = small(num_heads=4)
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
     torch.save(to_published_hf(model.state_dict()), tmp_path / "pytorch_model.bin")
@@ -185,7 +183,7 @@ def test_one_of_several_networks_is_converted_by_its_name(tmp_path: Path, capsys
     assert read_state_dict(output).keys() == average.state_dict().keys()
 
 
-def test_nothing_is_replaced_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_output_is_replaced_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path, small().state_dict())
     for name, form in (("OUT.pth", "torch"), ("OUT", "hf")):
         command = ["convert", source, str(tmp_path / name), "--to", form]
@@ -203,7 +201,7 @@ def test_nothing_is_replaced_unless_asked_for(tmp_path: Path, capsys: pytest.Cap
         ("onnx", "OUT", "expect a name that ends in .onnx, not"),
     ],
 )
-def test_names_that_readers_would_not_understand_are_refused(
+def test_a_suffix_that_readers_do_not_accept_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, name: str, message: str
 ) -> None:
     assert main(["convert", "anything", str(tmp_path / name), "--to", form]) == 1
@@ -230,8 +228,8 @@ def test_heads_alone_are_no_network(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("form", ["hf", "timm"])
-def test_networks_that_nobody_published(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
-    """Without LayerScale, another ratio, another patch, gray images: as somebody may have trained them."""
+def test_unpublished_architectures(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    """Without LayerScale, another ratio, another patch size, gray images."""
     sizes = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 96, "depth": 2, "num_heads": 3}
     model = DinoVisionTransformer(**sizes, mlp_ratio=3.0, num_register_tokens=2)
     source = written(tmp_path, with_generic_weights(model).state_dict())

@@ -66,7 +66,7 @@ def test_names_and_shapes_need_no_tensors(folder: Path) -> None:
     assert all(shapes[name].dtype == value.dtype and shapes[name].is_meta for name, value in some_tensors().items())
 
 
-def test_the_table_is_the_one_that_torch_reads(folder: Path) -> None:
+def test_the_index_is_the_one_that_torch_reads(folder: Path) -> None:
     ours, theirs = read_metadata(folder), dcp.FileSystemReader(folder).read_metadata()
     assert ours.storage_data == theirs.storage_data and ours.planner_data == theirs.planner_data
     for name, stored in theirs.state_dict_metadata.items():
@@ -85,7 +85,7 @@ class _EarlierPython(pickle.Pickler):
         return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
 
 
-def test_a_table_written_by_an_earlier_python_is_read(folder: Path) -> None:
+def test_an_index_written_by_an_earlier_python_is_read(folder: Path) -> None:
     written, buffer = read_metadata(folder), io.BytesIO()
     _EarlierPython(buffer).dump(pickle.loads((folder / ".metadata").read_bytes()))
     assert b"getattr" in buffer.getvalue()
@@ -162,7 +162,7 @@ def harmful_size(metadata: Metadata, target: Path) -> object:
 
 @pytest.mark.parametrize("harm", [harmful_root, harmful_planner, harmful_name, harmful_size])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_table_that_would_run_code_is_refused_and_does_not_run(
+def test_an_index_that_would_run_code_is_refused_and_does_not_run(
     harm: Callable[[Metadata, Path], object], protocol: int, folder: Path
 ) -> None:
     path, target = folder / ".metadata", folder / "made"
@@ -179,7 +179,7 @@ def test_a_table_that_would_run_code_is_refused_and_does_not_run(
 @pytest.mark.parametrize(
     "name", ["builtins eval", "os system", "torch load", "torch nn.Module", "torch.serialization load", "dinov2 log"]
 )
-def test_only_what_belongs_into_a_table_can_be_asked_for(name: str, folder: Path) -> None:
+def test_only_names_of_an_index_can_be_unpickled(name: str, folder: Path) -> None:
     (folder / ".metadata").write_bytes(f"c{name.replace(' ', chr(10))}\n.".encode())
     with pytest.raises(ValueError, match=f"refused: it asks for {name.replace(' ', '.')}, which could run code"):
         read_metadata(folder)
@@ -187,7 +187,7 @@ def test_only_what_belongs_into_a_table_can_be_asked_for(name: str, folder: Path
 
 @pytest.mark.parametrize("name", ["Metadata", "TensorProperties", "_MEM_FORMAT_ENCODING"])
 @pytest.mark.parametrize("state", [{"state": 1}, (None, {"__setstate__": 1})])
-def test_a_table_cannot_change_classes(name: str, state: object, folder: Path) -> None:
+def test_an_index_cannot_change_classes(name: str, state: object, folder: Path) -> None:
     module = "torch.distributed.checkpoint.metadata"
     harm = f"c{module}\n{name}\n".encode() + pickle.dumps(state, protocol=0)[:-1] + b"b."
     (folder / ".metadata").write_bytes(harm)
@@ -226,7 +226,7 @@ def test_tensors_that_are_pickles_are_refused(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("elsewhere", ["../secret.distcp", "/etc/passwd", "", "..", "below/__0_0.distcp"])
-def test_a_table_cannot_point_out_of_its_folder(elsewhere: str, folder: Path) -> None:
+def test_an_index_cannot_point_out_of_its_folder(elsewhere: str, folder: Path) -> None:
     change_table(folder, lambda metadata: setattr(first_place(metadata), "relative_path", elsewhere))
     with pytest.raises(
         ValueError, match=r"\.metadata is refused: it refers to .*, which is not a file of a checkpoint folder"
@@ -262,7 +262,7 @@ def first_place(metadata: Any) -> Any:
         lambda metadata: delattr(metadata, "storage_data"),
     ],
 )
-def test_a_table_that_contradicts_itself_is_damaged(change: Callable[[Any], object], folder: Path) -> None:
+def test_an_index_that_contradicts_itself_is_damaged(change: Callable[[Any], object], folder: Path) -> None:
     change_table(folder, change)
     with pytest.raises(ValueError, match=r"\.metadata is damaged .*: copy the checkpoint again, or use another one"):
         read_metadata(folder)
