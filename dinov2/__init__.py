@@ -2,7 +2,7 @@
 
 import sys
 
-# Before anything that an older Python cannot read, so that it is told in words; this file itself it can.
+# Before imports that an older Python cannot parse, so that it gets a clear message.
 if sys.version_info < (3, 11):  # noqa: UP036
     raise ImportError(f"DINOv2 needs Python 3.11 or newer, this is {sys.version_info[0]}.{sys.version_info[1]}")
 

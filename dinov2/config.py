@@ -1,7 +1,7 @@
-"""Configuration: a typed schema, and the one way from YAML files and overrides to a ``Config``.
+"""Configuration: a typed schema, and the loading of YAML files and overrides to a ``Config``.
 
-The dataclasses below name every key and its type; attribute names are the YAML keys. Default values, meanings and
-units live in ``configs/ssl_default_config.yaml`` and nowhere else. A loaded ``Config`` cannot be written to.
+The dataclasses below define every key and its type; attribute names are the YAML keys. Default values, meanings and
+units are in ``configs/ssl_default_config.yaml`` only. A loaded ``Config`` is immutable.
 
     cfg = load("train/vitl16_short", ["train.dataset_path=ImageNet:split=TRAIN:root=/data", "optim.epochs=10"])
 """
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, the value, the choices and where it was set."""
+    """An invalid configuration; the message names the key, the value, the choices and where it was set."""
 
 
 # --- Types of values -------------------------------------------------------------------------------------------------
 
 
 class Limit(NamedTuple):
-    """A condition on a value, and the words for it in an error message."""
+    """A condition on a value, and its text in error messages."""
 
     text: str
     holds: Callable[[Any], bool]
@@ -52,9 +52,9 @@ Positive = Annotated[float, Limit("above 0", lambda x: 0 < x < math.inf)]
 Probability = Annotated[float, Limit("from 0 to 1", lambda x: 0 <= x <= 1)]
 DropRate = Annotated[float, Limit("at least 0 and below 1", lambda x: 0 <= x < 1)]
 PositiveShare = Annotated[float, Limit("above 0 and at most 1", lambda x: 0 < x <= 1)]
-_SCALE = "as pixels are in [0, 1]: divide by 255 what was computed on a scale of 0 to 255"
+_SCALE = "as pixels are in [0, 1]: divide by 255 if computed on a scale of 0 to 255"
 PixelMean = Annotated[float, Limit(f"from 0 to 1, {_SCALE}", lambda x: 0 <= x <= 1)]
-HueShift = Annotated[float, Limit("from 0 to 0.5, half the circle of hues", lambda x: 0 <= x <= 0.5)]
+HueShift = Annotated[float, Limit("from 0 to 0.5, half of the hue circle", lambda x: 0 <= x <= 0.5)]
 PixelStd = Annotated[float, Limit(f"above 0 and at most 1, {_SCALE}", lambda x: 0 < x <= 1)]
 
 _ASCENDING = Limit("the smaller one first", lambda pair: pair[0] <= pair[1])
@@ -286,16 +286,16 @@ class _Source(NamedTuple):
 
 
 def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then a file, then overrides; later values win, lists are replaced whole.
+    """Load the defaults, then a file, then overrides; later values replace earlier ones, lists as a whole.
 
     Args:
-        file: a YAML file, or the name of a packaged one such as ``train/vitl16_short``; None for the defaults alone.
-        overrides: ``dotted.key=value`` words. The first ``=`` splits. A key whose type is text takes all that follows
-            as it is; quotes around it are an error. For other keys it is YAML without comments.
+        file: YAML file, or the name of a packaged one such as ``train/vitl16_short``; None: the defaults only.
+        overrides: Texts ``dotted.key=value``, split at the first ``=``. For keys of type text the value is taken
+            literally, and quotes around it are an error; for other keys it is YAML without comments.
 
     Raises:
-        FileNotFoundError: no such file and no such packaged name.
-        ConfigError: malformed YAML or override, unknown key, unusable value, settings that contradict each other.
+        FileNotFoundError: There is neither such a file nor such a packaged name.
+        ConfigError: YAML or an override is malformed, a key is unknown, or values are invalid or contradictory.
     """
     sources = []
     if file is not None:
@@ -306,38 +306,38 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def from_dict(mapping: Mapping[str, Any], source: str = "mapping") -> Config:
-    """Nested mapping over the defaults; ``source`` says in messages where it came from.
+    """Build a configuration from a nested mapping and the defaults; ``source`` names the mapping in messages.
 
     Raises:
-        ConfigError: as for `load`.
+        ConfigError: See `load`.
     """
     return _merge([_check(mapping, source)])
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:
-    """Nested plain dicts and lists, every key in the order of the schema."""
+    """Convert to nested dicts and lists, with all keys in the order of the schema."""
     return asdict(cfg, dict_factory=lambda items: {k: list(v) if type(v) is tuple else v for k, v in items})
 
 
 def to_yaml(cfg: Config) -> str:
-    """Every key as YAML text; ``load`` of it gives ``cfg``."""
+    """Format all keys as YAML; ``load`` restores ``cfg`` from it."""
     return yaml_values.dump(to_dict(cfg))
 
 
 def save(cfg: Config, path: str | Path) -> None:
-    """Write every key as YAML; a reader sees the old file or the new one, never half of one. ``load(path) == cfg``.
+    """Write all keys as YAML, atomically; ``load(path) == cfg``.
 
     Raises:
-        OSError: naming the file, if it cannot be written.
+        OSError: The file cannot be written; the message names it.
     """
     with atomic_write(Path(path)) as file:
         file.write(to_yaml(cfg).encode())
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:
-    """The arguments of `dinov2.models.build_model` that describe the teacher's backbone; None means: as the arch says.
+    """Arguments of `dinov2.models.build_model` for the teacher's backbone; None means the default of the architecture.
 
-    The student's is the same with `drop_path_rate`, which is for training only.
+    The student's backbone has `drop_path_rate` in addition, which matters in training only.
     """
     arguments = asdict(cfg.student)
     for key in ("pretrained_weights", "drop_path_rate"):
@@ -347,7 +347,7 @@ def backbone_arguments(cfg: Config) -> dict[str, Any]:
 
 
 def differences(former: Config, new: Config) -> list[str]:
-    """What changed between two configurations: `dotted.key: former -> new`."""
+    """List the differences of two configurations: `dotted.key: former -> new`."""
     before, after = (dict(_flatten(to_dict(cfg))) for cfg in (former, new))
     return [f"{key}: {before[key]} -> {after[key]}" for key in after if before[key] != after[key]]
 
@@ -394,7 +394,7 @@ def _parse_override(word: str) -> dict[str, Any]:
     if not equals:
         raise ConfigError(f"override {word!r} has no '='; write {word}=VALUE")
     kind = _keys().get(key)
-    if kind is str or get_origin(kind) is Literal:  # what YAML would make of `#`, `: ` or `null` is not what was named
+    if kind is str or get_origin(kind) is Literal:  # literally, as YAML would interpret `#`, `: ` or `null`
         if text[:1] in ("'", '"') and text[1:].endswith(text[0]):
             raise ConfigError(f"override {word!r}: quotes would become part of the text; write {key}={text[1:-1]}")
         return {key: text}
@@ -405,7 +405,7 @@ def _parse_override(word: str) -> dict[str, Any]:
     except yaml_values.YamlError as error:
         raise ConfigError(f"override {word!r}: {text!r} is not a YAML value") from error
     if re.search(r"(?:\A|\s)#", text):
-        raise ConfigError(f"override {word!r}: # begins a comment, which does not belong here")
+        raise ConfigError(f"override {word!r}: # begins a comment, which is not allowed here")
     if value is None and _is_section(key):
         raise ConfigError(f"override {word!r}: {_unknown(key, value)}")
     return {key: value}
@@ -436,7 +436,7 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
     for name, value in mapping.items():
         key = f"{prefix}{name}"
         if value is None and _is_section(key):
-            continue  # a section whose lines are all commented out
+            continue  # a section with all lines commented out
         if isinstance(value, Mapping) and key not in _keys() and (value or _is_section(key)):
             yield from _flatten(value, f"{key}.")
         else:
@@ -461,7 +461,7 @@ def _check(mapping: Mapping[str, Any], name: str) -> _Source:
 
 
 def _convert(value: Any, kind: Any) -> Any:
-    """``value`` as a ``kind``; ValueError if it is none. Strict but for integers, which may stand for floats."""
+    """Convert ``value`` to a ``kind``, or raise a ValueError. Strict, except that integers are valid floats."""
     origin, args = get_origin(kind), get_args(kind)
     if origin is Annotated:
         value = _convert(value, args[0])
@@ -478,7 +478,7 @@ def _convert(value: Any, kind: Any) -> Any:
     elif kind is float:
         if type(value) in (int, float):
             return float(value)
-    elif type(value) is kind:  # not isinstance: True is no integer here
+    elif type(value) is kind:  # not isinstance, which would accept True as an integer
         return value
     raise ValueError
 
@@ -507,7 +507,7 @@ def _unknown(key: str, value: Any) -> str:
     if _is_section(key):
         return f"{key}: a section, expected 'key: value' lines under it, got {_show(value)}"
 
-    def likeness(known: str) -> float:  # of the whole, or of the last word when the section is wrong or missing
+    def likeness(known: str) -> float:  # of the key, or of its last part if the section is wrong
         pairs = [(key, known), (key.rpartition(".")[2], known.rpartition(".")[2])]
         return max(SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs)
 
@@ -524,7 +524,7 @@ SHARDED_OVER = {
 
 
 MAX_STEPS = 10**8
-"""Of a schedule, each of whose steps is a number in memory; a run of so many takes years."""
+"""Maximum steps of a schedule, which has a number per step in memory; such a run would take years."""
 
 
 def _contradictions(cfg: Config) -> Iterator[str]:
@@ -545,18 +545,18 @@ def _contradictions(cfg: Config) -> Iterator[str]:
         if size % cfg.student.patch_size:
             yield f"{key} = {size} is not a multiple of student.patch_size = {cfg.student.patch_size}"
     if cfg.train.augment_on == "device" and cfg.augmentation.implementation == "pil":
-        yield "train.augment_on = device does not go with augmentation.implementation = pil, which needs the CPU"
+        yield "train.augment_on = device is incompatible with augmentation.implementation = pil, which needs the CPU"
     if cfg.ibot.loss_weight > 0 and cfg.ibot.mask_sample_probability == 0:
-        yield "ibot.mask_sample_probability = 0 leaves nothing for ibot.loss_weight > 0"
+        yield "ibot.mask_sample_probability = 0 leaves no masked patches for ibot.loss_weight > 0"
     if cfg.ibot.loss_weight > 0 and max(cfg.ibot.mask_ratio_min_max) == 0:
-        yield "ibot.mask_ratio_min_max = [0, 0] leaves nothing for ibot.loss_weight > 0"
+        yield "ibot.mask_ratio_min_max = [0, 0] leaves no masked patches for ibot.loss_weight > 0"
     for module in ("backbone", "dino_head", "ibot_head"):
         sides = cfg.compute_precision.student, cfg.compute_precision.teacher
         student, teacher = (getattr(side, module).sharding_strategy for side in sides)
         if SHARDED_OVER[student] != SHARDED_OVER[teacher]:
             yield (
                 f"compute_precision.student.{module}.sharding_strategy = {student} and "
-                f"compute_precision.teacher.{module}.sharding_strategy = {teacher} split weights in different ways, "
+                f"compute_precision.teacher.{module}.sharding_strategy = {teacher} shard weights differently, "
                 f"but the teacher is an average of the student's shards"
             )
     width, heads = cfg.student.embed_dim, cfg.student.num_heads
@@ -570,10 +570,10 @@ def _contradictions(cfg: Config) -> Iterator[str]:
 
 _DEAD_KEYS = {
     "train.saveckp_freq": "checkpoints follow train.checkpoint_period",
-    "train.cache_dataset": "datasets decide by themselves what they cache",
+    "train.cache_dataset": "caching depends on the dataset",
     "optim.lr": "it is computed from optim.base_lr by optim.scaling_rule (rule none takes it as it is)",
 }
-# A source that sets all of these is a run's own config.yaml: a record of every key, not somebody's wish.
+# A source that sets all of these is the config.yaml of a run, which records every key.
 _RECORDED_KEYS = {*_DEAD_KEYS, "train.output_dir"}
 
 
@@ -596,7 +596,7 @@ def _merge(sources: Sequence[_Source]) -> Config:
 
 
 def _origin(problem: str, sources: Sequence[_Source]) -> str:
-    """Which sources set the keys that a problem names."""
+    """Sources that set the keys named in a problem."""
     named = [source.name for source in sources if any(key in problem for key in source.values)]
     return ", ".join(named or [source.name for source in sources] or ["the defaults"])
 
@@ -617,8 +617,8 @@ def _warn_of_keys_without_effect(source: _Source, final: Mapping[str, Any]) -> N
         if key.startswith("ibot.head_") and not final["ibot.separate_head"]:
             reason = "with ibot.separate_head = false iBOT uses the DINO head"
         if key == "train.output_dir" and value != final[key]:
-            reason = f"the output folder given later wins ({final[key]})"
+            reason = f"a later source sets the output folder ({final[key]})"
         if isinstance(value, str) and "${" in value:
-            logger.warning("%s = %s (in %s) is taken as it is: ${...} is not expanded", key, _show(value), source.name)
+            logger.warning("%s = %s (in %s) is taken literally: ${...} is not expanded", key, _show(value), source.name)
         if reason:
             logger.warning("%s = %s (in %s) has no effect: %s", key, _show(value), source.name, reason)

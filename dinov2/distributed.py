@@ -39,7 +39,7 @@ _SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID",
 
 @dataclass(frozen=True)
 class ProcessInfo:
-    """One process among `world_size`: who it is and where rank 0 listens."""
+    """Rank of a process among `world_size`, and the address of rank 0."""
 
     source: Literal["torchrun", "submitit", "slurm", "alone"]
     rank: int = 0
@@ -57,17 +57,17 @@ class ProcessInfo:
 _process: ProcessInfo | None = None
 
 
-# --- Where am I ------------------------------------------------------------------------------------------------------
+# --- Detection of the process ----------------------------------------------------------------------------------------
 
 
 def detect_process(env: Mapping[str, str] = os.environ) -> ProcessInfo:
-    """Find rank, world size and address of this process in environment variables.
+    """Read rank, world size and address of this process from environment variables.
 
-    In this order: a complete torchrun set; a task of a submitit job on this machine; a task of a SLURM step (variables
-    of an allocation alone, as in an sbatch script or an salloc shell, do not make several processes); alone.
+    In this order: all variables of torchrun; a task of a submitit job on this machine; a task of a SLURM step (the
+    variables of an allocation, as in an sbatch script or an salloc shell, do not suffice); a single process.
 
     Raises:
-        ValueError: if the variables mean several processes but are incomplete or contradict each other.
+        ValueError: The variables mean several processes, but are incomplete or contradictory.
     """
     if all(name in env for name in _TORCHRUN):
         address, port, rank, world_size, local_rank, local_world_size = (env[name] for name in _TORCHRUN)
@@ -83,7 +83,7 @@ def detect_process(env: Mapping[str, str] = os.environ) -> ProcessInfo:
         )
     if all(name in env for name in _SLURM_STEP):
         return _slurm_process(env)
-    _refuse_half_a_torchrun(env)
+    _reject_incomplete_torchrun(env)
     return ProcessInfo("alone")
 
 
@@ -91,7 +91,7 @@ def expand_nodelist(text: str) -> list[str]:
     """Expand a SLURM node list: `a1,b[2-3,07-09]` -> a1 b2 b3 b07 b08 b09; ranges keep their zero padding.
 
     Raises:
-        ValueError: if the text is no node list.
+        ValueError: The text is not a node list.
     """
     names: list[str] = []
     for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
@@ -134,21 +134,21 @@ def _slurm_process(env: Mapping[str, str]) -> ProcessInfo:
 
 
 def _tasks_on_node(text: str, node: int) -> int:
-    """Read SLURM's task counts, such as `2(x3),1`: two tasks on each of three nodes, one on the fourth."""
+    """Parse task counts of SLURM, such as `2(x3),1`: two tasks on each of three nodes, one on the fourth."""
     counts: list[int] = []
     for count, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts.extend([int(count)] * int(repeats or 1))
     if node >= len(counts):
-        raise ValueError(f"SLURM gives task counts {text!r} but this is node number {node}")
+        raise ValueError(f"SLURM lists task counts {text!r}, but this is node number {node}")
     return counts[node]
 
 
 def _master_port(env: Mapping[str, str], job_id: str) -> int:
-    """MASTER_PORT if set, else one drawn from the job id, so that all tasks agree without talking."""
+    """MASTER_PORT if set, else a port derived from the job id, so that all tasks agree."""
     return int(env["MASTER_PORT"]) if "MASTER_PORT" in env else random.Random(int(job_id)).randint(20000, 60000)
 
 
-def _refuse_half_a_torchrun(env: Mapping[str, str]) -> None:
+def _reject_incomplete_torchrun(env: Mapping[str, str]) -> None:
     found = [name for name in _TORCHRUN if name in env]
     missing = ", ".join(name for name in _TORCHRUN if name not in env)
     several = [f"{n}={env[n]}" for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE") if env.get(n, "1") != "1"]
@@ -166,13 +166,13 @@ def _refuse_half_a_torchrun(env: Mapping[str, str]) -> None:
 
 
 def init(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessInfo:
-    """Find rank and world size of this process, choose its GPU and, if there are several processes, connect them.
+    """Detect rank and world size of this process, select its GPU and connect the processes if there are several.
 
     Collectives on CUDA tensors go through NCCL, those on CPU tensors through gloo.
 
     Raises:
-        RuntimeError: if a process group exists already.
-        ValueError: if the environment makes no sense, or there are fewer GPUs than processes on this machine.
+        RuntimeError: A process group exists already.
+        ValueError: The environment is invalid, or there are fewer GPUs than processes on this machine.
     """
     global _process
     if dist.is_initialized():
@@ -197,7 +197,7 @@ def init(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessInfo:
 
 
 def close() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     global _process
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -206,11 +206,11 @@ def close() -> None:
 
 @contextmanager
 def session(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[ProcessInfo]:
-    """`init()` before and `close()` after the body; an error in the body is not left to the others' time-out.
+    """Call `init()` before and `close()` after the body; an error in the body makes the other processes fail quickly.
 
-    Its traceback says which process it was, and goes to the log file and to torchrun, if that started us. The group is
-    then not closed in good order, which would wait for the others: the process ends, its connections break, and the
-    others fail too.
+    Its traceback, with the rank, is written to the log file, and passed to torchrun if that started the process. The
+    group is then not closed, which would wait for the others: the process ends, its connections break, and the others
+    fail too.
     """
     process = init(timeout)
     try:
@@ -218,7 +218,7 @@ def session(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[ProcessInfo]:
     except Exception as error:
         if process.world_size > 1:
             error.add_note(f"in process {process.rank} of {process.world_size} on {socket.gethostname()}")
-            logger.critical("this process failed", exc_info=True, extra={"only_in_file": True})  # who raised it tells
+            logger.critical("this process failed", exc_info=True, extra={"only_in_file": True})  # the caller reports it
             get_error_handler().record_exception(error)
         raise
     close()
@@ -228,7 +228,7 @@ def _choose_device(process: ProcessInfo) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if count == 1:  # the only one there is, or the one that the scheduler made visible to this task
+    if count == 1:  # the only GPU, or the one that the scheduler made visible to this task
         return torch.device("cuda", 0)
     if process.local_rank >= count:
         raise ValueError(
@@ -237,11 +237,11 @@ def _choose_device(process: ProcessInfo) -> torch.device:
     return torch.device("cuda", process.local_rank)
 
 
-# --- Questions -------------------------------------------------------------------------------------------------------
+# --- Queries ---------------------------------------------------------------------------------------------------------
 
 
 def is_enabled() -> bool:
-    """Whether there is a process group, that is, more than one process."""
+    """Whether there is a process group, that is, several processes."""
     return dist.is_initialized()
 
 
@@ -254,12 +254,12 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """The position of this process among those on this machine."""
+    """Index of this process among those on this machine."""
     return _process.local_rank if _process else 0
 
 
 def local_world_size() -> int:
-    """How many of the processes are on this machine."""
+    """Number of processes on this machine."""
     return _process.local_world_size if _process else 1
 
 
@@ -268,22 +268,22 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process: its GPU, or the CPU when there is none."""
+    """The device of this process: its GPU, or the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
-# --- Groups of processes for others to use ---------------------------------------------------------------------------
+# --- Groups of processes ---------------------------------------------------------------------------------------------
 
 
 def device_mesh(num_shards: int) -> DeviceMesh:
-    """The processes in rows of `num_shards` neighbors: a mesh of one dimension if that is all of them, else of two.
+    """Arrange the processes in rows of `num_shards`: a mesh of one dimension for a single row, else of two.
 
-    What is sharded is split over a row and replicated over the rows. Only with a process group.
+    Tensors are sharded within a row and replicated over the rows. Requires a process group.
 
     Raises:
-        ValueError: if the processes do not fill the rows.
+        ValueError: The number of processes is not a multiple of `num_shards`.
     """
     if world_size() % num_shards:
         raise ValueError(f"{world_size()} processes cannot be divided into groups of {num_shards}")
@@ -295,14 +295,14 @@ def device_mesh(num_shards: int) -> DeviceMesh:
 
 
 def cpu_group() -> dist.ProcessGroup | None:
-    """A new group of all processes that talk from CPU memory, for a thread of its own; None when there is one process.
+    """Create a group of all processes for collectives of another thread on CPU tensors; None with one process.
 
-    Collectives of two threads on one group would be taken for each other.
+    Collectives of two threads on the same group would be mixed up.
     """
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if is_enabled() else None
 
 
-# --- Collectives: new tensors, without gradient; with one process, copies ---------------------------------------------
+# --- Collectives: they return new tensors without gradient; with one process, copies ----------------------------------
 
 
 def barrier() -> None:
@@ -343,7 +343,7 @@ def all_gather_cat(tensor: Tensor) -> Tensor:
 
 
 def all_gather_varied(tensor: Tensor) -> Tensor:
-    """Concatenate by rank where the first dimension may differ: (n_r, ...) -> (sum of n_r, ...)."""
+    """Concatenate by rank tensors whose first dimension may differ: (n_r, ...) -> (sum of n_r, ...)."""
     mine = tensor.detach()
     if not is_enabled():
         return mine.clone()
@@ -355,7 +355,7 @@ def all_gather_varied(tensor: Tensor) -> Tensor:
 
 
 def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
-    """The tensor of rank `source` on every process; all must pass one of the same shape and dtype."""
+    """Returns the tensor of rank `source` on all processes, which must pass tensors of equal shape and dtype."""
     result = tensor.detach().clone()
     if is_enabled():
         dist.broadcast(result, source)
@@ -364,21 +364,21 @@ def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
 
 @contextmanager
 def on_main(resource: AbstractContextManager[T]) -> Iterator[T | None]:
-    """Hold something on rank 0 alone, None elsewhere; an OSError or ValueError when it cannot be had is one for all."""
-    with ExitStack() as held:
-        refusal, value = None, None
+    """Enter a context on rank 0 only, None elsewhere; its OSError or ValueError on entry is raised on all ranks."""
+    with ExitStack() as stack:
+        failure, value = None, None
         if is_main():
             try:
-                value = held.enter_context(resource)
+                value = stack.enter_context(resource)
             except (OSError, ValueError) as error:
-                refusal = error
-        if (why := all_gather_object(refusal)[0]) is not None:
-            raise why
+                failure = error
+        if (reason := all_gather_object(failure)[0]) is not None:
+            raise reason
         yield value
 
 
 def from_main(compute: Callable[[], T]) -> T:
-    """What rank 0 computes, for all processes; its OSError or ValueError is raised by all of them."""
+    """Compute on rank 0 and return the value on all processes; an OSError or ValueError is raised on all of them."""
     value: Any = None
     if is_main():
         try:
@@ -392,7 +392,7 @@ def from_main(compute: Callable[[], T]) -> T:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """The values of all processes by rank; for small picklable things such as names and counts."""
+    """Returns the values of all processes by rank; for small picklable values such as names and counts."""
     if not is_enabled():
         return [value]
     values: list[Any] = [None] * world_size()

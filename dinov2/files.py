@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and folders that one process has to itself."""
+"""Atomic writes, reading of untrusted files, and locks of folders."""
 
 import errno
 import fcntl
@@ -25,41 +25,55 @@ _TEMPORARY, _ABANDONED_S = ".*.unfinished", 24 * 3600.0
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A new file for writing bytes, which takes the place of `path` only when it is whole and on disk.
+    """Open a file for writing bytes that replaces `path` when it is complete and on disk.
 
-    Readers see the old file or the new one, and nothing is left behind when writing fails. What a killed process leaves
-    is removed by `remove_leftovers`.
+    Readers see the old file or the new one, and a failed write leaves nothing. `remove_leftovers` removes what a killed
+    process leaves.
 
     Raises:
-        OSError: naming `path`, if it cannot be written.
+        OSError: If it cannot be written; names `path`.
     """
+    try:
+        with _replacement(path) as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        # The message of the system about a full disk does not name the file, and torch.save raises another error.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno is None:
+            raise
+        raise OSError(cause.errno, f"cannot write: {cause.strerror}", str(path)) from error
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """As `atomic_write`, for libraries that open files by name: yields the temporary path to write to."""
+    with _replacement(path) as file:
+        yield Path(file.name)
+
+
+@contextmanager
+def _replacement(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        with temporary.open("w+b") as file:  # to one that is also read numpy writes by `write`, whose errors say why
+        with temporary.open("w+b") as file:  # for a readable file numpy uses `write`, whose errors have a reason
             _locked(file.fileno())
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:
-        # What the system says of a full disk does not name the file, and torch.save says something else.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError) or cause.errno is None:
-            raise
-        raise OSError(cause.errno, f"cannot write: {cause.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, subfolders: Iterable[str] = ()) -> None:
-    """Remove the files that `atomic_write` was writing when its process was killed.
+    """Remove the temporary files of `atomic_write` and `atomic_path` whose process was killed.
 
-    A process holds a lock on such a file for as long as it lives, on whatever machine. On a file system without locks
-    a file counts as left over when nobody has written to it for a day.
+    A living process on any machine holds a lock on such a file. On a file system without locks, a file is removed when
+    it was not written to for a day.
 
     Args:
-        folder: where to look, not below it.
-        subfolders: names of folders in it, where to look at any depth.
+        folder: Searched without its subfolders.
+        subfolders: Names of folders in it that are searched at any depth.
     """
     below = (path for name in subfolders for path in (folder / name).rglob(_TEMPORARY))
     for path in itertools.chain(folder.glob(_TEMPORARY), below):
@@ -70,14 +84,19 @@ def remove_leftovers(folder: Path, subfolders: Iterable[str] = ()) -> None:
                 abandoned = time.time() - path.stat().st_mtime > _ABANDONED_S
             if abandoned and path.is_file():
                 path.unlink()
-                logger.info("removed %s, which a killed process had not finished", path)
+                logger.info("removed %s, left by a killed process", path)
         except OSError as error:
-            logger.warning("cannot remove %s, which a killed process may have left: %s", path, error)
+            logger.warning("cannot remove %s, left by a killed process: %s", path, error)
+
+
+def numbered_path(path: Path) -> Path:
+    """The first of `path`.1, `path`.2, ... that does not exist: where to archive earlier files."""
+    return next(free for number in itertools.count(1) if not (free := path.with_name(f"{path.name}.{number}")).exists())
 
 
 @contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
-    """Errors about a full disk in here name `path`, unless they name a file already, which the system does not do."""
+    """Add `path` to errors about a full disk that name no file."""
     try:
         yield
     except OSError as error:
@@ -90,11 +109,11 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def read_regular_file(path: Path) -> bytes:
-    """The content of a file that is none of the special ones, of which some are never read to their end.
+    """Read a file, but no folder, pipe or device: reading those may never end.
 
     Raises:
-        OSError: naming the file, if it cannot be read.
-        ValueError: naming it, if it is a folder, a pipe or a device.
+        OSError: If it cannot be read; names the file.
+        ValueError: If it is not a regular file; names it.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path} is not a regular file")
@@ -102,11 +121,11 @@ def read_regular_file(path: Path) -> bytes:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, of any type.
+    """Read a JSON file.
 
     Raises:
-        OSError: naming the file, if it cannot be read.
-        ValueError: naming the file, if it is not JSON or not a regular file.
+        OSError: If it cannot be read; names the file.
+        ValueError: If it is not JSON or not a regular file; names the file.
     """
     content = read_regular_file(path)
     try:
@@ -116,10 +135,10 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The content of a JSON text, of any type.
+    """Parse JSON text.
 
     Raises:
-        ValueError: if it is not JSON; also if it is nested so deeply that Python gives up.
+        ValueError: If it is not JSON, or exceeds the recursion limit of Python.
     """
     try:
         return json.loads(text)
@@ -128,15 +147,15 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_array(path: Path, name: str | None = None) -> np.ndarray:
-    """The array in an `.npy` file, or one of those in an `.npz` file.
+    """Read the array in an `.npy` file, or one of those in an `.npz` file.
 
     Args:
-        path: of the file.
-        name: of the array in an `.npz` file; None: it is an `.npy` file.
+        path: Path of the file.
+        name: Name of the array in an `.npz` file; None for an `.npy` file.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is damaged.
+        OSError: If it cannot be read.
+        ValueError: If it is damaged.
     """
     content = io.BytesIO(read_regular_file(path))
     try:
@@ -146,23 +165,23 @@ def read_array(path: Path, name: str | None = None) -> np.ndarray:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
-# --- Folders of one process ------------------------------------------------------------------------------------------
+# --- Locks -----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
-    """Keep a folder to this process: others that ask for it meanwhile, on any machine that sees it, are refused.
+    """Lock a folder for this process, against other processes on any machine that shares it.
 
-    The lock ends with the process, however that ends, but some network file systems keep it for a machine that has
-    crashed: a SLURM job that was requeued for that is let in. File systems without locks are not guarded.
+    The lock is released when the process ends for any reason, but some network file systems keep that of a crashed
+    machine: a SLURM job that was requeued after that may take it over. File systems without locks are not protected.
 
     Args:
-        folder: exists; a file `.lock` in it says who has it.
-        patience: seconds to wait for another process, which may be about to end.
+        folder: An existing folder; the file `.lock` in it names the process that holds the lock.
+        patience: Seconds to wait for another process to release it.
 
     Raises:
-        BlockingIOError: naming the other process, if it does not give the folder free.
-        OSError: naming the lock file, if it cannot be written.
+        BlockingIOError: If another process keeps the lock; names it.
+        OSError: If the lock file cannot be written; names it.
     """
     path, job = folder / ".lock", f"SLURM job {os.environ.get('SLURM_JOB_ID', '(none)')}"
     if path.exists() and not path.is_file():
@@ -186,13 +205,13 @@ def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process keeps a folder to itself by `folder_lock`. Not to be asked by that process: it would let go.
+    """Whether another process holds the `folder_lock` of a folder. In the process that holds it, this releases it.
 
     Args:
-        folder: nothing in it is changed, and read permission is enough.
+        folder: The folder; it is not changed, and read permission is enough.
 
     Raises:
-        OSError: if that cannot be told: the file system has no locks, or the lock may not be read.
+        OSError: If the file system has no locks, or the lock file cannot be read.
     """
     try:
         return _is_locked(folder / ".lock")
@@ -204,11 +223,10 @@ def _is_locked(path: Path) -> bool:
     """Whether another process has locked a file.
 
     Raises:
-        OSError: if that cannot be told: there is no such regular file, its file system has no locks, or it may not be
-            read.
+        OSError: If it is not a regular file, its file system has no locks, or it cannot be read.
     """
-    if not path.is_file():  # to open a pipe waits for whoever writes to it
-        raise FileNotFoundError(errno.ENOENT, "no regular file", str(path))
+    if not path.is_file():  # opening a pipe waits for a writer
+        raise FileNotFoundError(errno.ENOENT, "not a regular file", str(path))
     with path.open("rb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -220,7 +238,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _locked(file: int) -> bool:
-    """Whether this process has the lock now. Unlike `flock` it is not shared with processes started from this one."""
+    """Try to lock a file, and return whether that worked. Unlike with `flock`, child processes do not inherit it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

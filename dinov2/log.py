@@ -1,8 +1,8 @@
-"""What a run says: log lines on the console and in files, smoothed meters, metrics as JSON lines.
+"""Logging: log lines on the console and in files, smoothed meters, metrics as JSON lines.
 
-Meters take floats or 0-d tensors. Tensors are kept as they are until a number is needed, so that logging every step
-makes neither the CPU wait for the GPU nor the processes for each other every step; then they are all averaged over the
-processes, where that was asked for, and fetched together.
+Meters take floats or 0-d tensors. Tensors are kept until a number is needed, so that logging every step makes neither
+the host wait for the GPU nor processes wait for each other. Then all of them are averaged over the processes, if
+requested, and fetched together.
 """
 
 import errno
@@ -10,6 +10,8 @@ import io
 import json
 import logging
 import math
+import os
+import re
 import statistics
 import sys
 import time
@@ -38,15 +40,18 @@ T = TypeVar("T")
 # I20230417 17:55:51 1234 dinov2.train.train train.py:233] message
 _FORMAT = "%(levelname).1s%(asctime)s %(process)d %(name)s %(filename)s:%(lineno)s] %(message)s"
 _DATE_FORMAT = "%Y%m%d %H:%M:%S"
-_UNPRINTABLE = "backslashreplace"  # of names of files, which may be of any bytes
+_LINE = re.compile(r"([A-Z])\d{8} [\d:]+ \d+ \S+ \S+\] (.*)")  # level and message of such a line
+_LAST_BYTES = 1 << 16  # of a log file, in which `last_error` searches
+_INTERRUPTED = "interrupted"
+_UNPRINTABLE = "backslashreplace"  # for file names, which may contain any bytes
 
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
-"""Errors about what a person gave: a config, a file, a value, a full disk. Their message says all; others are ours."""
+"""Errors caused by the user: a config, a file, a value, a full disk. They need no traceback; others are bugs."""
 
 
 class _ShortLine(logging.Formatter):
-    """17:55:51 message; with the level where it is not mere information."""
+    """`17:55:51 message`, with the level if it is above INFO."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
@@ -61,10 +66,10 @@ class _ShortLine(logging.Formatter):
 
 
 class _Console(logging.Handler):
-    """Lines on standard output, above the progress bar when there is one.
+    """Lines on standard output, above the progress bar if there is one.
 
-    The `last_words` of a record, which end a command, go to standard error instead; what is `only_in_file` is left out.
-    A record that is `in_short` is shown so, the whole of it is in the file.
+    The `last_words` of a record, which end a command, are written to standard error instead; records with
+    `only_in_file` are omitted. Records with `in_short` are shown in this form; the log file has the whole message.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -78,11 +83,11 @@ class _Console(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that never stops a run: when it cannot be written (a full disk), that is said once."""
+    """A log file that never stops a run: if it cannot be written (a full disk), this is reported once."""
 
     failed = False
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - name of logging
         if not self.failed:
             self.failed = True
             logger.warning("cannot write the log file %s: %s; lines are lost", self.baseFilename, sys.exc_info()[1])
@@ -90,12 +95,12 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         try:
             super().close()
-        except OSError as error:  # what was buffered does not fit on the disk
+        except OSError as error:  # buffered lines do not fit on the disk
             sys.stderr.write(f"cannot write the end of the log file {self.baseFilename}: {error}\n")
 
 
 def log_path(output_dir: str | Path, rank: int = 0) -> Path:
-    """The log file of a process: `output_dir/logs/log.txt`, or `output_dir` itself if that ends in `.txt` or `.log`."""
+    """Log file of a process: `output_dir/logs/log.txt`, or `output_dir` itself if it ends in `.txt` or `.log`."""
     path = Path(output_dir)
     if path.suffix not in (".txt", ".log"):
         path = path / "logs" / "log.txt"
@@ -106,13 +111,13 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
     """Send all log lines and warnings to the console and, if an output folder is given, to a file in it.
 
     The console shows rank 0, and errors of the other ranks. Lines are appended to `log_path(output_dir, rank)`.
-    May be called again: the same arguments change nothing, others replace the former ones.
+    It may be called again; new arguments replace the former ones.
     """
     handlers: list[logging.Handler] = [_Console(level if rank == 0 else max(level, logging.ERROR))]
     if output_dir is not None:
         path = log_path(output_dir, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_fifo():  # to open it waits for a reader
+        if path.is_fifo():  # opening it would wait for a reader
             raise OSError(errno.EINVAL, "a pipe cannot be the log file", str(path))
         handlers.append(_LogFile(path, encoding="utf-8", errors=_UNPRINTABLE))
     root = logging.getLogger()
@@ -128,11 +133,10 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
 
 
 def run_command(command: Callable[[], int | None], *, after_interrupt: str = "") -> int:
-    """Run a command of a person and return its exit status, 0 if it has none to give.
+    """Run a command of the user and return its exit status, 0 for None.
 
-    One of `USER_ERRORS` is told in one line, its traceback goes to the log file only, and the status is 1. Any other
-    error is ours and raised as it is. Ctrl-C is told in one line, too, with what to know
-    `after_interrupt`.
+    `USER_ERRORS` are reported in one line, with the traceback in the log file only, and status 1. Other errors are bugs
+    and raised. Ctrl-C is reported in one line too, with the hint `after_interrupt`, and status 130.
     """
     setup_logging()
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -140,7 +144,7 @@ def run_command(command: Callable[[], int | None], *, after_interrupt: str = "")
     try:
         return command() or 0
     except KeyboardInterrupt:
-        text = "interrupted" + (f"; {after_interrupt}" if after_interrupt else "")
+        text = _INTERRUPTED + (f"; {after_interrupt}" if after_interrupt else "")
         logger.error("%s", text, extra={"last_words": f"error: {text}"})
         return 130
     except USER_ERRORS as error:
@@ -148,17 +152,44 @@ def run_command(command: Callable[[], int | None], *, after_interrupt: str = "")
         return 1
 
 
+def last_error(log: Path) -> str:
+    """The error that the last line of a log file reports; "" if it reports none.
+
+    A critical line has the exception that ends its traceback. An interruption by the user is not an error.
+
+    Args:
+        log: Log file of a process (`log_path`); it need not exist.
+    """
+    if not log.is_file():
+        return ""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    for index in reversed(range(len(lines))):
+        if (match := _LINE.match(lines[index])) is None:
+            continue
+        level, message = match.groups()
+        if level not in "EC" or message.startswith(_INTERRUPTED):
+            return ""
+        traceback = [line for line in lines[index + 1 :] if line.strip()]
+        return traceback[-1] if level == "C" and traceback else message
+    return ""
+
+
 # --- Meters ----------------------------------------------------------------------------------------------------------
 
 
 class SmoothedValue:
-    """A series of numbers: its last `window_size` values, and the count and total of all of them.
+    """A series of numbers: its last `window_size` values, and the count and total of all values.
 
     Args:
-        window_size: how many values the median, the average and the maximum look at.
-        fmt: text form; may use median, avg, global_avg, max and value.
-        mean_over_processes: applied to the tensors before they become numbers; then all processes must ask for numbers
-            at the same time.
+        window_size: Number of values for the median, the average and the maximum.
+        fmt: Format of the text; may use median, avg, global_avg, max and value.
+        mean_over_processes: Function that averages tensors before they become numbers; all processes must then read
+            numbers at the same time.
     """
 
     def __init__(
@@ -175,9 +206,9 @@ class SmoothedValue:
         self._pending: list[_Value] = []
 
     def update(self, value: float | Tensor, num: int = 1, *, only_finite: bool = False) -> None:
-        """Add a number or a tensor of one element, which counts `num` times in the total.
+        """Add a number or a tensor of one element, `num` times in the total.
 
-        With `only_finite` it is left out if it is not finite: it would stay in the total for good.
+        With `only_finite`, values that are not finite are ignored, as they would stay in the total.
         """
         number = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
         self._pending.append(_Value(number, num, only_finite))
@@ -200,7 +231,7 @@ class SmoothedValue:
 
     @property
     def median(self) -> float:
-        """The median of the window, the lower one of two; NaN if there is a NaN in it."""
+        """The median of the window, the lower one of two; NaN if the window has a NaN."""
         window = self.window or [0.0]
         return math.nan if any(map(math.isnan, window)) else statistics.median_low(window)
 
@@ -236,7 +267,7 @@ class SmoothedValue:
 
 
 class _Value(NamedTuple):
-    """What was given to a meter."""
+    """A value passed to a meter."""
 
     number: float | Tensor
     times: int
@@ -244,7 +275,7 @@ class _Value(NamedTuple):
 
 
 def _settle(meters: Iterable[SmoothedValue]) -> None:
-    """Turn the tensors waiting in some meters into numbers, with one wait for the device and the other processes."""
+    """Convert the pending tensors of some meters to numbers, with one wait for the device and the other processes."""
     meters = list(meters)
     waiting: dict[tuple[Any, torch.device], list[Tensor]] = {}
     for meter in meters:
@@ -268,7 +299,7 @@ def _settle(meters: Iterable[SmoothedValue]) -> None:
 
 @dataclass
 class _Loop:
-    """The facts about one run of `MetricLogger.log_every`."""
+    """The state of one call of `MetricLogger.log_every`."""
 
     header: str
     iterations: range
@@ -279,7 +310,7 @@ class _Loop:
     started: float = field(default_factory=time.perf_counter)
 
     def elapsed(self) -> tuple[float, float]:
-        """Seconds since the start, in all and per iteration that was done."""
+        """Seconds since the start, in total and per finished iteration."""
         seconds = time.perf_counter() - self.started
         return seconds, seconds / max(self.iter_time.count, 1)
 
@@ -291,14 +322,15 @@ class MetricLogger:
     """Named meters, and a loop over batches that prints them.
 
     Args:
-        delimiter: between the parts of a printed line.
-        output_file: every printed line is also appended here as a JSON object.
-        is_main: whether this is the process that writes the file and shows the progress bar.
-        mean_over_processes: applied to tensors before they become numbers; then all processes must print together.
-        hidden: meters that the console does not show.
+        delimiter: Separator of the parts of a printed line.
+        output_file: File to which each printed line is appended as a JSON object.
+        is_main: Whether this process writes the file and shows the progress bar.
+        mean_over_processes: Function that averages tensors before they become numbers; all processes must then print
+            together.
+        hidden: Meters that are not shown on the console.
 
     Attributes:
-        listeners: are called with each such record, in the main process.
+        listeners: Functions called with each record in the main process.
     """
 
     def __init__(
@@ -322,22 +354,22 @@ class MetricLogger:
         self._end: Callable[[], None] | None = None
 
     def update(self, *, only_finite: bool = False, **values: float | Tensor) -> None:
-        """Add a number or a tensor of one element to each named meter; meters appear on first use.
+        """Add a number or a tensor of one element to each named meter; meters are created on first use.
 
-        With `only_finite` those that are not finite are left out.
+        With `only_finite`, values that are not finite are ignored.
         """
         for name, value in values.items():
             self.meters.setdefault(name, self._meter()).update(value, only_finite=only_finite)
 
     def note(self, **values: float) -> None:
-        """Put numbers of this very iteration into its record, not smoothed, those that are finite; it is printed then.
+        """Add finite numbers to the record of this iteration without smoothing; it is then printed.
 
-        They are the same on all processes.
+        All processes must pass the same numbers.
         """
         self._notes |= {name: value for name, value in values.items() if math.isfinite(value)}
 
     def line_is_due(self) -> bool:
-        """Whether the current iteration of `log_every` is one that is printed in any case."""
+        """Whether the current iteration of `log_every` is printed regardless of notes."""
         return self._line_is_due
 
     def _meter(self) -> SmoothedValue:
@@ -353,7 +385,7 @@ class MetricLogger:
         return self.delimiter.join(f"{name}: {meter if meter.count else 'none'}" for name, meter in self.meters.items())
 
     def state_dict(self) -> dict[str, Any]:
-        """The meters: a run that resumes with them prints the lines that an uninterrupted one would."""
+        """State of the meters, with which a resumed run prints the lines of an uninterrupted one."""
         _settle(self.meters.values())
         return {name: meter.state_dict() for name, meter in self.meters.items()}
 
@@ -361,12 +393,6 @@ class MetricLogger:
         self.meters = {name: self._meter() for name in state}
         for name, meter in self.meters.items():
             meter.load_state_dict(state[name])
-
-    def synchronize_between_processes(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Make counts and totals, hence `global_avg`, those of all processes; windows stay each process's own."""
-        sums = torch.tensor([[meter.count, meter.total] for meter in self.meters.values()], dtype=torch.float64)
-        for meter, (count, total) in zip(self.meters.values(), all_reduce_sum(sums).tolist(), strict=True):
-            meter._count, meter._total = int(count), total
 
     def log_every(
         self,
@@ -378,16 +404,17 @@ class MetricLogger:
         *,
         batch_size: int | None = None,
     ) -> Iterator[T]:
-        """Yield items; after the caller's work on every `print_freq`-th and on the last one, print the meters.
+        """Yield items, and print the meters after every `print_freq`-th and after the last one.
 
-        Nothing is fetched and nothing yielded when `start_iteration` has reached `n_iterations` already.
+        Nothing is fetched or yielded if `start_iteration` is not below `n_iterations`.
 
         Args:
-            iterable: batches, the first of which belongs to `start_iteration`.
-            print_freq: iterations between two lines.
-            header: the first words of each line.
-            n_iterations: where to stop, not counted from `start_iteration`; default: the length of the iterable.
-            batch_size: images per iteration over all processes; if given, images per second are printed.
+            iterable: Batches, beginning with that of `start_iteration`.
+            print_freq: Number of iterations between lines.
+            header: Beginning of each line.
+            n_iterations: Index of the end, not counted from `start_iteration`; default: length of the iterable.
+            start_iteration: Index of the first iteration.
+            batch_size: Images per iteration over all processes, for printing images per second.
         """
         stop = len(iterable) if n_iterations is None else n_iterations  # type: ignore[arg-type]
         loop = _Loop(header, range(start_iteration, stop), print_freq, batch_size)
@@ -411,10 +438,10 @@ class MetricLogger:
         logger.info("%s Total time: %s (%.6f s / it)", header, _clock(seconds), per_iteration)
 
     def end_iteration(self) -> None:
-        """Print what is due for the current iteration now, and not only when the caller's work on it is over.
+        """End the current iteration now, and print its line if due, before the caller finishes its work on it.
 
-        To be called before a checkpoint is written: then the printed lines and the saved meters belong together,
-        and the time for the checkpoint does not count as that of the step.
+        To be called before a checkpoint is written, so that printed lines and saved meters are consistent, and the time
+        of the checkpoint does not count as time of the step.
         """
         if self._end is not None:
             end, self._end = self._end, None
@@ -453,7 +480,7 @@ class MetricLogger:
         return self.delimiter.join(parts).strip()
 
     def _short_line(self, loop: _Loop, index: int) -> str:
-        """What a person at the console wants to know: medians without their names' common words, speed, time left."""
+        """The line for the console: medians with short names, speed, remaining time."""
         iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
         shown = {name: meter.median for name, meter in self.meters.items() if meter.count and name not in self.hidden}
         values = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in shown.items()]
@@ -473,10 +500,10 @@ def _clock(seconds: float) -> str:
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one line to a file of JSON lines.
+    """Append one record to a file of JSON lines.
 
     Raises:
-        OSError: naming the file, if it cannot be written.
+        OSError: The file cannot be written; the message names it.
     """
     try:
         with path.open("a") as file:
@@ -486,33 +513,40 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, float]]:
-    """The lines of a metrics file, the finite numbers of each by name; none if there is no file.
+    """Read the records of a metrics file; none if there is no file.
 
-    Lines that are torn by a crash or damaged are left out, with a warning.
+    Lines that are incomplete after a crash or damaged are skipped, with a warning.
+
+    Returns:
+        The finite numbers of each line, by name.
 
     Raises:
-        OSError: naming the file, if it cannot be read.
+        OSError: The file cannot be read; the message names it.
     """
     records, num_damaged = readable_records(path)
     if num_damaged:
-        logger.warning("%s: %d line(s) are torn or damaged, which are left out", path, num_damaged)
+        logger.warning("%s: %d truncated or damaged line(s) are omitted", path, num_damaged)
     return records
 
 
 def readable_records(path: str | Path) -> tuple[list[dict[str, float]], int]:
-    """As `read_records`, and instead of the warning the number of lines that are left out."""
+    """As `read_records`, but returns the number of skipped lines instead of logging a warning."""
     records = [_record(line) for line in _lines(Path(path))]
     return [record for record in records if record is not None], records.count(None)
 
 
 def truncate_metrics(path: str | Path, before_iteration: int) -> None:
-    """Drop from a metrics file, if there is one, the iterations that a resumed run is going to do again.
+    """Remove from a metrics file, if there is one, the iterations that a resumed run will repeat.
 
-    Kept are the lines with `iteration` < `before_iteration`; lines that are torn by a crash or damaged are dropped as
-    well, with a warning. The file is replaced as a whole, so that a crash in here loses nothing.
+    Lines that are incomplete after a crash or damaged are removed as well, with a warning. The file is replaced
+    atomically.
+
+    Args:
+        path: Metrics file.
+        before_iteration: First iteration to remove.
 
     Raises:
-        OSError: naming the file, if it cannot be read or written.
+        OSError: The file cannot be read or written; the message names it.
     """
     path = Path(path)
     lines = _lines(path)
@@ -525,14 +559,16 @@ def truncate_metrics(path: str | Path, before_iteration: int) -> None:
     if kept == lines:
         return
     if damaged := records.count(None):
-        logger.warning("%s: %d line(s) are torn or damaged, which are dropped", path, damaged)
-    logger.info("%s: %d of %d lines are dropped, they will be computed again", path, len(lines) - len(kept), len(lines))
+        logger.warning("%s: %d truncated or damaged line(s) are removed", path, damaged)
+    logger.info(
+        "%s: %d of %d lines are removed, their iterations will be repeated", path, len(lines) - len(kept), len(lines)
+    )
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
 
 
 def _lines(path: Path) -> list[str]:
-    """The lines of a file with their ends; none if there is no file."""
+    """The lines of a file with their line ends; none if there is no file."""
     try:
         return read_regular_file(path).decode(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
@@ -540,7 +576,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _record(line: str) -> dict[str, float] | None:
-    """The finite numbers in a line of a metrics file by name; None if it is torn or no line of such a file."""
+    """The finite numbers in a line of a metrics file by name; None if it is incomplete or damaged."""
     if not line.endswith("\n"):
         return None
     try:

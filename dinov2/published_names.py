@@ -1,9 +1,8 @@
-"""Names that code imports from the published DINOv2 package: where they are here, or why there is none.
+"""Import compatibility with the published DINOv2 package: its names, and where they are in this package.
 
-Importing `dinov2` puts a finder before those of Python that knows this table. A module of the table that does not exist
-here is made when it is imported; one that exists gets the names that it lacks. An entry `module:name` is the same thing
-with the same interface; any other text is the end of the ImportError that whoever asks for the name gets. Nothing is
-imported before it is asked for.
+Importing `dinov2` installs an import finder for this table. Modules of the table that do not exist here are created on
+import; existing ones get the names that they lack. An entry `module:name` is an object with the same interface; any
+other text is the end of the ImportError for that name. Nothing is imported before it is used.
 """
 
 import importlib
@@ -18,11 +17,11 @@ from types import ModuleType
 from typing import Any
 
 _SHARDING = "sharding is dinov2.train.parallel.parallelize, checkpoints are dinov2.train.checkpoint.Checkpointer"
-_DINO_TXT = "it belongs to dino.txt, which is no part of this package"
+_DINO_TXT = "it belongs to dino.txt, which is not part of this package"
 _CLUSTER = "clusters are dinov2.run.slurm and dinov2.run.partition, whose settings are flags of the launchers"
 _KERNEL = "attention_backend chooses the kernel, see dinov2.layers.attention"
 _PACKED = "a block packs batches of different sizes by dinov2.layers.pack"
-_DENSE = "dense tasks are no part of this package"
+_DENSE = "dense tasks are not part of this package"
 _HERE = "dinov2.published_names"
 
 TABLE: dict[str, dict[str, str]] = {
@@ -151,11 +150,11 @@ TABLE: dict[str, dict[str, str]] = {
         "load_pretrained_weights": f"{_HERE}:load_pretrained_weights",
     },
 }
-"""By module; an entry without a name is of the module itself."""
+"""Names by module; an entry with an empty name is the module itself."""
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules of the table, and those that exist with the names that they lack."""
+    """Finds the modules of the table, whether they exist here or not."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -171,7 +170,7 @@ class _Finder(MetaPathFinder):
 
 
 class _TableLoader(Loader):
-    """Makes a module that has nothing but the names of the table."""
+    """Creates a module that contains only the names of the table."""
 
     def exec_module(self, module: ModuleType) -> None:
         if reason := TABLE[module.__name__].get(""):
@@ -180,7 +179,7 @@ class _TableLoader(Loader):
 
 
 class _FileLoader(SourceFileLoader):
-    """Runs the file of a module and adds the names of the table."""
+    """Executes the file of a module and adds the names of the table."""
 
     def exec_module(self, module: ModuleType) -> None:
         super().exec_module(module)
@@ -213,11 +212,11 @@ def _resolve(module: str, name: str) -> Any:
     return getattr(importlib.import_module(home), attribute)
 
 
-# --- What takes a few lines to be the same ---------------------------------------------------------------------------
+# --- Functions with the published interface --------------------------------------------------------------------------
 
 
 def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Any, ...]:
-    """The networks that a configuration describes: (teacher, D), or (student, teacher, D)."""
+    """Build the networks of a configuration: (teacher, D), or (student, teacher, D)."""
     config, models = importlib.import_module("dinov2.config"), importlib.import_module("dinov2.models")
     if not isinstance(cfg, config.Config):
         omegaconf = importlib.import_module("omegaconf")
@@ -231,7 +230,7 @@ def build_model_from_cfg(cfg: Any, only_teacher: bool = False) -> tuple[Any, ...
 
 
 def load_pretrained_weights(model: Any, pretrained_weights: str, checkpoint_key: str = "teacher") -> None:
-    """Load weights into a backbone, all of them or none."""
+    """Load weights into a backbone, strictly."""
     importlib.import_module("dinov2.models.weights").load_backbone(model, pretrained_weights, checkpoint_key)
 
 
@@ -249,16 +248,16 @@ def has_batchnorms(model: Any) -> bool:
 
 
 def as_torch_dtype(dtype: Any) -> Any:
-    """The dtype of a name, such as `fp16` or `float16`."""
+    """Convert the name of a dtype, such as `fp16` or `float16`."""
     torch, dtypes = importlib.import_module("torch"), importlib.import_module("dinov2.config").DTYPES
     found = dtypes.get(dtype, getattr(torch, dtype, None)) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(dtypes)}, and the names of torch")
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(dtypes)}, and torch names")
     return found
 
 
 def write_config(cfg: Any, output_dir: str, name: str = "config.yaml") -> str:
-    """Write a configuration into a folder; the path of the file."""
+    """Write a configuration into a folder; returns the path of the file."""
     path = Path(output_dir) / name
     importlib.import_module("dinov2.config").save(cfg, path)
     return str(path)

@@ -1,7 +1,7 @@
-"""Curves elsewhere than in the metrics file: TensorBoard, Weights & Biases. Off unless the configuration asks.
+"""Experiment trackers: TensorBoard and Weights & Biases. Both are off by default.
 
-A tracker is given every record that goes to the metrics file: {"iteration": 20, "lr": 0.1, "total_loss": 5.2, ...}.
-None of them can stop a training: what goes wrong on the way is said once, and the run goes on without the tracker.
+A tracker receives every record of the metrics file: {"iteration": 20, "lr": 0.1, "total_loss": 5.2, ...}.
+A tracker never stops a training: its first error is logged, and the run continues without it.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from dinov2.files import atomic_write, read_regular_file
+from dinov2.metric_names import tracker_name
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +25,14 @@ Record = Mapping[str, float]
 Tracker = Callable[[Record], None]
 
 PATIENCE = 30.0
-"""Seconds that Weights & Biases may take to begin, and at the end to upload; the rest is on disk for `wandb sync`."""
+"""Timeout in seconds of Weights & Biases at the start and for the final upload; `wandb sync` uploads what is left."""
 
 
 def check_trackers(*, tensorboard: bool, wandb_project: str) -> None:
-    """See whether the packages of the trackers that are wanted are there.
+    """Check that the packages of the requested trackers are installed.
 
     Raises:
-        ValueError: naming the package to install.
+        ValueError: A package is missing; the message names it.
     """
     if tensorboard:
         _check_package("torch.utils.tensorboard", "tensorboard", "tracking.tensorboard")
@@ -57,19 +58,22 @@ def open_trackers(
     start: int,
     config: Mapping[str, Any],
 ) -> Iterator[list[Tracker]]:
-    """The trackers that are wanted; what they hold back is written when the context ends.
+    """Open the requested trackers; they are flushed and closed when the context ends.
 
     Args:
-        tensorboard: whether to write event files to `output_dir/tensorboard`.
-        wandb_project: of Weights & Biases; empty: no tracker there.
-        wandb_name: of the run there; empty: that of the output folder.
-        wandb_mode: offline needs neither a network nor an account; `wandb sync` uploads what it leaves.
-        output_dir: of the run, an existing folder. Another call with the same one continues the same curves.
-        start: iteration that the run begins with now; what an earlier call was given from there on does not count.
-        config: of the run, shown beside the curves.
+        tensorboard: Whether to write event files to `output_dir/tensorboard`.
+        wandb_project: Project of Weights & Biases; empty for no such tracker.
+        wandb_name: Name of the run in the project; empty for the name of the output folder.
+        wandb_mode: "offline" needs neither a network nor an account; `wandb sync` uploads the run later.
+        output_dir: Existing output folder of the run. Another call with the same folder continues the same curves.
+        start: First iteration of this session; records of an earlier session from this iteration on are hidden.
+        config: Configuration of the run, shown beside the curves.
+
+    Yields:
+        The trackers, each a function of a record.
 
     Raises:
-        ValueError: a package is missing, or nobody is logged in to Weights & Biases.
+        ValueError: A package is missing, or there is no login to Weights & Biases.
     """
     check_trackers(tensorboard=tensorboard, wandb_project=wandb_project)
     wanted = {}
@@ -82,7 +86,7 @@ def open_trackers(
 
 
 class _Harmless:
-    """A tracker whose first failure is told and ends it; the ValueErrors of its opening are for the user."""
+    """A tracker whose first error is logged and disables it; a ValueError while it opens is raised to the user."""
 
     def __init__(self, name: str, opening: AbstractContextManager[Tracker]) -> None:
         self._name, self._opening = name, opening
@@ -117,14 +121,14 @@ class _Harmless:
 
     def _give_up(self, error: Exception) -> None:
         self._track = None
-        logger.warning("%s fails, the run goes on without it: %s: %s", self._name, type(error).__name__, error)
+        logger.warning("%s failed, the run continues without it: %s: %s", self._name, type(error).__name__, error)
 
 
 @contextmanager
 def _tensorboard(folder: Path, start: int, config: Mapping[str, Any]) -> Iterator[Tracker]:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=start)  # which hides former events from `start` on
+    writer = SummaryWriter(str(folder), purge_step=start)  # hides earlier events from `start` on
 
     def track(record: Record) -> None:
         for name, value in by_group(record).items():
@@ -147,12 +151,12 @@ def _wandb(
     failed = True
     try:
         with _exit_hooks_kept():
-            wandb.setup(wandb.Settings(silent=True))  # it neither prints nor asks for a password
+            wandb.setup(wandb.Settings(silent=True))  # neither prints nor prompts for a password
             run = wandb.init(
                 project=project,
                 name=name or output_dir.name,
                 id=_run_id(output_dir / "wandb_run_id"),
-                resume="allow",  # go on with that id if there is such a run
+                resume="allow",  # continues the run if it exists
                 mode=mode,
                 dir=str(output_dir),
                 config=dict(config),
@@ -164,12 +168,12 @@ def _wandb(
     except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
         raise ValueError(f"Weights & Biases: {error} (or set tracking.wandb_mode=offline)") from error
     finally:
-        wandb.teardown(exit_code=int(failed))  # uploads, and ends the process that does it
+        wandb.teardown(exit_code=int(failed))  # uploads, and ends the upload process
 
 
 @contextmanager
 def _exit_hooks_kept() -> Iterator[None]:
-    """Undo what wandb does to them: tracebacks show once, and `wandb.teardown` is told how the run ended."""
+    """Undo what wandb does to `sys.excepthook` and `sys.exit`, so that a traceback is printed once."""
     hooks = sys.excepthook, sys.exit
     try:
         yield
@@ -178,32 +182,21 @@ def _exit_hooks_kept() -> Iterator[None]:
 
 
 def _run_id(path: Path) -> str:
-    """The id in a file, which is made if there is none: the same run for all who resume in its folder.
+    """Read the run id in a file, which is created if it does not exist, so that a resumed run keeps its id.
 
     Raises:
-        OSError: naming the file, if it cannot be read or written, or is damaged.
-        ValueError: naming the file, if it is not a regular one.
+        OSError: The file cannot be read or written, or is damaged; the message names it.
+        ValueError: It is not a regular file; the message names it.
     """
     if not path.exists():
         with atomic_write(path) as file:
             file.write(secrets.token_hex(4).encode())
     text = read_regular_file(path).decode(errors="replace").strip()
     if not re.fullmatch(r"[\w-]{1,128}", text, re.ASCII):
-        raise OSError(f"{path} is damaged, it holds no id of a run: {text[:40]!r}; delete it to begin new curves")
+        raise OSError(f"{path} is damaged, it contains no run id: {text[:40]!r}; delete it to start new curves")
     return text
 
 
-_SCHEDULES = {"lr", "wd", "mom", "last_layer_lr", "teacher_temp", "current_batch_size"}
-
-
 def by_group(record: Record) -> dict[str, float]:
-    """The numbers of a record under the names that trackers sort into panels: loss/, schedule/, time/, health/."""
-
-    def group(name: str) -> str:
-        if name.endswith("_loss"):
-            return "loss"
-        if name in _SCHEDULES:
-            return "schedule"
-        return "time" if name.endswith("_time") or name == "data_wait" else "health"
-
-    return {f"{group(name)}/{name}": value for name, value in record.items() if name != "iteration"}
+    """The values of a record, without its step, under the names that trackers sort into panels."""
+    return {tracker_name(name): value for name, value in record.items() if name != "iteration"}

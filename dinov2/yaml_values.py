@@ -1,4 +1,4 @@
-"""YAML 1.1 without its surprises: a value is what a person means by it, or text, or an error."""
+"""YAML 1.1 with strict resolution of values: surprising ones are text or errors."""
 
 import re
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from yaml.constructor import ConstructorError
 
 
 class YamlError(ValueError):
-    """Text that is not one YAML document; the message names the line and what is wrong there."""
+    """Text that is not a YAML document; the message names the line and the problem."""
 
 
 _TAG = "tag:yaml.org,2002:"
-# Numbers are decimal: `010` is not 8, `1:30` not 90 and `1_0` not 10, all of which are text. `1e-3` is a number.
+# Numbers are decimal: `010`, `1:30` and `1_0` are text, not 8, 90 and 10. `1e-3` is a number.
 _RESOLVERS = [
     (f"{_TAG}null", re.compile(r"(~|null|Null|NULL|)\Z")),
     (f"{_TAG}bool", re.compile(r"(?i:true|false|yes|no|on|off)\Z")),
@@ -26,14 +26,14 @@ _COMMENT_WITHOUT_SPACE = re.compile(r"[ \t]+#\S")
 
 
 class _Loader(yaml.SafeLoader):
-    """Resolves as above, and refuses tags, a key given twice and ` #` without a space in what ends a text."""
+    """Resolves values as above; rejects tags, duplicate keys, and text that ends in ` #` without a space after it."""
 
     yaml_implicit_resolvers = {None: _RESOLVERS}
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
-        if getattr(event, "tag", None):  # `!!int 010` would be 8 again
-            raise ConstructorError(None, None, f"tags such as {event.tag} have no meaning here", event.start_mark)
+        if getattr(event, "tag", None):  # `!!int 010` would be 8
+            raise ConstructorError(None, None, f"tags such as {event.tag} are not supported", event.start_mark)
         return super().compose_node(parent, index)
 
     def compose_scalar_node(self, anchor: str | None) -> yaml.ScalarNode:
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         end = node.end_mark
         plain_text = node.style is None and node.tag == f"{_TAG}str"
         if plain_text and _COMMENT_WITHOUT_SPACE.match(end.buffer, end.pointer):
-            advice = "put quotes around the value if # belongs to it, a space after # if a comment begins there"
+            advice = "quote the value if # belongs to it, or put a space after # if it begins a comment"
             raise ConstructorError(None, None, f"{node.value!r} is followed by ' #': {advice}", end)
         return node
 
@@ -55,27 +55,27 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts into quotes what either `_Loader` or another reader of YAML 1.1 would not read as text."""
+    """Quotes texts that `_Loader` or other YAML 1.1 parsers would not read as text."""
 
     yaml_implicit_resolvers = {**yaml.SafeDumper.yaml_implicit_resolvers, None: _RESOLVERS}
 
 
 def parse(text: str) -> Any:
-    """The value that a YAML document holds, None if it is empty.
+    """Parse a YAML document; None if it is empty.
 
     Raises:
-        YamlError: if it is not YAML, gives a key twice, has tags or an alias within what it stands for, or has a value
-            that ends in ` #` without a space after it, as names do more often than comments.
+        YamlError: The text is not YAML, has duplicate keys, tags or recursive aliases, or a value that ends in ` #`
+            without a space after it, which is rarely meant as a comment.
     """
     loader = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        return None if node is None else loader.construct_object(node, deep=True)  # deep: nothing contains itself
+        return None if node is None else loader.construct_object(node, deep=True)  # deep: no recursion
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise YamlError(f"{line}{error.problem}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: numbers of thousands of digits
         raise YamlError(f"cannot be read as YAML: {error}") from error
     except RecursionError as error:
         raise YamlError("cannot be read as YAML: nested too deeply") from error
@@ -85,5 +85,5 @@ def parse(text: str) -> Any:
 
 
 def dump(mapping: Mapping[str, Any]) -> str:
-    """A mapping of plain values as a YAML document, in its order; `parse` gives it back."""
+    """Format a mapping of plain values as a YAML document, in its order; the inverse of `parse`."""
     return cast(str, yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True))

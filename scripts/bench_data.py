@@ -40,7 +40,7 @@ from torchvision.transforms import InterpolationMode
 from dinov2.data.augment import DataAugmentationDINO, MultiCrop
 from dinov2.data.collate import Batch
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.device_augment import DeviceAugmentation, RawImage, cut, pack
+from dinov2.data.device_augment import DeviceAugmentation, RawImage, make_crops, pack_raw_batch
 from dinov2.data.images import open_image
 from dinov2.data.loader import make_train_loader, to_device
 from dinov2.data.masking import MaskingGenerator
@@ -157,7 +157,7 @@ def make_sides(global_size: int, local_size: int) -> dict[str, Callable[[bytes],
         "plain": lambda data: stacked(plain(Image.open(io.BytesIO(data)).convert("RGB"))),
         "pil": lambda data: stacked(pil(open_image(data))),
         "tensor": lambda data: stacked(tensor(open_image(data))),
-        "device worker": lambda data: pack([raw(open_image(data))], NO_CROPS, crop_format),
+        "device worker": lambda data: pack_raw_batch([raw(open_image(data))], NO_CROPS, crop_format),
         "decoding alone": lambda data: open_image(data).pixels(),
     }
 
@@ -243,7 +243,7 @@ def time_cutting(files: list[bytes], args: argparse.Namespace, device: torch.dev
     """What the device does for a batch that the workers packed."""
     raw = DeviceAugmentation(DataAugmentationDINO(GLOBAL_SCALE, LOCAL_SCALE, LOCALS, args.global_size, args.local_size))
     images = [raw(open_image(data)) for data in itertools.islice(itertools.cycle(files), args.batch_size)]
-    packed = pack(images, NO_CROPS, raw.crop_format(torch.float32))
+    packed = pack_raw_batch(images, NO_CROPS, raw.crop_format(torch.float32))
     seconds = []
     for repeat in range(args.repeats + 1):
         started = time.perf_counter()
@@ -274,9 +274,11 @@ def compare_pixels(files: list[bytes], args: argparse.Namespace, draws: int = 4)
             )  # fmt: skip
             torch.manual_seed(seed)
             pixels, views = pil.draw(open_image(data))  # which decodes at full scale
-            packed = pack([RawImage(pixels, views)], NO_CROPS, DeviceAugmentation(tensor).crop_format(torch.float32))
-            on_device = cut(packed)
-            for key, crops in (("pil", pil.carry_out(pixels, views)), ("tensor", tensor.carry_out(pixels, views))):
+            packed = pack_raw_batch(
+                [RawImage(pixels, views)], NO_CROPS, DeviceAugmentation(tensor).crop_format(torch.float32)
+            )
+            on_device = make_crops(packed)
+            for key, crops in (("pil", pil.apply(pixels, views)), ("tensor", tensor.apply(pixels, views))):
                 made[key].append(torch.cat([crop.flatten() for crop in (*crops.global_crops, *crops.local_crops)]))
             made["device"].append(torch.cat([on_device.global_crops.flatten(), on_device.local_crops.flatten()]))
         result[name] = {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""What watching a run's health costs, as a share of its step time; prints JSON.
+"""Cost of measuring health metrics, as a share of the step time; prints JSON.
 
-Steps with and without the measurements of a log line alternate; looks at the fixed images and k-NN are timed by
+Steps with and without the measurements of a log line alternate; measurements of the probe images and k-NN are timed by
 themselves. The share is what all of them add at the periods of the recipe, against steps without any: medians over the
 rounds of the time that the process was at work, and of the time that passed.
 
@@ -52,7 +52,10 @@ def share(seconds: Mapping[str, Sequence[float]], periods: Mapping[str, int]) ->
 def main() -> None:
     args = get_args_parser().parse_intermixed_args()
     words = vars(args) | {"arch": None, "patch_size": None, "drop_path": None}
-    args.opts = ["train.dataset_path=FashionMNIST:split=TRAIN", *args.opts]  # images for the looks; the size counts
+    args.opts = [
+        "train.dataset_path=FashionMNIST:split=TRAIN",
+        *args.opts,
+    ]  # images for the probe; only their size matters
     cfg = bench_step.make_config(argparse.Namespace(**words | {"opts": args.opts}), args.precision)
     device = torch.device(args.device)
     side = bench_step.Side(cfg, device, plain=False)
@@ -62,17 +65,17 @@ def main() -> None:
     assert panel.probe is not None, "health.period is not 0"
 
     def step(*, line: bool) -> None:
-        watch = panel.watch(1, line_is_due=line)
-        losses = forward_backward(side.model, [batch], 0.07, side.scaler, watch, seed=0, step=1)
+        stats = panel.target_stats(1, line_is_due=line)
+        losses = forward_backward(side.model, [batch], 0.07, side.scaler, stats, seed=0, step=1)
         norms = clip_and_step(losses, side.model.student, side.optimizer, side.scaler, 3.0, side.guard)
         ema_update(side.model.teacher, side.model.student, 0.99)
-        side.guard.tell(side.scaler)
-        panel.measured(1, watch, norms)
+        side.guard.report(side.scaler)
+        panel.measure(1, stats, norms)
 
     sides: dict[str, Callable[[], object]] = {
         "step": partial(step, line=False),
         "step with line": partial(step, line=True),
-        "look": panel.probe.look,
+        "look": panel.probe.measure,
     }
     seconds = alternate(sides, args.rounds, device)
     knn = alternate({"knn": panel.probe.knn}, 1, device)

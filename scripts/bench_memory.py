@@ -44,7 +44,7 @@ from dinov2.data.masking import MaskingGenerator
 from dinov2.train.guards import NonFiniteGuard
 from dinov2.train.optim import build_optimizer, ema_update, set_hyperparameters
 from dinov2.train.parallel import parallelize
-from dinov2.train.preflight.memory import STRATEGIES, Estimate, estimate, held_bytes
+from dinov2.train.preflight.memory import STRATEGIES, Estimate, allocated_bytes, estimate
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import clip_and_step, forward_backward
@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> None:
         run.train(steps=1)
         with Traffic() as traffic:
             run.train(steps=1)
-        measured = {"state": held_bytes(run.model, run.optimizer), "peak": peak() - before, "start": start}
+        measured = {"state": allocated_bytes(run.model, run.optimizer), "peak": peak() - before, "start": start}
         everywhere = distributed.all_gather_object({**measured, "sent": traffic.sent})
         if distributed.is_main():
             with torch.device("meta"):

@@ -56,7 +56,8 @@ from dinov2.train.optim import (
 from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets
-from dinov2.train.train import build_loader, clip_and_step, uses_fp16
+from dinov2.train.train import clip_and_step
+from dinov2.train.training_run import build_loader, uses_fp16
 from scripts.side_by_side import alternate, hardware, ratios, spread
 
 NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4)
@@ -230,7 +231,7 @@ class Side:
         lap("optimizer")
         (_plain_moving_average if self.plain else ema_update)(model.teacher, model.student, NOW.momentum)
         if not self.plain:
-            self.guard.tell(self.scaler)
+            self.guard.report(self.scaler)
         lap("moving average")
         return losses.total.detach()
 
@@ -294,7 +295,9 @@ def flops_of_step(cfg: Config) -> int:
     with torch.device("meta"):
         model = _WithoutNumbers(cfg).train()
         with FlopCounterMode(display=False) as counter:
-            model(batch, NOW.teacher_temp).total.backward()
+            [targets] = model.targets([batch], NOW.teacher_temp)
+            losses, _ = model(batch, targets)
+            losses.total.backward()
     return counter.get_total_flops() * cfg.train.accumulate_steps
 
 

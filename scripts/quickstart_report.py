@@ -1,4 +1,4 @@
-"""What a quickstart run has learned: a image of patch features, k-NN accuracies, and a page about all of the run.
+"""What a quickstart run has learned: an image of patch features, k-NN accuracies, and a page about all of the run.
 
     python scripts/quickstart_report.py OUT
 
@@ -41,7 +41,7 @@ def latest_teacher(folder: Path) -> Path:
     """The teacher of the last step that has one.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: There is none.
     """
     dumps = list(folder.glob("eval/training_*/teacher_checkpoint.pth"))
     if not dumps:

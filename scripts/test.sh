@@ -47,7 +47,7 @@ install_browser() {
 # reproduce the recordings, be loaded and converted, evaluate, draw, read images.
 oldest=(
     tests/test_config.py tests/test_golden.py tests/test_packaging.py tests/layers tests/loss
-    tests/tools/test_checkpoints_tool.py tests/train/test_{checkpoint_folder,compile,dry_run,resume}.py
+    tests/tools/test_checkpoints.py tests/train/test_{checkpoint_folder,compile,dry_run,resume}.py
     tests/train/test_processes.py::test_a_run_continues_on_another_number_of_processes
     tests/test_quickstart.py::test_quickstart_leaves_everything_in_one_folder_and_runs_twice
     tests/hub/test_hub.py tests/models/test_{export,intermediate_layers,peers,weights}.py

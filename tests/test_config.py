@@ -301,7 +301,7 @@ def test_a_key_given_twice_is_an_error_in_a_file_however_it_is_written(tmp_path)
 def test_a_name_with_a_number_sign_in_a_file_is_no_comment(tmp_path):
     """`set #1` without quotes is `set` to YAML. A comment after a value has a space, or a number before it."""
     file = tmp_path / "a.yaml"
-    with pytest.raises(ConfigError, match=r"a\.yaml: line 2: '/data/set' is followed by ' #': put quotes around"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: line 2: '/data/set' is followed by ' #': quote the value"):
         load(write(file, "train:\n  output_dir: /data/set #1\n"))
     for text in (
         "output_dir: /data/set # 1",

@@ -1,4 +1,4 @@
-"""A file is whole or not there; a folder is somebody's or free."""
+"""Files are complete or absent, and a locked folder is refused."""
 
 import fcntl
 import os
@@ -48,7 +48,7 @@ with atomic_write(Path(sys.argv[1])) as file:
     ],
     ids=["bytes", "npy", "npz", "torch"],
 )
-def test_whoever_writes_a_file_that_does_not_fit_the_error_names_it_and_the_reason(
+def test_the_error_of_a_full_disk_names_the_file_and_the_reason(
     write: Callable[[BinaryIO], object], tmp_path: Path
 ) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -103,7 +103,7 @@ with folder_lock(Path(sys.argv[1])):
 """
 
 
-def test_a_folder_is_occupied_as_long_as_the_process_lives(tmp_path: Path) -> None:
+def test_a_folder_is_locked_as_long_as_the_process_lives(tmp_path: Path) -> None:
     assert not is_locked(tmp_path) and not list(tmp_path.iterdir()) and not is_locked(tmp_path / "nowhere")
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], **pipes) as holder:  # type: ignore[call-overload]
@@ -116,7 +116,7 @@ def test_a_folder_is_occupied_as_long_as_the_process_lives(tmp_path: Path) -> No
     assert (tmp_path / ".lock").read_text() == before
 
 
-def test_without_locks_nobody_can_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_file_locks_is_locked_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(37, "No locks available")
 

@@ -249,15 +249,6 @@ def test_a_name_that_is_no_meter_is_named() -> None:
         _ = MetricLogger().lost
 
 
-def test_synchronizing_changes_totals_and_leaves_windows() -> None:
-    meters = MetricLogger()
-    meters.update(loss=1.0)
-    meters.update(loss=3.0)
-    other = torch.tensor([[2.0, 10.0]], dtype=torch.float64)  # another process: two values, 10 in all
-    meters.synchronize_between_processes(lambda mine: mine + other)
-    assert (meters.loss.count, meters.loss.total, meters.loss.median) == (4, 14.0, 1.0)
-
-
 # --- The loop --------------------------------------------------------------------------------------------------------
 
 

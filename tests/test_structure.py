@@ -25,7 +25,8 @@ MAY_IMPORT = {
     "yaml_values": set(),
     "distributed": set(),
     "log": {"files"},
-    "trackers": {"files"},
+    "metric_names": set(),
+    "trackers": {"files", "metric_names"},
     "layers": set(),
     "configs": set(),
     "models": {"layers"},
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "eval": {"config", "data", "distributed", "files", "log", "models", "analysis"},
     "visualization": {"config", "data", "distributed", "files", "log", "models", "analysis", "eval"},
     # Of a run the report needs what reads the files that it left.
-    "report": {"config", "files", "log", "analysis"}
+    "report": {"config", "files", "log", "analysis", "metric_names"}
     | {f"train.{name}" for name in ("monitor", "environment", "checkpoint_folder")},
     "tools": {"config", "files", "log", "models", "train"},
     "run": {"config", "distributed", "files", "log", "train", "eval"},

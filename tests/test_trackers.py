@@ -1,4 +1,4 @@
-"""Trackers show what was logged, go on after a resume, and are never in the way of a training."""
+"""Trackers show what was logged, continue after a resume, and never stop a training."""
 
 import json
 import struct
@@ -28,10 +28,10 @@ def track(output_dir: Path, settings: dict[str, Any], steps: range, factor: floa
                 tracker({"iteration": step, "lr": 0.5, "total_loss": factor * step})
 
 
-# --- What is given to trackers ---------------------------------------------------------------------------------------
+# --- Records ---------------------------------------------------------------------------------------
 
 
-def test_trackers_are_given_what_the_metrics_file_is_given(tmp_path: Path) -> None:
+def test_trackers_receive_the_records_of_the_metrics_file(tmp_path: Path) -> None:
     records: list[Any] = []
     path = tmp_path / "metrics.json"
     for output_file in (path, None):
@@ -44,16 +44,16 @@ def test_trackers_are_given_what_the_metrics_file_is_given(tmp_path: Path) -> No
     metrics = MetricLogger(is_main=False)
     metrics.listeners = [records.append]
     list(metrics.log_every([0], 1))
-    assert len(records) == 6, "other processes than the main one tell nobody"
+    assert len(records) == 6, "only the main process calls listeners"
 
 
-def test_numbers_are_grouped_and_the_step_is_none() -> None:
+def test_metrics_are_grouped_and_the_step_is_left_out() -> None:
     record = dict.fromkeys(["iteration", "total_loss", "wd", "iter_time", "data_wait", "probe_cls_rank_me", "knn"], 1.0)
     names = ["loss/total_loss", "schedule/wd", "time/iter_time", "time/data_wait"]
     assert list(by_group(record)) == [*names, "health/probe_cls_rank_me", "health/knn"]
 
 
-def test_by_default_there_are_none_and_nothing_is_written(tmp_path: Path) -> None:
+def test_by_default_there_are_no_trackers_and_nothing_is_written(tmp_path: Path) -> None:
     with open_trackers(**OFF, output_dir=tmp_path, start=0) as trackers:
         assert trackers == []
     assert list(tmp_path.iterdir()) == []
@@ -66,7 +66,7 @@ def read_events(output_dir: Path) -> EventAccumulator:
     return EventAccumulator(str(output_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
 
 
-def test_event_files_hold_what_was_logged(tmp_path: Path) -> None:
+def test_event_files_contain_what_was_logged(tmp_path: Path) -> None:
     track(tmp_path, TENSORBOARD, range(0, 50, 10))
     events = read_events(tmp_path)
     assert events.Tags()["scalars"] == ["schedule/lr", "loss/total_loss"]
@@ -77,7 +77,7 @@ def test_event_files_hold_what_was_logged(tmp_path: Path) -> None:
     assert all(line.startswith("    ") for line in text.splitlines()), "shown as it is, not as Markdown"
 
 
-def test_events_of_steps_that_are_done_again_show_once(tmp_path: Path) -> None:
+def test_events_of_repeated_steps_show_once(tmp_path: Path) -> None:
     track(tmp_path, TENSORBOARD, range(0, 40, 10))
     track(tmp_path, TENSORBOARD, range(20, 60, 10), factor=2.0)
     values = [(event.step, event.value) for event in read_events(tmp_path).Scalars("loss/total_loss")]
@@ -115,7 +115,7 @@ def losses(records: list[Any]) -> list[tuple[int, float]]:
     return [(value["_step"], value["loss/total_loss"]) for value in values]
 
 
-def test_an_offline_run_holds_what_was_logged_and_goes_on_as_the_same_run(tmp_path: Path) -> None:
+def test_an_offline_run_contains_what_was_logged_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> None:
     output_dir = tmp_path / "my_run"
     output_dir.mkdir()
     hooks = sys.excepthook, sys.exit
@@ -137,7 +137,7 @@ def test_an_offline_run_holds_what_was_logged_and_goes_on_as_the_same_run(tmp_pa
         assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [0]
 
 
-def test_nobody_logged_in_is_said_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_login_is_reported_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_API_KEY", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -148,7 +148,7 @@ def test_nobody_logged_in_is_said_before_the_training(tmp_path: Path, monkeypatc
         pass
 
 
-# --- What goes wrong -------------------------------------------------------------------------------------------------
+# --- Errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_full_disk_ends_tensorboard_and_not_the_training(tmp_path: Path) -> No
     result = in_a_process(script, tmp_path)
     assert result.returncode == 0, result.stderr
     warning, end = result.stdout.splitlines()
-    assert warning.startswith("WARNING TensorBoard fails, the run goes on without it: OSError: ")
+    assert warning.startswith("WARNING TensorBoard failed, the run continues without it: OSError: ")
     assert end == "trained"
 
 
@@ -210,21 +210,21 @@ def test_a_dead_service_ends_weights_and_biases_and_not_the_training(tmp_path: P
     result = in_a_process(script, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     warning, end = result.stdout.splitlines()
-    assert warning.startswith("WARNING Weights & Biases fails, the run goes on without it: ConnectionResetError: ")
+    assert warning.startswith("WARNING Weights & Biases failed, the run continues without it: ConnectionResetError: ")
     assert end == "trained"
 
 
-def test_a_tracker_that_cannot_begin_is_no_reason_not_to_train(
+def test_a_tracker_that_cannot_open_does_not_stop_the_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "tensorboard").write_text("a file where a folder should be")
+    (tmp_path / "tensorboard").write_text("not a folder")
     track(tmp_path, TENSORBOARD, range(10))
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
-        "TensorBoard fails, the run goes on without it"
+        "TensorBoard failed, the run continues without it"
     ]
 
 
-def test_a_preempted_run_is_tracked_to_its_last_step_and_leaves_as_without_trackers(tmp_path: Path) -> None:
+def test_a_preempted_run_is_tracked_to_its_last_step_and_exits_as_without_trackers(tmp_path: Path) -> None:
     script = """
         from dinov2.train.interruption import Interruption
         on = {"tensorboard": True, "wandb_project": "project"}

@@ -1,1 +1,1 @@
-"""What features look like, in numbers and in colors: functions of tensors that know no model and no run."""
+"""PCA, shifted inference and quality statistics of features: functions of tensors, independent of models and runs."""

@@ -1,6 +1,6 @@
-"""Whether features are any good, in numbers and without training anything.
+"""Quality statistics of features that need no training.
 
-Shapes: n images, N patches of an image, D feature width, m feature vectors.
+Shapes: n images, N patches of an image, D feature dimension, m feature vectors.
 """
 
 import math
@@ -11,12 +11,10 @@ from torch.nn import functional
 
 
 def rank_me(features: Tensor) -> float:
-    """How many directions features (m, D) make use of: from 1, all parallel, to min(m, D).
+    """Effective rank of features (m, D), from 1 (all parallel) to min(m, D).
 
-    NaN if all features are zero, or any is not finite.
-
-    RankMe (Garrido et al. 2022, arXiv 2210.02885): the exponential of the entropy of the singular values, which are
-    those of the features as they are, not centered.
+    RankMe (Garrido et al. 2022, arXiv 2210.02885): the exponential of the entropy of the normalized singular values of
+    the features, which are not centered. NaN if all features are zero or any is not finite.
     """
     features = features.double()
     if not features.isfinite().all():
@@ -27,20 +25,20 @@ def rank_me(features: Tensor) -> float:
 
 
 def patch_similarity(tokens: Tensor) -> float:
-    """The mean cosine between two different patches of one image, tokens (n, N, D) with N > 1; 1: all alike.
+    """Mean cosine similarity of two different patches of one image, in [-1, 1]: tokens (n, N, D), N > 1.
 
-    It rises while dense features decay (DINOv3 paper, section 4.1): patches then say the same as the whole image.
+    It rises while dense features degrade (DINOv3 paper, section 4.1): patches then become as similar as their image.
     """
     unit = functional.normalize(tokens.float(), dim=-1)
     count = tokens.shape[1]
-    of_all_pairs = unit.sum(dim=1).square().sum(dim=-1)  # with each patch's 1 with itself
-    return ((of_all_pairs - count) / (count * (count - 1))).mean().item()
+    pair_sum = unit.sum(dim=1).square().sum(dim=-1)  # includes the 1 of each patch with itself
+    return ((pair_sum - count) / (count * (count - 1))).mean().item()
 
 
 def nearest_distance(features: Tensor) -> Tensor:
-    """The mean distance of unit vectors to their nearest neighbors, a scalar of 0 to 2: (m, D), m > 1.
+    """Mean Euclidean distance of the normalized features (m, D), m > 1, to their nearest neighbors: scalar in [0, 2].
 
-    What KoLeo raises (paper, section 4), on the scale that a reader can judge: 0 means that features repeat.
+    The KoLeo loss (DINOv2 paper, section 4) raises it. 0: features are duplicates.
     """
     unit = functional.normalize(features.float(), dim=-1)
     nearest = (unit @ unit.T).fill_diagonal_(-1).argmax(dim=1)
@@ -48,13 +46,18 @@ def nearest_distance(features: Tensor) -> Tensor:
 
 
 def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 10, temperature: float = 0.07) -> float:
-    """Share of images that the weighted vote of their k nearest neighbors among the others puts into their class.
+    """Leave-one-out accuracy of weighted k-NN classification, in [0, 1], as in the k-NN evaluation.
 
-    NaN if any feature is not finite. The vote is that of the k-NN evaluation (Wu et al. 2018, arXiv 1805.01978).
+    See Wu et al. 2018, arXiv 1805.01978.
 
     Args:
         features: (n, D), not normalized; n > 1.
         labels: (n,) int64, from 0.
+        k: Number of neighbors.
+        temperature: Temperature of the softmax over the cosine similarities.
+
+    Returns:
+        The accuracy; NaN if any feature is not finite.
     """
     if not features.isfinite().all():
         return math.nan

@@ -1,4 +1,4 @@
-"""Patch tokens on a grid finer than that of the patches, by looking at an image several times, shifted a little."""
+"""Patch tokens on a grid finer than that of the patches: the model runs on several shifted copies of an image."""
 
 from collections.abc import Callable
 from itertools import product
@@ -9,21 +9,21 @@ from torch.nn import functional
 
 
 def finer_tokens(tokens_of: Callable[[Tensor], Tensor], images: Tensor, *, patch_size: int, shifts: int) -> Tensor:
-    """Tokens of images that are seen `shifts` x `shifts` times, put in between one another.
+    """Interleave the tokens of `shifts` x `shifts` shifted copies of images.
 
-    Every view is shifted by steps of patch / shifts pixels, with the border of the image repeated.
+    Copies are shifted by multiples of patch_size / shifts pixels; the border of the image is replicated.
 
     Args:
-        tokens_of: images (n, 3, H, W) -> patch tokens (n, H / p, W / p, D).
+        tokens_of: Maps images (n, 3, H, W) to patch tokens (n, H / p, W / p, D).
         images: (n, 3, H, W), H and W multiples of the patch size.
-        patch_size: p.
-        shifts: s, a divisor of the patch size; 1 looks once.
+        patch_size: Side p of a patch in pixels.
+        shifts: Number s of shifts in each direction, a divisor of the patch size; 1 runs the model once.
 
     Returns:
         (n, s * H / p, s * W / p, D).
 
     Raises:
-        ValueError: if the patch size is not a multiple of `shifts`.
+        ValueError: `shifts` does not divide the patch size.
     """
     if shifts < 1 or patch_size % shifts:
         raise ValueError(f"shifts = {shifts} must divide the patch size {patch_size}")
@@ -35,9 +35,9 @@ def finer_tokens(tokens_of: Callable[[Tensor], Tensor], images: Tensor, *, patch
     before = (patch_size - step) // 2
     after = patch_size - step - before
     padded = functional.pad(images, (before, after, before, after), mode="replicate")
-    views = [
+    copies = [
         tokens_of(padded[:, :, row * step : row * step + height, column * step : column * step + width])
         for row, column in product(range(shifts), repeat=2)
     ]
-    rows = torch.stack(views).unflatten(0, (shifts, shifts))  # (s, s, n, h, w, D)
+    rows = torch.stack(copies).unflatten(0, (shifts, shifts))  # (s, s, n, h, w, D)
     return rows.permute(2, 3, 0, 4, 1, 5).flatten(3, 4).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Datasets around datasets."""
+"""Datasets that wrap other datasets."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from dinov2.data.datasets.base import ImageDataset
 
 
 class DatasetWithEnumeratedTargets(Dataset):
-    """Adds its position to each target: item i is (image, (i, target)), so that shuffled results find their place.
+    """Adds the index to each target: item i is (image, (i, target)), so that results can be put in order.
 
-    A target that is None is replaced by i in the items, for they must be collated.
+    In items a target of None is replaced by i, because items must be collated.
     """
 
     def __init__(self, dataset: ImageDataset) -> None:
@@ -28,11 +28,11 @@ class DatasetWithEnumeratedTargets(Dataset):
         return self.dataset.get_image_data(index)
 
     def get_target(self, index: int) -> tuple[int, int | list[int] | None]:
-        """(index, target); a target that is None stays None here."""
+        """Returns (index, target); a target of None stays None."""
         return index, self.dataset.get_target(index)
 
     def get_targets(self) -> np.ndarray | None:
-        """The targets alone, see `ImageDataset`."""
+        """Returns the targets without indices, see `ImageDataset`."""
         return self.dataset.get_targets()
 
     def describe(self, index: int) -> str:

@@ -1,6 +1,6 @@
 """The multi-crop augmentation of training: one image -> two global and L local crops.
 
-Everything random is drawn first (`dinov2.data.crop_params`) and then carried out by one of several implementations.
+All random parameters are drawn first (`dinov2.data.crop_params`) and then applied by one of two implementations.
 
 Legend: G, S side of a global and a local crop; L number of local crops.
 """
@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as pillow
 
 from dinov2.data.color_ops import SMALLEST_BLURRED, jitter_colors
-from dinov2.data.crop_params import NEUTRAL_FACTORS, CropParams, View, ViewSampler, possible_reduction
+from dinov2.data.crop_params import NEUTRAL_FACTORS, CropParam, CropParams, CropParamSampler, possible_reduction
 from dinov2.data.images import EncodedImage
 from dinov2.data.transforms import BLUR_KERNEL, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -30,38 +30,39 @@ class MultiCrop(NamedTuple):
 
 
 class DataAugmentationDINO:
-    """RGB image -> MultiCrop. Every crop draws its own geometry and colors.
+    """RGB image -> MultiCrop. Each crop draws its own geometry and colors.
 
     The order is: resized crop (bicubic), flip, color jitter, grayscale, blur, solarize (second global crop only),
     normalization.
 
-    The blur probabilities are those in effect in the released code, whose blur was applied with probability 1 - p;
+    The blur probabilities are those in effect in the released code, which applied blur with probability 1 - p;
     the paper's are (1.0, 0.1, 0.5).
 
     Args:
-        global_crops_scale: range of a global crop's area, as share of the image.
-        local_crops_scale: the same for local crops.
+        global_crops_scale: Range of a global crop's area, as share of the image.
+        local_crops_scale: The same for local crops.
         local_crops_number: L; 0 gives no local crops.
         global_crops_size: G in pixels.
         local_crops_size: S in pixels.
-        flip_probability: of the horizontal flip.
-        color_jitter: strengths of brightness, contrast, saturation and hue.
-        color_jitter_probability: of jittering a crop.
-        grayscale_probability: of turning a crop gray.
-        blur_probabilities: for the first global, the second global and each local crop.
-        blur_sigma: range of the blur's standard deviation in pixels.
-        solarize_probability: of inverting bright pixels in the second global crop.
-        mean: subtracted per channel, in [0, 1].
-        std: divided by per channel.
-        aspect_ratio: range of width / height of a crop.
-        implementation: "tensor", or "pil": every operation by torchvision on PIL images, as the released code does it,
-            and several times slower. The same draws, and the same pixels but for rounding and the resampling kernels.
+        flip_probability: Probability of the horizontal flip.
+        color_jitter: Strengths of brightness, contrast, saturation and hue.
+        color_jitter_probability: Probability of color jitter.
+        grayscale_probability: Probability of converting a crop to grayscale.
+        blur_probabilities: Blur probabilities of the first global, the second global and each local crop.
+        blur_sigma: Range of the blur's standard deviation in pixels.
+        solarize_probability: Probability of solarizing the second global crop (inverting bright pixels).
+        mean: Mean per channel, in [0, 1]; subtracted.
+        std: Standard deviation per channel, in [0, 1].
+        aspect_ratio: Range of width / height of a crop.
+        implementation: "tensor", or "pil", which runs every operation by torchvision on PIL images, like the released
+            code, and is several times slower. Both draw the same parameters and give the same pixels up to rounding and
+            the resampling kernels.
 
     Raises:
-        ValueError: an unknown implementation, or crops too small to be blurred.
+        ValueError: The implementation is unknown, or crops are too small to be blurred.
     """
 
-    opens_encoded = True  # which can then be decoded at a smaller scale, see `AugmentedDataset`
+    accepts_encoded = True  # and decodes at a smaller scale where possible, see `AugmentedDataset`
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class DataAugmentationDINO:
         implementation: str = "tensor",
     ) -> None:
         if implementation not in IMPLEMENTATIONS:
-            raise ValueError(f"no implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
+            raise ValueError(f"unknown implementation {implementation!r}; known: {', '.join(IMPLEMENTATIONS)}")
         blur_global_1, blur_global_2, blur_local = blur_probabilities
         blur = [blur_global_1, blur_global_2] + [blur_local] * local_crops_number
         self.global_side, self.local_side = global_crops_size, local_crops_size
@@ -94,7 +95,7 @@ class DataAugmentationDINO:
                 raise ValueError(f"crops of {side} pixels cannot be blurred; they need at least {SMALLEST_BLURRED}")
         self.implementation = implementation
         self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))  # in levels
-        self.sampler = ViewSampler(
+        self.sampler = CropParamSampler(
             scale=[global_crops_scale] * 2 + [local_crops_scale] * local_crops_number,
             aspect_ratio=aspect_ratio,
             flip=flip_probability,
@@ -107,62 +108,65 @@ class DataAugmentationDINO:
         )
 
     def __call__(self, image: Image.Image | EncodedImage) -> MultiCrop:
-        """Draws from torch's CPU generator, once."""
-        return self.carry_out(*self.draw(image))
+        """Augment an image; the seed of all its random numbers is drawn from torch's CPU generator."""
+        return self.apply(*self.draw(image))
 
     def draw(self, image: Image.Image | EncodedImage) -> tuple[np.ndarray, CropParams]:
-        """The pixels (height, width, 3) of the image, fewer if its crops allow it, and what is to be done to them.
+        """Decode an image, at a reduced scale if its crops allow it, and draw the parameters of its crops.
+
+        Returns:
+            Pixels (height, width, 3) uint8, and the parameters of the C crops in pixels of that scale.
 
         Raises:
-            ImageDecodeError: truncated or corrupt data.
+            ImageDecodeError: The data are truncated or corrupt.
         """
         encoded = EncodedImage(image) if isinstance(image, Image.Image) else image
         seed = int(torch.randint(2**63 - 1, ()))
-        views = self.sampler.draw(*encoded.size, np.random.default_rng(seed))
-        reduction = 1 if self.implementation == "pil" else possible_reduction(views, self.sides)
+        params = self.sampler.draw(*encoded.size, np.random.default_rng(seed))
+        reduction = 1 if self.implementation == "pil" else possible_reduction(params, self.sides)
         pixels = encoded.pixels(reduction)
         height, width, _ = pixels.shape
-        return pixels, views if reduction == 1 else views.reduced(reduction, width, height)
+        return pixels, params if reduction == 1 else params.reduced(reduction, width, height)
 
-    def carry_out(self, pixels: np.ndarray, views: CropParams) -> MultiCrop:
-        """The crops that were drawn."""
-        crops = IMPLEMENTATIONS[self.implementation](pixels, zip(views.rows(), self.sides, strict=True))
+    def apply(self, pixels: np.ndarray, params: CropParams) -> MultiCrop:
+        """Compute the crops with the given parameters."""
+        crops = IMPLEMENTATIONS[self.implementation](pixels, zip(params.rows(), self.sides, strict=True))
         first, second, *local_crops = (crop[0].sub_(self.mean).div_(self.std) for crop in crops)
         return MultiCrop((first, second), tuple(local_crops))
 
 
-def tensor_crops(pixels: np.ndarray, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:
-    """Crops (1, 3, side, side) of levels, float32: resampled in 8 bits as by Pillow, color-jittered in float32."""
+def tensor_crops(pixels: np.ndarray, crops: Iterable[tuple[CropParam, int]]) -> Iterator[Tensor]:
+    """Crops (1, 3, side, side) of float32 levels 0..255: resampled in 8 bits like Pillow, color-jittered in float32."""
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    for view, side in views:
-        top, left, height, width = view.box
+    for param, side in crops:
+        top, left, height, width = param.box
         box = image[:, :, top : top + height, left : left + width]
         crop = interpolate(box, (side, side), mode="bicubic", antialias=True)
-        crop = crop.flip(3) if view.flip else crop
-        yield jitter_colors(crop.to(torch.float32, memory_format=torch.contiguous_format), view)
+        crop = crop.flip(3) if param.flip else crop
+        yield jitter_colors(crop.to(torch.float32, memory_format=torch.contiguous_format), param)
 
 
-def pil_crops(pixels: np.ndarray, views: Iterable[tuple[View, int]]) -> Iterator[Tensor]:
-    """The same by the operations of torchvision on PIL images, one after the other."""
+def pil_crops(pixels: np.ndarray, crops: Iterable[tuple[CropParam, int]]) -> Iterator[Tensor]:
+    """The same crops by torchvision's operations on PIL images."""
     image = Image.fromarray(pixels)
-    for view, side in views:
-        crop = pillow.resized_crop(image, *view.box, [side, side], InterpolationMode.BICUBIC)
-        if view.flip:
+    for param, side in crops:
+        crop = pillow.resized_crop(image, *param.box, [side, side], InterpolationMode.BICUBIC)
+        if param.flip:
             crop = pillow.hflip(crop)
-        for operation in view.order:
-            if view.factors[operation] != NEUTRAL_FACTORS[operation]:
-                crop = _JITTER[operation](crop, view.factors[operation])
-        if view.gray:
+        for operation in param.order:
+            if param.factors[operation] != NEUTRAL_FACTORS[operation]:
+                crop = _JITTER[operation](crop, param.factors[operation])
+        if param.gray:
             crop = pillow.rgb_to_grayscale(crop, num_output_channels=3)
-        if view.sigma > 0:
-            crop = pillow.gaussian_blur(crop, BLUR_KERNEL, [view.sigma, view.sigma])
-        if view.solarize:
+        if param.sigma > 0:
+            crop = pillow.gaussian_blur(crop, BLUR_KERNEL, [param.sigma, param.sigma])
+        if param.solarize:
             crop = pillow.solarize(crop, 128)
         yield pillow.pil_to_tensor(crop)[None].to(torch.float32, memory_format=torch.contiguous_format)
 
 
 _JITTER = (pillow.adjust_brightness, pillow.adjust_contrast, pillow.adjust_saturation, pillow.adjust_hue)
-IMPLEMENTATIONS: dict[str, Callable[[np.ndarray, Iterable[tuple[View, int]]], Iterator[Tensor]]] = {
+IMPLEMENTATIONS: dict[str, Callable[[np.ndarray, Iterable[tuple[CropParam, int]]], Iterator[Tensor]]] = {
     "tensor": tensor_crops,
     "pil": pil_crops,
 }

@@ -1,7 +1,7 @@
-"""Samples -> Batch: crops are stacked and masks are drawn.
+"""Collation of samples to a batch: crops are stacked and masks are drawn.
 
-Legend: B images of the batch; G, S side of a global and a local crop; L local crops per image; N patches of a global
-crop; M masked patches of the batch.
+Legend: B images in the batch; G, S side of a global and a local crop; L local crops per image; N patches of a global
+crop; M masked patches in the batch.
 """
 
 import math
@@ -18,14 +18,14 @@ from dinov2.data.masking import MaskingGenerator
 
 
 class Batch(NamedTuple):
-    """What one step trains on. Rows are crop-major: crop 0 of all images, then crop 1 of all images, ..."""
+    """The crops and masks of one training step. Rows are crop-major: crop 0 of all images, then crop 1, ..."""
 
     global_crops: Tensor  # (2B, 3, G, G)
     local_crops: Tensor  # (L*B, 3, S, S); without local crops (0, 3, G, G)
-    masks: Tensor  # (2B, N) bool, True = masked, patches row by row
+    masks: Tensor  # (2B, N) bool, True = masked; patches in row-major order
     mask_index: Tensor  # (M,) int64, where masks.flatten() is True, ascending
     mask_weight: Tensor  # (M,) float32, 1 / masked patches of the same crop
-    upperbound: int  # >= M, the same for every batch of these settings
+    upperbound: int  # >= M; the same for every batch with these settings
     bad_images: tuple[str, ...] = ()  # "path: reason" of images that could not be read and were replaced by others
 
 
@@ -39,16 +39,16 @@ def collate_data_and_cast(
     mask_generator: MaskingGenerator,
     rng: random.Random,
 ) -> Batch:
-    """Stacks the crops of B images and draws the masks of their global crops.
+    """Stack the crops of B images and draw the masks of their global crops.
 
     Args:
-        samples: one MultiCrop per image.
-        mask_ratio_tuple: smallest and largest share of a masked crop's patches.
-        mask_probability: share of the 2B global crops that get a mask; 0 when iBOT is off.
-        dtype: of the crops.
-        n_tokens: N.
-        mask_generator: draws one mask.
-        rng: source of all randomness here.
+        samples: Crops of each image.
+        mask_ratio_tuple: Minimum and maximum fraction of masked patches in a masked crop.
+        mask_probability: Fraction of the 2B global crops that get a mask; 0 when iBOT is off.
+        dtype: Data type of the crops.
+        n_tokens: N, patches of a global crop.
+        mask_generator: Draws one mask.
+        rng: Random number generator of the masks.
     """
     global_crops = _stacked([sample.global_crops[i] for i in range(2) for sample in samples], dtype)
     num_local = len(samples[0].local_crops)
@@ -63,7 +63,7 @@ def collate_data_and_cast(
 
 
 def shared_tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialized; in a process that loads for another one, in memory that both share: it need not be copied."""
+    """Allocate an uninitialized tensor; in a worker process in shared memory, which avoids a copy."""
     if get_worker_info() is None:
         return torch.empty(*shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
@@ -86,7 +86,7 @@ def make_masks(
     mask_generator: MaskingGenerator,
     rng: random.Random,
 ) -> Batch:
-    """A batch that has everything but its ``num_crops`` global and its local crops. Arguments as above."""
+    """Build a batch without crops, for ``num_crops`` global crops. Arguments as in `collate_data_and_cast`."""
     masks, upperbound = draw_masks(
         num_crops, mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
     )
@@ -110,16 +110,17 @@ def draw_masks(
     mask_generator: MaskingGenerator,
     rng: random.Random,
 ) -> tuple[Tensor, int]:
-    """Draws masks for exactly floor(num_crops * mask_probability) of the crops.
+    """Draw masks for exactly floor(num_crops * mask_probability) of the crops.
 
-    The range of ratios is cut into as many equal parts as there are masked crops, one part for each, so that every
+    The range of ratios is divided into as many equal intervals as there are masked crops, one for each, so that every
     batch covers the whole range evenly. Which crops are masked is random: both, one or none of an image.
 
     Returns:
-        Masks (num_crops, N) bool, and the upper bound of masked patches, which depends on the settings only.
+        Masks (num_crops, N) bool, and the upper bound of the number of masked patches, which depends on the settings
+        only.
     """
     num_masked = int(num_crops * mask_probability)
-    edges = torch.linspace(*mask_ratio_tuple, num_masked + 1)  # float32, and so is what follows: it decides the floors
+    edges = torch.linspace(*mask_ratio_tuple, num_masked + 1)  # float32 throughout: the floors below depend on it
     masks = torch.zeros(num_crops, n_tokens, dtype=torch.bool)
     upperbound = 0
     for i in range(num_masked):

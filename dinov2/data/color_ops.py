@@ -1,9 +1,9 @@
 """The color operations of the augmentation on float32 crops, on any device.
 
-Crops are levels from 0 to 255 in float32. Like Pillow's they are clamped after each operation, rounded down after a
-blend and to the nearest level in the end. In between, gray values, hues and what is blurred are not rounded.
+Crops are float32 levels from 0 to 255. As in Pillow they are clamped after each operation, rounded down after a blend
+and rounded to the nearest level at the end. In between, gray values, hues and blurred values are not rounded.
 
-Legend: n crops of one size S; factors and shifts are numbers, or tensors (n, 1, 1, 1) with one for each crop.
+Legend: n crops of one size S; factors and shifts are numbers, or tensors (n, 1, 1, 1) with one value per crop.
 """
 
 import math
@@ -13,90 +13,90 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dinov2.data.crop_params import BRIGHTNESS, CONTRAST, HUE, NEUTRAL_FACTORS, View
+from dinov2.data.crop_params import BRIGHTNESS, CONTRAST, HUE, NEUTRAL_FACTORS, CropParam
 
-_GRAY = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # Pillow's shares of red, green and blue
-_NEGLIGIBLE = 1e-4  # weight of a pixel that cannot change a level
+_GRAY = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # Pillow's weights of red, green and blue
+_NEGLIGIBLE = 1e-4  # a pixel of smaller weight cannot change a level
 
 BLUR_RADIUS = 4
 """The kernel has 9 pixels."""
 SMALLEST_BLURRED = BLUR_RADIUS + 1
-"""Pixels that a side must have at least, for its ends to be mirrored."""
+"""Minimum side in pixels, so that borders can be mirrored."""
 
 
-def jitter_colors(crop: Tensor, view: View) -> Tensor:
-    """Everything that ``view`` does to the colors of one crop (1, 3, S, S); the crop itself is lost."""
-    for operation in view.order:
-        factor = view.factors[operation]
+def jitter_colors(crop: Tensor, param: CropParam) -> Tensor:
+    """Apply the color operations of ``param`` to one crop (1, 3, S, S), which is overwritten."""
+    for operation in param.order:
+        factor = param.factors[operation]
         if factor == NEUTRAL_FACTORS[operation]:
             continue
         if operation == HUE:
-            crop = turn_hue(crop, torch.tensor(hue_centers(factor)).view(1, 3, 1, 1))
+            crop = shift_hue(crop, torch.tensor(hue_centers(factor)).view(1, 3, 1, 1))
         elif operation == BRIGHTNESS:
             crop = _levels(crop.mul_(factor), factor)
         else:
             base = gray_of(crop.mean((2, 3), keepdim=True) if operation == CONTRAST else crop)
             crop = blend(crop, base, factor)
-    if view.gray:
+    if param.gray:
         crop = gray_of(crop)  # one channel until the end
-    if view.sigma > 0:
-        crop = blur(crop, [weight for weight in blur_weights(view.sigma) if weight > _NEGLIGIBLE])
+    if param.sigma > 0:
+        crop = blur(crop, [weight for weight in blur_weights(param.sigma) if weight > _NEGLIGIBLE])
     crop = crop.round_()
-    if view.solarize:
+    if param.solarize:
         crop = solarize(crop)
-    return crop.repeat(1, 3, 1, 1) if view.gray else crop
+    return crop.repeat(1, 3, 1, 1) if param.gray else crop
 
 
 def gray_of(crops: Tensor) -> Tensor:
-    """(n, 3, S, S) -> (n, 1, S, S)."""
+    """Luminance as in Pillow: (n, 3, S, S) -> (n, 1, S, S)."""
     red, green, blue = crops.split(1, 1)
     return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
 
 
 def blend(crops: Tensor, base: Tensor, factor: float | Tensor) -> Tensor:
-    """``base`` where factor = 0, the crops where it is 1, and beyond; clamped. In place.
+    """Interpolate from ``base`` (factor 0) to the crops (factor 1) or extrapolate beyond; clamped, in place.
 
     Brightness is a blend with black, contrast with the mean of the gray crop, saturation with the gray crop.
     """
     return _levels(crops.lerp_(base, 1 - factor), factor)
 
 
-def turn_hue(crops: Tensor, centers: Tensor) -> Tensor:
-    """Moves red, green and blue to other hues, and every color of crops (n, 3, S, S) with them.
+def shift_hue(crops: Tensor, centers: Tensor) -> Tensor:
+    """Rotate the hue of crops (n, 3, S, S), given the hues to which red, green and blue are mapped.
 
-    With chroma = greatest - least of the channels, the distance of a hue from red, in sixths of a turn, is
-    2 + (green + blue - red - greatest) / chroma; it is counted positive on green's side. The other way, a channel lies
-    chroma * clamp(2 - distance of the hue from the channel's, 0, 1) above the least.
+    With chroma = maximum - minimum of the channels, the distance of a hue from red, in sixths of a turn, is
+    2 + (green + blue - red - maximum) / chroma, with positive sign on green's side. Conversely, a channel is
+    chroma * clamp(2 - distance of the hue from the channel's, 0, 1) above the minimum.
 
     Args:
-        crops: as always.
-        centers: (n, 3, 1, 1), the hues of the channels, see `hue_centers`.
+        crops: Levels.
+        centers: (n, 3, 1, 1) hues of the channels, see `hue_centers`.
     """
     red, green, blue = crops.split(1, 1)
-    greatest = torch.maximum(torch.maximum(red, green), blue)
-    least = torch.minimum(torch.minimum(red, green), blue)
-    chroma = greatest - least
-    hue = (green + blue).sub_(red).sub_(greatest).div_(chroma.clamp(min=1e-6)).add_(2)
+    maximum = torch.maximum(torch.maximum(red, green), blue)
+    minimum = torch.minimum(torch.minimum(red, green), blue)
+    chroma = maximum - minimum
+    hue = (green + blue).sub_(red).sub_(maximum).div_(chroma.clamp(min=1e-6)).add_(2)
     hue.copysign_(green - blue)
     # 2 - distance = | |difference| - 3 | - 1, for a difference of two hues in [-3, 3]
-    return (hue - centers).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(least)
+    return (hue - centers).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1).mul_(chroma).add_(minimum)
 
 
 def hue_centers(factor: float) -> list[float]:
-    """The hues that red, green and blue have before they are turned by a hue factor, in sixths of a turn, in [-3, 3].
+    """Hues of the channels for a hue factor (shift in turns), in sixths of a turn, in [-3, 3].
 
-    As torchvision turns PIL images, whose hue has 256 steps: by 255 times the factor, without the fraction.
+    As in torchvision for PIL images, whose hue has 256 steps: 255 times the factor, truncated.
     """
     shift = 6 * math.trunc(255 * factor) / 256
     return [(center - shift + 3) % 6 - 3 for center in (0, 2, 4)]
 
 
 def blur(crops: Tensor, weights: Sequence[float] | Sequence[Tensor]) -> Tensor:
-    """Blur of crops (n, C, S, S), mirrored at the borders, with a symmetric kernel in both directions.
+    """Blur crops (n, C, S, S) with a separable symmetric kernel; borders are mirrored.
 
     Args:
-        crops: of at least `SMALLEST_BLURRED` pixels.
-        weights: of a pixel and of those at its sides, nearest first: numbers, or (n, 1, 1, 1) tensors.
+        crops: Crops of at least `SMALLEST_BLURRED` pixels a side.
+        weights: Kernel weights from the center outwards: numbers, or (n, 1, 1, 1) tensors.
     """
     radius = len(weights) - 1
     for dim, border in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
@@ -110,21 +110,21 @@ def blur(crops: Tensor, weights: Sequence[float] | Sequence[Tensor]) -> Tensor:
 
 
 def blur_weights(sigma: float) -> list[float]:
-    """Weights for `blur` of a Gaussian with this standard deviation, BLUR_RADIUS + 1 of them."""
+    """The BLUR_RADIUS + 1 weights for `blur` of a Gaussian of standard deviation ``sigma`` in pixels."""
     half = [math.exp(-0.5 * (distance / sigma) ** 2) for distance in range(BLUR_RADIUS + 1)]
     total = 2 * sum(half) - half[0]
     return [weight / total for weight in half]
 
 
 def solarize(crops: Tensor) -> Tensor:
-    """Inverts levels of 128 and more."""
+    """Invert levels of 128 and above."""
     return torch.minimum(crops, 255 - crops)
 
 
 def _levels(blended: Tensor, factor: float | Tensor) -> Tensor:
-    """In place: clamped, and rounded down as by Pillow."""
-    between = isinstance(factor, float) and factor <= 1  # then what was blended stays in range
-    return (blended if between else blended.clamp_(0, 255)).floor_()
+    """Clamp and round down as Pillow does, in place."""
+    in_range = isinstance(factor, float) and factor <= 1  # an interpolation needs no clamping
+    return (blended if in_range else blended.clamp_(0, 255)).floor_()
 
 
 def _add_scaled(x: Tensor, other: Tensor, factor: float | Tensor) -> None:

@@ -1,7 +1,7 @@
-"""What happens to the crops of an image, drawn before any pixel is touched.
+"""The random parameters of the crops of an image, drawn before any pixel is processed.
 
-So the same draws can be carried out by several implementations, in a worker or later on the device, and an image can
-be decoded at a smaller scale when its crops allow it.
+So the same parameters can be applied by several implementations, in a worker process or later on the device, and an
+image can be decoded at a smaller scale when its crops allow it.
 
 Legend: C crops of an image, 2 global ones and the local ones; n crops in general.
 """
@@ -12,15 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-"""The operations of the color jitter, as `CropParams.order` and `CropParams.factors` number them."""
+"""Operations of the color jitter: values in `CropParams.order`, columns of `CropParams.factors`."""
 NEUTRAL_FACTORS = (1.0, 1.0, 1.0, 0.0)
-"""The factors that change nothing."""
+"""Factors that leave the image unchanged."""
 
-_ATTEMPTS = 10  # to find a box that fits, as torchvision makes
+_ATTEMPTS = 10  # to find a box that fits, as in torchvision
 
 
-class View(NamedTuple):
-    """The operations on one crop: a row of `CropParams`, as plain Python numbers."""
+class CropParam(NamedTuple):
+    """The parameters of one crop: a row of `CropParams`, as plain Python numbers."""
 
     box: tuple[int, int, int, int]
     flip: bool
@@ -32,7 +32,7 @@ class View(NamedTuple):
 
 
 class CropParams(NamedTuple):
-    """The operations on n crops, in the order in which they are carried out."""
+    """The parameters of n crops, in the order in which the operations are applied."""
 
     boxes: np.ndarray  # (n, 4) int64: top, left, height, width in pixels of the upright image
     flip: np.ndarray  # (n,) bool
@@ -43,48 +43,48 @@ class CropParams(NamedTuple):
     solarize: np.ndarray  # (n,) bool
 
     def take(self, which: slice | np.ndarray) -> "CropParams":
-        """Some of the crops."""
+        """Select some of the crops."""
         return CropParams(*(values[which] for values in self))
 
-    def rows(self) -> list[View]:
-        """One crop at a time."""
-        return [View(*row) for row in zip(*(values.tolist() for values in self), strict=True)]
+    def rows(self) -> list[CropParam]:
+        """The crops one by one."""
+        return [CropParam(*row) for row in zip(*(values.tolist() for values in self), strict=True)]
 
     def reduced(self, reduction: int, width: int, height: int) -> "CropParams":
-        """The same crops of the image that is ``reduction`` times smaller, ``width`` x ``height``."""
+        """Scale the boxes to an image that is ``reduction`` times smaller, ``width`` x ``height`` pixels."""
         edges = np.rint(np.stack([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]]) / reduction)
         first, last = np.minimum(edges, (height, width)).astype(np.int64)
         return self._replace(boxes=np.concatenate([first, last - first], 1))
 
 
-def possible_reduction(views: CropParams, sides: Sequence[int]) -> int:
-    """How many times smaller, 1, 2, 4 or 8, an image may be so that each box is still twice its crop in size.
+def possible_reduction(params: CropParams, sides: Sequence[int]) -> int:
+    """The largest reduction of an image (1, 2, 4 or 8) at which each box is still twice as large as its crop.
 
-    Its crops are then resampled from what is smaller by 2 or more, as they should be, and no box is off by more than a
-    quarter of a crop's pixel when it is rounded to pixels of the smaller image.
+    Crops are then still downsampled by at least 2, and rounding a box to pixels of the reduced image shifts it by at
+    most a quarter of a pixel of the crop.
     """
-    room = (views.boxes[:, 2:] / (2 * np.array(sides)[:, None])).min()
+    room = (params.boxes[:, 2:] / (2 * np.array(sides)[:, None])).min()
     return max(reduction for reduction in (1, 2, 4, 8) if reduction <= max(room, 1))
 
 
 def stack_crop_params(parts: Sequence[CropParams]) -> CropParams:
-    """The crops of all parts, one part after the other."""
+    """Concatenate the parameters of several images."""
     return CropParams(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
-class ViewSampler:
-    """Draws `CropParams` for crops that differ in their settings.
+class CropParamSampler:
+    """Draws the parameters of the C crops of an image, each of which has its own settings.
 
     Args:
-        scale: (C, 2) range of the area, as share of the image.
-        aspect_ratio: range of width / height.
-        flip: probability of the horizontal flip.
-        color_jitter: strengths of brightness, contrast, saturation and hue.
-        jitter: probability of jittering.
-        gray: probability of turning gray.
+        scale: (C, 2) range of the area, as a fraction of the image.
+        aspect_ratio: Range of width / height, drawn log-uniformly.
+        flip: Probability of the horizontal flip.
+        color_jitter: Strengths of brightness, contrast, saturation and hue.
+        jitter: Probability of the color jitter.
+        gray: Probability of the conversion to grayscale.
         blur: (C,) probability of blurring.
-        blur_sigma: range of the blur's standard deviation in pixels.
-        solarize: (C,) probability of inverting bright pixels.
+        blur_sigma: Range of the blur's standard deviation in pixels.
+        solarize: (C,) probability of solarization (inverting bright pixels).
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ViewSampler:
         self.blur_sigma = (float(blur_sigma[0]), float(blur_sigma[1]))
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> CropParams:
-        """Draws the crops of an image of ``width`` x ``height`` pixels, always from as many random numbers."""
+        """Draw the parameters for an image of ``width`` x ``height`` pixels; uses a fixed number of random numbers."""
         numbers = rng.random((len(self.scale), 2 * _ATTEMPTS + 16))
         areas, aspects, chances, corner, order, factors, sigma = np.split(
             numbers, np.cumsum([_ATTEMPTS, _ATTEMPTS, 5, 2, 4, 4]), axis=1
@@ -130,7 +130,7 @@ class ViewSampler:
         )
 
     def _boxes(self, width: int, height: int, areas: np.ndarray, aspects: np.ndarray, corner: np.ndarray) -> np.ndarray:
-        """Boxes as of torchvision's RandomResizedCrop, from numbers in [0, 1): (C, attempts) twice, and (C, 2)."""
+        """Boxes as in torchvision's RandomResizedCrop, from numbers in [0, 1): (C, attempts) twice, and (C, 2)."""
         area = width * height * (self.scale[:, :1] + np.diff(self.scale) * areas)
         log_low, log_high = np.log(self.aspect_ratio)
         aspect = np.exp(log_low + (log_high - log_low) * aspects)
@@ -146,6 +146,6 @@ class ViewSampler:
         return np.concatenate([corners, sizes], axis=1).astype(np.int64)
 
     def _largest_in_range(self, width: int, height: int) -> tuple[int, int]:
-        """(height, width) of the whole image, cut to the nearest aspect ratio in range."""
+        """(height, width) of the whole image, cropped to the nearest aspect ratio in range."""
         lowest, highest = self.aspect_ratio
         return min(height, max(1, round(width / lowest))), min(width, max(1, round(height * highest)))

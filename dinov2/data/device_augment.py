@@ -1,10 +1,10 @@
-"""Batches of whole images, from which the device cuts the crops.
+"""Augmentation on the device: workers decode images and draw crop parameters, the device computes the crops.
 
-A worker only decodes and draws (`RawBatch`); `cut` carries the draws out, for many crops at once and without waiting
-for the device: how large images are and which crops an operation concerns is known on the host.
+A worker gives a `RawBatch`; `make_crops` applies the parameters to many crops at once and never waits for the device:
+the sizes of images and the crops that an operation applies to are known on the host.
 
-Legend: B images of the batch, P of a part of it; C crops of each; n crops of one side S in a part, image by
-image; k those among them that an operation concerns; H, W greatest height and width of the images of a part.
+Legend: B images in the batch, P in a part of it; C crops of each; n crops of one side S in a part, image by image;
+k crops that an operation applies to; H, W maximum height and width of the images in a part.
 """
 
 import itertools
@@ -18,44 +18,44 @@ from torch import Tensor
 
 from dinov2.data.augment import DataAugmentationDINO
 from dinov2.data.collate import Batch, shared_tensor
-from dinov2.data.color_ops import BLUR_RADIUS, blend, blur, blur_weights, gray_of, hue_centers, solarize, turn_hue
+from dinov2.data.color_ops import BLUR_RADIUS, blend, blur, blur_weights, gray_of, hue_centers, shift_hue, solarize
 from dinov2.data.crop_params import CONTRAST, HUE, NEUTRAL_FACTORS, SATURATION, CropParams, stack_crop_params
 from dinov2.data.images import EncodedImage
 
-_PART_SIDES = 2**14  # pixels, of the images cut together: their number times their longest side; bounds the memory
+_PART_SIDES = 2**14  # pixels; bounds the memory: number of images processed together times their longest side
 
 
 class RawImage(NamedTuple):
-    """What `DataAugmentationDINO` gives in place of crops where the device is to make them."""
+    """A decoded image with the parameters of its crops."""
 
     pixels: np.ndarray  # (height, width, 3) uint8
-    views: CropParams  # of its C crops
+    params: CropParams  # of its C crops
 
 
 class CropFormat(NamedTuple):
-    """What crops are to be like."""
+    """Size, normalization and type of crops."""
 
     global_side: int
     local_side: int
-    mean: tuple[float, ...]  # of red, green and blue in levels, subtracted
-    std: tuple[float, ...]  # in levels, divided by
+    mean: tuple[float, ...]  # of red, green and blue, in levels
+    std: tuple[float, ...]  # of red, green and blue, in levels
     dtype: torch.dtype
 
 
 class RawBatch(NamedTuple):
-    """A `Batch` whose crops are still to be cut."""
+    """A `Batch` with images and crop parameters in place of the crops."""
 
     batch: Batch  # without crops
-    pixels: Tensor  # (bytes,) uint8: (height, width, 3) of each image, one after the other
+    pixels: Tensor  # (bytes,) uint8: the images (height, width, 3), concatenated
     sizes: np.ndarray  # (B, 2) int64: height and width of each
-    views: CropParams  # of B x C crops, image by image
+    params: CropParams  # of B x C crops, image by image
     crop_format: CropFormat
 
 
 class DeviceAugmentation:
-    """Draws as an augmentation does, and leaves it at that: image -> RawImage."""
+    """Image -> RawImage: decodes and draws the parameters, but computes no crops."""
 
-    opens_encoded = True
+    accepts_encoded = True
 
     def __init__(self, augmentation: DataAugmentationDINO) -> None:
         self.augmentation = augmentation
@@ -64,51 +64,59 @@ class DeviceAugmentation:
         return RawImage(*self.augmentation.draw(image))
 
     def crop_format(self, dtype: torch.dtype) -> CropFormat:
-        """What the augmentation makes of the crops."""
-        made = self.augmentation
-        mean, std = (tuple(values.flatten().tolist()) for values in (made.mean, made.std))
-        return CropFormat(made.global_side, made.local_side, mean, std, dtype)
+        """The format of the augmentation's crops."""
+        source = self.augmentation
+        mean, std = (tuple(values.flatten().tolist()) for values in (source.mean, source.std))
+        return CropFormat(source.global_side, source.local_side, mean, std, dtype)
 
 
-def pack(images: Sequence[RawImage], batch: Batch, crop_format: CropFormat) -> RawBatch:
-    """The images of a batch in one buffer, and ``batch`` with everything but the crops."""
+def pack_raw_batch(images: Sequence[RawImage], batch: Batch, crop_format: CropFormat) -> RawBatch:
+    """Put the images of a batch into one buffer.
+
+    Args:
+        images: Images of the batch.
+        batch: Everything else but the crops, see `make_masks`.
+        crop_format: Format of the crops.
+    """
     pixels = shared_tensor([sum(image.pixels.size for image in images)], torch.uint8)
     np.concatenate([image.pixels.reshape(-1) for image in images], out=pixels.numpy())
     return RawBatch(
         batch,
         pixels,
         np.array([image.pixels.shape[:2] for image in images]),
-        stack_crop_params([image.views for image in images]),
+        stack_crop_params([image.params for image in images]),
         crop_format,
     )
 
 
-def cut(raw: RawBatch) -> Batch:
-    """The batch with its crops, on the device where ``raw.pixels`` and the rest of the batch are."""
-    batch, pixels, sizes, views, crop_format = raw
-    count, crops_each = len(sizes), len(views.flip) // len(sizes)
+def make_crops(raw: RawBatch) -> Batch:
+    """Compute the crops of a batch on the device where ``raw.pixels`` and the rest of the batch are."""
+    batch, pixels, sizes, params, crop_format = raw
+    count, crops_each = len(sizes), len(params.flip) // len(sizes)
     device, dtype = pixels.device, crop_format.dtype
     mean, std = _move_together([torch.tensor(crop_format.mean), torch.tensor(crop_format.std)], device)
     sides = (crop_format.global_side, crop_format.local_side)
-    numbers = (2, crops_each - 2)
-    made = [torch.empty(n, count, 3, s, s, dtype=dtype, device=device) for n, s in zip(numbers, sides, strict=True)]
+    crop_counts = (2, crops_each - 2)
+    all_crops = [
+        torch.empty(n, count, 3, s, s, dtype=dtype, device=device) for n, s in zip(crop_counts, sides, strict=True)
+    ]
     starts = np.concatenate([[0], np.cumsum(3 * sizes.prod(1))])
     for first, last in _parts(sizes):
         images = _padded(pixels[starts[first] : starts[last]], sizes[first:last])
-        of_part = np.arange(first * crops_each, last * crops_each).reshape(-1, crops_each)
-        for rows, crops in zip((of_part[:, :2], of_part[:, 2:]), made, strict=True):
+        crop_index = np.arange(first * crops_each, last * crops_each).reshape(-1, crops_each)
+        for rows, crops in zip((crop_index[:, :2], crop_index[:, 2:]), all_crops, strict=True):
             if not rows.size:
                 continue
-            drawn = views.take(rows.reshape(-1))
-            levels = _color_jittered(_resampled(images, drawn, crops.shape[-1]), drawn)
+            part_params = params.take(rows.reshape(-1))
+            levels = _color_jittered(_resampled(images, part_params, crops.shape[-1]), part_params)
             levels.sub_(mean[:, None, None]).div_(std[:, None, None])
             crops[:, first:last] = levels.unflatten(0, (last - first, -1)).transpose(0, 1)
-    global_crops, local_crops = (crops.flatten(0, 1) for crops in made)
+    global_crops, local_crops = (crops.flatten(0, 1) for crops in all_crops)
     return batch._replace(global_crops=global_crops, local_crops=local_crops if len(local_crops) else global_crops[:0])
 
 
 def _parts(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """First image of each part of the batch, and the one after its last."""
+    """Index of the first image of each part of the batch, and of the one after its last."""
     first = 0
     for last in range(1, len(sizes) + 1):
         if last == len(sizes) or (last + 1 - first) * sizes[first : last + 1].max() > _PART_SIDES:
@@ -117,7 +125,7 @@ def _parts(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def _padded(pixels: Tensor, sizes: np.ndarray) -> Tensor:
-    """Images one after the other -> (P, 3, H, W) float32, with zeros right of them and below."""
+    """Concatenated images -> (P, 3, H, W) float32, padded with zeros at the right and the bottom."""
     height, width = sizes.max(0).tolist()
     images = torch.zeros(len(sizes), 3, height, width, device=pixels.device)
     for image, part, (h, w) in zip(images, pixels.split((3 * sizes.prod(1)).tolist()), sizes.tolist(), strict=True):
@@ -128,13 +136,13 @@ def _padded(pixels: Tensor, sizes: np.ndarray) -> Tensor:
 # --- Geometry --------------------------------------------------------------------------------------------------------
 
 
-def _resampled(images: Tensor, views: CropParams, side: int) -> Tensor:
-    """The boxes of P x n/P views, flipped where that was drawn, as crops (n, 3, side, side) of whole levels.
+def _resampled(images: Tensor, params: CropParams, side: int) -> Tensor:
+    """Resample, and flip where drawn, the boxes of n/P crops of each image: (n, 3, side, side) integral levels.
 
-    Two matrix products, along the rows and then the columns, each rounded to 8 bits as Pillow does.
+    Two matrix products, along the rows and then the columns, each followed by rounding to 8 bits as in Pillow.
     """
     count, _, height, width = images.shape
-    edges = torch.from_numpy(np.column_stack([views.boxes, views.flip]).astype(np.float32))
+    edges = torch.from_numpy(np.column_stack([params.boxes, params.flip]).astype(np.float32))
     (edges,) = _move_together([edges], images.device)
     top, left, rows, columns, flip = edges.T
     across = _weights(left, columns, side, width)
@@ -146,7 +154,7 @@ def _resampled(images: Tensor, views: CropParams, side: int) -> Tensor:
 
 
 def _weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """Weights of antialiased bicubic resampling, (n,) boxes -> (n, side, size): rows sum to 1, and are 0 outside."""
+    """Weights of antialiased bicubic resampling, (n,) boxes -> (n, side, size): rows sum to 1 and are 0 outside."""
     start, length = start[:, None, None], length[:, None, None]
     scale = length / side
     pixels = torch.arange(size, device=start.device) + 0.5
@@ -167,25 +175,25 @@ def _levels(values: Tensor) -> Tensor:
 
 
 class _JitterRound(NamedTuple):
-    """One operation of the color jitter for each crop that takes part in this round.
+    """One operation of the color jitter for each crop that has one in this round.
 
-    Brightness, contrast and saturation are all a blend with `gray * gray(x) + mean * gray(mean(x))`.
+    Brightness, contrast and saturation are each a blend with `gray * gray(x) + mean * gray(mean(x))`.
     """
 
-    blended: Tensor  # (k,) the crops of a blend
+    blended: Tensor  # (k,) indices of the crops that are blended
     factor: Tensor  # (k, 1, 1, 1)
     gray: Tensor  # (k, 1, 1, 1)
     mean: Tensor  # (k, 1, 1, 1)
-    turned: Tensor  # (k,) the crops whose hue is turned
+    shifted: Tensor  # (k,) indices of the crops whose hue is shifted
     centers: Tensor  # (k, 3, 1, 1)
 
 
-def _color_jittered(crops: Tensor, views: CropParams) -> Tensor:
-    """What `dinov2.data.color_ops.jitter_colors` does, for crops that each have their own draws; in place."""
-    blurred = np.flatnonzero(views.sigma)
-    weights = [blur_weights(sigma) for sigma in views.sigma[blurred].tolist()]
-    chosen = [torch.from_numpy(x) for x in (np.flatnonzero(views.gray), blurred, np.flatnonzero(views.solarize))]
-    rounds = [_jitter_round(operation, views.factors) for operation in views.order.T]
+def _color_jittered(crops: Tensor, params: CropParams) -> Tensor:
+    """Apply the operations of `dinov2.data.color_ops.jitter_colors` to many crops at once, in place."""
+    blurred = np.flatnonzero(params.sigma)
+    weights = [blur_weights(sigma) for sigma in params.sigma[blurred].tolist()]
+    chosen = [torch.from_numpy(x) for x in (np.flatnonzero(params.gray), blurred, np.flatnonzero(params.solarize))]
+    rounds = [_jitter_round(operation, params.factors) for operation in params.order.T]
     tensors = [*chosen, torch.tensor(weights).view(-1, BLUR_RADIUS + 1, 1, 1, 1), *itertools.chain(*rounds)]
     gray, blurry, inverted, kernels, *of_rounds = _move_together(tensors, crops.device)
     for part in zip(*[iter(of_rounds)] * len(_JitterRound._fields), strict=True):
@@ -198,15 +206,15 @@ def _color_jittered(crops: Tensor, views: CropParams) -> Tensor:
 
 
 def _jitter_round(operation: np.ndarray, factors: np.ndarray) -> _JitterRound:
-    """The round whose operation of each crop is given, (n,); factors (n, 4)."""
+    """The round with the given operation of each crop, (n,); factors (n, 4)."""
     factor = factors[np.arange(len(operation)), operation]
     takes_part = factor != np.take(NEUTRAL_FACTORS, operation)
-    blended, turned = (np.flatnonzero(takes_part & chosen) for chosen in (operation != HUE, operation == HUE))
+    blended, shifted = (np.flatnonzero(takes_part & chosen) for chosen in (operation != HUE, operation == HUE))
     shares = np.stack([factor[blended], operation[blended] == SATURATION, operation[blended] == CONTRAST])
     share_of_x, share_of_gray, share_of_mean = torch.from_numpy(shares.astype(np.float32))[..., None, None, None]
-    centers = torch.tensor([hue_centers(shift) for shift in factor[turned].tolist()]).view(-1, 3, 1, 1)
+    centers = torch.tensor([hue_centers(shift) for shift in factor[shifted].tolist()]).view(-1, 3, 1, 1)
     return _JitterRound(
-        torch.from_numpy(blended), share_of_x, share_of_gray, share_of_mean, torch.from_numpy(turned), centers
+        torch.from_numpy(blended), share_of_x, share_of_gray, share_of_mean, torch.from_numpy(shifted), centers
     )
 
 
@@ -216,7 +224,7 @@ def _jitter(crops: Tensor, part: _JitterRound) -> None:
         return blend(some, base, part.factor)
 
     _change(crops, part.blended, blend_some)
-    _change(crops, part.turned, lambda some: turn_hue(some, part.centers))
+    _change(crops, part.shifted, lambda some: shift_hue(some, part.centers))
 
 
 def _change(crops: Tensor, which: Tensor, operation: Callable[[Tensor], Tensor]) -> None:
@@ -225,7 +233,7 @@ def _change(crops: Tensor, which: Tensor, operation: Callable[[Tensor], Tensor])
 
 
 def _move_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of a few dtypes, those of each dtype in one copy, for which the host does not wait."""
+    """Copy tensors to the device, those of one dtype in one copy; the host does not wait for it."""
     if device.type == "cpu":
         return list(tensors)
     moved: dict[int, Tensor] = {}

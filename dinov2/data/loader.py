@@ -1,4 +1,4 @@
-"""Data loaders: a plain one, the one of training, and the way of batches to the device."""
+"""Data loaders: a general one, the one of training, and the transfer of batches to the device."""
 
 import logging
 from collections.abc import Callable, Generator, Iterable
@@ -12,7 +12,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from dinov2.data.augment import DataAugmentationDINO, MultiCrop
 from dinov2.data.collate import Batch
-from dinov2.data.device_augment import DeviceAugmentation, RawBatch, cut
+from dinov2.data.device_augment import DeviceAugmentation, RawBatch, make_crops
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.sample_stream import AugmentedDataset, PositionBatches, StreamCollate
 from dinov2.data.samplers import (
@@ -57,30 +57,32 @@ def make_data_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> DataLoader:
-    """A torch DataLoader over this rank's part of a dataset. EPOCH and the sharded samplers are the fixed ones.
+    """Build a torch DataLoader over this rank's part of a dataset.
+
+    The samplers EPOCH and SHARDED_INFINITE are those without the published defects.
 
     Args:
-        dataset: map-style.
-        batch_size: samples per batch of this rank.
-        num_workers: processes that load; 0 loads in this one.
-        shuffle: random order.
-        seed: of the order.
-        sampler_type: None reads everything on every rank.
-        sampler_size: samples per epoch over all ranks, for EPOCH only; -1 is the size of the dataset.
-        sampler_advance: samples of this rank to skip at the start, for the endless types only.
-        drop_last: leave out an incomplete last batch.
-        persistent_workers: keep the processes between epochs; without effect when there are none.
-        collate_fn: list of samples -> batch; None is torch's.
-        rank: of this process.
-        world_size: number of processes.
+        dataset: Map-style dataset.
+        batch_size: Samples per batch of this rank.
+        num_workers: Number of worker processes; 0 loads in this process.
+        shuffle: Whether samples come in random order.
+        seed: Seed of the sample order.
+        sampler_type: Order of the samples; None reads the whole dataset on every rank.
+        sampler_size: Samples per epoch over all ranks, for EPOCH only; -1 means the size of the dataset.
+        sampler_advance: Samples of this rank to skip at the start, for infinite samplers only.
+        drop_last: Whether to drop an incomplete last batch.
+        persistent_workers: Whether to keep the worker processes between epochs; no effect without workers.
+        collate_fn: List of samples -> batch; None means torch's default.
+        rank: Rank of this process.
+        world_size: Number of processes.
 
     Raises:
-        ValueError: an option that the sampler type does not have.
+        ValueError: An option does not apply to the sampler type.
     """
     if sampler_size > 0 and sampler_type is not SamplerType.EPOCH:
         raise ValueError(f"sampler_size={sampler_size} is for the sampler EPOCH only, not for {sampler_type}")
     if sampler_advance > 0 and (sampler_type is None or sampler_type in _FINITE):
-        raise ValueError(f"sampler_advance={sampler_advance} is for endless samplers only, not for {sampler_type}")
+        raise ValueError(f"sampler_advance={sampler_advance} is for infinite samplers only, not for {sampler_type}")
     if sampler_type is SamplerType.GLOBAL_ORDER and not shuffle:
         raise ValueError("the sampler GLOBAL_ORDER always shuffles: not with shuffle=False")
     sampler = None
@@ -106,10 +108,10 @@ def make_data_loader(
         pin_memory=torch.cuda.is_available(),
         drop_last=drop_last,
         persistent_workers=persistent_workers and num_workers > 0,
-        generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
+        generator=torch.Generator().manual_seed(seed),  # otherwise it draws from the global one
     )
-    endless = sampler_type is not None and sampler_type not in _FINITE
-    logger.info("%s batches of %d samples", "endless" if endless else len(loader), batch_size)
+    infinite = sampler_type is not None and sampler_type not in _FINITE
+    logger.info("%s batches of %d samples", "endless" if infinite else len(loader), batch_size)
     return loader
 
 
@@ -132,33 +134,33 @@ def make_train_loader(
     patience: float = DEFAULT_TIMEOUT,
     while_waiting: Callable[[], object] | None = None,
 ) -> Iterable[Batch] | Iterable[RawBatch]:
-    """Endless batches of one rank, beginning where ``start_position`` images have been used by all ranks together.
+    """Build the loader of training: endless batches of one rank, after the first ``start_position`` images of the run.
 
     A batch depends neither on ``num_workers`` nor on where the loader started. With GLOBAL_ORDER the images at a
     position of the run and their crops depend on the seed only, not on the number of ranks.
 
     Args:
-        dataset: item i is (PIL image, anything); raises `BadImageError` for an image that cannot be read.
-        augmentation: image -> crops, random only through torch's CPU generator. Picklable, as is the dataset.
-        batch_size: B, images per rank and step.
-        num_workers: processes that load; 0 loads in this one.
-        seed: of order, augmentation and masks.
-        mask_generator: of one mask; its grid is that of a global crop.
-        mask_ratio_tuple: smallest and largest share of a masked crop's patches.
-        mask_probability: share of the global crops that get a mask; 0 when iBOT is off.
-        dtype: of the crops.
-        augment_on: "cpu", or "device": the loader gives whole images and what was drawn for them, and `to_device`
-            makes the crops there; with a DataAugmentationDINO whose implementation is not "pil".
-        sampler: order of the images; the finite types go on with their next epoch.
-        start_position: images used before, when a run is resumed. Only GLOBAL_ORDER neither repeats nor leaves out
-            any when ``world_size`` has changed; the other samplers skip what each rank would have had.
-        rank: of this process.
-        world_size: number of processes.
-        patience: seconds after which a batch that does not come is an error; 0 waits for ever.
-        while_waiting: called every second while a batch is waited for; may raise what ends the wait.
+        dataset: Item i is (PIL image, any target); raises `BadImageError` for an image that cannot be read.
+        augmentation: Image -> crops; draws from torch's CPU generator only. Must be picklable, as must the dataset.
+        batch_size: B, images per rank and batch.
+        num_workers: Number of worker processes; 0 loads in this process.
+        seed: Seed of sample order, augmentation and masks.
+        mask_generator: Draws one mask, on the patch grid of a global crop.
+        mask_ratio_tuple: Minimum and maximum fraction of masked patches in a masked crop.
+        mask_probability: Fraction of the global crops that get a mask; 0 when iBOT is off.
+        dtype: Data type of the crops.
+        augment_on: "cpu", or "device": the loader gives whole images and crop parameters, and `to_device` computes the
+            crops there; requires a DataAugmentationDINO whose implementation is not "pil".
+        sampler: Order of the images; finite samplers continue with their next epoch.
+        start_position: Images used by all ranks before, when a run is resumed. Only GLOBAL_ORDER neither repeats nor
+            omits any when ``world_size`` has changed; the other samplers skip what each rank would have read.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        patience: Seconds to wait for a batch before raising an error; 0 waits forever.
+        while_waiting: Called every second while waiting for a batch; may raise an exception to end the wait.
     """
     if augment_on not in ("cpu", "device"):
-        raise ValueError(f"cannot augment on {augment_on!r}; it is cpu or device")
+        raise ValueError(f"unknown augment_on {augment_on!r}; known: cpu, device")
     raw = _device_augmentation(augmentation) if augment_on == "device" else None
     indices = _make_sampler(
         sampler,
@@ -189,7 +191,7 @@ def make_train_loader(
         num_workers=num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
+        generator=torch.Generator().manual_seed(seed),  # otherwise it draws from the global one
         patience=patience,
         patience_key="train.data_timeout",
         while_waiting=while_waiting,
@@ -198,17 +200,15 @@ def make_train_loader(
 
 def _device_augmentation(augmentation: Callable[[Any], MultiCrop]) -> DeviceAugmentation:
     if not isinstance(augmentation, DataAugmentationDINO) or augmentation.implementation == "pil":
-        made_by = getattr(augmentation, "implementation", type(augmentation).__name__)
-        raise ValueError(
-            f"augment_on='device' is for DataAugmentationDINO with the tensor implementation, not {made_by}"
-        )
+        name = getattr(augmentation, "implementation", type(augmentation).__name__)
+        raise ValueError(f"augment_on='device' is for DataAugmentationDINO with the tensor implementation, not {name}")
     return DeviceAugmentation(augmentation)
 
 
 def to_device(loader: Iterable[Batch] | Iterable[RawBatch], device: torch.device) -> Generator[Batch]:
-    """The batches of a loader on a device, with their crops; on CUDA while the one before is at work.
+    """Move the batches of a loader to a device and compute missing crops there; on CUDA one batch ahead.
 
-    Closing the generator ends the processes of the loader.
+    Closing the generator ends the worker processes of the loader.
     """
     if device.type == "cuda":
         return _to_cuda(loader, device)
@@ -231,13 +231,13 @@ def _to_cuda(loader: Iterable[Batch] | Iterable[RawBatch], device: torch.device)
 def _move(batch: Batch | RawBatch, device: torch.device) -> Batch:
     if isinstance(batch, RawBatch):
         pixels = batch.pixels.to(device, non_blocking=True)
-        return cut(batch._replace(pixels=pixels, batch=_move(batch.batch, device)))
+        return make_crops(batch._replace(pixels=pixels, batch=_move(batch.batch, device)))
     moved = Batch._make(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
-    return moved._replace(bad_images=tuple(moved.bad_images))  # which pinning the memory turned into a list
+    return moved._replace(bad_images=tuple(moved.bad_images))  # pinning the memory turned it into a list
 
 
 def _hand_over(batch: Batch, copies: torch.cuda.Stream, compute: torch.cuda.Stream) -> Batch:
-    """Makes the computing stream wait for the copies, and the allocator wait for the computing stream."""
+    """Make the compute stream wait for the copies, and the allocator wait for the compute stream."""
     compute.wait_stream(copies)
     for x in batch:
         if isinstance(x, Tensor):
@@ -261,7 +261,7 @@ def _make_sampler(
     rank: int,
     world_size: int,
 ) -> Sampler[int]:
-    """Arguments as in `make_train_loader`; the finite types take no notice of ``start_position``."""
+    """Build a sampler; arguments as in `make_train_loader`. Finite samplers ignore ``start_position``."""
     advance = start_position // world_size
     match sampler_type:
         case SamplerType.GLOBAL_ORDER:
@@ -284,7 +284,7 @@ def _make_sampler(
                 published=False,
             )
         case SamplerType.DISTRIBUTED:
-            counted: Any = range(sample_count)  # it only asks how many there are
+            counted: Any = range(sample_count)  # it only reads the length
             return DistributedSampler(counted, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
         case SamplerType.INFINITE:
             return InfiniteSampler(

@@ -12,13 +12,13 @@ class MaskingGenerator:
     """Draws masks of a given number of patches.
 
     Args:
-        input_size: patch grid, (height, width) or one side.
-        num_masking_patches: only a fallback for ``max_num_patches``.
-        min_num_patches: smallest area from which a rectangle is drawn, in patches.
-        max_num_patches: largest area of a rectangle. None: ``num_masking_patches``, or else half of the grid.
+        input_size: Patch grid, (height, width) or one side.
+        num_masking_patches: Only a fallback for ``max_num_patches``.
+        min_num_patches: Smallest area from which a rectangle is drawn, in patches.
+        max_num_patches: Largest area of a rectangle. None: ``num_masking_patches``, or else half of the grid.
             Training uses :func:`published_max_num_patches`.
-        min_aspect: smallest height / width of a rectangle.
-        max_aspect: largest height / width; None: 1 / ``min_aspect``.
+        min_aspect: Smallest height / width of a rectangle.
+        max_aspect: Largest height / width; None: 1 / ``min_aspect``.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class MaskingGenerator:
         """Draws one mask.
 
         Args:
-            num_masking_patches: most patches to mask. Usually exactly as many are, sometimes one or two fewer.
-            rng: source of all randomness.
+            num_masking_patches: Most patches to mask. Usually exactly as many are, sometimes one or two fewer.
+            rng: Source of all randomness.
 
         Returns:
             Boolean array (height, width), True where masked.

@@ -11,9 +11,9 @@ def seed_for(seed: int, purpose: str, *position: int) -> int:
     """Derives an independent seed for one purpose at one position.
 
     Args:
-        seed: the seed of the run.
-        purpose: what the numbers are for, for example ``"augment"``.
-        position: where in the run, one or several integers.
+        seed: The seed of the run.
+        purpose: Purpose of the random numbers, for example ``"augment"``.
+        position: Position in the run: one or several integers.
 
     Returns:
         An integer in [0, 2**63), the same in every process and Python version.

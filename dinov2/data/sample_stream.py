@@ -1,9 +1,9 @@
-"""The training stream: every sample has a position in the run, from which alone its randomness comes.
+"""The sample stream of training: each sample has a position in the run, which determines its random numbers.
 
-Batch b of rank r, counted from where a run starts or resumes, covers the positions
-start + (b * world_size + r) * batch_size and the following ones. A sampler says which image stands at a position;
-(seed, position) says how it is cropped, and how the batch that begins there is masked. So a run may go on with another
-number of processes: the positions continue where the others stopped.
+Batch b of rank r, counted from where a run starts or resumes, covers the batch_size positions from
+start + (b * world_size + r) * batch_size on. A sampler maps positions to images; (seed, position) determines the crops
+of an image, and the masks of the batch that begins there. So a run may continue on another number of processes: the
+positions continue where the earlier ones ended.
 """
 
 import itertools
@@ -18,20 +18,20 @@ from torch.utils.data import Dataset, Sampler
 from dinov2.data.augment import MultiCrop
 from dinov2.data.collate import Batch, collate_data_and_cast, make_masks
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.device_augment import CropFormat, RawBatch, RawImage, pack
+from dinov2.data.device_augment import CropFormat, RawBatch, RawImage, pack_raw_batch
 from dinov2.data.images import BadImageError, ImageDecodeError
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.randomness import seed_for
 from dinov2.data.workers import LoadingError, note_sample
 
-_MAX_REPLACEMENTS = 10  # tried for one image that cannot be read
+_MAX_REPLACEMENTS = 10  # attempts to replace an unreadable image
 
 
 class SamplePosition(NamedTuple):
-    """What is read where."""
+    """A position in the run and the sample that is read for it."""
 
-    position: int  # in the run
-    sample: int  # in the dataset
+    position: int
+    sample: int  # index in the dataset
 
 
 class Sample(NamedTuple):
@@ -39,18 +39,18 @@ class Sample(NamedTuple):
 
     position: int
     crops: MultiCrop | RawImage
-    bad_images: tuple[str, ...]  # "path: reason" of images that could not be read and that this one replaces
+    bad_images: tuple[str, ...]  # "path: reason" of unreadable images that this one replaces
 
 
 class PositionBatches(Sampler[list[SamplePosition]]):
-    """Endless batches of places for one rank, from ``start_position`` on.
+    """Endless batches of sample positions for one rank, from ``start_position`` on.
 
     Args:
-        indices: this rank's endless indices, those before ``start_position`` left out.
-        batch_size: places per batch.
-        start_position: where the first batch of rank 0 begins.
-        rank: whose positions.
-        world_size: number of ranks.
+        indices: Endless sample indices of this rank, beginning at ``start_position``.
+        batch_size: Samples per batch of one rank.
+        start_position: Position at which the first batch of rank 0 begins.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
     def __init__(
@@ -64,59 +64,59 @@ class PositionBatches(Sampler[list[SamplePosition]]):
 
     def __iter__(self) -> Iterator[list[SamplePosition]]:
         indices = iter(self.indices)
-        mine = self.start_position + self.rank * self.batch_size
-        for first in itertools.count(mine, self.batch_size * self.world_size):
+        first_of_rank = self.start_position + self.rank * self.batch_size
+        for first in itertools.count(first_of_rank, self.batch_size * self.world_size):
             yield [SamplePosition(first + i, next(indices)) for i in range(self.batch_size)]
 
 
 class AugmentedDataset(Dataset[Sample]):
-    """SamplePosition -> Sample. An image that cannot be read is replaced by a random other one.
+    """SamplePosition -> augmented Sample. An unreadable image is replaced by a random other one.
 
     Args:
-        dataset: item i is (PIL image, anything); raises BadImageError for an image that cannot be read.
-        augmentation: draws from torch's CPU generator, which is seeded here for each position and left as it was. If
-            it has a true attribute `opens_encoded` it is given a `EncodedImage` wherever the dataset can open one.
-        seed: of the run.
+        dataset: Item i is (PIL image, any target); raises BadImageError for an unreadable image.
+        augmentation: Draws from torch's CPU generator, which is seeded for each position and restored afterwards. If
+            its attribute `accepts_encoded` is true, it gets an `EncodedImage` where the dataset can open one.
+        seed: Seed of the run.
     """
 
     def __init__(self, dataset: Dataset, augmentation: Callable[[Any], MultiCrop | RawImage], seed: int) -> None:
         self.dataset = dataset
         self.augmentation = augmentation
         self.seed = seed
-        self.opens = getattr(augmentation, "opens_encoded", False) and _gives_encoded_images(dataset)
+        self.opens_encoded = getattr(augmentation, "accepts_encoded", False) and _gives_encoded_images(dataset)
 
-    def __getitem__(self, at: SamplePosition) -> Sample:
+    def __getitem__(self, item: SamplePosition) -> Sample:
         bad_images: list[str] = []
-        index = at.sample
+        index = item.sample
         for attempt in range(_MAX_REPLACEMENTS + 1):
             try:
-                return Sample(at.position, self._augmented(index, at.position), tuple(bad_images))
+                return Sample(item.position, self._augmented(index, item.position), tuple(bad_images))
             except BadImageError as error:
                 bad_images.append(_with_reason(error))
-                rng = random.Random(seed_for(self.seed, "replacement", at.position, attempt))
+                rng = random.Random(seed_for(self.seed, "replacement", item.position, attempt))
                 index = rng.randrange(len(self.dataset))  # type: ignore[arg-type]
         raise LoadingError(f"{len(bad_images)} images drawn in a row cannot be read: {'; '.join(bad_images)}")
 
     def _augmented(self, index: int, position: int) -> MultiCrop | RawImage:
         note_sample(index)
-        image = self.dataset.open_image(index) if self.opens else self.dataset[index][0]  # type: ignore[attr-defined]
+        image = self.dataset.open_image(index) if self.opens_encoded else self.dataset[index][0]  # type: ignore[attr-defined]
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_for(self.seed, "augment", position))
             try:
                 return self.augmentation(image)
-            except ImageDecodeError as error:  # of a image that was opened but cannot be decoded
-                path = self.dataset.describe(index) if self.opens else ""  # type: ignore[attr-defined]
+            except ImageDecodeError as error:  # opened, but cannot be decoded
+                path = self.dataset.describe(index) if self.opens_encoded else ""  # type: ignore[attr-defined]
                 raise BadImageError(f"cannot read the image of sample {index}: {error}", path=path) from error
 
 
 def _with_reason(error: BadImageError) -> str:
-    """Which image cannot be read, and why: "path: reason"."""
+    """Describe an unreadable image: "path: reason"."""
     reason = error.__cause__ or error
     return f"{error.path}: {reason}" if error.path and error.path not in str(reason) else str(reason)
 
 
 def _gives_encoded_images(dataset: Dataset) -> bool:
-    """Whether `dataset[i]` is just the image that `dataset.open_image(i)` opens."""
+    """Whether `dataset[i]` is the image that `dataset.open_image(i)` opens, without transforms or overrides."""
     return (
         isinstance(dataset, ImageDataset)
         and dataset.transforms is None
@@ -127,9 +127,10 @@ def _gives_encoded_images(dataset: Dataset) -> bool:
 
 
 class StreamCollate:
-    """Samples of one batch -> Batch, masked by (seed, position of the first sample). Arguments as in `collate`.
+    """Collates samples to a batch; the masks depend on (seed, position of the first sample).
 
-    With a ``crop_format`` the samples are raw images, and so is the batch.
+    With a ``crop_format`` samples hold raw images, and the result is a `RawBatch`. The other arguments are those of
+    `collate_data_and_cast`.
     """
 
     def __init__(
@@ -161,4 +162,6 @@ class StreamCollate:
         }
         if self.crop_format is None:
             return collate_data_and_cast(crops, dtype=self.dtype, **masking)._replace(bad_images=bad_images)
-        return pack(crops, make_masks(2 * len(crops), **masking)._replace(bad_images=bad_images), self.crop_format)
+        return pack_raw_batch(
+            crops, make_masks(2 * len(crops), **masking)._replace(bad_images=bad_images), self.crop_format
+        )

@@ -1,9 +1,9 @@
-"""The order in which samples are read.
+"""Samplers: the order in which samples are read.
 
-n is the number of samples of the dataset. A sampler yields the indices of one rank: of a global sequence it takes the
-elements ``start, start + step, ...``, with ``start`` the rank and ``step`` the number of ranks.
+n is the number of samples in the dataset. A sampler yields the indices of one rank: the elements
+``start, start + step, ...`` of a global sequence, with ``start`` the rank and ``step`` the number of ranks.
 
-`GlobalOrderSampler` is the one training uses. The others are those of the released code and reproduce its orders.
+Training uses `GlobalOrderSampler`. The others are those of the released code and reproduce its orders.
 """
 
 import itertools
@@ -24,18 +24,17 @@ logger = logging.getLogger(__name__)
 class GlobalOrderSampler(Sampler[int]):
     """One endless order of the samples, the same for any number of ranks.
 
-    Pass t over the data is a permutation that depends on (seed, t) only. The passes follow each other without a gap
-    and are cut into global batches of ``batch_size * world_size``, each of which is dealt to the ranks in runs of
-    ``batch_size``. So no sample of a pass is dropped or repeated, and ranks that share a global batch between them
-    see together what one process with that batch size sees.
+    Pass t over the data is a permutation that depends on (seed, t) only. The passes are concatenated and divided into
+    global batches of ``batch_size * world_size``, of which each rank gets ``batch_size`` consecutive samples. So no
+    sample of a pass is dropped or repeated, and the ranks together get the global batch that one process would get.
 
     Args:
-        sample_count: n.
-        batch_size: samples per rank and step.
-        seed: of the order.
-        rank: whose samples to yield.
-        world_size: number of ranks.
-        start_position: samples that all ranks together have had before, when a run is resumed.
+        sample_count: N.
+        batch_size: Samples per rank and step.
+        seed: Seed of the order.
+        rank: Rank whose samples are yielded.
+        world_size: Number of ranks.
+        start_position: Samples that all ranks together have read before, when a run is resumed.
     """
 
     def __init__(
@@ -58,13 +57,13 @@ class GlobalOrderSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         current = -1
-        mine = self.start_position + self.rank * self.batch_size
-        for first in itertools.count(mine, self.batch_size * self.world_size):
+        first_of_rank = self.start_position + self.rank * self.batch_size
+        for first in itertools.count(first_of_rank, self.batch_size * self.world_size):
             for position in range(first, first + self.batch_size):
-                pass_index, place = divmod(position, self.sample_count)
+                pass_index, index = divmod(position, self.sample_count)
                 if pass_index != current:
                     current, order = pass_index, self._order(pass_index)
-                yield int(order[place])
+                yield int(order[index])
 
     def _order(self, pass_index: int) -> np.ndarray:
         generator = torch.Generator().manual_seed(seed_for(self.seed, "order", pass_index))
@@ -72,17 +71,17 @@ class GlobalOrderSampler(Sampler[int]):
 
 
 class EpochSampler(Sampler[int]):
-    """A part of one epoch of ``size`` samples, drawn from as many copies of the dataset as that takes.
+    """One rank's part of an epoch of ``size`` samples, drawn from as many copies of the dataset as needed.
 
     Args:
-        size: samples per epoch, over all ranks.
-        sample_count: n.
-        shuffle: draw at random; otherwise in the order of the dataset.
-        seed: of the draw.
-        start: see the top of the file; None is 0.
-        step: see the top of the file; None is 1.
-        published: draw as the released code, whose seed is ``seed * epoch`` and so has no effect in epoch 0.
-            Otherwise seed and epoch are mixed.
+        size: Samples per epoch, over all ranks.
+        sample_count: N.
+        shuffle: Whether to draw at random; otherwise samples come in the order of the dataset.
+        seed: Seed of the order.
+        start: First element of the global sequence; None means 0.
+        step: Distance between elements of the global sequence; None means 1.
+        published: Whether to draw like the released code, whose seed is ``seed * epoch`` and so has no effect in
+            epoch 0. Otherwise seed and epoch are mixed.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Which epoch is drawn next."""
+        """Set the epoch that is drawn next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -126,15 +125,15 @@ class EpochSampler(Sampler[int]):
 
 
 class InfiniteSampler(Sampler[int]):
-    """Endless passes over the dataset; every pass is shuffled as a whole and then dealt to the ranks.
+    """Endless passes over the dataset; each pass is shuffled as a whole and then divided among the ranks.
 
     Args:
-        sample_count: n.
-        shuffle: a new permutation for every pass, from one generator; otherwise the order of the dataset.
-        seed: of that generator.
-        start: see the top of the file; None is 0.
-        step: see the top of the file; None is 1.
-        advance: samples of this rank to skip at the start.
+        sample_count: N.
+        shuffle: Whether each pass is a new permutation; otherwise samples come in the order of the dataset.
+        seed: Seed of the generator of all permutations.
+        start: First element of the global sequence; None means 0.
+        step: Distance between elements of the global sequence; None means 1.
+        advance: Samples of this rank to skip at the start.
     """
 
     def __init__(
@@ -164,28 +163,28 @@ class InfiniteSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed)
         for pass_index in itertools.count():
             order = _permutation(self.sample_count, generator)
-            torch.randint(1, (1,), generator=generator)  # the released shuffle draws once more, for the last element
+            torch.randint(1, (1,), generator=generator)  # the released shuffle draws once more for the last element
             if pass_index >= first_pass:
                 yield from order[self.start :: self.step].tolist()
 
 
 class ShardedInfiniteSampler(Sampler[int]):
-    """Endless passes over a shard of the dataset, which is drawn once for each rank and stays its own.
+    """Endless passes over one shard of the dataset per rank; the shards are drawn once.
 
-    Every pass shuffles the shard anew. All shards have floor(n / step) samples, so up to ``step - 1`` samples are
-    never seen. Without shuffling the order is that of `InfiniteSampler`.
+    Each pass shuffles the shard again. All shards have floor(n / step) samples, so up to ``step - 1`` samples are
+    never read. Without shuffling the order is that of `InfiniteSampler`.
 
     Args:
-        sample_count: n.
-        shuffle: see above.
-        seed: of the shards and the order within them.
-        start: see the top of the file; None is 0.
-        step: see the top of the file; None is 1.
-        advance: samples of this rank to skip at the start.
-        use_new_shuffle_tensor_slice: shuffle with one call of torch. The released training uses the other shuffle,
-            which draws one number per sample and is slow for large shards.
-        published: skip as the released code, which takes n instead of the size of the shard when it counts whole
-            passes, and so skips too little when ``advance`` exceeds n and there are several ranks.
+        sample_count: N.
+        shuffle: Whether to draw the shards and their order at random.
+        seed: Seed of the shards and of the order within them.
+        start: First element of the global sequence; None means 0.
+        step: Distance between elements of the global sequence; None means 1.
+        advance: Samples of this rank to skip at the start.
+        use_new_shuffle_tensor_slice: Whether to shuffle with one torch call. The released training uses the other
+            shuffle, which draws one number per sample and is slow for large shards.
+        published: Whether to skip like the released code, which counts whole passes by n instead of the size of the
+            shard, and so skips too few samples when ``advance`` exceeds n and there are several ranks.
     """
 
     def __init__(
@@ -210,7 +209,9 @@ class ShardedInfiniteSampler(Sampler[int]):
         self.shard_size = sample_count // self.step
         _check_count(self.shard_size)
         if shuffle and sample_count % self.step:
-            logger.warning("%d of %d samples are in no shard: never seen", sample_count % self.step, sample_count)
+            logger.warning(
+                "%d of %d samples are in no shard and are never read", sample_count % self.step, sample_count
+            )
 
     def __iter__(self) -> Iterator[int]:
         if not self.shuffle:
@@ -229,11 +230,11 @@ class ShardedInfiniteSampler(Sampler[int]):
 
 
 class EndlessEpochs(Sampler[int]):
-    """The epochs of a sampler one after the other, without end.
+    """Endless sequence of the epochs of a sampler.
 
     Args:
-        sampler: one that yields an epoch.
-        advance: samples of this rank to skip at the start.
+        sampler: A sampler of one epoch.
+        advance: Samples of this rank to skip at the start.
     """
 
     def __init__(self, sampler: EpochSampler | DistributedSampler, *, advance: int = 0) -> None:
@@ -255,7 +256,7 @@ def _check_count(count: int) -> None:
 
 
 def _permutation(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Permutation of range(count), (count,): 32-bit numbers where they do, which halves the memory."""
+    """Random permutation of range(count), (count,); 32-bit integers where possible, which halves the memory."""
     return torch.randperm(count, dtype=torch.int32 if count <= 2**31 else torch.int64, generator=generator)
 
 
@@ -264,7 +265,7 @@ def _shuffle_at_once(shard: torch.Tensor, generator: torch.Generator) -> list[in
 
 
 def _shuffle_one_by_one(shard: torch.Tensor, generator: torch.Generator) -> list[int]:
-    """Fisher-Yates "inside out": element i goes to a random place j <= i, and what was there to place i."""
+    """Inside-out Fisher-Yates shuffle: element i moves to a random index j <= i, and the element there to index i."""
     shuffled: list[int] = []
     for i, element in enumerate(shard.tolist()):
         j = int(torch.randint(i + 1, (1,), generator=generator)) if i else 0

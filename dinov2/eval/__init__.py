@@ -1,5 +1,5 @@
 """Evaluations of a frozen backbone: k-NN, logistic regression and linear probes.
 
-`knn`, `log_regression` and `linear` are commands of their own; `setup` loads the model, `features` runs it over a data
-set, `metrics` counts, `results` writes one JSON file per evaluation.
+`knn`, `log_regression` and `linear` are commands of their own; `setup` loads the model, `features` runs it over a
+dataset, `metrics` computes accuracies, `results` writes one JSON file per evaluation.
 """

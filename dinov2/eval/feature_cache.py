@@ -1,8 +1,8 @@
-"""Features on disk: extracted once, used again by every evaluation that would compute the same ones.
+"""A cache of features on disk, shared by all evaluations that need the same ones.
 
-A file holds the features and labels of one dataset, and a description of all they depend on: weights, backbone, image
-sizes and normalization, precision, labels, and the names, sizes and times of change of the image files. A digest of
-it is in the name of the file. What is read is used only if the description is the same and the checksums are right.
+A file contains the features and labels of one dataset, and a description of everything they depend on: weights,
+backbone, image sizes and normalization, precision, labels, and the names, sizes and modification times of the image
+files. Its name contains a digest of the description. A file is used only if the description and the checksums match.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dinov2 import distributed
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.eval.image_files import image_identity
+from dinov2.eval.file_identity import image_identity
 from dinov2.files import atomic_write
 from dinov2.models.weights import read_file
 
@@ -30,26 +30,26 @@ Features = tuple[Tensor, Tensor]
 
 
 class FeatureCache:
-    """Where features are kept, and what those of a model and its images depend on."""
+    """Reads and writes the features of one model."""
 
     def __init__(self, directory: Path | None = None, facts: Mapping[str, Any] | None = None) -> None:
-        """Nothing is read or written yet.
+        """Keep the arguments; nothing is read or written yet.
 
         Args:
-            directory: of the files; None keeps nothing.
-            facts: that tell one model, and one way of preparing images, from another; JSON.
+            directory: Folder of the files; None disables the cache.
+            facts: Description of the model and of the preprocessing of images, as JSON.
         """
         self.directory, self.facts = directory, facts or {}
-        self.seconds = 0.0  # spent on getting features
-        self.files: dict[str, str] = {}  # path -> "read", or "written" if there was none
+        self.seconds = 0.0  # spent on reading or extracting features
+        self.files: dict[str, str] = {}  # path -> "read" or "written"
 
     def get(self, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
-        """The features of a dataset from their file, else by `extract`, which all processes then call.
+        """Read the features of a dataset, or compute them by `extract`, which all processes then call.
 
         Args:
-            kind: which features of the model.
-            dataset: whose images.
-            extract: computes them.
+            kind: Name of the kind of features, such as "class_token".
+            dataset: Dataset of the images.
+            extract: Function that computes the features.
         """
         started = time.monotonic()
         features = extract() if self.directory is None else self._get(self.directory, kind, dataset, extract)
@@ -72,7 +72,7 @@ class FeatureCache:
             logger.info("features of %d images: from %s", len(found[0]), path)
             if len(found[0]) < len(dataset):
                 num_bad = len(dataset) - len(found[0])
-                logger.warning("%d of %d images could not be read and are left out", num_bad, len(dataset))
+                logger.warning("%d of %d images could not be read and are omitted", num_bad, len(dataset))
             self.files.setdefault(str(path), "read")
             return found
         features, labels = extract()
@@ -84,40 +84,40 @@ class FeatureCache:
 
 
 def _read(path: Path, described: str, dataset: ImageDataset) -> Features | None:
-    """What a file holds; None, and a warning, if it is damaged or not what it should be."""
+    """Read a file; None, with a warning, if it is damaged or has other content."""
     try:
         content: Any = read_file(path)
         features, labels = content["features"], content["labels"]
         if content["of"] != described:
-            raise ValueError("they are of other images, weights or settings than its name says")
+            raise ValueError("its content is of other images, weights or settings than its name")
         _check(features, labels, dataset)
-    except Exception as error:  # a damaged file raises nearly anything
-        logger.warning("cannot use the features in %s, they are computed again: %s", path, error)
+    except Exception as error:  # damaged files raise errors of any type
+        logger.warning("cannot use the features in %s, recomputing them: %s", path, error)
         return None
     return features, labels
 
 
 def _check(features: Tensor, labels: Tensor, dataset: ImageDataset) -> None:
-    """Raises a `ValueError` unless these can be features and labels of the dataset."""
+    """Raise a `ValueError` if features and labels do not match the dataset."""
     if features.dtype != torch.float32 or labels.dtype != torch.int64 or features.ndim < 2:
         raise ValueError(f"{features.dtype} {tuple(features.shape)} features and {labels.dtype} labels")
     if not 0 < len(features) == len(labels) <= len(dataset):
         raise ValueError(f"{len(features)} features and {len(labels)} labels of {len(dataset)} images")
     targets = dataset.get_targets()
     if targets is not None and len(labels) == len(dataset) and not torch.equal(labels, torch.from_numpy(targets)):
-        raise ValueError("the labels are not those of the images")
+        raise ValueError("the labels differ from those of the dataset")
     if not features.isfinite().all():
-        raise ValueError("they are not finite")
+        raise ValueError("features are not finite")
 
 
 def _write(path: Path, content: dict[str, Any]) -> bool:
-    """Whether that was possible."""
+    """Write a file; returns whether that succeeded."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             torch.save(content, file)
-    except (OSError, RuntimeError) as error:  # a full disk is no reason to lose the evaluation
-        logger.warning("cannot keep the features: %s", error)
+    except (OSError, RuntimeError) as error:  # the evaluation continues, for example on a full disk
+        logger.warning("cannot cache the features: %s", error)
         return False
-    logger.info("features kept in %s (%.0f MB)", path, path.stat().st_size / 1e6)
+    logger.info("features cached in %s (%.0f MB)", path, path.stat().st_size / 1e6)
     return True

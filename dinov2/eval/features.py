@@ -1,6 +1,6 @@
 """Frozen features of a whole dataset.
 
-Shapes: n images, B images of a batch, D feature width.
+Shapes: n images, B images in a batch, D feature width.
 """
 
 import logging
@@ -25,17 +25,17 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 
 logger = logging.getLogger(__name__)
 
-# So many pixels go through a model at once on a CPU. What a block computes then fits in memory that the process has;
-# more would be new pages in every block, and getting those takes a sixth of the time of a ViT-S.
+# Pixels per forward pass on a CPU. Activations then fit in memory that the process already has; allocating new pages in
+# each block would take a sixth of the time of a ViT-S.
 CPU_PIXELS = 8 * 224 * 224
 
-MAX_BAD_SHARE = 0.01  # of the images that cannot be read; above it the numbers would be those of another dataset
+MAX_BAD_SHARE = 0.01  # fraction of unreadable images; with more, results would be those of another dataset
 
 AutocastContext = Callable[[], AbstractContextManager[object]]
 
 
 class ModelWithNormalize(nn.Module):
-    """The output of a model with every row scaled to length 1: (B, D) float32."""
+    """The output of a model with L2-normalized rows: (B, D) float32."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ModelWithNormalize(nn.Module):
 class ModelWithIntermediateLayers(nn.Module):
     """The tokens of the last blocks of a frozen backbone, after the final norm.
 
-    The output has one pair per block, from shallow to deep: patch tokens (B, N, D) and class token (B, D).
+    The output is one pair per block, from shallow to deep: patch tokens (B, N, D) and class token (B, D).
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ModelWithIntermediateLayers(nn.Module):
 
 
 class ModelWithPooledTokens(nn.Module):
-    """All that linear classifiers look at: (B, L, 2, D) float32, class and mean patch token of each of L blocks."""
+    """The input of linear classifiers: (B, L, 2, D) float32, class token and mean patch token of each of L blocks."""
 
     def __init__(self, model: ModelWithIntermediateLayers) -> None:
         super().__init__()
@@ -80,17 +80,17 @@ class ModelWithPooledTokens(nn.Module):
 
 
 def tokens_of_blocks(pooled: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pooled tokens (B, L, 2, D) in the form of `ModelWithIntermediateLayers`, their mean as the one patch token."""
+    """Pooled tokens (B, L, 2, D) in the form of `ModelWithIntermediateLayers`, with their mean as the patch token."""
     return [(block[:, 1:], block[:, 0]) for block in pooled.unbind(dim=1)]
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Autocast on this process's device; nothing for float32."""
+    """Autocast on the device of this process; no effect for float32."""
     return torch.autocast(distributed.device().type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def run_model(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """The features (B, ...) of a batch of images (B, 3, H, W); on a CPU a few at a time, which is faster."""
+    """Compute the features (B, ...) of images (B, 3, H, W); on a CPU a few at a time, which is faster."""
     if images.device.type != "cpu":
         return model(images)
     at_once = max(CPU_PIXELS // (images.shape[-2] * images.shape[-1]), 1)
@@ -98,15 +98,15 @@ def run_model(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def require_finite(features: Tensor, names: Callable[[int], str], model: nn.Module) -> None:
-    """Refuse features with NaN or infinite values, from which any number could follow.
+    """Reject features with NaN or infinite values.
 
     Args:
-        features: (n, ...) of n images that were run together.
-        names: position among them -> where the image comes from.
-        model: that computed them.
+        features: Features (n, ...) of n images of one batch.
+        names: Row -> description of the image.
+        model: The model that computed them.
 
     Raises:
-        ValueError: naming the tensor of the weights that is not finite, else the first such image.
+        ValueError: Features are not finite; names the tensor of the weights that is not finite, else the first image.
     """
     is_bad = ~features.isfinite().flatten(1).all(dim=1)
     if not is_bad.any():
@@ -118,7 +118,7 @@ def require_finite(features: Tensor, names: Callable[[int], str], model: nn.Modu
                 f"the weights of the model are damaged or have diverged: {num_bad} of the {weight.numel()} values of "
                 f"{name} are NaN or infinite, and so are the features of {names(int(is_bad.int().argmax()))}"
             )
-    cause = "the weights, though finite, are too large" if is_bad.all() else "the image is out of the ordinary"
+    cause = "the weights, though finite, are too large" if is_bad.all() else "the image is unusual"
     if distributed.device().type != "cpu":
         cause += ", or half precision overflows (compute_precision.teacher.backbone.mixed_precision.param_dtype=fp32)"
     raise ValueError(
@@ -138,24 +138,24 @@ def extract_features(
     cache: FeatureCache | None = None,
     kind: str = "class_token",
 ) -> tuple[Tensor, Tensor]:
-    """Run a backbone over a dataset, or read what that gave from the cache; each rank gets the whole result.
+    """Run a backbone over a dataset, or read the result from the cache; each rank gets the whole result.
 
     Args:
-        model: images (B, 3, H, W) -> features (B, ...).
-        dataset: yields (image tensor, label); a label that is None becomes the position of the image.
-        batch_size: per process; the ranks share the work.
-        num_workers: data loader workers per process.
-        gather_on_cpu: keep the result in host memory.
-        autocast_dtype: precision of the model.
-        cache: where features are kept.
-        kind: what the cache calls the features of this `model`.
+        model: Images (B, 3, H, W) -> features (B, ...).
+        dataset: Dataset of (image tensor, label); a label of None is replaced by the index of the image.
+        batch_size: Images per batch and process; the ranks share the dataset.
+        num_workers: Data loader workers per process.
+        gather_on_cpu: Whether to keep the result in host memory.
+        autocast_dtype: Precision of the model.
+        cache: Cache of features.
+        kind: Name of the features of this `model` in the cache.
 
     Returns:
-        Features (n, ...) float32 and labels (n,) int64 in the order of the dataset, without the images that cannot
-        be read. Lists of labels are (n, longest list), filled up with -1.
+        Features (n, ...) float32 and labels (n,) int64 in the order of the dataset, without unreadable images.
+        Lists of labels are (n, maximum length), padded with -1.
 
     Raises:
-        ValueError: if more than `MAX_BAD_SHARE` of the images cannot be read, or a feature is not finite.
+        ValueError: More than `MAX_BAD_SHARE` of the images cannot be read, or a feature is not finite.
     """
 
     def compute() -> tuple[Tensor, Tensor]:
@@ -178,7 +178,7 @@ def _run_over(
     gather_on_cpu: bool,
     autocast_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """See `extract_features`."""
+    """Run the model over the dataset; arguments as in `extract_features`."""
     device = distributed.device()
     target_device = torch.device("cpu") if gather_on_cpu else device
     all_labels = dataset.get_targets()
@@ -213,30 +213,30 @@ def _run_over(
         labels[gathered[0]] = gathered[2]
         seen[gathered[0]] = True
     if not seen.all():
-        _allow_unreadable(dataset, (~seen).nonzero().flatten().tolist())
+        _check_unreadable(dataset, (~seen).nonzero().flatten().tolist())
     return (features, labels) if seen.all() else (features[seen], labels[seen])
 
 
-def _describe(dataset: ImageDataset, positions: Tensor, row: int) -> str:
-    """Where the image in a row of a batch comes from."""
-    return dataset.describe(int(positions[row]))
+def _describe(dataset: ImageDataset, indices: Tensor, row: int) -> str:
+    """Describe the image in a row of a batch."""
+    return dataset.describe(int(indices[row]))
 
 
 def collate_enumerated(samples: Sequence[tuple[Tensor, tuple[int, Any]]], width: int | None = None) -> Any:
-    """Images (B, 3, H, W), and positions (B,) and labels (B,); lists of labels as (B, width), see `label_table`."""
+    """Collate to images (B, 3, H, W), indices (B,) and labels (B,) or (B, width), see `label_table`."""
     images, targets = zip(*samples, strict=True)
-    positions, labels = zip(*targets, strict=True)
+    indices, labels = zip(*targets, strict=True)
     table = torch.tensor(labels) if width is None else torch.from_numpy(label_table(labels, width))
-    return default_collate(list(images)), (torch.tensor(positions), table)
+    return default_collate(list(images)), (torch.tensor(indices), table)
 
 
-def _allow_unreadable(dataset: ImageDataset, positions: Sequence[int]) -> None:
-    """Raises a `ValueError` if these images, which cannot be read, are too many."""
+def _check_unreadable(dataset: ImageDataset, unreadable: Sequence[int]) -> None:
+    """Warn of unreadable images; raise a `ValueError` if there are too many."""
     reason = ""
     try:
-        dataset.get_image(positions[0])
+        dataset.get_image(unreadable[0])
     except BadImageError as error:
         reason = f"; the first: {error}"
-    if len(positions) > MAX_BAD_SHARE * len(dataset):
-        raise ValueError(f"{len(positions)} of {len(dataset)} images cannot be read{reason}")
-    logger.warning("%d of %d images cannot be read and are left out%s", len(positions), len(dataset), reason)
+    if len(unreadable) > MAX_BAD_SHARE * len(dataset):
+        raise ValueError(f"{len(unreadable)} of {len(dataset)} images cannot be read{reason}")
+    logger.warning("%d of %d images cannot be read and are omitted%s", len(unreadable), len(dataset), reason)

@@ -1,6 +1,6 @@
-"""k-NN classification with frozen features: no training, no hyper-parameter but k and a temperature.
+"""k-NN classification with frozen features: no training, no hyperparameters but k and a temperature.
 
-Shapes: n bank (training) images, Q queries, D feature width, C classes, K the largest k.
+Shapes: n bank (training) images, Q queries, D feature width, C classes, K the maximum k.
 """
 
 import argparse
@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_knn.json"
 
-# Similarities exist for this many queries times this many bank images at once (64 MiB).
+# Similarities are computed for this many queries and bank images at once (64 MiB).
 QUERY_BATCH = 256
 BANK_CHUNK = 65536
-GROUP = 16  # similarities, of which only the largest is compared at first
+GROUP = 16  # similarities per group; groups are compared by their maxima first
 
 TOPS = ("top-1", "top-5")
 
@@ -43,7 +43,7 @@ Scores = dict[tuple[str, int], dict[str, float]]  # (bank name, k) -> {"top-1": 
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """The command line of the k-NN evaluation."""
+    """Build the parser of the k-NN evaluation."""
     parser = argparse.ArgumentParser(
         description="DINOv2 k-NN evaluation",
         parents=[setup.get_args_parser(add_help=False)],
@@ -57,18 +57,18 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         type=setup.positive_int,
         nargs="+",
         default=[10, 20, 100, 200],
-        help="how many neighbors vote",
+        help="numbers of neighbors that vote",
     )
     add("--temperature", type=setup.positive_number, default=0.07, help="softmax temperature of the votes")
     add("--gather-on-cpu", action="store_true", help="keep the gathered features in host memory")
     add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
     add("--num-workers", type=int, default=5, help="data loader workers per process")
-    add("--n-per-class-list", type=int, nargs="+", default=[-1], help="few-shot sizes of the bank; -1 = all images")
+    add("--n-per-class-list", type=int, nargs="+", default=[-1], help="images per class in the bank; -1 = all images")
     add(
         "--n-tries",
         type=setup.positive_int,
         default=1,
-        help="random banks per few-shot size, whose scores are averaged",
+        help="random banks per value of --n-per-class-list, whose scores are averaged",
     )
     return parser
 
@@ -76,7 +76,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 class KnnModule(nn.Module):
     """Weighted vote of the nearest neighbors (Wu et al. 2018, arXiv 1805.01978).
 
-    The bank may live in host memory while the arithmetic runs on `device`: it is streamed in chunks.
+    The bank may be in host memory and is copied to `device` in chunks.
     """
 
     def __init__(
@@ -88,14 +88,14 @@ class KnnModule(nn.Module):
         device: torch.device,
         num_classes: int = 1000,
     ) -> None:
-        """Keep the bank.
+        """Store the bank.
 
         Args:
-            train_features: (n, D) float, L2-normalized rows.
-            train_labels: (n,) int64 in 0..C-1.
-            nb_knn: the values of k; those above n become n, with a warning.
-            T: temperature of the softmax over the similarities.
-            device: where to compute.
+            train_features: Bank (n, D) float, L2-normalized rows.
+            train_labels: Labels (n,) int64 in 0..C-1.
+            nb_knn: Values of k; those above n are replaced by n, with a warning.
+            T: Temperature of the softmax over the similarities.
+            device: Device of the computation.
             num_classes: C.
         """
         super().__init__()
@@ -105,17 +105,17 @@ class KnnModule(nn.Module):
 
     @torch.inference_mode()
     def forward(self, queries: Tensor) -> dict[int, Tensor]:
-        """Votes of the k nearest for each k: queries (Q, D) -> {k: (Q, C)}."""
+        """Votes of the k nearest neighbors for each k: queries (Q, D) -> {k: (Q, C)}."""
         return self.votes(*self.neighbors(queries))
 
     @torch.inference_mode()
     def neighbors(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Similarities (Q, K) float32, largest first, and labels (Q, K) of the K nearest bank images.
 
-        The similarities are cosines up to a constant of each query, to which neither their order nor the votes are
-        sensitive: for vectors of length 1, cos(q, b) = 1 - |q - b|^2 / 2, and with m the mean of the bank the part of
-        -|q - b|^2 / 2 that depends on b is (q - m)(b - m) - |b - m|^2 / 2. Unlike the cosine this does not drown in
-        rounding errors when all features are close to each other, as those of an untrained network are.
+        The similarities are cosines up to a constant per query, which changes neither their order nor the votes: for
+        unit vectors cos(q, b) = 1 - |q - b|^2 / 2, and with the mean m of the bank the part of -|q - b|^2 / 2 that
+        depends on b is (q - m)(b - m) - |b - m|^2 / 2. Unlike the cosine, this is not dominated by rounding errors if
+        all features are close to each other, like those of an untrained network.
         """
         largest_k = max(self.nb_knn)
         queries = queries.to(self.device, torch.float32)
@@ -132,7 +132,7 @@ class KnnModule(nn.Module):
                 rows = slice(first, first + QUERY_BATCH)
                 part = queries[rows]
                 found = memory[: len(part) * len(bank)].view(len(part), len(bank))
-                with torch.autocast(self.device.type, enabled=False):  # half precision makes ties
+                with torch.autocast(self.device.type, enabled=False):  # half precision causes ties
                     torch.addmm(offset, part, bank.T, out=found)
                 values, positions = _largest(found, min(largest_k, len(bank)))
                 candidates = torch.cat([labels[rows], bank_labels[positions]], dim=1)
@@ -152,9 +152,9 @@ class KnnModule(nn.Module):
 
 
 def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their positions: (Q, n) -> (Q, k), (Q, k); what `topk` gives, faster.
+    """The k largest values of each row and their positions, (Q, n) -> (Q, k), (Q, k); faster than `topk`.
 
-    With the columns in groups, the k largest are in the k groups whose largest members are the largest.
+    With the columns in groups, the k largest values are in the k groups with the largest maxima.
     """
     num_groups, rest = divmod(sims.shape[1], GROUP)
     if rest or num_groups <= 2 * k:
@@ -168,17 +168,17 @@ def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _possible_ks(nb_knn: Sequence[int], bank_size: int) -> list[int]:
-    """The distinct ks in ascending order, none larger than the bank."""
+    """The distinct values of k in ascending order, at most the size of the bank."""
     if not nb_knn or min(nb_knn) < 1:
         raise ValueError(f"the numbers of neighbors must be at least 1, got {list(nb_knn)}")
     too_large = [k for k in nb_knn if k > bank_size]
     if too_large:
-        logger.warning("k = %s: the bank holds %d images only, k = %d is used", too_large, bank_size, bank_size)
+        logger.warning("k = %s: the bank has only %d images, k = %d is used", too_large, bank_size, bank_size)
     return sorted({min(k, bank_size) for k in nb_knn})
 
 
 def few_shot_index(labels: Tensor, n_per_class: int, seed: int) -> Tensor:
-    """Positions of `n_per_class` random images of each class (all of them where a class has fewer), class by class."""
+    """Indices of `n_per_class` random images of each class (all images of smaller classes), class by class."""
     generator = torch.Generator().manual_seed(seed)
     by_class = labels.cpu().argsort(stable=True).split(labels.cpu().bincount().tolist())
     return torch.cat([index[torch.randperm(len(index), generator=generator)[:n_per_class]] for index in by_class])
@@ -197,20 +197,23 @@ def eval_knn_on_features(
     metric_type: MetricType = MetricType.MEAN_ACCURACY,
     device: torch.device | None = None,
 ) -> Scores:
-    """Score k-NN on features that are there already; the same complete matrices on every rank.
+    """Evaluate k-NN on given features, which must be complete on every rank.
 
     Args:
-        train_features: the bank, (n, D) L2-normalized.
-        train_labels: (n,) int64.
-        val_features: the queries, (Q, D) L2-normalized; each rank classifies its share.
-        val_labels: (Q,) int64.
-        nb_knn: values of k.
-        temperature: of the vote.
-        n_per_class_list: negative = the whole bank; n > 0 = random banks of n images per class, for which the values of
-            k are those of `nb_knn` up to n, and n itself.
-        n_tries: banks per few-shot size, seeded 0, 1, ...; their scores are averaged.
-        metric_type: which accuracy.
-        device: where to compute; the process's device when None.
+        train_features: Bank (n, D), L2-normalized.
+        train_labels: Labels (n,) int64.
+        val_features: Queries (Q, D), L2-normalized; each rank classifies its share.
+        val_labels: Labels (Q,) int64.
+        nb_knn: Values of k.
+        temperature: Temperature of the softmax over similarities.
+        n_per_class_list: Negative: the whole bank; n > 0: random banks of n images per class, for which k takes the
+            values of `nb_knn` up to n, and n itself.
+        n_tries: Random banks per value of n, seeded 0, 1, ...; their scores are averaged.
+        metric_type: Type of accuracy.
+        device: Device of the computation; None: the device of the process.
+
+    Returns:
+        Accuracies as fractions by bank and k.
     """
     num_classes = 1 + int(max(train_labels.max(), val_labels.max()))
     mine = slice(distributed.rank(), None, distributed.world_size())
@@ -226,14 +229,18 @@ def eval_knn_on_features(
     scores: Scores = {}
     for n in n_per_class_list:
         if n == 0:
-            raise ValueError("a few-shot size must be at least 1 image per class, or -1 for all, got 0")
+            raise ValueError("images per class must be at least 1, or -1 for all, got 0")
         if n < 0:
             name, tries = "full", [score(train_features, train_labels, nb_knn)]
         else:
             name, tries = f"{n} per class", []
             fewest = int(train_labels.bincount().min())
             if fewest < n:
-                logger.warning("%d images per class: there are classes with %d only, of which all are taken", n, fewest)
+                logger.warning(
+                    "%d images per class: the smallest class has only %d, all of which are used",
+                    n,
+                    fewest,
+                )
             ks = sorted(k for k in {*nb_knn, n} if k <= n)
             for seed in range(n_tries):
                 index = few_shot_index(train_labels, n, seed).to(train_features.device)
@@ -255,7 +262,7 @@ def _score_bank(
     device: torch.device,
     num_classes: int,
 ) -> dict[int, dict[str, float]]:
-    """Accuracies {k: {"top-1": ...}} of all ranks' queries with one bank."""
+    """Accuracies {k: {"top-1": ...}} for the queries of all ranks with one bank."""
     knn = KnnModule(features, labels, ks, temperature, device, num_classes)
     metrics = {k: build_metric(metric_type, num_classes=num_classes).to(device) for k in knn.nb_knn}
     sims, neighbor_labels = knn.neighbors(queries)
@@ -278,7 +285,7 @@ def eval_knn(
     cache: FeatureCache | None = None,
     **protocol: Any,
 ) -> Scores:
-    """Extract the normalized class tokens of both sets and score them (`protocol`: see `eval_knn_on_features`)."""
+    """Extract the normalized class tokens of both sets and evaluate them (`protocol`: see `eval_knn_on_features`)."""
 
     def extract(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
         features, labels = extract_features(

@@ -1,6 +1,6 @@
-"""Linear evaluation: a grid of linear classifiers on the frozen tokens of the last blocks, all trained at once.
+"""Linear evaluation: a grid of linear classifiers on frozen tokens of the last blocks, trained together.
 
-The classifiers are described in `linear_heads`. The best of them is chosen on the validation set itself, as published.
+The classifiers are defined in `linear_heads`. The best one is chosen on the validation set itself, as published.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, autocast, require_finite, tokens_of_blocks
-from dinov2.eval.image_files import image_identity
+from dinov2.eval.file_identity import image_identity
 from dinov2.eval.linear_checkpoint import FINAL, RUNNING, LinearCheckpointer, read_checkpoint
 from dinov2.eval.linear_data import EvalSet, LinearSets, equal_images, extract_tokens, make_sets, make_train_loader
 from dinov2.eval.linear_heads import (
@@ -72,7 +72,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, 3, H, W), labels (B,)
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """The command line of the linear evaluation."""
+    """Build the parser of the linear evaluation."""
     parser = argparse.ArgumentParser(
         description="DINOv2 linear evaluation",
         parents=[setup.get_args_parser(add_help=False)],
@@ -80,15 +80,15 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add, metric_types = parser.add_argument, [metric_type.value for metric_type in MetricType]
-    add("--test-datasets", nargs="+", help="dataset strings of further sets to test the best classifier on")
-    add("--epochs", type=setup.positive_int, default=10, help="times --epoch-length iterations")
+    add("--test-datasets", nargs="+", help="dataset strings of further datasets for testing the best classifier")
+    add("--epochs", type=setup.positive_int, default=10, help="number of epochs of --epoch-length iterations")
     add("--batch-size", type=setup.positive_int, default=128, help="images per process")
     add("--num-workers", type=int, default=8, help="data loader workers per process")
     add(
         "--epoch-length",
         type=setup.positive_int,
         default=1250,
-        help="iterations; after as many a checkpoint is written",
+        help="iterations per epoch; a checkpoint is written after each",
     )
     add(
         "--save-checkpoint-frequency",
@@ -102,14 +102,14 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         type=setup.positive_number,
         nargs="+",
         default=list(LEARNING_RATES),
-        help="for a batch of 256 images",
+        help="learning rates for a batch of 256 images",
     )
     add("--no-resume", action="store_true", help="start anew even if the output folder has a checkpoint")
     add("--val-metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
-    add("--test-metric-types", choices=metric_types, nargs="+", help="one per test set (default: that of validation)")
-    add("--classifier-fpath", help="checkpoint of classifiers to evaluate; nothing is trained")
-    add("--val-class-mapping-fpath", help=".npy file: which of the trained classes the validation set has")
-    add("--test-class-mapping-fpaths", nargs="+", help="the same for each test set; the word None for no mapping")
+    add("--test-metric-types", choices=metric_types, nargs="+", help="one per test set (default: as for validation)")
+    add("--classifier-fpath", help="checkpoint of classifiers to evaluate without training")
+    add("--val-class-mapping-fpath", help=".npy file with the training class of each class in the validation set")
+    add("--test-class-mapping-fpaths", nargs="+", help="the same for each test set; None for no mapping")
     return parser
 
 
@@ -120,16 +120,16 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 def evaluate_linear_classifiers(
     classifiers: Mapping[str, LinearClassifier], eval_set: EvalSet, features: Features, num_classes: int
 ) -> dict[str, Accuracies]:
-    """Accuracies of each classifier by name, without those that have diverged.
+    """Compute the accuracies of each classifier by name, without diverged ones.
 
     Args:
-        classifiers: by name.
-        eval_set: what to measure.
-        features: this rank's tokens (n, L, 2, D), all finite, and labels of the set, see `extract_tokens`.
-        num_classes: of the training set.
+        classifiers: Classifiers by name.
+        eval_set: Dataset and metric.
+        features: Tokens (n, L, 2, D), all finite, and labels of this rank, see `extract_tokens`.
+        num_classes: Number of classes in the training set.
 
     Raises:
-        ValueError: if all of them have diverged.
+        ValueError: All classifiers have diverged.
     """
     device, mapping = distributed.device(), eval_set.class_mapping
     width = num_classes if mapping is None else len(mapping)
@@ -143,7 +143,7 @@ def evaluate_linear_classifiers(
             outputs = postprocessor(blocks, targets)
             is_finite[name] &= outputs["preds"].isfinite().all()
             metrics[name].update(**outputs)
-    # An accuracy of NaN is that of one constant class.
+    # NaN outputs would count as predictions of one constant class.
     mine = {name for name, finite in is_finite.items() if not finite}
     diverged = set().union(*distributed.all_gather_object(mine))
     scores = {name: {top: v.tolist() for top, v in metric.compute().items()} for name, metric in metrics.items()}
@@ -151,15 +151,15 @@ def evaluate_linear_classifiers(
         names = ", ".join(name for name in classifiers if name in diverged)
         if len(diverged) == len(classifiers):
             raise ValueError(
-                f"no classifier is left for {eval_set.name}: the outputs of {names} are NaN or infinite, as those of "
-                "classifiers that diverge; give smaller --learning-rates"
+                f"no classifier is left for {eval_set.name}: the outputs of {names} are NaN or infinite, which means "
+                "that training diverged; use smaller --learning-rates"
             )
-        logger.warning("diverged, and not among the choices: %s", names)
+        logger.warning("diverged and excluded: %s", names)
     return {name: accuracies for name, accuracies in scores.items() if name not in diverged}
 
 
 def best_of(scores: Mapping[str, Accuracies]) -> str:
-    """The name of the classifier with the highest top-1, the first of several."""
+    """Returns the name of the classifier with the highest top-1 accuracy, the first one if tied."""
     return max(scores, key=lambda name: top_1(scores[name]))
 
 
@@ -169,30 +169,30 @@ def test_on_datasets(
     tokens_of: Callable[[ImageDataset], Features],
     num_classes: int,
 ) -> list[dict[str, Accuracies]]:
-    """Accuracies of each classifier by name, for each test set."""
+    """Compute the accuracies of each classifier by name, for each test set."""
     return [evaluate_linear_classifiers(classifiers, each, tokens_of(each.dataset), num_classes) for each in test_sets]
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
-    """When what happens, in iterations."""
+class Periods(NamedTuple):
+    """Length of training and periods of validations and checkpoints, in iterations."""
 
     max_iter: int
     eval_period: int
-    checkpoint_period: int  # of the one that is overwritten by the next
+    checkpoint_period: int  # of the checkpoint that is overwritten
     kept_checkpoint_period: int
 
 
 def build_optimizer(param_groups: list[dict[str, Any]], max_iter: int) -> tuple[Optimizer, LRScheduler]:
-    """SGD with momentum, without weight decay; each group's rate falls to 0 along a cosine."""
+    """Build SGD with momentum, without weight decay, and a cosine schedule of the rates to 0."""
     optimizer = SGD(param_groups, momentum=0.9, weight_decay=0)
     return optimizer, CosineAnnealingLR(optimizer, max_iter)
 
 
 def train_step(classifiers: nn.Module, features: Any, labels: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Update all classifiers on a batch; the mean cross-entropy of each before, {name: ()}."""
+    """Update all classifiers on a batch; returns the mean cross-entropy of each before the update, {name: ()}."""
     losses = {name: functional.cross_entropy(logits, labels) for name, logits in classifiers(features).items()}
     optimizer.zero_grad()
     torch.stack(list(losses.values())).sum().backward()
@@ -206,7 +206,7 @@ def eval_linear(
     param_groups: list[dict[str, Any]],
     batches_from: Callable[[int], Batches],
     validate: Callable[[], dict[str, Accuracies]],
-    plan: Plan,
+    periods: Periods,
     *,
     output_dir: Path,
     resume: bool,
@@ -216,29 +216,29 @@ def eval_linear(
     """Train the classifiers in place, from the latest checkpoint if there is one and `resume`.
 
     Args:
-        feature_model: images -> tokens of the last blocks.
-        classifiers: the grid.
-        param_groups: of the optimizer.
-        batches_from: iteration -> this rank's batches from there on.
-        validate: scores the classifiers as they are.
-        plan: when what happens.
-        output_dir: of the checkpoints.
-        resume: whether to look for a checkpoint.
-        run, validated_on: see `LinearCheckpointer`.
+        feature_model: Images -> tokens of the last blocks.
+        classifiers: Grid of classifiers.
+        param_groups: Parameter groups of the optimizer.
+        batches_from: Iteration -> batches of this rank from there on.
+        validate: Function that evaluates the classifiers.
+        periods: Length of training and periods of validations and checkpoints.
+        output_dir: Folder of the checkpoints.
+        resume: Whether to resume from a checkpoint.
+        run, validated_on: See `LinearCheckpointer`.
 
     Returns:
-        The validations on the way (not the one after the last iteration, which is the caller's).
+        The history of validations, without that after the last iteration, which the caller does.
 
     Raises:
-        ValueError: if the features of an image are not finite.
+        ValueError: The features of an image are not finite.
     """
     device = distributed.device()
-    optimizer, scheduler = build_optimizer(param_groups, plan.max_iter)
+    optimizer, scheduler = build_optimizer(param_groups, periods.max_iter)
     checkpointer = LinearCheckpointer(output_dir, classifiers, optimizer, scheduler, run=run, validated_on=validated_on)
     start, history = checkpointer.load_latest() if resume else (0, [])
     model = nn.parallel.DistributedDataParallel(classifiers) if distributed.is_enabled() else classifiers
     progress = MetricLogger("  ", is_main=distributed.is_main())
-    batches = progress.log_every(skip_unreadable_batches(batches_from(start)), 10, "Training", plan.max_iter, start)
+    batches = progress.log_every(skip_unreadable_batches(batches_from(start)), 10, "Training", periods.max_iter, start)
     for iteration, (images, labels) in enumerate(batches, start):
         features = feature_model(images.to(device, non_blocking=True))
         all_inputs = create_linear_input(features, len(features), use_avgpool=True)
@@ -248,19 +248,19 @@ def eval_linear(
         scheduler.step()
 
         finished = iteration + 1
-        if finished % plan.eval_period == 0 and finished < plan.max_iter:
+        if finished % periods.eval_period == 0 and finished < periods.max_iter:
             history.append(validation_record(finished, validate()))
-        if finished % plan.kept_checkpoint_period == 0:
+        if finished % periods.kept_checkpoint_period == 0:
             checkpointer.save(f"model_{iteration:07d}", iteration, history)
-        if finished == plan.max_iter:
+        if finished == periods.max_iter:
             checkpointer.save(FINAL, iteration, history)
-        elif finished % plan.checkpoint_period == 0:
+        elif finished % periods.checkpoint_period == 0:
             checkpointer.save(RUNNING, iteration, history)
     return history
 
 
 def validation_record(iteration: int, scores: Mapping[str, Accuracies]) -> dict[str, Any]:
-    """What is logged and remembered of a validation after so many iterations."""
+    """Log a validation after `iteration` iterations, and return its record for the history."""
     for name, accuracies in scores.items():
         logger.info("%s top-1: %.2f", name, top_1(accuracies))
     best = best_of(scores)
@@ -274,7 +274,7 @@ def validation_record(iteration: int, scores: Mapping[str, Accuracies]) -> dict[
 def run_eval_linear(
     model: DinoVisionTransformer, sets: LinearSets, args: argparse.Namespace, cfg: Config, cache: FeatureCache
 ) -> dict[str, Any]:
-    """Train and test as the command line says; the metrics of the results file, accuracies in percent."""
+    """Train and test the classifiers; returns the metrics of the results file, accuracies in percent."""
     feature_model = ModelWithIntermediateLayers(
         model, min(max(LAST_BLOCKS), model.n_blocks), partial(autocast, setup.get_autocast_dtype(cfg))
     )
@@ -312,7 +312,7 @@ def run_eval_linear(
 
 
 def log_results(results: dict[str, Any], sets: LinearSets) -> None:
-    """Log what was found: the published line, and a table."""
+    """Log the results: the published line, and a table."""
     logger.info("Test Results Dict %s", {key: results[key] for key in ("best_classifier", "test")})
     rows = []
     for role, each, scores in zip(
@@ -334,8 +334,8 @@ def train_classifiers(
     args: argparse.Namespace,
     cfg: Config,
 ) -> tuple[AllClassifiers, list[dict[str, Any]]]:
-    """The trained grid, and the validations on the way by `validate(classifiers, num_classes=...)`."""
-    assert sets.train is not None, "there is something to train on"
+    """Train the grid; returns it and the history of validations by `validate(classifiers, num_classes=...)`."""
+    assert sets.train is not None, "there is a training set"
     num_classes = 1 + int(setup.labels_of(sets.train).max())
     _, crop = setup.image_sizes(args, cfg)
     classifiers, param_groups = setup_linear_classifiers(
@@ -352,7 +352,7 @@ def train_classifiers(
         param_groups,
         partial(make_train_loader, dataset=sets.train, batch_size=args.batch_size, num_workers=args.num_workers),
         partial(validate, classifiers.by_name(), num_classes=num_classes),
-        Plan(
+        Periods(
             max_iter=args.epochs * args.epoch_length,
             eval_period=args.eval_period_iterations,
             checkpoint_period=args.epoch_length,

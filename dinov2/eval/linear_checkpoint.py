@@ -33,21 +33,21 @@ class LinearCheckpointer:
         run: dict[str, Any],
         validated_on: str = "",
     ) -> None:
-        """Keep references.
+        """Store references.
 
         Args:
-            output_dir: where the files and `last_checkpoint`, which names the newest, are.
-            model: the classifiers, not wrapped.
-            optimizer, scheduler: saved and restored with them.
-            run: what makes this run the one it is; a checkpoint of another run is not resumed from.
-            validated_on: identity of the validation images; of others, the validations on the way are forgotten.
+            output_dir: Folder of the checkpoints and of `last_checkpoint`, which contains the name of the newest one.
+            model: The classifiers, not wrapped.
+            optimizer, scheduler: Saved and restored with the classifiers.
+            run: Settings that identify the run; checkpoints of other runs are rejected.
+            validated_on: Identity of the validation images; the history of other images is discarded.
         """
         self.output_dir, self.run, self.validated_on = output_dir, run, validated_on
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         self.pointer = output_dir / "last_checkpoint"
 
     def save(self, name: str, iteration: int, history: list[dict[str, Any]]) -> None:
-        """Write `NAME.pth` after `iteration` (the last finished one), atomic_write an older file of that name whole."""
+        """Write `NAME.pth` after `iteration` (the last finished one), atomically replacing an older file."""
         if not distributed.is_main():
             return
         state = {key: part.state_dict() for key, part in self.parts.items()}
@@ -60,21 +60,24 @@ class LinearCheckpointer:
         logger.info("checkpoint of iteration %d: %s", iteration, path)
 
     def load_latest(self) -> tuple[int, list[dict[str, Any]]]:
-        """Restore the newest checkpoint if there is one: first iteration to do, and the history so far.
+        """Restore the newest checkpoint if there is one.
+
+        Returns:
+            The next iteration, and the history of validations.
 
         Raises:
-            ValueError: if the checkpoint belongs to another run, or is damaged.
+            ValueError: The checkpoint belongs to another run, or is damaged.
         """
         if not self.pointer.is_file():
             return 0, []
         name = self.pointer.read_bytes().decode(errors="replace").strip()
         if not re.fullmatch(r"[\w-]+\.pth", name):
-            raise ValueError(f"{self.pointer} is damaged: {name[:40]!r} is no name of a checkpoint; {START_ANEW}")
+            raise ValueError(f"{self.pointer} is damaged: {name[:40]!r} is not a name of a checkpoint; {START_ANEW}")
         path = self.output_dir / name
         try:
             state = read_checkpoint(path)
         except FileNotFoundError as error:
-            raise ValueError(f"{self.pointer} names {name}, which is not there; {START_ANEW}") from error
+            raise ValueError(f"{self.pointer} names {name}, which is missing; {START_ANEW}") from error
         except ValueError as error:
             raise ValueError(f"{error}; {START_ANEW}") from error
         stored = state["run"]
@@ -86,23 +89,23 @@ class LinearCheckpointer:
             for key, part in self.parts.items():
                 part.load_state_dict(state[key])
             iteration, history = int(state["iteration"]), [dict(record) for record in state["history"]]
-        except Exception as error:  # whatever the parts make of wrong keys, types and shapes
+        except Exception as error:  # of any type, for wrong keys, types and shapes
             raise ValueError(f"{path} is damaged: {error}; {START_ANEW}") from error
         if history and state.get("validated_on") != self.validated_on:
-            logger.warning("%s: its validations were of other images and are forgotten", path)
+            logger.warning("%s: its validations were on other images and are discarded", path)
             history = []
         logger.info("resumed from %s, finished iteration %d", path, iteration)
         return iteration + 1, history
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU; the facts `run` are empty if it has none, as published ones.
+    """Read a checkpoint to the CPU; `run` is empty if it is missing, as in published checkpoints.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or no checkpoint of linear classifiers.
+        FileNotFoundError: The file is missing.
+        ValueError: The file is damaged, or not a checkpoint of linear classifiers.
     """
     state = read_file(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
-        raise ValueError(f"{path} is no checkpoint of a linear evaluation: it has no 'model'")
+        raise ValueError(f"{path} is not a checkpoint of a linear evaluation: it has no 'model'")
     return state | {"run": state["run"] if isinstance(state.get("run"), dict) else {}}

@@ -1,6 +1,6 @@
-"""Images of the linear evaluation: endless augmented ones to train on, sets to test on.
+"""Data of the linear evaluation: endless augmented images for training, and datasets for testing.
 
-Shapes: n images of a set, L last blocks, D width of the backbone, C' classes of a test set.
+Shapes: n images of a dataset, L last blocks, D width of the backbone, C' classes of a test set.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from dinov2.data.transforms import make_classification_train_transform
 from dinov2.data.workers import SupervisedLoader
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, ModelWithPooledTokens, extract_features
-from dinov2.eval.image_files import LabeledDataset, report_equal_images
+from dinov2.eval.file_identity import LabeledDataset, report_equal_images
 from dinov2.eval.linear_checkpoint import read_checkpoint
 from dinov2.eval.linear_heads import classifiers_from_state_dict
 from dinov2.eval.metrics import MetricType
@@ -44,22 +44,22 @@ from dinov2.eval.skip_unreadable import SkipUnreadable, collate_skipping_unreada
 
 
 class AugmentedTrainingSet(Dataset[tuple[Tensor, int]]):
-    """SamplePosition -> (image, label), where the augmentation is random through (seed, position in the run) alone."""
+    """SamplePosition -> (image, label); the augmentation depends on (seed, position in the run) only."""
 
     def __init__(self, dataset: ImageDataset, seed: int) -> None:
         self.dataset = dataset
         self.seed = seed
 
-    def __getitem__(self, at: SamplePosition) -> tuple[Tensor, int]:
+    def __getitem__(self, item: SamplePosition) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed_for(self.seed, "linear augment", at.position))
-            return self.dataset[at.sample]
+            torch.default_generator.manual_seed(seed_for(self.seed, "linear augment", item.position))
+            return self.dataset[item.sample]
 
 
 def make_train_loader(
     start_iteration: int, *, dataset: ImageDataset, batch_size: int, num_workers: int, seed: int = 0
 ) -> DataLoader:
-    """Endless batches of this rank from `start_iteration` on, the same that an uninterrupted run sees there."""
+    """Build a loader of endless batches of this rank from `start_iteration` on, as in an uninterrupted run."""
     rank, world_size = distributed.rank(), distributed.world_size()
     start_position = start_iteration * batch_size * world_size
     order = GlobalOrderSampler(
@@ -78,17 +78,17 @@ def make_train_loader(
         num_workers=num_workers,
         collate_fn=collate_skipping_unreadable,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),  # else it draws from the global one
+        generator=torch.Generator().manual_seed(seed),  # otherwise it draws from the global one
     )
 
 
 class EvalSet(NamedTuple):
-    """A labeled set to test classifiers on."""
+    """A labeled dataset for testing classifiers."""
 
     name: str  # dataset string
     dataset: ImageDataset
     metric_type: MetricType
-    class_mapping: Tensor | None  # (C',) int64, its classes among those trained on
+    class_mapping: Tensor | None  # (C',) int64: training class of each class
 
 
 def make_eval_set(
@@ -99,7 +99,7 @@ def make_eval_set(
     class_mapping_fpath: str | None = None,
     image_options: ImageOptions | None = None,
 ) -> EvalSet:
-    """The set of a dataset string; a class mapping is read from a `.npy` file."""
+    """Open the dataset of a dataset string, and its class mapping from a `.npy` file."""
     mapping = None if class_mapping_fpath is None else _read_class_mapping(Path(class_mapping_fpath))
     several = metric_type is MetricType.IMAGENET_REAL_ACCURACY
     dataset = labeled_dataset(dataset_str, transform, several=several, image_options=image_options)
@@ -113,13 +113,13 @@ def make_eval_set(
 
 
 def _read_class_mapping(path: Path) -> Tensor:
-    """The numbers of a `.npy` file, (C',) int64 on this process's device."""
+    """Read the integers of a `.npy` file, (C',) int64 on the device of this process."""
     try:
         mapping = np.load(path)
     except (EOFError, ValueError) as error:
         raise ValueError(f"cannot read the class mapping {path}: {error}") from error
     if not isinstance(mapping, np.ndarray) or mapping.ndim != 1 or mapping.dtype.kind not in "iu" or not len(mapping):
-        raise ValueError(f"the class mapping {path} must be a list of whole numbers, one for each class")
+        raise ValueError(f"the class mapping {path} must be a list of integers, one per class")
     return torch.from_numpy(mapping.astype(np.int64)).to(distributed.device())
 
 
@@ -131,17 +131,17 @@ class LinearSets(NamedTuple):
     tests: list[EvalSet]
 
     def by_name(self, train_name: str) -> dict[str, ImageDataset]:
-        """Each of them by its dataset string."""
+        """The datasets by their dataset strings."""
         train = {} if self.train is None else {train_name: self.train}
         return train | {each.name: each.dataset for each in (self.val, *self.tests)}
 
 
 def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
-    """The sets of the command line.
+    """Open the datasets of the command line.
 
     Raises:
-        ValueError: if there are not as many test metrics or class mappings as test sets, or a set has other classes
-            than those trained on and no class mapping, or labels that no classifier can give.
+        ValueError: The numbers of test sets and of their metrics or class mappings differ, or a dataset has labels that
+            no classifier predicts, or other classes than the training set and no class mapping.
     """
     options, train = image_options(cfg), None
     if not args.classifier_fpath:
@@ -177,7 +177,7 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
 
 
 def _check_classes(names: list[str], train_targets: np.ndarray, sets: list[EvalSet]) -> None:
-    """Every label must mean the class that a classifier has learned under it, unless a mapping says what it means."""
+    """Check that labels mean the classes of the training set, directly or by a class mapping."""
     num_classes = 1 + int(train_targets.max())
     for each in sets:
         if each.class_mapping is None:
@@ -187,14 +187,14 @@ def _check_classes(names: list[str], train_targets: np.ndarray, sets: list[EvalS
         mapping = each.class_mapping.tolist()
         if not 0 <= min(mapping) <= max(mapping) < num_classes:
             raise ValueError(
-                f"the class mapping of {each.name} has numbers from {min(mapping)} to {max(mapping)}, "
+                f"the class mapping of {each.name} has indices from {min(mapping)} to {max(mapping)}, "
                 f"but there are {num_classes} classes"
             )
         check_labels(np.arange(len(mapping)), each.dataset, each.name, num_classes=len(mapping))
 
 
 def equal_images(sets: LinearSets, train_name: str) -> dict[str, dict[str, int]]:
-    """See `report_equal_images`."""
+    """Count the copies of training images in the other datasets, see `report_equal_images`."""
     if sets.train is None:
         return {}
     others = {}
@@ -208,10 +208,10 @@ def equal_images(sets: LinearSets, train_name: str) -> dict[str, dict[str, int]]
 def extract_tokens(
     model: ModelWithIntermediateLayers, dataset: ImageDataset, batch_size: int, num_workers: int, cache: FeatureCache
 ) -> Features:
-    """This rank's share of a set: tokens (n, L, 2, D), see `ModelWithPooledTokens`, and labels, in host memory."""
+    """Extract tokens (n, L, 2, D), see `ModelWithPooledTokens`, and labels of this rank's share, in host memory."""
     pooled = ModelWithPooledTokens(model)
     tokens, labels = extract_features(
         pooled, dataset, batch_size, num_workers, gather_on_cpu=True, cache=cache, kind="last_blocks"
     )
     mine = slice(distributed.rank(), None, distributed.world_size())
-    return tokens[mine].contiguous(), labels[mine]  # a copy if there are several ranks, so that the rest can go
+    return tokens[mine].contiguous(), labels[mine]  # with several ranks a copy, so that the rest can be freed

@@ -1,4 +1,4 @@
-"""The linear classifiers of the linear evaluation: a grid of inputs and learning rates, trained side by side.
+"""The classifiers of the linear evaluation: a grid of inputs and learning rates, trained together.
 
 Shapes: B images, N patches, D width of the backbone, C classes. Backbone output: for each of the last blocks, from
 shallow to deep, patch tokens (B, N, D) and class token (B, D), after the final norm.
@@ -18,7 +18,7 @@ _NAME = re.compile(r"classifiers_dict\.(classifier_(\d+)_blocks_avgpool_(True|Fa
 
 
 def create_linear_input(x_tokens_list: TokensOfBlocks, use_n_blocks: int, use_avgpool: bool) -> Tensor:
-    """Class tokens of the last n blocks, and the mean patch token of the last one: (B, n*D) or (B, (n+1)*D) float32."""
+    """Concatenate the class tokens of the last n blocks, and the mean patch token: (B, n*D) or (B, (n+1)*D) float32."""
     parts = [class_token for _, class_token in x_tokens_list[-use_n_blocks:]]
     if use_avgpool:
         parts.append(x_tokens_list[-1][0].mean(dim=1))
@@ -26,15 +26,15 @@ def create_linear_input(x_tokens_list: TokensOfBlocks, use_n_blocks: int, use_av
 
 
 class LinearClassifier(nn.Module):
-    """One linear layer on a choice of tokens."""
+    """A linear layer on the tokens of the last n blocks."""
 
     def __init__(self, out_dim: int, use_n_blocks: int, use_avgpool: bool, num_classes: int = 1000) -> None:
         """Initialize the weights from a normal distribution of std 0.01, the biases with 0.
 
         Args:
-            out_dim: width of the input, (n or n + 1) * D.
-            use_n_blocks: n.
-            use_avgpool: whether the mean patch token is part of the input.
+            out_dim: Width of the input, (n or n + 1) * D.
+            use_n_blocks: Number of last blocks n.
+            use_avgpool: Whether the mean patch token is part of the input.
             num_classes: C.
         """
         super().__init__()
@@ -70,7 +70,7 @@ class AllClassifiers(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """C, the same for all of them."""
+        """C, the same for all classifiers."""
         return next(iter(self.by_name().values())).linear.out_features
 
 
@@ -78,7 +78,7 @@ class LinearPostprocessor(nn.Module):
     """Scores of one classifier, in the form that metrics take."""
 
     def __init__(self, linear_classifier: LinearClassifier, class_mapping: Tensor | None = None) -> None:
-        """Keep the classifier; `class_mapping` (C',) int64 picks the classes of another dataset out of the C."""
+        """Store the classifier; `class_mapping` (C',) int64 selects the classes of another dataset from the C."""
         super().__init__()
         self.linear_classifier = linear_classifier
         self.class_mapping = class_mapping
@@ -94,10 +94,10 @@ def scale_lr(learning_rate: float, batch_size: int, world_size: int = 1) -> floa
 
 
 def classifier_names(use_n_blocks: int, use_avgpool: bool, rates: Sequence[float]) -> list[str]:
-    """Published names, such as `classifier_4_blocks_avgpool_True_lr_0_00400`, with more decimals where rates need them.
+    """Published names, such as `classifier_4_blocks_avgpool_True_lr_0_00400`, with more decimals if needed.
 
     Raises:
-        ValueError: if a rate is there twice, so that no number of decimals can tell them apart.
+        ValueError: Two rates are equal.
     """
     if len(set(rates)) < len(rates):
         raise ValueError(f"learning rates must differ from each other, got {list(rates)}")
@@ -109,7 +109,7 @@ def classifier_names(use_n_blocks: int, use_avgpool: bool, rates: Sequence[float
 
 
 class LinearGrid(NamedTuple):
-    """Classifiers to train, and their groups for the optimizer in the same order."""
+    """Classifiers and their parameter groups for the optimizer, in the same order."""
 
     classifiers: AllClassifiers
     param_groups: list[dict[str, Any]]
@@ -125,18 +125,18 @@ def setup_linear_classifiers(
     world_size: int = 1,
     seed: int = 0,
 ) -> LinearGrid:
-    """One classifier for each number of blocks, without and with average pooling, and each learning rate.
+    """Build a classifier for each number of blocks, without and with average pooling, and each learning rate.
 
-    All classifiers on the same input start from the same weights, whatever else is in the grid.
+    Classifiers of the same input start from the same weights, independently of the rest of the grid.
 
     Args:
-        sample_output: backbone output for any images, for its widths.
-        n_last_blocks_list: the numbers of blocks.
-        learning_rates: for a global batch of 256.
-        batch_size: per process.
+        sample_output: Backbone output for any images; determines the widths.
+        n_last_blocks_list: Numbers of blocks.
+        learning_rates: Learning rates for a global batch of 256.
+        batch_size: Images per process.
         num_classes: C.
-        world_size: number of processes.
-        seed: of the initial weights.
+        world_size: Number of processes.
+        seed: Seed of the initial weights.
     """
     rates = [scale_lr(rate, batch_size, world_size) for rate in learning_rates]
     classifiers, groups = {}, []
@@ -153,10 +153,14 @@ def setup_linear_classifiers(
 
 
 def classifiers_from_state_dict(state: Mapping[str, Tensor], source: str) -> AllClassifiers:
-    """The classifiers of a checkpoint, whatever grid it was trained with.
+    """Build the classifiers of a checkpoint, for any grid.
+
+    Args:
+        state: State dict of the classifiers.
+        source: Name of the checkpoint, for messages.
 
     Raises:
-        ValueError: if `state`, which comes from `source`, holds none, or incomplete ones.
+        ValueError: There are no classifiers, or incomplete ones.
     """
     classifiers = {}
     try:
@@ -164,16 +168,16 @@ def classifiers_from_state_dict(state: Mapping[str, Tensor], source: str) -> All
             num_classes, width = state[match[0]].shape
             classifiers[match[1]] = LinearClassifier(width, int(match[2]), match[3] == "True", num_classes)
         if not classifiers:
-            raise ValueError(f"no linear classifiers in {source}; it holds: {', '.join(list(state)[:4])}")
+            raise ValueError(f"no linear classifiers in {source}; found: {', '.join(list(state)[:4])}")
         model = AllClassifiers(classifiers)
         model.load_state_dict(dict(state))
-    except (AttributeError, RuntimeError, TypeError) as error:  # tensors are missing, or none, or of other shapes
-        raise ValueError(f"{source} holds no complete linear classifiers: {error}") from error
+    except (AttributeError, RuntimeError, TypeError) as error:  # missing entries, other types or shapes
+        raise ValueError(f"{source} has no complete linear classifiers: {error}") from error
     return model
 
 
 def check_width(classifiers: AllClassifiers, x_tokens_list: TokensOfBlocks, source: str) -> None:
-    """Raises a `ValueError` unless the classifiers of a file can take these tokens."""
+    """Raise a `ValueError` if the classifiers of a file do not fit these tokens."""
     for name, classifier in classifiers.by_name().items():
         width = create_linear_input(x_tokens_list, classifier.use_n_blocks, classifier.use_avgpool).shape[1]
         if width != classifier.out_dim:

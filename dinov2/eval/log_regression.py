@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features: L2 penalty, its strength chosen on held-out images.
+"""Logistic regression on frozen features, with an L2 penalty whose strength is chosen on held-out images.
 
 Shapes: n training images, B test images, D feature width, C classes.
 """
@@ -33,21 +33,21 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_log_regression.json"
 RESIZE_SIZE = 224
-C_VALUES = (10.0 ** (torch.arange(-24, 21) / 4)).tolist()  # 45 values, 1e-6 to 1e5, as float32 has them
+C_VALUES = (10.0 ** (torch.arange(-24, 21) / 4)).tolist()  # 45 values, 1e-6 to 1e5, rounded to float32
 TOLERANCE = 1e-12
 HELD_OUT_SEED = 0
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 class LabeledFeatures(NamedTuple):
-    """Features of some images and their labels."""
+    """Features and labels of some images."""
 
     features: Tensor  # (n, D)
     labels: Tensor  # (n,) int64
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """The command line of the logistic regression."""
+    """Build the parser of the logistic regression."""
     parser = argparse.ArgumentParser(
         description="DINOv2 logistic regression",
         parents=[setup.get_args_parser(add_help=False)],
@@ -55,15 +55,18 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--finetune-dataset-str", help="dataset string of a set to choose C on (default: a tenth of the training set)")
-    add("--finetune-on-val", action="store_true", help="without such a set: choose C on the validation set")
+    add(
+        "--finetune-dataset-str",
+        help="dataset string of images for choosing C (default: a tenth of the training set)",
+    )
+    add("--finetune-on-val", action="store_true", help="choose C on the validation set, if no such dataset is given")
     metric_types = [t.value for t in MetricType if t is not MetricType.IMAGENET_REAL_ACCURACY]
     add("--metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
     add(
         "--train-features-device",
         type=_device,
         default="cpu",
-        help="where the features are kept; cuML is used on CUDA if installed",
+        help="device of the features; on CUDA cuML is used if installed",
     )
     add("--train-dtype", choices=list(DTYPES), default="float64", help="precision of the fit")
     add("--max-train-iters", type=setup.positive_int, default=1000, help="iterations of the solver")
@@ -73,7 +76,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 
 
 def _device(text: str) -> str:
-    """The type of a flag that names a device of this machine."""
+    """Argparse type of a device of this machine."""
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -87,7 +90,7 @@ class LogRegModule(nn.Module):
     """Multinomial logistic regression: minimizes C * (sum of the losses) + |weights|^2 / 2, intercept free."""
 
     def __init__(self, C: float, max_iter: int, dtype: torch.dtype, device: torch.device, num_classes: int) -> None:
-        """Prepare a solver: cuML's if `device` is a GPU and cuML is installed, else scikit-learn's on the CPU."""
+        """Build a solver: cuML's if `device` is a GPU and cuML is installed, else scikit-learn's on the CPU."""
         super().__init__()
         self.dtype, self.num_classes = dtype, num_classes
         if device.type == "cuda" and find_spec("cuml"):
@@ -108,17 +111,17 @@ class LogRegModule(nn.Module):
         from sklearn.exceptions import ConvergenceWarning
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # also of a fit as good as rounding allows; see below
+            warnings.simplefilter("ignore", ConvergenceWarning)  # also raised for fits limited by rounding only
             self.estimator.fit(self._array(train_features.to(self.dtype)), self._array(train_labels))
 
     @property
     def converged(self) -> bool:
-        """Whether the fit ended before the last iteration allowed; also if the solver does not report iterations."""
+        """Whether the fit ended before the maximum of iterations; True if the solver does not report iterations."""
         iterations = getattr(self.estimator, "n_iter_", None)
         return iterations is None or bool(np.max(iterations) < self.estimator.max_iter)
 
     def forward(self, samples: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Class probabilities (B, C) of features (B, D), in the form that metrics take."""
+        """Class probabilities (B, C) of features (B, D), as arguments of metrics."""
         seen = self.estimator.predict_proba(self._array(samples.to(self.dtype)))
         classes = torch.as_tensor(np.asarray(self.estimator.classes_), dtype=torch.int64)
         probabilities = torch.zeros(len(samples), self.num_classes, dtype=self.dtype)
@@ -126,12 +129,12 @@ class LogRegModule(nn.Module):
         return {"preds": probabilities, "target": targets.cpu()}
 
     def _array(self, tensor: Tensor) -> Any:
-        """As the solver wants it: a tensor on the GPU for cuML, an array for scikit-learn."""
+        """Convert for the solver: to a tensor on the GPU for cuML, to an array for scikit-learn."""
         return tensor.to(self.device) if self.device.type == "cuda" else tensor.cpu().numpy()
 
 
 class Fitter(NamedTuple):
-    """Fits and scores models with everything but C decided."""
+    """Fits and evaluates models for given values of C."""
 
     num_classes: int
     metric_type: MetricType = MetricType.MEAN_ACCURACY
@@ -144,7 +147,7 @@ class Fitter(NamedTuple):
         return module
 
     def score(self, module: LogRegModule, test: LabeledFeatures) -> Accuracies:
-        """Accuracies {"top-1": ...} as fractions, on this process alone."""
+        """Accuracies {"top-1": ...} as fractions, in this process alone."""
         metric = build_metric(self.metric_type, num_classes=self.num_classes, sync_on_compute=False)
         metric.update(**module(test.features, test.labels))
         return {top: value.tolist() for top, value in metric.compute().items()}
@@ -153,7 +156,7 @@ class Fitter(NamedTuple):
 def sweep_C_values(
     fitter: Fitter, train: LabeledFeatures, choice: LabeledFeatures, C_values: Sequence[float] = C_VALUES
 ) -> list[Accuracies]:
-    """Accuracies on `choice` of a model fitted to `train` for each C, and whether it `converged`; the ranks share."""
+    """Accuracies on `choice` of a model fitted to `train` for each C, and whether it `converged`; shared by ranks."""
     mine = {}
     for i in range(distributed.rank(), len(C_values), distributed.world_size()):
         model = fitter.fit(C_values[i], train)
@@ -176,19 +179,19 @@ def sweep_C_values(
 
 
 def hold_out(train: LabeledFeatures) -> tuple[LabeledFeatures, LabeledFeatures]:
-    """A random tenth (rounded down) of a training set to choose C on, and the rest: (rest, tenth).
+    """Split a training set into a random tenth (rounded down) for choosing C and the rest: (rest, tenth).
 
-    As published, the first tenth of a random order; but the last image of each class in that order stays in the rest.
+    As published, it is the first tenth of a random order, except that the last image of each class stays in the rest.
 
     Raises:
-        ValueError: if there are too few images.
+        ValueError: There are too few images.
     """
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     backwards = train.labels.cpu()[order].flip(0).numpy()
     _, last_of_class = np.unique(backwards, return_index=True)
-    may_go = torch.ones(len(order), dtype=torch.bool)
-    may_go[len(order) - 1 - torch.from_numpy(last_of_class)] = False
-    positions = may_go.nonzero().flatten()[: len(order) // 10]
+    is_candidate = torch.ones(len(order), dtype=torch.bool)
+    is_candidate[len(order) - 1 - torch.from_numpy(last_of_class)] = False
+    positions = is_candidate.nonzero().flatten()[: len(order) // 10]
     if not len(positions):
         raise ValueError(
             f"{len(order)} training images of {len(last_of_class)} classes are too few to hold out a tenth to choose C "
@@ -209,17 +212,17 @@ def eval_log_regression(
     finetune_on_val: bool = False,
     C_values: Sequence[float] = C_VALUES,
 ) -> dict[str, Any]:
-    """Choose C, fit, score; the same features on every rank.
+    """Choose C, fit and evaluate; features must be complete on every rank.
 
     C is chosen on `finetune` if given, else on `val` if `finetune_on_val`, else on a tenth of `train`. Unless it was
-    chosen on `val`, the final model is fitted to the images of the choice, too.
+    chosen on `val`, the final model is fitted to the images of the choice too.
 
     Returns:
-        On rank 0 {"top-1": fraction, ..., "best_C": C, "converged": whether the final fit did, "sweep":
-        [{"C": C, "top-1": ..., "converged": ...}, ...]}, elsewhere nothing.
+        On rank 0 {"top-1": fraction, ..., "best_C": C, "converged": whether the final fit converged, "sweep":
+        [{"C": C, "top-1": ..., "converged": ...}, ...]}; empty on other ranks.
 
     Raises:
-        ValueError: if there are too few images, or all that are fitted to are of one class.
+        ValueError: There are too few images, or all training images are of one class.
     """
     fitted = everything = train
     if finetune is not None:
@@ -232,7 +235,7 @@ def eval_log_regression(
     sweep = sweep_C_values(fitter, fitted, choice, C_values)
     if not distributed.is_main():
         return {}
-    best = max(range(len(C_values)), key=lambda i: top_1(sweep[i]))  # the first of several
+    best = max(range(len(C_values)), key=lambda i: top_1(sweep[i]))  # the first one if tied
     logger.info("best C = %.3g; fitting to all %d images", C_values[best], len(everything.labels))
     final = fitter.fit(C_values[best], everything)
     if not final.converged:
@@ -261,7 +264,7 @@ def eval_log_regression_with_model(
     autocast_dtype: torch.dtype = torch.float32,
     cache: FeatureCache | None = None,
 ) -> dict[str, Any]:
-    """Extract the class tokens of the sets (not normalized) and run `eval_log_regression` on them."""
+    """Extract the class tokens of the datasets (not normalized) and run `eval_log_regression` on them."""
     device = torch.device(train_features_device)
 
     def extract(dataset: ImageDataset) -> LabeledFeatures:

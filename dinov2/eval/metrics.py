@@ -1,7 +1,7 @@
-"""Classification metrics that add up over batches and over processes.
+"""Classification metrics, accumulated over batches and processes.
 
-Shapes: B samples, C classes. All results are fractions in 0..1. The counts are torchmetrics states, so `compute()` sums
-them over the ranks of a process group.
+Shapes: B samples, C classes. All results are fractions in 0..1. Counts are torchmetrics states, which `compute()` sums
+over the ranks of a process group.
 """
 
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ Accuracies = dict[str, Any]  # {"top-1": fraction or a list with one per class, 
 
 
 class AccuracyAveraging(Enum):
-    """How the accuracies of the classes become one number."""
+    """How accuracies are averaged over classes."""
 
-    MICRO = "micro"  # every sample counts the same
-    MACRO = "macro"  # every class counts the same, classes without samples as 0 (as torchmetrics 0.10 did)
+    MICRO = "micro"  # samples have equal weights
+    MACRO = "macro"  # classes have equal weights; those without samples count as 0 (as in torchmetrics 0.10)
     NONE = "none"  # no averaging: one accuracy per class
 
 
@@ -36,7 +36,7 @@ class MetricType(Enum):
 
     @property
     def averaging(self) -> AccuracyAveraging:
-        """The averaging of an accuracy with one label per image."""
+        """Averaging of an accuracy with one label per image."""
         return _AVERAGING[self]
 
 
@@ -48,7 +48,7 @@ _AVERAGING = {
 
 
 class TopKAccuracy(Metric):
-    """Share of samples whose label is among their `top_k` highest scores."""
+    """Fraction of samples whose label is among their `top_k` highest scores."""
 
     full_state_update = False
     higher_is_better = True
@@ -62,7 +62,7 @@ class TopKAccuracy(Metric):
         self.add_state("total", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Count a batch: scores (B, C), labels (B,) int64."""
+        """Add a batch: scores (B, C), labels (B,) int64."""
         if target.ndim != 1:
             raise ValueError(f"accuracy needs one label per image, got targets of shape {tuple(target.shape)}")
         if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < self.num_classes:
@@ -81,9 +81,9 @@ class TopKAccuracy(Metric):
 
 
 class ImageNetReaLAccuracy(Metric):
-    """Share of samples with a valid label among their `top_k` highest scores (Beyer et al. 2020, arXiv 2006.07159).
+    """Fraction of samples with a valid label among their `top_k` highest scores (Beyer et al. 2020, arXiv 2006.07159).
 
-    Samples without any valid label are left out.
+    Samples without any valid label are ignored.
     """
 
     full_state_update = False
@@ -98,7 +98,7 @@ class ImageNetReaLAccuracy(Metric):
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Count a batch: scores (B, C), label lists (B, L) int64 padded with -1."""
+        """Add a batch: scores (B, C), label lists (B, L) int64 padded with -1."""
         if target.ndim != 2:
             raise ValueError(
                 "imagenet_real_accuracy needs a list of labels per image, padded with -1, "
@@ -117,13 +117,13 @@ class ImageNetReaLAccuracy(Metric):
 def build_metric(
     metric_type: MetricType, *, num_classes: int, ks: Sequence[int] | None = None, sync_on_compute: bool = True
 ) -> MetricCollection:
-    """The accuracies `top-k` for each k.
+    """Build the metrics `top-k` for each k.
 
     Args:
-        metric_type: which accuracy.
+        metric_type: Type of accuracy.
         num_classes: C, the width of the scores.
-        ks: the values of k; (1, 5) when None. Those above `num_classes` are left out.
-        sync_on_compute: sum over the processes; off when they evaluate different models.
+        ks: Values of k; None means (1, 5). Those above `num_classes` are ignored.
+        sync_on_compute: Whether to sum over processes; off if they evaluate different models.
 
     Returns:
         A collection whose `compute()` gives {"top-1": ..., "top-5": ...}.
@@ -135,15 +135,15 @@ def build_metric(
             return ImageNetReaLAccuracy(num_classes, k, sync_on_compute=sync_on_compute)
         return TopKAccuracy(num_classes, k, metric_type.averaging, sync_on_compute=sync_on_compute)
 
-    # Compute groups would let top-5 share the counts of top-1 whenever the two agree on the first batch.
+    # With compute groups, top-5 would share the counts of top-1 if the two agree on the first batch.
     return MetricCollection({f"top-{k}": metric(k) for k in ks}, compute_groups=False)
 
 
 def top_1(accuracies: Accuracies) -> float:
-    """One number in percent to compare models by: top-1, or the mean of it where there is one per class."""
+    """Top-1 accuracy in percent, or its mean if there is one per class."""
     return 100 * float(np.mean(accuracies["top-1"]))
 
 
 def percent(accuracies: Accuracies) -> Accuracies:
-    """The accuracies in percent; other entries as they are."""
+    """Convert accuracies to percent; other entries are unchanged."""
     return {key: (100 * np.asarray(v)).tolist() if key.startswith("top-") else v for key, v in accuracies.items()}

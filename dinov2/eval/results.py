@@ -1,4 +1,4 @@
-"""Results of an evaluation: one JSON file that says what was measured, how, on which weights."""
+"""Results of an evaluation: one JSON file with metrics, settings and weights."""
 
 import argparse
 import hashlib
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def archive_results(path: Path) -> None:
-    """Rename the results of an earlier run, on rank 0: an evaluation that fails leaves none that look like its own."""
+    """Rename the results of an earlier run, on rank 0, so that a failed evaluation leaves no results."""
     if distributed.is_main() and path.exists():
         path.replace(path.with_name(f"{path.name}.previous"))
 
@@ -40,11 +40,11 @@ def write_results(
     """Write the results on rank 0.
 
     Args:
-        path: the JSON file.
-        evaluation: which one.
-        metrics: what was measured; accuracies in percent.
-        args: the command line, from which all settings are recorded.
-        facts: further entries, see `run_facts`.
+        path: The JSON file.
+        evaluation: Name of the evaluation.
+        metrics: Metrics; accuracies in percent.
+        args: Arguments of the command line, which are recorded as settings.
+        facts: Further entries, see `run_facts`.
     """
     if not distributed.is_main():
         return
@@ -67,7 +67,7 @@ def write_results(
 
 
 def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
-    """Where weights came from and the SHA-256 of the file, or of those read in a folder; None for random ones."""
+    """Path and SHA-256 of a file of weights, or of those read in a folder; None for random weights."""
     if path_or_url is None:
         return None
     url = urlparse(path_or_url)
@@ -83,12 +83,12 @@ def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
 
 
 def run_facts(sets: Mapping[str, ImageDataset], cache: FeatureCache, started: float) -> dict[str, Any]:
-    """What a results file says of the datasets, the feature files and the time.
+    """Entries of a results file about datasets, feature files and time.
 
     Args:
-        sets: by dataset string.
-        cache: of the features, after use.
-        started: when the evaluation began, by `time.monotonic()`.
+        sets: Datasets by dataset string.
+        cache: Cache of the features, after use.
+        started: Start of the evaluation, by `time.monotonic()`.
     """
     return {
         "sets": {name: set_facts(dataset) for name, dataset in sets.items()},
@@ -101,7 +101,7 @@ def run_facts(sets: Mapping[str, ImageDataset], cache: FeatureCache, started: fl
 
 
 def set_facts(dataset: ImageDataset) -> dict[str, int]:
-    """Images that have labels, and the different classes among these."""
+    """Number of labeled images, and of distinct classes among them."""
     targets = dataset.get_targets()
     if targets is None:
         return {"images": len(dataset), "classes": 0}
@@ -111,7 +111,7 @@ def set_facts(dataset: ImageDataset) -> dict[str, int]:
 
 
 def as_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A title and aligned columns, accuracies in percent; of lists (one accuracy per class) the mean is shown."""
+    """Format a title and aligned columns, accuracies in percent; lists (one accuracy per class) as their mean."""
 
     def cell(value: Any) -> str:
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What the three evaluations share: common flags, the configuration, the frozen backbone, its images."""
+"""Setup shared by the three evaluations: flags, configuration, frozen backbone, datasets."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import ImageOptions
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.feature_cache import FeatureCache
-from dinov2.eval.image_files import LabeledDataset, report_equal_images
+from dinov2.eval.file_identity import LabeledDataset, report_equal_images
 from dinov2.eval.results import weights_fingerprint
 from dinov2.log import setup_logging
 from dinov2.models import build_model
@@ -27,13 +27,13 @@ from dinov2.models.weights import load_backbone
 
 logger = logging.getLogger(__name__)
 
-MOST_CLASSES = 1_000_000  # labels above it are numbers of something else, such as of products
+MOST_CLASSES = 1_000_000  # larger labels are no class indices, but for example product numbers
 PUBLISHED_CROP_SIZE = 224
 SMALLEST_PUBLISHED_SIZE = 96  # a model trained on smaller global crops is evaluated at the size of its crops
 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """The flags common to all evaluations."""
+    """Build the parser of the flags common to all evaluations."""
     parser = argparse.ArgumentParser(description="DINOv2 evaluation", add_help=add_help)
     parser.add_argument(
         "--config-file",
@@ -44,7 +44,7 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--pretrained-weights", help="file, folder (OUT/eval/best) or URL of the weights")
     weights.add_argument(
-        "--random-init", action="store_true", help="evaluate the network as it is before training, as a baseline"
+        "--random-init", action="store_true", help="evaluate the network before training, as a baseline"
     )
     parser.add_argument(
         "--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)"
@@ -54,25 +54,27 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     )
     parser.add_argument("--train-dataset", default="ImageNet:split=TRAIN", help="dataset string")
     parser.add_argument("--val-dataset", default="ImageNet:split=VAL", help="dataset string")
-    small = f"for models trained on global crops below {SMALLEST_PUBLISHED_SIZE} pixels the size of those crops"
+    small = f"for models trained on global crops below {SMALLEST_PUBLISHED_SIZE} pixels: the size of those crops"
     parser.add_argument(
         "--resize-size",
         type=positive_int,
-        help=f"images are scaled to this shorter side (default: 256, for logistic regression 224; {small})",
+        help=f"shorter side in pixels to which images are resized (default: 256, for logistic regression 224; {small})",
     )
-    parser.add_argument("--crop-size", type=positive_int, help=f"and their center is cut out (default: 224; {small})")
+    parser.add_argument(
+        "--crop-size", type=positive_int, help=f"side of the center crop in pixels (default: 224; {small})"
+    )
     parser.add_argument(
         "--feature-cache",
         metavar="FOLDER",
-        help="where extracted features are kept, and looked for while the weights, settings and labels, and the names, "
-        "sizes and times of the images, are the same; several evaluations may share one (default: features in the "
-        "output folder); none: keep nothing",
+        help="cache of extracted features, reused as long as the weights, settings, labels, and the names, sizes and "
+        "modification times of the images are the same; may be shared by several evaluations (default: features in the "
+        "output folder); none: no cache",
     )
     return parser
 
 
 def positive_int(text: str) -> int:
-    """The type of flags that count something there must be at least one of."""
+    """Argparse type of an integer of at least 1."""
     try:
         number = int(text)
     except ValueError:
@@ -83,7 +85,7 @@ def positive_int(text: str) -> int:
 
 
 def positive_number(text: str) -> float:
-    """The type of flags for rates and temperatures, with which float32 can compute."""
+    """Argparse type of a positive number within the range of float32."""
     try:
         number = float(text)
     except ValueError:
@@ -94,7 +96,7 @@ def positive_number(text: str) -> float:
 
 
 def setup(args: argparse.Namespace) -> Config:
-    """Load the configuration, make the output folder, start the logs; to be called in a `distributed.session()`.
+    """Load the configuration, create the output folder and start logging; requires a `distributed.session()`.
 
     The configuration is saved as `config.yaml` in the output folder, but never over the file it was read from.
     """
@@ -107,47 +109,47 @@ def setup(args: argparse.Namespace) -> Config:
     if distributed.is_main() and path != Path(args.config_file).resolve():
         config.save(cfg, path)
     logger.info("%s", "\n".join(["arguments:", *(f"  {name}: {value}" for name, value in sorted(vars(args).items()))]))
-    torch.backends.cudnn.benchmark = True  # all batches have one size
+    torch.backends.cudnn.benchmark = True  # all batches have the same shape
     return cfg
 
 
 def build_model_for_eval(cfg: Config, pretrained_weights: str | None) -> DinoVisionTransformer:
-    """The teacher's backbone on this process's device, in evaluation mode.
+    """Build the teacher's backbone on the device of this process, in evaluation mode.
 
     Args:
-        cfg: says which backbone.
-        pretrained_weights: path or URL; None leaves the weights as initialized with `train.seed`.
+        cfg: Configuration of the model.
+        pretrained_weights: Path or URL of the weights; None: random weights from the seed `train.seed`.
 
     Raises:
-        ValueError: if the weights do not fit the configuration.
+        ValueError: The weights do not fit the configuration.
     """
     torch.manual_seed(cfg.train.seed)
     model = build_model(**config.backbone_arguments(cfg))
     if pretrained_weights is None:
-        logger.warning("evaluating the network as it is before training (--random-init)")
+        logger.warning("evaluating the network before training (--random-init)")
     else:
         load_backbone(model, pretrained_weights)
     return model.eval().requires_grad_(False).to(distributed.device())
 
 
 def get_autocast_dtype(cfg: Config) -> torch.dtype:
-    """The precision of the teacher's backbone in training; on a CPU float32, where half precision is no faster."""
+    """Precision of the teacher's backbone in training; float32 on a CPU, where half precision is not faster."""
     if distributed.device().type == "cpu":
         return torch.float32
     return DTYPES[cfg.compute_precision.teacher.backbone.mixed_precision.param_dtype]
 
 
 def setup_and_build_model(args: argparse.Namespace) -> tuple[DinoVisionTransformer, torch.dtype]:
-    """From the command line to the frozen backbone and the dtype to autocast it to."""
+    """Build the frozen backbone of the command line; returns it and its autocast dtype."""
     cfg = setup(args)
     return build_model_for_eval(cfg, args.pretrained_weights), get_autocast_dtype(cfg)
 
 
 def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> tuple[int, int]:
-    """Sizes in pixels (resize, crop): from the flags, else the published ones or those of a small-image model.
+    """Sizes in pixels (resize, crop) from the flags, else the published ones or those of a small-image model.
 
     Raises:
-        ValueError: if the crop is no whole number of patches, or larger than the resized image.
+        ValueError: The crop is not a whole number of patches, or larger than the resized image.
     """
     trained = cfg.crops.global_crops_size
     small = trained < SMALLEST_PUBLISHED_SIZE
@@ -161,7 +163,7 @@ def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: in
 
 
 def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> Callable[..., Tensor]:
-    """The transform of evaluation images, image -> (3, crop, crop), with the normalization of training."""
+    """Build the transform of evaluation images, image -> (3, crop, crop), with the normalization of training."""
     resize, crop = image_sizes(args, cfg, published_resize_size)
     logger.info("images: shorter side to %d pixels, center crop of %d x %d", resize, crop, crop)
     return make_classification_eval_transform(
@@ -170,7 +172,7 @@ def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size:
 
 
 def feature_cache(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> FeatureCache:
-    """Where the features of the evaluated model are kept, and what they depend on besides the dataset."""
+    """Build the cache of features of the evaluated model."""
     if args.feature_cache == "none":
         return FeatureCache()
     folder = Path(args.feature_cache or Path(args.output_dir) / "features")
@@ -178,7 +180,7 @@ def feature_cache(args: argparse.Namespace, cfg: Config, published_resize_size: 
 
 
 def model_facts(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> dict[str, Any]:
-    """What tells one model, and one way of preparing images, from another; JSON."""
+    """Description of the model and of the preprocessing of images, as JSON."""
     weights = weights_fingerprint(args.pretrained_weights)
     return {
         "weights": weights["sha256"] if weights else f"random, seed {cfg.train.seed}",
@@ -191,21 +193,21 @@ def model_facts(args: argparse.Namespace, cfg: Config, published_resize_size: in
 
 
 def check_same_classes(train_dataset: ImageDataset, other: ImageDataset, other_name: str) -> None:
-    """Labels are positions in a list of classes, which must be the same for the training images and the others.
+    """Check that two datasets have the same classes, in which labels are indices.
 
     Raises:
-        ValueError: if both datasets name their classes and the names differ.
+        ValueError: Both datasets have class names and these differ.
     """
     check_classes(class_names(train_dataset), other, other_name)
 
 
 def class_names(dataset: ImageDataset) -> list[str]:
-    """The names of the classes by label; none if the dataset does not tell."""
+    """Class names by label; empty if the dataset has none."""
     return list(getattr(dataset, "classes", None) or [])
 
 
 def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> None:
-    """As `check_same_classes`, with the names of the classes trained on."""
+    """Check a dataset like `check_same_classes`, given the names of the training classes."""
     others = class_names(other)
     if mine and others and list(mine) != others:
         different = ", ".join(map(str, sorted(set(mine) ^ set(others))[:6])) or "none, but their order differs"
@@ -218,16 +220,16 @@ def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> 
 def check_labels(
     train_targets: np.ndarray, other: ImageDataset, other_name: str, *, num_classes: int | None = None
 ) -> None:
-    """Labels that are tested on should be among those trained on.
+    """Check the labels of a test dataset; warn of classes without training images.
 
     Args:
-        train_targets: labels of the training images.
-        other: dataset to test on.
-        other_name: its dataset string.
-        num_classes: labels that a classifier can give; None: any.
+        train_targets: Labels of the training images.
+        other: Test dataset.
+        other_name: Dataset string of the test dataset.
+        num_classes: Number of classes that a classifier predicts; None: unlimited.
 
     Raises:
-        ValueError: if a label is not below `num_classes`.
+        ValueError: A label is not below `num_classes`.
     """
     targets = labels_of(other)
     if num_classes is not None and targets.max() >= num_classes:
@@ -242,10 +244,10 @@ def check_labels(
 
 
 def compare_sets(train_name: str, train: ImageDataset, others: Mapping[str, ImageDataset]) -> dict[str, dict[str, int]]:
-    """See that training images and others, by dataset string, go together; what `report_equal_images` finds.
+    """Check that the other datasets, by dataset string, fit the training set; returns `report_equal_images`.
 
     Raises:
-        ValueError: if they have other classes.
+        ValueError: The classes differ.
     """
     for name, other in others.items():
         check_same_classes(train, other, name)
@@ -256,17 +258,17 @@ def compare_sets(train_name: str, train: ImageDataset, others: Mapping[str, Imag
 
 
 def labels_of(dataset: ImageDataset) -> np.ndarray:
-    """The labels of a dataset that has some, as those of `labeled_dataset` have."""
+    """Labels of a dataset from `labeled_dataset`."""
     targets = dataset.get_targets()
     assert targets is not None, "labeled"
     return targets
 
 
 def training_dataset(dataset_str: str, transform: Callable[..., Tensor], image_options: ImageOptions) -> ImageDataset:
-    """As `labeled_dataset`, of images to tell classes apart by.
+    """Open a training set, see `labeled_dataset`.
 
     Raises:
-        ValueError: if they are all of one class, too.
+        ValueError: See `labeled_dataset`; also if all images are of one class.
     """
     dataset = labeled_dataset(dataset_str, transform, image_options=image_options)
     targets = labels_of(dataset)
@@ -274,15 +276,15 @@ def training_dataset(dataset_str: str, transform: Callable[..., Tensor], image_o
         name = next(iter(class_names(dataset)[targets[0] :]), "")
         raise ValueError(
             f"all {len(targets)} images of --train-dataset {dataset_str!r} are of one class (label {targets[0]}"
-            f"{name and f', {name}'}): there is nothing to tell apart; of a folder of images, each class has a folder"
+            f"{name and f', {name}'}): classification needs at least two; in an image folder, each class is a subfolder"
         )
     return dataset
 
 
 def image_options(cfg: Config) -> ImageOptions:
-    """How the images of an evaluation are read: as in training.
+    """Options of reading images, as in training.
 
-    Of several datasets, all but the first take the options of the first, with the value range measured there.
+    With several datasets, all use the options of the first one, with the value range measured there.
     """
     return ImageOptions(**vars(cfg.images))
 
@@ -294,10 +296,10 @@ def labeled_dataset(
     several: bool = False,
     image_options: ImageOptions | None = None,
 ) -> ImageDataset:
-    """The dataset of a string, with images transformed, and with one label per image unless `several` are fine, too.
+    """Open a dataset with one label per image, or lists of labels if `several`.
 
     Raises:
-        ValueError: if it is empty or has not such labels.
+        ValueError: The dataset is empty or lacks such labels.
     """
     dataset = make_dataset(dataset_str=dataset_str, transform=transform, image_options=image_options)
     if len(dataset) == 0:

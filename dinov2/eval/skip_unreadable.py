@@ -1,4 +1,4 @@
-"""Images that cannot be read are left out of an evaluation, each with a warning that gives the reason."""
+"""Unreadable images are omitted from evaluations, each with a warning that states the reason."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class SkipUnreadable(Dataset[Any]):
-    """A dataset in which the samples whose image cannot be read are the error."""
+    """A dataset that returns the error in place of a sample with an unreadable image."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -24,30 +24,30 @@ class SkipUnreadable(Dataset[Any]):
         try:
             return self.dataset[key]
         except BadImageError as error:
-            logger.warning("left out of the evaluation: %s", error)
+            logger.warning("omitted from the evaluation: %s", error)
             return error
 
 
 class UnreadableBatch(NamedTuple):
-    """A batch of which no image can be read."""
+    """A batch without readable images."""
 
     size: int
-    reason: str  # that of the first
+    reason: str  # of the first one
 
 
 def collate_skipping_unreadable(samples: Sequence[Any], collate: Callable[[list[Any]], Any] = default_collate) -> Any:
-    """A batch of the samples that are no `BadImageError`, an `UnreadableBatch` if there is none."""
+    """Collate the readable samples; an `UnreadableBatch` if there are none."""
     readable = [sample for sample in samples if not isinstance(sample, BadImageError)]
     return collate(readable) if readable else UnreadableBatch(len(samples), str(samples[0]))
 
 
 def skip_unreadable_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches of a loader with `collate_skipping_unreadable`.
+    """Iterate over the batches of a loader with `collate_skipping_unreadable`.
 
     Raises:
-        ValueError: if there is an `UnreadableBatch` among them. Not in a worker, which would add its traceback.
+        ValueError: A batch is an `UnreadableBatch`. Not raised in workers, which would add their traceback.
     """
     for batch in batches:
         if isinstance(batch, UnreadableBatch):
-            raise ValueError(f"not one of the {batch.size} images of a batch can be read; the first: {batch.reason}")
+            raise ValueError(f"none of the {batch.size} images of a batch can be read; the first: {batch.reason}")
         yield batch

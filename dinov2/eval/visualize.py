@@ -1,4 +1,4 @@
-"""The former name of `python -m dinov2.visualization`, which it runs."""
+"""Former name of `python -m dinov2.visualization`, kept for existing commands."""
 
 import runpy
 

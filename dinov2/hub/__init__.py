@@ -1,1 +1,1 @@
-"""Published models by name, for `torch.hub` and for import; needs nothing but torch."""
+"""Published models by name, for `torch.hub` and for import; requires only torch."""

@@ -1,8 +1,8 @@
 """The eight published backbones: ViT-S/B/L/g with patches of 14 pixels, without and with registers.
 
 model = dinov2_vits14()                   # downloads the published weights
-model = dinov2_vits14(pretrained=False)   # the same network with random weights
-model = dinov2_vits14(weights="mine.pth")  # with others that fit; also a URL, or a folder of transformers
+model = dinov2_vits14(pretrained=False)   # the same architecture with random weights
+model = dinov2_vits14(weights="mine.pth")  # other weights; also a URL, or a folder of transformers
 """
 
 from enum import Enum
@@ -16,7 +16,7 @@ from dinov2.models.weights import load_backbone
 
 
 class Weights(Enum):
-    """What the published backbones were trained on."""
+    """Training data of the published backbones."""
 
     LVD142M = "LVD142M"
 
@@ -72,14 +72,14 @@ def make_backbone(
     """Build one of the published backbones, on the CPU and in training mode.
 
     Args:
-        arch: a key of `dinov2.models.ARCHS`.
-        registers: whether it is the variant with four registers.
-        pretrained: whether to load weights, all of them or none.
-        weights: which published weights (there is one choice), or a file, folder or URL of others that fit.
-        kwargs: for the vision transformer; they win over the published settings.
+        arch: A key of `dinov2.models.ARCHS`.
+        registers: Whether it is the variant with four registers.
+        pretrained: Whether to load weights, all of them or none.
+        weights: Published weights (there is one choice), or a file, folder or URL of others.
+        kwargs: Arguments of `DinoVisionTransformer`, which override the published settings.
 
     Raises:
-        ValueError: if there are no such weights, or they do not fit the settings.
+        ValueError: If there are no such weights, or they do not fit the settings.
     """
     published = weights_url(arch, "pretrain", registers=registers)
     source = weights_source(Weights, weights, published)
@@ -90,10 +90,15 @@ def make_backbone(
 
 
 def weights_source(choices: type[Enum], weights: Enum | str | Path, published: str) -> str | Path:
-    """Where weights are that were asked for: as a member of an enumeration or its name `published`, else a path or URL.
+    """The path or URL of weights.
+
+    Args:
+        choices: Enumeration of the published weights.
+        weights: A member of it, its name, or a path or URL.
+        published: URL of the published weights.
 
     Raises:
-        ValueError: if it is no member, nor looks like a path or URL.
+        ValueError: If `weights` is neither a member, nor looks like a path or URL.
     """
     if isinstance(weights, choices) or weights in choices.__members__:
         return published

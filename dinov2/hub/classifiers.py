@@ -19,19 +19,23 @@ NUM_CLASSES = 1000
 
 
 class Weights(Enum):
-    """What the published linear heads were trained on."""
+    """Training data of the published linear heads."""
 
     IMAGENET1K = "IMAGENET1K"
 
 
 class LinearClassifier(nn.Module):
-    """Logits from a backbone of width D.
+    """A linear classifier on the features of a backbone of width D.
 
-    The input of the linear layer are the class tokens of the last `layers` blocks, from shallow to deep, and the mean
-    of the last block's patch tokens, all after the final norm: (1 + layers) * D numbers.
+    The input of the linear layer is the concatenation of the class tokens of the last `layers` blocks, in order of
+    increasing depth, and the mean of the last block's patch tokens, all after the final norm: (1 + layers) * D.
+
+    Args:
+        backbone: The backbone.
+        layers: Number of last blocks, 1 or 4.
 
     Raises:
-        ValueError: if `layers` is neither 1 nor 4.
+        ValueError: If `layers` is neither 1 nor 4.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, layers: int = 4) -> None:
@@ -102,16 +106,16 @@ def make_classifier(
     """Build one of the published classifiers.
 
     Args:
-        arch: a key of `dinov2.models.ARCHS`.
-        registers: whether it is the variant with four registers.
-        layers: how many last blocks the linear layer sees, 1 or 4.
-        pretrained: whether to load weights, of the backbone and of the linear layer.
-        weights: which published weights of the linear layer (there is one choice), or a file, folder or URL of others;
-            if it holds a backbone as well (a classifier of transformers does) that is taken, too.
-        kwargs: for the backbone, see `make_backbone`.
+        arch: A key of `dinov2.models.ARCHS`.
+        registers: Whether it is the variant with four registers.
+        layers: Number of last blocks whose class tokens are used, 1 or 4.
+        pretrained: Whether to load weights of the backbone and of the linear layer.
+        weights: Published weights of the linear layer (there is one choice), or a file, folder or URL of others. If it
+            has a backbone as well (as a classifier of transformers does), that is loaded, too.
+        kwargs: Arguments of the backbone, see `make_backbone`.
 
     Raises:
-        ValueError: if `layers` or `weights` is none of the choices, or the weights do not fit.
+        ValueError: If `layers` or `weights` is none of the choices, or the weights do not fit.
     """
     backbone = make_backbone(arch, registers=registers, pretrained=False, **kwargs)
     model = LinearClassifier(backbone, layers)
@@ -126,7 +130,7 @@ def make_classifier(
 
 
 def _load_head(head: nn.Linear, state: dict[str, Tensor], source: str) -> None:
-    """Load a linear layer that is alone in its file, or the part `linear_head.` of a classifier."""
+    """Load a linear layer from a file of its own, or from the part `linear_head.` of a classifier."""
     names = {name.removeprefix("linear_head."): name for name in state if not name.startswith("backbone.")}
     check_numbers({name: state[name] for name in names.values()}, source)
     try:

@@ -1,18 +1,18 @@
-"""Self-attention over packed sequences, with one of three kernels that compute the same numbers.
+"""Self-attention over packed sequences, with one of three equivalent kernels.
 
-| backend | where it runs | what it does |
+| backend | devices, dtypes | implementation |
 | --- | --- | --- |
 | `xformers` | CUDA, fp16/bf16/fp32 | one memory-efficient kernel over all sequences, block-diagonal mask |
-| `varlen` | CUDA, fp16/bf16 | `torch.nn.attention.varlen`, the same idea in PyTorch itself |
+| `varlen` | CUDA, fp16/bf16 | `torch.nn.attention.varlen`, the same in PyTorch itself |
 | `sdpa` | everywhere | one `scaled_dot_product_attention` per group of equally long sequences |
 
-`auto` takes the first of the table that runs on the device, dtype and head width at hand. Whether one runs is found
-out by running it once: xFormers imports happily on machines where none of its kernels work.
-The environment variable `XFORMERS_DISABLED` (any value) removes xFormers from the choice. On a CPU, and in whatever is
-exported or compiled from outside, `auto` is `sdpa` without a search; `train.parallel` compiles with the choice made.
+`auto` selects the first one that runs with the given device, dtype and head width, which is tested by running it once:
+xFormers can be imported on machines where none of its kernels work. The environment variable `XFORMERS_DISABLED` (any
+value) excludes xFormers. On a CPU, and when exported or compiled from outside, `auto` is `sdpa` without a test;
+`train.parallel` compiles with the selected backend.
 
-The attention maps exist only where something needs them: dropout on them, or a hook on `attn_drop`, which gets them as
-(b, H, n, n). Then they are computed in the open, whatever the backend.
+Attention maps are computed explicitly only if needed: for dropout on them, or for a hook on `attn_drop`, which gets
+them as (b, H, n, n).
 
 Legend: T packed tokens, D width, H heads, d = D / H, B sequences of N tokens.
 """
@@ -44,8 +44,8 @@ class Attention(nn.Module):
         num_heads: Number of heads H; must divide `dim`.
         qkv_bias: Whether the projection to queries, keys and values has a bias.
         proj_bias: Whether the output projection has a bias.
-        attn_drop: Dropout rate of the attention maps, in [0, 1]. While training a rate above 0 needs the maps, which
-            the fast kernels do not have; the published fast path ignores the rate.
+        attn_drop: Dropout rate of the attention maps, in [0, 1]. In training, a rate above 0 requires the maps, which
+            the fast kernels do not compute; the published fast path ignores the rate.
         proj_drop: Dropout rate of the output, in [0, 1].
         attention_backend: One of `BACKENDS`.
     """
@@ -75,15 +75,15 @@ class Attention(nn.Module):
         self.proj_drop: nn.Module = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        """Let every sequence attend to itself.
+        """Self-attention within each sequence.
 
         Args:
-            x: (T, D) packed tokens with `segments`, or (B, N, D) without.
+            x: Packed tokens (T, D) with `segments`, or (B, N, D) without.
 
         Returns:
             The attended tokens, in the shape of `x`.
         """
-        qkv = self.qkv(x)  # (..., 3D), the shape that hooks on this layer are written for
+        qkv = self.qkv(x)  # (..., 3D), the shape that hooks on this layer expect
         if segments is None:
             qkv, segments = pack([qkv])
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))  # (T, 3, H, d): rows of Q, then K, then V
@@ -103,7 +103,7 @@ class Attention(nn.Module):
         return self.attention_backend
 
     def _needs_maps(self) -> bool:
-        """Whether `attn_drop` has something to do, or is listened to."""
+        """Whether `attn_drop` is active or has hooks."""
         drop = self.attn_drop
         if type(drop) is nn.Dropout:
             return (self.training and drop.p > 0) or has_hooks(drop)
@@ -116,7 +116,7 @@ class Attention(nn.Module):
 
 
 MemEffAttention = Attention
-"""The published name; there the memory-efficient variant was a subclass, here it is a choice of backend."""
+"""Published name of the memory-efficient variant, which is a backend here."""
 
 
 def _by_group(qkv: Tensor, segments: Segments, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -134,9 +134,9 @@ def _sdpa(qkv: Tensor, segments: Segments) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (b, H, n, d) each; as matrix products where those are faster, in half precision training on a CPU.
+    """Attention of (b, H, n, d) each; by matrix products in half-precision training on a CPU, where they are faster.
 
-    The gradient of the fused kernel takes 2 to 4 times as long there.
+    There the gradient of the fused kernel takes 2 to 4 times as long.
     """
     if q.is_cpu and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16) and not torch.jit.is_tracing():
         return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1).to(v.dtype) @ v
@@ -162,8 +162,8 @@ def _varlen(qkv: Tensor, segments: Segments) -> Tensor:
 _KERNELS = {"xformers": _xformers, "varlen": _varlen, "sdpa": _sdpa}
 
 
-# Both caches are bounded; the published one was not, and stochastic depth gives one shape per rate. What they hold must
-# serve training even if it was made in inference mode, whose tensors cannot be saved for a backward pass.
+# Both caches are bounded, unlike the published one: stochastic depth gives one shape per rate. Entries are created
+# outside of inference mode, whose tensors cannot be saved for a backward pass.
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _block_diagonal_mask(segments: Segments, device: torch.device) -> Any:
@@ -179,18 +179,18 @@ def _sequence_ends(segments: Segments, device: torch.device) -> Tensor:
 
 
 def backend_keyword(attention_backend: str) -> dict[str, str]:
-    """The keyword that only our own attention and blocks know, left out where nothing was asked for."""
+    """The keyword of this package's attention and blocks, omitted for the default."""
     return {} if attention_backend == "auto" else {"attention_backend": attention_backend}
 
 
 def best_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """The first backend of the table above that computes attention and its gradient for such inputs.
+    """Select the first backend of the table above that computes attention and its gradient for such inputs.
 
-    A compiler that traces this finds a constant without a search: `sdpa`, which every compiler and exporter knows. One
-    that has been asked to call it instead (`torch.compiler.assume_constant_result`) gets the choice made outside.
+    Compilers and exporters that trace this function get `sdpa`, which all of them support. A compiler that calls it
+    instead (`torch.compiler.assume_constant_result`) gets the selection made outside.
     """
     if device_type != "cuda" or torch.compiler.is_dynamo_compiling():
-        return "sdpa"  # before `is_exporting`, which Dynamo of torch 2.11 takes for true in every compilation
+        return "sdpa"  # before `is_exporting`, which is true in every compilation of torch 2.11
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "sdpa"
     return _find_backend(device_type, dtype, head_dim)
@@ -202,7 +202,7 @@ def _find_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     for name in ["varlen"] if "XFORMERS_DISABLED" in os.environ else ["xformers", "varlen"]:
         try:
             _try_backend(name, device_type, dtype, head_dim)
-        except Exception as error:  # any failure at all means: not usable here
+        except Exception as error:  # any failure means that it is not usable
             logger.debug("attention backend %s does not run on %s: %s", name, here, error)
         else:
             logger.info("attention backend for %s: %s", here, name)
@@ -212,7 +212,7 @@ def _find_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def _try_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
-    """Run attention and its gradient once, in whatever mode the caller is, without drawing random numbers."""
+    """Run attention and its gradient once, in any grad mode of the caller, without drawing random numbers."""
     with torch.inference_mode(False), torch.enable_grad():
         qkv = torch.zeros(5, 3, 2, head_dim, device=device_type, dtype=dtype, requires_grad=True)
         _KERNELS[name](qkv, ((1, 2), (1, 3))).sum().backward()

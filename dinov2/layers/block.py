@@ -15,10 +15,10 @@ from dinov2.layers.hooks import has_hooks
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.packing import Segments, pack, unpack
 
-_TAKES_SEGMENTS = Attention.forward  # other code replaces it, for a class or a single module, by one for batches
+_TAKES_SEGMENTS = Attention.forward  # user code may replace it, in a class or a module, by one for batches
 
 SUBSET_THRESHOLD = 0.1
-"""Up to this rate a single batch masks its residuals; above, and always for several groups, it skips the work."""
+"""Up to this rate a single batch masks its residuals; above it, and always for several groups, work is skipped."""
 
 
 class Block(nn.Module):
@@ -33,13 +33,13 @@ class Block(nn.Module):
         ffn_bias: Whether the feed-forward network has biases.
         drop: Dropout rate of the outputs of attention and feed-forward network, in [0, 1].
         attn_drop: Dropout rate of the attention maps, in [0, 1].
-        init_values: Initial gain of LayerScale; None or 0 leaves LayerScale out.
+        init_values: Initial gain of LayerScale; None or 0 disables LayerScale.
         drop_path: Rate rho of stochastic depth, in [0, 1).
-        act_layer: Activation of the feed-forward network, where it has a choice.
+        act_layer: Activation of the feed-forward network, if it has a choice.
         norm_layer: Normalization of D channels.
-        attn_class: Attention, called as `Attention` is.
-        ffn_layer: Feed-forward network, called as `Mlp` is.
-        attention_backend: See `layers.attention`.
+        attn_class: Class of attention, with the arguments of `Attention`.
+        ffn_layer: Class of the feed-forward network, with the arguments of `Mlp`.
+        attention_backend: Backend of attention, see `layers.attention`.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor | Sequence[Tensor], segments: Segments | None = None, rows: Tensor | None = None
     ) -> Tensor | list[Tensor]:
-        """Every sequence attends to itself; the result has the form of the input.
+        """Apply the block; sequences attend to themselves only, and the result has the form of the input.
 
         Args:
-            x: one batch (B, N, D); or packed tokens (T, D) with their `segments`; or a list of batches (b_k, n_k, D).
-            rows: with packed tokens, the only ones that are wanted: the feed-forward network skips the others, and the
-                result is (len(rows), D).
+            x: One batch (B, N, D); or packed tokens (T, D) with their `segments`; or a list of batches (b_k, n_k, D).
+            rows: With packed tokens, indices of the required tokens: the feed-forward network skips the others, and
+                the result is (len(rows), D).
         """
         if not isinstance(x, Tensor):
             tokens, segments = pack(x)
@@ -101,7 +101,7 @@ class Block(nn.Module):
         return self._forward_tokens(x, segments, rows)
 
     def _forward_tokens(self, x: Tensor, segments: Segments | None, rows: Tensor | None = None) -> Tensor:
-        """One batch (B, N, D) without segments, or packed tokens (T, D) with them."""
+        """Apply the block to a batch (B, N, D) without segments, or to packed tokens (T, D) with them."""
         if segments is not None and self.training and self.sample_drop_ratio > 0:
             x = self._add_to_subset(x, segments, lambda part, kept: self.ls1(self._attention(part, kept)))
             if rows is None:
@@ -113,14 +113,14 @@ class Block(nn.Module):
         return self._add(x, self._ffn(x), self.ls2, self.drop_path2)
 
     def _add(self, x: Tensor, residual: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
-        """x + drop_path(scale(residual)), in one operation where nothing is dropped."""
+        """x + drop_path(scale(residual)), in one operation if nothing is dropped."""
         drops = self.training and self.sample_drop_ratio > 0
         if type(scale) is LayerScale and not drops and not has_hooks(scale) and not has_hooks(drop_path):
             return torch.addcmul(x, residual, scale.gamma)
         return x + drop_path(scale(residual))
 
     def _skips_work(self) -> bool:
-        """Whether stochastic depth leaves sequences of a single batch out, rather than computing and masking them."""
+        """Whether stochastic depth skips sequences of a single batch, rather than computing and masking them."""
         return self.training and self.sample_drop_ratio > SUBSET_THRESHOLD
 
     def _attention(self, x: Tensor, segments: Segments | None) -> Tensor:
@@ -129,7 +129,7 @@ class Block(nn.Module):
             return self.attn(x)
         if getattr(self.attn.forward, "__func__", None) is _TAKES_SEGMENTS:
             return self.attn(x, segments)
-        return pack([self.attn(group) for group in unpack(x, segments)])[0]  # attention of others takes batches
+        return pack([self.attn(group) for group in unpack(x, segments)])[0]  # custom attention takes batches
 
     def _ffn(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x))
@@ -149,7 +149,7 @@ class Block(nn.Module):
         return x.index_add(0, index, added)
 
     def _factors(self, x: Tensor, segments: Segments) -> Tensor:
-        """What such a subset's residuals are multiplied by, and 0 for the other tokens: (T, 1)."""
+        """Scale of the residuals of such a subset, and 0 for the other tokens: (T, 1)."""
         factors = []
         for count, length in segments:
             chosen = self._draw(count, x.device)
@@ -158,10 +158,10 @@ class Block(nn.Module):
         return torch.cat(factors)[:, None]
 
     def _draw(self, count: int, device: torch.device) -> Tensor:
-        """The sequences of a group whose residual is computed."""
+        """Draw the sequences of a group whose residual is computed."""
         keep = max(int(count * (1 - self.sample_drop_ratio)), 1)
         return torch.randperm(count, device=device)[:keep]
 
 
 NestedTensorBlock = Block
-"""The published name of the block that takes lists; here every block does."""
+"""Published name of the block that takes lists, which every block does here."""

@@ -1,4 +1,4 @@
-"""Projection head from features to prototype scores (spec: DINO, arXiv 2104.14294; used for class and patch tokens)."""
+"""Projection head from features to prototype scores (DINO, arXiv 2104.14294), used for class and patch tokens."""
 
 import math
 
@@ -11,11 +11,13 @@ class DINOHead(nn.Module):
     """MLP to a bottleneck, L2 normalization, then the scores against `out_dim` prototypes.
 
     Args:
-        in_dim: width of the tokens.
-        out_dim: number of prototypes K.
-        use_bn: batch norm after every hidden layer.
-        nlayers: linear layers of the MLP, at least 1.
-        mlp_bias: whether these layers have a bias.
+        in_dim: Width of the tokens.
+        out_dim: Number of prototypes K.
+        use_bn: Whether to use batch norm after every hidden layer.
+        nlayers: Number of linear layers in the MLP, at least 1.
+        hidden_dim: Width of the hidden layers.
+        bottleneck_dim: Width of the bottleneck.
+        mlp_bias: Whether these layers have a bias.
     """
 
     def __init__(
@@ -42,8 +44,8 @@ class DINOHead(nn.Module):
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose row k is `weight_g[k] * weight_v[k] / |weight_v[k]|` (arXiv 1602.07868).
 
-    The gains start at 1 and are trained. A module of its own because PyTorch's legacy weight norm, whose parameter
-    names the published checkpoints use, is deprecated.
+    The gains start at 1 and are trained. It replaces PyTorch's legacy weight norm, whose parameter names the published
+    checkpoints use, but which is deprecated.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -59,7 +61,7 @@ class WeightNormLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., bottleneck) -> (..., K)."""
-        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, dim=0))  # the operator of nn.utils
+        return F.linear(x, torch._weight_norm(self.weight_v, self.weight_g, dim=0))  # operator of nn.utils.weight_norm
 
 
 def _mlp(in_dim: int, hidden_dim: int, out_dim: int, nlayers: int, *, use_bn: bool, bias: bool) -> nn.Module:

@@ -4,10 +4,10 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """While training, zero whole samples with probability `drop_prob` and scale the others to keep the mean.
+    """In training, zero whole samples with probability `drop_prob` and scale the others to keep the mean.
 
     Args:
-        drop_prob: Rate of stochastic depth, in [0, 1); None is 0.
+        drop_prob: Rate of stochastic depth, in [0, 1); None means 0.
     """
 
     def __init__(self, drop_prob: float | None = 0.0) -> None:

@@ -42,18 +42,19 @@ class Mlp(nn.Module):
 class SwiGLUFFN(nn.Module):
     """SiLU-gated network (Shazeer, arXiv 2002.05202); `w12` packs the gate and the value, `w3` projects back.
 
-    The hidden width shrinks to two thirds, rounded up to a multiple of 8, to keep the parameters of an `Mlp`.
+    The hidden width is reduced to two thirds, rounded up to a multiple of 8, to keep the parameter count of an `Mlp`.
 
     Args:
         in_features: Width D of the tokens.
-        hidden_features: Hidden width before it shrinks; None: D.
+        hidden_features: Hidden width before the reduction; None: D.
         out_features: Width of the result; None: D.
-        act_layer: Has no effect, as published: the gate is a SiLU. Only the default of `Block` may be given.
-        drop: Must be 0: there is no dropout.
+        act_layer: Ignored, as published: the gate is a SiLU. Other activations are rejected, except the default of
+            `Block`.
+        drop: Must be 0, because there is no dropout.
         bias: Whether the layers have biases.
 
     Raises:
-        ValueError: If another activation or dropout is asked for.
+        ValueError: Another activation or dropout is requested.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class SwiGLUFFN(nn.Module):
     ) -> None:
         super().__init__()
         if act_layer not in (None, nn.GELU, nn.SiLU):
-            raise ValueError(f"the gate of SwiGLU is a SiLU, not act_layer={act_layer}; take mlp for a choice")
+            raise ValueError(f"the gate of SwiGLU is a SiLU, not act_layer={act_layer}; use mlp for another")
         if drop:
-            raise ValueError(f"SwiGLU has no dropout, but drop={drop}; take mlp for one")
+            raise ValueError(f"SwiGLU has no dropout, but drop={drop}; use mlp for dropout")
         hidden_features = hidden_features or in_features
         hidden_features = (int(hidden_features * 2 / 3) + 7) // 8 * 8
         self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)
@@ -82,4 +83,4 @@ class SwiGLUFFN(nn.Module):
 
 
 SwiGLUFFNFused = SwiGLUFFN
-"""The published name of the same network; xFormers has dropped the fused kernel it stood for."""
+"""Published name of the variant with a fused kernel, which xFormers has removed."""

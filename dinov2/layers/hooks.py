@@ -1,12 +1,12 @@
-"""Modules whose work is fused into that of others, and who listens to them."""
+"""Detection of hooks on modules whose computation is fused into that of others."""
 
 from torch import nn
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook, or a `forward` put in place, listens to what `module` computes or changes it.
+    """Whether a hook or a replaced `forward` observes or changes the output of `module`.
 
-    Such a module must really be called.
+    Such a module must be called and not fused.
     """
     return bool(
         module._forward_hooks

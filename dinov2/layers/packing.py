@@ -1,9 +1,9 @@
-"""Packed tokens: sequences of different lengths laid end to end in one matrix.
+"""Packed tokens: sequences of different lengths, concatenated in one matrix.
 
-A training step sends crops of two sizes through the same weights. Everything but attention works on single
-tokens, so all crops travel as one `(T, D)` matrix and only attention needs to know where a sequence ends.
+A training step runs crops of two sizes through the same weights. All layers but attention process tokens individually,
+so all crops form one matrix `(T, D)`, and only attention needs the lengths of the sequences.
 
-Legend: b_k sequences of n_k tokens in group k, T = sum of b_k * n_k tokens in all, D channels.
+Legend: b_k sequences of n_k tokens in group k, T = sum of b_k * n_k tokens in total, D channels.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 Segments = tuple[tuple[int, int], ...]
-"""For each group of equally long sequences: (how many sequences, their length)."""
+"""For each group of equally long sequences: (number of sequences, their length)."""
 
 
 def pack(groups: Sequence[Tensor]) -> tuple[Tensor, Segments]:
-    """Lay the sequences of every group end to end: k tensors (b_k, n_k, D) -> (T, D) and their segments."""
+    """Concatenate the sequences of all groups: k tensors (b_k, n_k, D) -> (T, D) and their segments."""
     segments = tuple((group.shape[0], group.shape[1]) for group in groups)
     flat = [group.flatten(0, 1) for group in groups]
     return (flat[0] if len(flat) == 1 else torch.cat(flat)), segments

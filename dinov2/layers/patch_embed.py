@@ -1,4 +1,4 @@
-"""Images to patch tokens."""
+"""Embedding of image patches."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,15 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class PatchEmbed(nn.Module):
-    """One linear map per patch, as a convolution whose stride is its kernel.
+    """Linear embedding of patches, as a convolution whose stride equals its kernel size.
 
     Args:
-        img_size: height and width in pixels that the model is built for (it fixes `num_patches`).
-        patch_size: height and width of a patch in pixels.
-        flatten_embedding: False keeps the grid, (B, H/p, W/p, D).
+        img_size: Height and width of images in pixels; determines `num_patches`.
+        patch_size: Height and width of a patch in pixels.
+        in_chans: Number of image channels C.
+        embed_dim: Width D of the tokens.
+        norm_layer: Normalization of D channels; None: no normalization.
+        flatten_embedding: Whether to flatten the grid; otherwise the output is (B, H/p, W/p, D).
     """
 
     def __init__(
@@ -39,11 +42,11 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, H/p * W/p, D), row by row.
+        """Embed patches in row-major order: (B, C, H, W) -> (B, H/p * W/p, D).
 
         Raises:
-            ValueError: If these are no images for this model: no batch of floats, other channels, or a side that is
-                not a multiple of the patch.
+            ValueError: The input is not a batch of floating-point images, has other channels, or a side that is not a
+                multiple of the patch size.
         """
         self._check(x)
         x = self.norm(self.proj(x).permute(0, 2, 3, 1))  # (B, H/p, W/p, D)
@@ -55,7 +58,7 @@ class PatchEmbed(nn.Module):
         if images.ndim != 4:
             hint = "; one image needs a batch dimension: image.unsqueeze(0)" if images.ndim == 3 else ""
             raise ValueError(f"images are (B, {self.in_chans}, H, W), not {tuple(images.shape)}{hint}")
-        # Other code replaces the projection: by one of more channels, or by something that takes any.
+        # User code may replace the projection by one of other channels, or by a module that takes any.
         channels = self.proj.in_channels if isinstance(self.proj, nn.Conv2d) else images.shape[1]
         if images.shape[1] != channels:
             raise ValueError(

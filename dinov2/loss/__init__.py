@@ -1,4 +1,4 @@
-"""The three losses of DINOv2 and the targets they are computed against."""
+"""The three losses of DINOv2, and their targets."""
 
 from dinov2.loss.dino import DINOLoss
 from dinov2.loss.ibot import iBOTPatchLoss

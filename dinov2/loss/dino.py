@@ -1,4 +1,4 @@
-"""Image-level loss: the student's class token predicts the teacher's (DINO, arXiv 2104.14294)."""
+"""Image-level loss: the student's class tokens predict the teacher's (DINO, arXiv 2104.14294)."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from dinov2.loss.targets import sinkhorn_knopp, soft_cross_entropy, softmax_cent
 class DINOLoss(nn.Module):
     """Cross-entropy between teacher targets and student scores over `out_dim` prototypes.
 
-    The buffer `center` (1, K) is the running mean of teacher scores, used and moved only with centering.
+    The buffer `center` (1, K) is the running mean of teacher scores, used and updated only with centering.
     """
 
     center: Tensor
@@ -24,18 +24,18 @@ class DINOLoss(nn.Module):
         self.register_buffer("center", torch.zeros(1, out_dim))
 
     def softmax_center_teacher(self, teacher_output: Tensor, teacher_temp: float) -> Tensor:
-        """Teacher scores (R, K) -> targets (R, K), with the center of the batches seen so far."""
+        """Compute targets from teacher scores, (R, K) -> (R, K), with the center of the previous batches."""
         return softmax_centering(teacher_output, self.center, teacher_temp)
 
     def sinkhorn_knopp_teacher(self, teacher_output: Tensor, teacher_temp: float, *, n_iterations: int = 3) -> Tensor:
-        """Teacher scores (R, K) -> targets (R, K), balanced over all processes."""
+        """Compute targets from teacher scores, (R, K) -> (R, K), balanced over all processes."""
         return sinkhorn_knopp(teacher_output, teacher_temp, n_iterations)
 
     @torch.no_grad()
     def update_center(self, *teacher_outputs: Tensor) -> None:
-        """Move the center by the mean of these scores, (R, K) per micro-batch, over all processes.
+        """Update the center by the mean of the scores, (R, K) per micro-batch, over all processes.
 
-        To be called after the targets are made.
+        To be called after the targets were computed.
         """
         sums = [scores.sum(dim=0, keepdim=True, dtype=torch.float32) for scores in teacher_outputs]
         total = torch.stack(sums).sum(dim=0)
@@ -44,9 +44,9 @@ class DINOLoss(nn.Module):
         self.center.copy_(updated_center(self.center, total / rows, self.center_momentum))
 
     def forward(self, student_output_list: Sequence[Tensor], teacher_probs_list: Sequence[Tensor]) -> Tensor:
-        """Sum over all pairs of a student view and a teacher view of their mean cross-entropy, each view (R, K).
+        """Sum the mean cross-entropy over all pairs of a student view and a teacher view, each (R, K).
 
-        The sum over teacher views moves inside the cross-entropy, which is linear in its targets.
+        Teacher views are summed first, because the cross-entropy is linear in its targets.
         """
         targets = torch.stack(tuple(teacher_probs_list)).sum(dim=0)
         losses = [soft_cross_entropy(scores, targets, self.student_temp).mean() for scores in student_output_list]

@@ -9,9 +9,9 @@ class KoLeoLoss(nn.Module):
     """Minus the mean log distance of each normalized feature to its nearest neighbor in the batch."""
 
     def forward(self, student_output: Tensor, eps: float = 1e-8) -> Tensor:
-        """(B, D) -> scalar; zero for fewer than two rows, which have no neighbor.
+        """Compute the loss, (B, D) -> scalar; zero for fewer than two rows, which have no neighbors.
 
-        Always in float32: in half precision `eps` vanishes and equal rows give infinity.
+        Always in float32: in half precision `eps` is rounded to 0 and equal rows give infinity.
         """
         if len(student_output) < 2:
             return student_output.sum() * 0.0

@@ -1,7 +1,7 @@
-"""From teacher scores to target probabilities: centered softmax or Sinkhorn-Knopp.
+"""Target probabilities from teacher scores, by centered softmax or Sinkhorn-Knopp.
 
-Both keep the targets from collapsing onto few prototypes. Centering subtracts a running mean of the scores;
-Sinkhorn-Knopp (arXiv 2006.09882) solves for an assignment of the batch that uses all prototypes equally.
+Both prevent a collapse of the targets to few prototypes. Centering subtracts a running mean of the scores;
+Sinkhorn-Knopp (arXiv 2006.09882) computes an assignment of the batch that uses all prototypes equally.
 
 Legend: R rows of this process (class or masked patch tokens), K prototypes.
 """
@@ -18,7 +18,7 @@ from dinov2.distributed import all_reduce_max, all_reduce_sum
 
 @torch.no_grad()
 def softmax_centering(scores: Tensor, center: Tensor, temperature: float) -> Tensor:
-    """Softmax of the centered scores in float32: (R, K), center broadcastable -> (R, K), rows sum to 1."""
+    """Softmax of the centered scores in float32: (R, K), broadcastable center -> (R, K), rows sum to 1."""
     targets = torch.empty_like(scores, dtype=torch.float32)
     for rows in _pieces(scores):
         torch.softmax((scores[rows] - center).div_(temperature), dim=-1, out=targets[rows])
@@ -34,19 +34,19 @@ def sinkhorn_knopp(scores: Tensor, temperature: float, n_iterations: int = 3) ->
 def sinkhorn_knopp_in_pieces(pieces: Sequence[Tensor], temperature: float, n_iterations: int = 3) -> list[Tensor]:
     """One balanced assignment of the rows of all micro-batches and processes: scores (R_i, K) each -> (R_i, K) each.
 
-    Alternates, in float32 and in place, between giving every prototype the same total and every row the same total, in
-    the published order; the published constants (1 / K, 1 / rows) cancel and are left out. Totals are sums, whose
-    rounding errors do not grow with K as those of matrix products do: at 900 x 65,536 the targets are as close to
-    float64 as the published ones. Each prototype's greatest score is subtracted first: the first division cancels it,
-    and `exp` cannot overflow. Scores more than 87 below it are raised to that, so that no row sums to zero. Pieces may
-    have different numbers of rows, even none.
+    Alternately normalizes the totals of prototypes and of rows, in float32 and in place, in the published order; the
+    published constants (1 / K, 1 / rows) cancel and are omitted. Totals are sums, whose rounding errors do not grow
+    with K like those of matrix products: at 900 x 65,536 the targets are as close to float64 as the published ones. The
+    maximum score of each prototype is subtracted first: the first division cancels it, and `exp` cannot overflow.
+    Scores more than 87 below it are clamped, so that no row sums to zero. Pieces may differ in their number of rows,
+    which may be 0.
     """
     assignments = [scores.float() / temperature for scores in pieces]
-    greatest = all_reduce_max(torch.stack([_column_max(scores) for scores in assignments]).amax(dim=0))
-    assignments = [scores.sub_(greatest).clamp_(min=-87.0).exp_() for scores in assignments]
+    maximum = all_reduce_max(torch.stack([_column_max(scores) for scores in assignments]).amax(dim=0))
+    assignments = [scores.sub_(maximum).clamp_(min=-87.0).exp_() for scores in assignments]
     for _ in range(n_iterations):
         totals = all_reduce_sum(torch.stack([assignment.sum(dim=0) for assignment in assignments]).sum(dim=0))
-        totals *= 2.0**-60  # any total does, the rows follow; this one keeps exp(-87) in the range of float32
+        totals *= 2.0**-60  # arbitrary, as rows are normalized next; keeps exp(-87) within float32
         for assignment in assignments:
             assignment.div_(totals)
             assignment.div_(assignment.sum(dim=1, keepdim=True))
@@ -54,23 +54,23 @@ def sinkhorn_knopp_in_pieces(pieces: Sequence[Tensor], temperature: float, n_ite
 
 
 def _column_max(scores: Tensor) -> Tensor:
-    """(R, K) -> (K,); minus infinity if there is no row."""
+    """Maximum of each column, (R, K) -> (K,); minus infinity without rows."""
     return scores.amax(dim=0) if len(scores) else scores.new_full(scores.shape[1:], -torch.inf)
 
 
 def soft_cross_entropy(scores: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of each row in float32: student scores (R, K), targets (R, K) -> (R,).
 
-    Targets are constants and may sum to anything. Neither the softmax nor float32 scores are ever kept.
+    Targets are constants with any sum. Neither the softmax nor float32 scores are kept in memory.
     """
     losses: Tensor = _SoftCrossEntropy.apply(scores, probabilities, temperature)
     return losses
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """-t . log softmax(z) for every row, z = scores / temperature; its gradient is sum(t) softmax(z) - t.
+    """-t . log softmax(z) for each row, with z = scores / temperature; its gradient is sum(t) softmax(z) - t.
 
-    Rows are treated in pieces that stay in a processor's cache; for the gradient the softmax is computed anew.
+    Rows are processed in pieces that fit in the cache of a CPU; the gradient recomputes the softmax.
     """
 
     @staticmethod
@@ -98,13 +98,13 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 
 def _pieces(scores: Tensor) -> list[slice]:
-    """Slices of the rows of (R, K) scores that fit in the cache of a CPU; elsewhere they only bound the memory."""
+    """Slices of rows of scores (R, K) that fit in the cache of a CPU; on other devices they only bound the memory."""
     size = max((2**19 if scores.is_cpu else 2**27) // max(scores[0:1].numel(), 1), 1)
     return [slice(first, first + size) for first in range(0, len(scores), size)]
 
 
 @torch.no_grad()
 def updated_center(center: Tensor, batch_mean: Tensor, momentum: float) -> Tensor:
-    """Move the running mean towards the mean of a batch, unless that is not finite (it would never recover)."""
+    """Update the running mean by the mean of a batch, unless that is not finite (it would never recover)."""
     moved = center * momentum + batch_mean * (1 - momentum)
     return torch.where(batch_mean.isfinite().all(), moved, center)

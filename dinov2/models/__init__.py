@@ -14,12 +14,14 @@ ARCHS: dict[str, Callable[..., DinoVisionTransformer]] = {
 
 
 def build_model(arch: str, **kwargs: Any) -> DinoVisionTransformer:
-    """Build the backbone `arch` (a key of `ARCHS`; a trailing `_memeff` is ignored, as published).
+    """Build a backbone.
 
-    Keywords go to `DinoVisionTransformer` and win over what the name stands for; None means: as the name says.
+    Args:
+        arch: A key of `ARCHS`; a trailing `_memeff` is ignored, as in the published function.
+        kwargs: Arguments of `DinoVisionTransformer`, which override those of `arch` unless they are None.
 
     Raises:
-        ValueError: if the name is unknown, or is a configuration, as the published function takes.
+        ValueError: If the name is unknown, or is a configuration, which the published function accepts.
     """
     if not isinstance(arch, str):
         raise ValueError(

@@ -1,38 +1,38 @@
-"""Backbones from their weights alone: a published name, a file, a folder or a URL; the tensors tell the network."""
+"""Backbones from weights alone: a published name, a file, a folder or a URL; their architecture is inferred."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from dinov2.models import build_model
-from dinov2.models.infer_architecture import find_arguments
+from dinov2.models.infer_architecture import infer_arguments
 from dinov2.models.key_mapping import StateDict
 from dinov2.models.published import PUBLISHED, published_settings, weights_url
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
 
 
-def read_weights(source: str, checkpoint_key: str = "teacher") -> tuple[str, StateDict]:
-    """Where the weights of a published name, a file, folder or URL are, and the tensors there.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ConnectionError: they cannot be downloaded.
-        ValueError: they cannot be read.
-    """
-    if source in PUBLISHED:
-        arch, registers = PUBLISHED[source]
-        source = weights_url(arch, "pretrain", registers=registers)
-    return source, read_state_dict(source, checkpoint_key)
+def weights_url_or_path(source: str) -> str:
+    """The URL of the weights of a published name; any other source as it is."""
+    if source not in PUBLISHED:
+        return source
+    arch, registers = PUBLISHED[source]
+    return weights_url(arch, "pretrain", registers=registers)
 
 
 def num_heads_beside(source: str) -> int | None:
-    """How many attention heads the configuration of transformers says that lies in a folder of weights, if one does."""
+    """The number of attention heads in the `config.json` of a folder of transformers; None if there is none."""
     config = Path(source) / "config.json"
     return json.loads(config.read_text(encoding="utf-8")).get("num_attention_heads") if config.is_file() else None
 
 
 def build_published(name: str, num_heads: int | None = None) -> DinoVisionTransformer:
-    """The published backbone of a name, with random weights."""
+    """Build a published backbone with random weights.
+
+    Args:
+        name: A key of `PUBLISHED`.
+        num_heads: Number of attention heads; None for the published one.
+    """
     arch, registers = PUBLISHED[name]
     return build_model(arch, **published_settings(arch, registers=registers), num_heads=num_heads)
 
@@ -40,27 +40,49 @@ def build_published(name: str, num_heads: int | None = None) -> DinoVisionTransf
 def load_from_weights(
     source: str, *, name: str | None = None, num_heads: int | None = None, checkpoint_key: str = "teacher"
 ) -> DinoVisionTransformer:
-    """A frozen backbone with its weights, on the CPU.
+    """Build a frozen backbone in evaluation mode and load its weights, on the CPU.
 
     Args:
-        source: a published name, a file, a folder of transformers or a URL.
-        name: the published backbone that it is; None: the one that is its source, or what the tensors tell.
-        num_heads: attention heads, which tensors do not tell; None: as a configuration of transformers in the folder
-            says, or 64 channels per head.
-        checkpoint_key: which network, if the source holds several.
+        source: A published name, a file, a folder of transformers or a URL.
+        name: Name of the published architecture; None for that of a published `source`, or else to infer the
+            architecture from the tensors.
+        num_heads: Number of attention heads, which tensors do not determine; None for that in a `config.json` in the
+            folder, or of 64 channels each.
+        checkpoint_key: The network to use if the source holds several.
 
     Raises:
-        FileNotFoundError, ConnectionError, ValueError: there are no such weights, or they fit no backbone.
+        FileNotFoundError: If there are no such weights.
+        ConnectionError: If they cannot be downloaded.
+        ValueError: If they cannot be read, or fit no backbone.
     """
     num_heads = num_heads or num_heads_beside(source)
     name = name or (source if source in PUBLISHED else None)
-    source, tensors = read_weights(source, checkpoint_key)
-    state = backbone_state_dict(tensors, checkpoint_key, source)
+    source = weights_url_or_path(source)
+    state = backbone_state_dict(read_state_dict(source, checkpoint_key), checkpoint_key, source)
+    return backbone_from_state(state, source, name=name, num_heads=num_heads)
+
+
+def backbone_from_state(
+    state: StateDict, source: str, *, name: str | None = None, num_heads: int | None = None, **settings: Any
+) -> DinoVisionTransformer:
+    """Build a frozen backbone in evaluation mode from a state dict with the published names.
+
+    Args:
+        state: Tensors by name.
+        source: Their origin, for messages.
+        name: Name of the published architecture; None to infer the architecture from the tensors.
+        num_heads: Number of attention heads; None for 64 channels each.
+        settings: Further arguments of `DinoVisionTransformer` instead of the inferred ones; unused with a `name`.
+
+    Raises:
+        ValueError: If the tensors fit no backbone, or not the one of that name.
+    """
     if name:
         model = build_published(name, num_heads)
     else:
         try:
-            model = DinoVisionTransformer(**find_arguments(state, num_heads))
+            arguments = infer_arguments(state, num_heads)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from error
+        model = DinoVisionTransformer(**arguments | settings)
     return load_state(model, state, source).eval().requires_grad_(False)

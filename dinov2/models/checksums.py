@@ -1,7 +1,8 @@
-"""Damage that readers do not notice: the checksums in files of weights are compared with what is in them.
+"""Detect damaged files of weights by their checksums, which their usual readers ignore.
 
-Files of `torch.save` are zip archives with a CRC-32 of each member, which `torch.load` does not look at. The format of
-safetensors has none: files of ours carry a CRC-32 of the whole file in their metadata, which other readers pass over.
+Files of `torch.save` are zip archives with a CRC-32 of each member, which `torch.load` does not verify. The safetensors
+format has no checksums: files written by this package have a CRC-32 of the file in their metadata, which other readers
+ignore.
 """
 
 import logging
@@ -14,25 +15,25 @@ from typing import BinaryIO
 logger = logging.getLogger(__name__)
 
 CHECKSUM_KEY = "crc32"
-"""The entry with the checksum in the metadata of a safetensors file."""
+"""Metadata key of the checksum in a safetensors file."""
 NO_CHECKSUM = "0" * 8
-"""What stands in its place until the file is written, and while the checksum is calculated; hexadecimal digits."""
+"""Placeholder for which the checksum is calculated, in hexadecimal digits."""
 
 _ENTRY = re.compile(rb'"%s":"([0-9a-f]{8})"' % CHECKSUM_KEY.encode())
 _CHUNK_BYTES = 1 << 22
 
 
 def check_zip(file: str | Path | BinaryIO) -> None:
-    """Read a zip archive, such as a file of `torch.save` or an `.npz`, and compare every checksum in it.
+    """Verify all checksums of a zip archive, such as a file of `torch.save` or an `.npz`.
 
-    It takes less than a second per gigabyte besides the reading, and a few megabytes of memory.
+    Needs less than a second per gigabyte in addition to reading it, and a few megabytes of memory.
 
     Args:
-        file: a path, or an open file that can be searched.
+        file: A path, or a seekable file.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if anything in it is damaged; names the member.
+        OSError: If it cannot be read.
+        ValueError: If anything in it is damaged; names the member.
     """
     name = "the table of contents"
     try:
@@ -44,23 +45,23 @@ def check_zip(file: str | Path | BinaryIO) -> None:
                         pass
     except OSError:
         raise
-    except Exception as error:  # on bytes that it does not expect zipfile fails in many ways
+    except Exception as error:  # on unexpected bytes zipfile raises various errors
         raise ValueError(f"{name} in it is damaged ({error or type(error).__name__})") from error
 
 
 def check_safetensors(path: Path) -> None:
-    """Compare the checksum in a safetensors file of ours with its content; log that others have none.
+    """Verify the checksum of a safetensors file; logs if it has none, as those of other programs.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if anything in it is damaged.
+        OSError: If it cannot be read.
+        ValueError: If anything in it is damaged.
     """
     with path.open("rb") as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
         entry = _ENTRY.search(header)
         if entry is None:
-            logger.info("%s has no checksum: damage to its numbers would not be noticed", path)
+            logger.info("%s has no checksum: damage to its numbers is not detected", path)
             return
         found = zlib.crc32(length + header[: entry.start(1)] + NO_CHECKSUM.encode() + header[entry.end(1) :])
         while chunk := file.read(_CHUNK_BYTES):
@@ -70,14 +71,14 @@ def check_safetensors(path: Path) -> None:
 
 
 def with_checksum(content: bytes) -> list[bytes | memoryview]:
-    """Fill in the checksum of a safetensors file that is to be written.
+    """Insert the checksum into the content of a safetensors file.
 
     Args:
-        content: the file, with {CHECKSUM_KEY: NO_CHECKSUM} in its metadata.
+        content: The file, with `{CHECKSUM_KEY: NO_CHECKSUM}` in its metadata.
 
     Returns:
-        The parts to write one after the other; no copy is made of the tensors.
+        The parts to write one after the other; tensors are not copied.
     """
     entry = _ENTRY.search(content, 0, 8 + int.from_bytes(content[:8], "little"))
-    assert entry is not None and entry[1].decode() == NO_CHECKSUM, "a place for the checksum"
+    assert entry is not None and entry[1].decode() == NO_CHECKSUM, "the metadata has a placeholder"
     return [content[: entry.start(1)], b"%08x" % zlib.crc32(content), memoryview(content)[entry.end(1) :]]

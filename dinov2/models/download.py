@@ -1,9 +1,9 @@
-"""Weights from a server into the cache of torch.hub: whole or absent, and continued where a connection broke.
+"""Download weights to the cache of torch.hub: atomically, and resumed after an interruption.
 
-A download is written to a hidden file beside its place and renamed when it is complete. What the server says of the
-file (its tag, its date, its length) is part of the hidden name, so that what is left of another version is never
-continued. Several processes may want the same file: one receives it and the others wait; where the file system cannot
-keep them apart they write the same bytes to the same places, which does no harm.
+A download is written to a hidden file beside its final path and renamed when it is complete. The hidden name depends on
+the tag, date and length that the server reports, so that the beginning of another version is never resumed. Of several
+processes that need the same file, one downloads it and the others wait; without file locks they write the same bytes
+to the same positions, which is harmless. (`torch.hub.download_url_to_file` neither resumes, nor locks, nor times out.)
 """
 
 import errno
@@ -17,8 +17,6 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -33,31 +31,31 @@ from dinov2.models.published import WEIGHTS_URL_VARIABLE
 logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 30.0
-"""A server that is silent for so long is given up, or asked again for the rest."""
+"""Timeout of a connection that receives nothing, in seconds."""
 ATTEMPTS = 5
-"""How often in a row a download may break off without having got any further."""
+"""Number of attempts in a row without progress."""
 PAUSE_S = 1.0
-"""Before the second attempt; twice as long before each further one."""
+"""Seconds before the second attempt; doubled before each further one."""
 MIN_BYTES, WINDOW_S = 60 * 1024, 60.0
-"""Fewer bytes in so many seconds, or in an attempt that breaks off, are no progress."""
+"""Fewer bytes in so many seconds, or in an interrupted attempt, do not count as progress."""
 MAX_UNKNOWN_BYTES = 16 << 30
-"""Where the server does not say how long a file is, more is not accepted, nor more than fits."""
+"""Largest accepted file, in bytes, if the server does not report its length."""
 
 _CHUNK_BYTES = 1 << 18
 _PUBLISHED_NAME = re.compile(r"dinov2_vit[sblg]14(_reg4)?_(pretrain|linear4?_head)\.pth")
-_ASK_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
-class _BrokenOffError(Exception):
-    """A download ended early; another attempt may get further."""
+class _InterruptedError(Exception):
+    """A download was interrupted; another attempt may succeed."""
 
     def __init__(self, reason: object, num_bytes: int = 0) -> None:
         super().__init__(str(reason) or type(reason).__name__)
-        self.num_bytes = num_bytes  # by how much more is on disk than before
+        self.num_bytes = num_bytes  # new on disk since the last attempt
 
 
 def cache_path(url: str) -> Path:
-    """Where the file of a URL is, or will be: under its own name if that is a published one, which tells them apart."""
+    """The path of a URL in the cache; names other than the published ones get a hash of the URL as prefix."""
     name = Path(unquote(urlparse(url).path)).name
     if not _PUBLISHED_NAME.fullmatch(name):
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
@@ -65,13 +63,16 @@ def cache_path(url: str) -> Path:
 
 
 def download(url: str) -> Path:
-    """The local file of a URL, fetched if it is not in the cache yet.
+    """Download the file of a URL unless it is in the cache.
+
+    Returns:
+        The local path.
 
     Raises:
-        FileNotFoundError: if the server has no such file.
-        ConnectionError: if the server cannot be reached, or breaks off again and again; says what to do.
-        OSError: if the file cannot be written.
-        ValueError: if what the server sends are no weights.
+        FileNotFoundError: If the server has no such file.
+        ConnectionError: If the server cannot be reached or interrupts all attempts; the message has alternatives.
+        OSError: If the file cannot be written.
+        ValueError: If the file is not one of weights.
     """
     target = cache_path(url)
     failures = 0
@@ -79,11 +80,11 @@ def download(url: str) -> Path:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _fetch(url, target)
-        except _BrokenOffError as error:
+        except _InterruptedError as error:
             failures = 1 if error.num_bytes >= MIN_BYTES else failures + 1
             if failures == ATTEMPTS:
                 raise ConnectionError(_advice(url, target, error)) from error
-            logger.warning("the download of %s broke off (%s); trying again", url, error)
+            logger.warning("the download of %s was interrupted (%s); trying again", url, error)
             time.sleep(PAUSE_S * 2 ** (failures - 1))
         except ConnectionError as error:
             raise ConnectionError(_advice(url, target, error)) from error
@@ -100,7 +101,7 @@ def _advice(url: str, target: Path, reason: object) -> str:
 
 
 def _fetch(url: str, target: Path) -> None:
-    """One attempt; ends without the file if another process was at it, which may have broken off."""
+    """Make one attempt; returns without the file if another process was downloading it, which may have failed."""
     with _open(url) as response:
         length = _length(response)
         version = f"{response.headers['ETag']} {response.headers['Last-Modified']} {length}"
@@ -112,107 +113,115 @@ def _fetch(url: str, target: Path) -> None:
                 logger.info("another process is downloading %s: waiting for it", url)
                 _lock(file, wait=True)
                 return
-            if target.is_file():  # since a moment ago: what was opened is new and empty
+            if target.is_file():  # since a moment ago: the partial file is new and empty
                 partial.unlink(missing_ok=True)
                 return
             try:
                 _receive(url, response, file, length)
             except BaseException:
-                if length is None or not os.fstat(file.fileno()).st_size:  # there is nothing to continue
+                if length is None or not os.fstat(file.fileno()).st_size:  # nothing that can be resumed
                     partial.unlink(missing_ok=True)
                 raise
-            if os.name == "nt":  # files cannot be renamed there while they are open
+            if os.name == "nt":  # open files cannot be renamed there
                 file.close()
             try:
                 _check_content(url, partial)
                 partial.replace(target)
             except FileNotFoundError:
-                if not target.is_file():  # else another process, not to be kept apart, was first
+                if not target.is_file():  # otherwise another process without lock was first
                     raise
 
 
-def _length(response: Any) -> int | None:
-    """How many bytes a response has, None if its server does not say."""
-    text = response.headers["Content-Length"] or ""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
-
-
 def _open(url: str, start: int = 0) -> Any:
-    """Ask for a file, or for the rest of it from byte `start`."""
+    """Request a file, or the rest of it from byte `start` on."""
     headers = {"User-Agent": "dinov2"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         return urlopen(Request(url, headers=headers), timeout=TIMEOUT_S)
     except HTTPError as error:
         error.close()
-        if error.code in _ASK_AGAIN:
-            raise _BrokenOffError(error) from error
+        if error.code in _RETRIED:
+            raise _InterruptedError(error) from error
         if error.code in (404, 410):
-            raise FileNotFoundError(f"no weights at {url}: the server says {error.code} {error.reason}") from error
-        raise ConnectionError(f"the server says {error.code} {_in_words(error)}") from error
-    except (OSError, http.client.HTTPException, ValueError) as error:  # the latter of addresses that are none
+            raise FileNotFoundError(f"no weights at {url}: the server answered {error.code} {error.reason}") from error
+        raise ConnectionError(f"the server answered {error.code} {_reason(error)}") from error
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError for malformed addresses
         if start:  # it could be reached a moment ago
-            raise _BrokenOffError(_in_words(error)) from error
-        raise ConnectionError(_in_words(error)) from error
+            raise _InterruptedError(_reason(error)) from error
+        raise ConnectionError(_reason(error)) from error
 
 
-def _in_words(error: Exception) -> str:
-    """What an error says in one line, or its kind if that is not text: a server may have sent anything."""
+def _length(response: Any) -> int | None:
+    """The number of bytes of a response; None if the server does not report it."""
+    text = response.headers["Content-Length"] or ""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
+
+
+def _reason(error: Exception) -> str:
+    """The message of an error in one line, or its type if that is not text: a server may have sent any bytes."""
     text = " ".join(str(getattr(error, "reason", error)).split())
     return text if text and text.isprintable() else type(error).__name__
 
 
 def _receive(url: str, response: Any, file: FileIO, length: int | None) -> None:
-    """Write the body of a response, or what is still missing of it, into a file that may hold its beginning."""
-    before = position = file.seek(0, os.SEEK_END)
-    if length is None or before > length:
-        position = 0
-    elif 0 < before < length:
+    """Write the body of a response to a file; if the file has the beginning already, request only the rest."""
+    before = file.seek(0, os.SEEK_END)
+    position = before if length is not None and before <= length else 0
+    if 0 < position < (length or 0):
         response.close()
         try:
             response = _open(url, start=before)
-        except ConnectionError:  # it refuses to continue
+        except ConnectionError:  # the server refuses to resume
             file.truncate(0)
             raise
         if response.status != 206 or not str(response.headers["Content-Range"]).startswith(f"bytes {before}-"):
-            position = 0  # a server that cannot continue: from the start
-    folder = Path(file.name).parent
-    most = _most_bytes(url, folder, length, position)
-    logger.info("downloading %s to %s, from byte %d of %s", url, folder, position, length or "?")
+            position = 0  # the server cannot resume
+    limit = _size_limit(url, Path(file.name).parent, length, position)
+    logger.info("downloading %s to %s, from byte %d of %s", url, Path(file.name).parent, position, length or "?")
     file.seek(position)
-    window_start, window_position = time.monotonic(), position
-    with response, _progress(Path(urlparse(url).path).name, position, length) as report:
-        while position < most:
-            try:
-                chunk = response.read1(min(_CHUNK_BYTES, most - position))
-                if not chunk and length:
-                    raise ConnectionError(f"connection closed after {position:,} of {length:,} bytes")
-            except (OSError, http.client.HTTPException) as error:
-                raise _BrokenOffError(error, max(position - before, 0)) from error
-            if not chunk:  # the end, where the server does not say how long the file is
-                break
-            _write(file, chunk)
-            position += len(chunk)
-            report(position)
-            if (now := time.monotonic()) - window_start >= WINDOW_S and position < most:
-                if position - window_position < MIN_BYTES:
-                    raise _BrokenOffError(f"only {position - window_position} bytes in {now - window_start:.0f} s")
-                window_start, window_position = now, position
-        else:
-            if length is None:
-                raise ValueError(
-                    f"{url} cannot be used: its server does not say how long it is, and {most / 1e6:,.1f} MB did not "
-                    f"hold all of it; at most {MAX_UNKNOWN_BYTES / 1e6:,.0f} MB and nine tenths of the free space are "
-                    f"accepted"
-                )
+    with response:
+        position = _copy(url, response, file, before, position, limit, length)
     file.truncate(position)
     os.fsync(file.fileno())
 
 
-def _most_bytes(url: str, folder: Path, length: int | None, position: int) -> int:
-    """How long a file may become: as long as its server says, or else a share of what there is space for.
+def _copy(url: str, response: Any, file: FileIO, before: int, position: int, limit: int, length: int | None) -> int:
+    """Copy a response from `position` on until its end or until there are `limit` bytes; the final position.
 
     Raises:
-        OSError: if there is no space for it.
+        _InterruptedError: If the connection is interrupted or too slow; `before` is what was on disk at the start.
+        ValueError: If a response of unknown length does not end within the limit.
+    """
+    window_start, window_position = time.monotonic(), position
+    with _progress_bar(Path(urlparse(url).path).name, position, length) as bar:
+        while position < limit:
+            try:
+                chunk = response.read1(min(_CHUNK_BYTES, limit - position))
+                if not chunk and length:
+                    raise ConnectionError(f"connection closed after {position:,} of {length:,} bytes")
+            except (OSError, http.client.HTTPException) as error:
+                raise _InterruptedError(error, max(position - before, 0)) from error
+            if not chunk:  # the end of a response of unknown length
+                return position
+            _write(file, chunk)
+            position += len(chunk)
+            bar.update(len(chunk))
+            if (now := time.monotonic()) - window_start >= WINDOW_S and position < limit:
+                if position - window_position < MIN_BYTES:
+                    raise _InterruptedError(f"only {position - window_position} bytes in {now - window_start:.0f} s")
+                window_start, window_position = now, position
+    if length is None:
+        raise ValueError(
+            f"{url} cannot be used: the server does not report its length, and it is larger than "
+            f"{limit / 1e6:,.1f} MB; the limits are {MAX_UNKNOWN_BYTES / 1e6:,.0f} MB and nine tenths of the free space"
+        )
+    return position
+
+
+def _size_limit(url: str, folder: Path, length: int | None, position: int) -> int:
+    """The largest accepted size in bytes: the length that the server reports, or else a share of the free space.
+
+    Raises:
+        OSError: If there is not enough space.
     """
     free = shutil.disk_usage(folder).free
     if length is None:
@@ -228,32 +237,32 @@ def _write(file: FileIO, chunk: bytes) -> None:
     try:
         while rest:
             rest = rest[file.write(rest) :]
-    except OSError as error:  # what the system says of a full disk does not name the file
+    except OSError as error:  # the message of the system about a full disk does not name the file
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(file.name)) from error
 
 
 def _lock(file: FileIO, *, wait: bool) -> bool:
-    """Keep other processes from this file until it is closed; False if another has it and we are not to wait."""
+    """Lock a file against other processes until it is closed; False if another one holds the lock."""
     try:
         fcntl = importlib.import_module("fcntl")
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except (ImportError, OSError):  # other systems, some network file systems: together then, see the top
+    except (ImportError, OSError):  # other systems, some network file systems: without lock, see the top
         pass
     return True
 
 
 def _check_content(url: str, path: Path) -> None:
-    """Remove what cannot be weights.
+    """Remove a file that is not one of weights.
 
     Raises:
-        ValueError: saying what it looks like instead.
+        ValueError: If it is not; the message describes it.
     """
     with path.open("rb") as file:
         head = file.read(60)
     if head.startswith(b"PK"):
-        problem = "" if zipfile.is_zipfile(path) else "it is truncated: its server holds only a part of it"
+        problem = "" if zipfile.is_zipfile(path) else "it is truncated on the server"
     elif head.startswith(b"\x80") or head[8:9] == b"{":  # a pickle, or safetensors
         problem = ""
     elif not head:
@@ -261,29 +270,20 @@ def _check_content(url: str, path: Path) -> None:
     else:
         text = head.decode("ascii", errors="replace").replace("\n", " ")
         shown = repr(text) if text.isprintable() and "\ufffd" not in text else f"the bytes {head[:8].hex(' ')}"
-        problem = f"it is no weights but begins with {shown}"
+        problem = f"it is not a file of weights but begins with {shown}"
     if problem:
         path.unlink()
         raise ValueError(f"{url} cannot be used: {problem}")
 
 
-@contextmanager
-def _progress(name: str, start: int, length: int | None) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how far a download is; elsewhere nothing."""
-    begin, next_time = time.monotonic(), 0.0
-
-    def report(position: int) -> None:
-        nonlocal next_time
-        now = time.monotonic()
-        if sys.stderr.isatty() and (now >= next_time or position == length):
-            next_time = now + 0.2
-            share = f"{position / length:4.0%} of {length / 1e6:,.0f} MB" if length else f"{position / 1e6:,.0f} MB"
-            speed = (position - start) / 1e6 / max(now - begin, 1e-3)
-            sys.stderr.write(f"\r{name}: {share}, {speed:,.1f} MB/s ")
-            sys.stderr.flush()
-
-    try:
-        yield report
-    finally:
-        if next_time:  # something was shown
-            sys.stderr.write("\n")
+def _progress_bar(name: str, position: int, length: int | None) -> Any:
+    """A progress bar, if standard error is a terminal."""
+    return torch.hub.tqdm(  # tqdm if it is installed, or a simple stand-in
+        total=length,
+        initial=position,
+        desc=name,
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        file=sys.stderr,
+    )

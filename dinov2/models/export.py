@@ -1,11 +1,11 @@
-"""Backbones for other libraries and runtimes: how each form is written, and read again to compare it with ours.
+"""Export backbones for other libraries and runtimes, and read the result again for comparison.
 
-| form | what is written | who reads it |
+| form | output | readers |
 | --- | --- | --- |
-| `torch`, `safetensors` | the published names | we, timm (`checkpoint_path=`), code for the released files |
+| `torch`, `safetensors` | published key names | this package, timm (`checkpoint_path=`), code for the released files |
 | `hf` | a folder with `config.json` and `model.safetensors` | transformers: `AutoModel.from_pretrained` |
-| `timm` | timm's names | `timm.create_model(...).load_state_dict(...)` |
-| `onnx` | images -> class token and patch tokens, for any batch and size | onnxruntime and others |
+| `timm` | key names of timm | `timm.create_model(...).load_state_dict(...)` |
+| `onnx` | images -> class token and patch tokens, for any batch and image size | onnxruntime and others |
 | `torch.export` | the same as a program of PyTorch | `torch.export.load` |
 
 Legend: B images of H x W pixels, n patches, R registers, D width.
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.models.checksums import CHECKSUM_KEY, NO_CHECKSUM, with_checksum
-from dinov2.models.infer_architecture import exact_ratio, find_arguments
+from dinov2.models.infer_architecture import exact_ratio, infer_arguments
 from dinov2.models.key_mapping import StateDict, to_hf, to_timm
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import import_safetensors, load_backbone, read_file
@@ -31,31 +31,31 @@ from dinov2.models.weights import import_safetensors, load_backbone, read_file
 Tokens = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) -> class token and patch tokens after the last norm, (B, 1 + n, D)."""
 
-_LARGEST_ONNX_BYTES = 1_900_000_000  # of one file, which is a protocol buffer; larger weights go into a second one
+_LARGEST_ONNX_BYTES = 1_900_000_000  # limit of a protocol buffer file; larger weights are in a second file
 
 
 class Form(NamedTuple):
-    """One way to write a backbone, and to read it as a person would."""
+    """Functions that write a backbone, and read it with its usual library."""
 
     write: Callable[[DinoVisionTransformer, Path], None]
-    read: Callable[[DinoVisionTransformer, Path], Tokens]  # the network says which sizes to expect
-    suffixes: tuple[str, ...]  # which readers go by; none: it is a folder
+    read: Callable[[DinoVisionTransformer, Path], Tokens]  # the model has the expected architecture
+    suffixes: tuple[str, ...]  # accepted by readers; none for a folder
     positions: Callable[[DinoVisionTransformer], dict[str, Any]] = lambda _: {}
-    """If the library resamples positions in its own way: what our attributes would be for that."""
+    """Attributes of `DinoVisionTransformer` for the way in which the library resamples positions."""
 
 
 class Difference(NamedTuple):
-    """What came out of a comparison at one size."""
+    """Result of a comparison at one image size."""
 
     height: int
     width: int
-    largest: float  # of any number
-    scale: float  # the largest number itself
-    published: float | None  # the largest difference to our positions, if the other library has its own
+    largest: float  # difference of any output
+    scale: float  # largest absolute output
+    published: float | None  # largest difference to published resampling, if the library has its own
 
 
 class Features(nn.Module):
-    """What exported programs compute: images -> class token (B, D) and patch tokens (B, n, D) after the last norm."""
+    """The exported program: images -> class token (B, D) and patch tokens (B, n, D) after the last norm."""
 
     def __init__(self, backbone: DinoVisionTransformer) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Features(nn.Module):
 
 
 def tokens_of(model: Callable[[Tensor], Any]) -> Tokens:
-    """Class token and patch tokens of something that computes what `Features` does, in one tensor."""
+    """Concatenate the class token and the patch tokens of a model with the outputs of `Features`."""
 
     def tokens(images: Tensor) -> Tensor:
         class_token, patches = model(images)
@@ -80,7 +80,7 @@ def tokens_of(model: Callable[[Tensor], Any]) -> Tokens:
 
 @torch.no_grad()
 def compare(model: DinoVisionTransformer, form: Form, path: Path) -> list[Difference]:
-    """Read what was written and give it and the model the same random images, of the model's size and of another."""
+    """Compare an exported model with the original on random images, of the native size and of another."""
     ours, theirs = tokens_of(Features(model)), form.read(model, path)
     generator = torch.Generator().manual_seed(0)
     native, patch = model.patch_embed.img_size, model.patch_size
@@ -108,10 +108,14 @@ def _attributes(model: DinoVisionTransformer, values: dict[str, Any]) -> Iterato
 
 
 def need(package: str, purpose: str) -> ModuleType:
-    """A package that only some forms need.
+    """Import an optional package.
+
+    Args:
+        package: Its name.
+        purpose: Use of the package, for the message.
 
     Raises:
-        ValueError: saying how to install it.
+        ValueError: If it is missing; the message has the command that installs it.
     """
     try:
         return importlib.import_module(package)
@@ -119,7 +123,7 @@ def need(package: str, purpose: str) -> ModuleType:
         raise ValueError(f"{purpose} needs a package that is missing: pip install {package}") from error
 
 
-# --- The published names ---------------------------------------------------------------------------------------------
+# --- Published key names ---------------------------------------------------------------------------------------------
 
 
 def _write_torch(model: DinoVisionTransformer, path: Path) -> None:
@@ -137,7 +141,7 @@ def _save_safetensors(state: StateDict, path: Path) -> None:
 
 
 def _read_ours(model: DinoVisionTransformer, path: Path) -> Tokens:
-    arguments = find_arguments(model.state_dict(), model.num_heads)
+    arguments = infer_arguments(model.state_dict(), model.num_heads)
     same = DinoVisionTransformer(
         **arguments | {name: getattr(model, name) for name in ("interpolate_offset", "interpolate_antialias")}
     )
@@ -155,17 +159,15 @@ def _write_hf(model: DinoVisionTransformer, folder: Path) -> None:
 
 
 def hf_config(model: DinoVisionTransformer) -> dict[str, Any]:
-    """What `config.json` says of a backbone, with the keys of the published ones.
+    """The content of `config.json` for a backbone, with the keys of the published ones.
 
     Raises:
-        ValueError: if transformers has no such network.
+        ValueError: If transformers has no such architecture.
     """
-    arguments = find_arguments(model.state_dict(), model.num_heads)
+    arguments = infer_arguments(model.state_dict(), model.num_heads)
     ratio, registers = arguments["mlp_ratio"], model.num_register_tokens
     if ratio != int(ratio):
-        raise ValueError(
-            f"the hidden layers of transformers are a whole number of times as wide as the rest, not {ratio:.4g}"
-        )
+        raise ValueError(f"the MLP ratio of transformers is an integer, but this network has {ratio:.4g}")
     return {
         "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
         "model_type": "dinov2_with_registers" if registers else "dinov2",
@@ -191,7 +193,7 @@ def _read_hf(model: DinoVisionTransformer, folder: Path) -> Tokens:
     network = transformers.Dinov2WithRegistersModel if registers else transformers.Dinov2Model
     theirs, report = network.from_pretrained(folder, output_loading_info=True)
     if problems := {title: names for title, names in report.items() if names}:
-        raise ValueError(f"transformers does not take what was written: {problems}")
+        raise ValueError(f"transformers cannot load what was written: {problems}")
     theirs.eval()
     return lambda images: _without_registers(theirs(images).last_hidden_state, registers)
 
@@ -213,7 +215,7 @@ def _write_timm(model: DinoVisionTransformer, path: Path) -> None:
 
 def timm_arguments(model: DinoVisionTransformer) -> tuple[str, dict[str, Any]]:
     """Name and keywords for `timm.create_model`."""
-    arguments = find_arguments(model.state_dict(), model.num_heads)
+    arguments = infer_arguments(model.state_dict(), model.num_heads)
     sizes = {384: "small", 768: "base", 1024: "large"}
     gated = arguments["ffn_layer"] == "swiglufused"
     size = "giant" if gated else sizes.get(model.embed_dim, "small")
@@ -222,7 +224,7 @@ def timm_arguments(model: DinoVisionTransformer) -> tuple[str, dict[str, Any]]:
         arguments["mlp_ratio"] = exact_ratio(packed, model.embed_dim)
     taken = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
     keywords = {name: arguments[name] for name in (*taken, "proj_bias")}
-    keywords["init_values"] = arguments["init_values"] or 0.0  # None would mean: as its name says
+    keywords["init_values"] = arguments["init_values"] or 0.0  # None would select the default of its name
     if registers := model.num_register_tokens:
         keywords["reg_tokens"] = registers
     return f"vit_{size}_patch14{'_reg4' if registers else ''}_dinov2", keywords
@@ -236,7 +238,7 @@ def _read_timm(model: DinoVisionTransformer, path: Path) -> Tokens:
     try:
         theirs.load_state_dict(content)
     except RuntimeError as error:
-        raise ValueError(f"timm does not take what was written: {error}") from error
+        raise ValueError(f"timm cannot load what was written: {error}") from error
     theirs.eval()
     return lambda images: _without_registers(theirs.forward_features(images), model.num_register_tokens)
 
@@ -247,7 +249,7 @@ _OUTPUTS = ["class_token", "patch_tokens"]
 
 
 def _example(model: DinoVisionTransformer) -> tuple[tuple[Tensor], Any]:
-    """Images to follow through the network, and which of their sizes are free."""
+    """Example images for tracing, and their dynamic dimensions."""
     patch = model.patch_size
     rows, columns = (patch * torch.export.Dim(name, min=1) for name in ("rows", "columns"))
     images = torch.zeros(2, model.patch_embed.in_chans, 3 * patch, 5 * patch)

@@ -1,4 +1,4 @@
-"""What network a state dict is of: the arguments of its vision transformer, found from names and shapes."""
+"""Infer the architecture of a vision transformer from the names and shapes in its state dict."""
 
 import math
 from typing import Any
@@ -10,17 +10,22 @@ from dinov2.models import build_model
 from dinov2.models.published import PUBLISHED, position_settings, published_settings
 
 HEAD_DIM = 64
-"""Channels per attention head in all published models; tensors do not tell."""
+"""Channels per attention head in all published models, which tensors do not determine."""
 
 
-def find_arguments(state: dict[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """Arguments for `DinoVisionTransformer` that fit a state dict with the published names.
+def infer_arguments(state: dict[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
+    """Infer the arguments of `DinoVisionTransformer` from a state dict.
 
-    Tensors tell neither the number of heads, for which 64 channels per head are assumed, nor how positions are
-    resampled: as in the published models, which differ with and without registers.
+    Args:
+        state: State dict of a backbone with the published names.
+        num_heads: Number of attention heads, which tensors do not determine; None for 64 channels per head.
+
+    Returns:
+        The arguments. Positions are resampled as in the published models with the same use of registers, which tensors
+        do not determine either.
 
     Raises:
-        ValueError: if it is no whole backbone.
+        ValueError: If it is not the state dict of a whole backbone.
     """
     missing = [name for name in ("pos_embed", "patch_embed.proj.weight", "norm.weight") if name not in state]
     if missing:
@@ -31,7 +36,7 @@ def find_arguments(state: dict[str, Tensor], num_heads: int | None = None) -> di
     if side * side != table.shape[1] - 1:
         raise ValueError(f"pos_embed {tuple(table.shape)} is not of a square grid of patches")
     if num_heads is None and width % HEAD_DIM:
-        raise ValueError(f"width {width} is no multiple of {HEAD_DIM} channels per head: say how many heads")
+        raise ValueError(f"width {width} is not a multiple of {HEAD_DIM} channels per head: give the number of heads")
     registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
     return {
         "img_size": side * patch_size,
@@ -53,7 +58,7 @@ def _feed_forward(state: dict[str, Tensor], width: int) -> dict[str, Any]:
     for kind, first, second in (("mlp", "fc1", "fc2"), ("swiglufused", "w12", "w3")):
         if (weight := state.get(f"blocks.0.mlp.{second}.weight")) is not None:
             hidden = weight.shape[1]
-            if kind == "swiglufused":  # it takes two thirds of what the ratio says, rounded up to a multiple of 8
+            if kind == "swiglufused":  # two thirds of what the ratio gives, rounded up to a multiple of 8
                 usual = (4 * width * 2 // 3 + 7) // 8 * 8
                 hidden = 4 * width if hidden == usual else hidden * 3 // 2
             bias = f"blocks.0.mlp.{first}.bias" in state
@@ -62,13 +67,13 @@ def _feed_forward(state: dict[str, Tensor], width: int) -> dict[str, Any]:
 
 
 def exact_ratio(hidden: int, width: int) -> float:
-    """The ratio for which int(width * ratio) is `hidden`, whatever the rounding."""
+    """The ratio for which `int(width * ratio) == hidden` holds despite rounding."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def published_name(state: dict[str, Tensor]) -> str | None:
-    """The name of the published backbone that has exactly these parameters, if there is one."""
+    """The name of the published backbone with the same parameter names and shapes; None if there is none."""
     shapes = {name: value.shape for name, value in state.items()}
     for name, (arch, registers) in PUBLISHED.items():
         if registers == ("register_tokens" in state):

@@ -1,12 +1,12 @@
-"""Names of parameters in the files of other libraries, and of chunked checkpoints, to the published ones and back.
+"""Map the parameter names of other libraries and of chunked checkpoints to the published ones, and back.
 
-| layout | of | what is different |
+| format | written by | differences |
 | --- | --- | --- |
-| `published` | the released files, and ours | |
-| `hf` | transformers, `Dinov2...` | queries, keys and values apart; other names, in transformers 5 yet others |
-| `timm` | timm, `vit_..._dinov2` | no mask token, MLP and SwiGLU of one name; with registers class token + position |
+| `published` | the release, this package | |
+| `hf` | transformers, `Dinov2...` | other names, yet others in transformers 5; separate query, key and value |
+| `timm` | timm, `vit_..._dinov2` | no mask token; one name for MLP and SwiGLU; with registers `cls_token` + position |
 
-Pure functions from state dict to state dict. Names that are not known stay as they are: whoever loads them complains.
+Pure functions from state dict to state dict. Unknown names are kept, so that strict loading reports them.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 StateDict = dict[str, Tensor]
 
-# --- Blocks in chunks ------------------------------------------------------------------------------------------------
+# --- Chunked blocks --------------------------------------------------------------------------------------------------
 
 _CHUNKED = re.compile(r"\bblocks\.\d+\.(\d+)\.")
 
@@ -38,15 +38,15 @@ def chunk_block_names(state: StateDict, depth: int, block_chunks: int) -> StateD
     return {re.sub(r"\bblocks\.(\d+)\.", chunked, name): value for name, value in state.items()}
 
 
-# --- Any layout ------------------------------------------------------------------------------------------------------
+# --- Any format ------------------------------------------------------------------------------------------------------
 
 _HF_MARK = "embeddings.patch_embeddings.projection.weight"
 PATCH_PROJECTIONS = ("patch_embed.proj.weight", _HF_MARK)
-"""Names that only a backbone has, and any backbone, in one layout or another."""
+"""Names that every backbone has and nothing else, in one format or another."""
 
 
-def layout_of(state: StateDict) -> str:
-    """`hf`, `timm`, or else `published`, which may be with prefixes, or no backbone at all."""
+def key_format(state: StateDict) -> str:
+    """The format of the names: `hf`, `timm`, or else `published` (with any prefix, or without a backbone)."""
     if any(name.endswith(_HF_MARK) for name in state):
         return "hf"
     if {"cls_token", "patch_embed.proj.weight"} <= state.keys() and "mask_token" not in state:
@@ -55,8 +55,8 @@ def layout_of(state: StateDict) -> str:
 
 
 def to_published(state: StateDict) -> StateDict:
-    """A state dict of any layout in the published one; the backbone below `backbone.` if there is more than that."""
-    match layout_of(state):
+    """Map a state dict of any format to the published names, with the prefix `backbone.` if it has more than that."""
+    match key_format(state):
         case "hf":
             return from_hf(state)
         case "timm":
@@ -66,7 +66,7 @@ def to_published(state: StateDict) -> StateDict:
 
 # --- transformers ----------------------------------------------------------------------------------------------------
 
-# Published -> transformers, without the final `.weight` or `.bias`. Several on the right are stacked into one of ours.
+# Published name -> names in transformers, without the final `.weight` or `.bias`; several are concatenated.
 _HF_OUTSIDE = {
     "cls_token": "embeddings.cls_token",
     "mask_token": "embeddings.mask_token",
@@ -87,7 +87,7 @@ _HF_BLOCK: dict[str, tuple[str, ...]] = {
     "mlp.w3": ("mlp.weights_out",),
     "ls2.gamma": ("layer_scale2.lambda1",),
 }
-# How transformers 5 calls some of them once they are loaded; its files have the names above.
+# Names of transformers 5 in memory; its files have the names above.
 _HF_BLOCK_5: dict[str, tuple[str, ...]] = {
     "attn.qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
     "attn.proj": ("attention.o_proj",),
@@ -97,7 +97,10 @@ _HF_BLOCK_5: dict[str, tuple[str, ...]] = {
 
 
 def from_hf(state: StateDict) -> StateDict:
-    """From transformers; if there is more than a backbone it is below `backbone.`, a classifier `linear_head.`."""
+    """Map from the names of transformers.
+
+    With more than a backbone, its names get the prefix `backbone.`, those of a classifier `linear_head.`.
+    """
     prefix = next(name.removesuffix(_HF_MARK) for name in state if name.endswith(_HF_MARK))
     home = "backbone." if prefix else ""
     outside = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}
@@ -124,7 +127,7 @@ def from_hf(state: StateDict) -> StateDict:
 
 
 def to_hf(state: StateDict) -> StateDict:
-    """To the names in the files published for transformers, whose blocks always have LayerScale: of ones if need be."""
+    """Map to the names in files of transformers, whose blocks always have LayerScale; missing ones are added."""
     result: StateDict = {}
     for name, value in state.items():
         block, module, kind = _split(name, "blocks.")
@@ -141,7 +144,7 @@ def to_hf(state: StateDict) -> StateDict:
 
 
 def _split(name: str, blocks: str) -> tuple[str, str, str]:
-    """(number of the block or "", module or token, ".weight" or ".bias" or "")."""
+    """Split a name into the block index or "", the module or token, and ".weight", ".bias" or ""."""
     match = re.fullmatch(rf"(?:{re.escape(blocks)}(\d+)\.)?(.+?)(\.weight|\.bias|)", name)
     assert match is not None, "its second group takes everything"
     return match[1] or "", match[2], match[3]
@@ -157,10 +160,10 @@ _TIMM_SWIGLU = {"mlp.w12.": "mlp.fc1.", "mlp.w3.": "mlp.fc2."}
 
 
 def from_timm(state: StateDict) -> StateDict:
-    """From timm; a mask token of zeros is added, a classifier (`head.`) puts the backbone below `backbone.`."""
+    """Map from the names of timm; adds a zero mask token, and the prefix `backbone.` beside a classifier `head.`."""
     renamed = dict(state)
     table = state["pos_embed"]
-    if math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # no place for the class token
+    if math.isqrt(table.shape[1]) ** 2 == table.shape[1]:  # no position of the class token
         renamed["pos_embed"] = torch.cat([table.new_zeros(1, 1, table.shape[2]), table], dim=1)
     if "reg_token" in renamed:
         renamed["register_tokens"] = renamed.pop("reg_token")
@@ -174,7 +177,7 @@ def from_timm(state: StateDict) -> StateDict:
 
 
 def to_timm(state: StateDict) -> StateDict:
-    """To timm, which has no mask token, and with registers gives the class token its position beforehand."""
+    """Map to the names of timm, without mask token; with registers the class token includes its position."""
     renamed = {name: value for name, value in state.items() if name != "mask_token"}
     for ours, theirs in _TIMM_SWIGLU.items():
         renamed = {name.replace(ours, theirs): value for name, value in renamed.items()}
@@ -186,7 +189,7 @@ def to_timm(state: StateDict) -> StateDict:
 
 
 def _is_gated(state: StateDict, name: str) -> bool:
-    """Whether the feed-forward layer of this parameter packs a gate and a value into `fc1`."""
+    """Whether the feed-forward layer of a parameter is SwiGLU: `fc1` has the rows of gate and value."""
     mlp = name.partition(".mlp.")[0] + ".mlp"
     first, second = state.get(f"{mlp}.fc1.weight"), state.get(f"{mlp}.fc2.weight")
     return first is not None and second is not None and first.shape[0] == 2 * second.shape[1]

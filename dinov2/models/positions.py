@@ -1,4 +1,4 @@
-"""Position tables for other image sizes: bicubic resampling, also where the size is not known yet.
+"""Resample position tables for other image sizes, also in exported programs with dynamic sizes.
 
 Legend: a table (1, 1 + g, D) holds the position of the class token and those of a grid of g = rows * columns patches.
 """
@@ -14,11 +14,18 @@ Grid = tuple[int, int]
 
 
 def resample_positions(table: Tensor, old: Grid, new: Grid, *, offset: float, antialias: bool) -> Tensor:
-    """The table of one grid for another, (1, 1 + old rows * columns, D) -> (1, 1 + new rows * columns, D), in float32.
+    """Resample a position table with bicubic interpolation; for the same grid it is returned unchanged.
 
-    The same grid leaves it as it is. Otherwise it is resampled with bicubic interpolation: with an offset o > 0 by the
-    scale (new + o) / old, which samples at slightly other points than asking for the size does (the released models
-    without registers were trained so); with o = 0 by size.
+    Args:
+        table: Positions, (1, 1 + old rows * columns, D).
+        old: Grid of the table.
+        new: Grid of the result.
+        offset: With an offset o > 0 the scale factor is (new + o) / old, which samples at slightly different points
+            than with o = 0, where the size is given (the released models without registers were trained with 0.1).
+        antialias: Whether the interpolation is antialiased.
+
+    Returns:
+        Positions, (1, 1 + new rows * columns, D), in float32 if resampled.
     """
     if not all(isinstance(size, int) for size in new):
         return _resample_to_any(table, old, new, offset=offset, antialias=antialias)
@@ -35,14 +42,14 @@ def resample_positions(table: Tensor, old: Grid, new: Grid, *, offset: float, an
 
 
 def _resample_to_any(table: Tensor, old: Grid, new: Grid, *, offset: float, antialias: bool) -> Tensor:
-    """The same for a network exported for images of any size, whose rows and columns are known when it runs only.
+    """Resample in a program exported with dynamic image sizes, whose rows and columns are known only when it runs.
 
-    Bicubic interpolation is a matrix product along each axis. Exporters know no interpolation by a scale that is not a
-    constant, and at the old size the matrices are the identity, so that no case distinction is needed.
+    Bicubic interpolation is a matrix product along each axis. Exporters support interpolation only with a constant
+    scale; for the old size the matrices are the identity, so no case distinction is needed.
     """
     sizes = [torch.full((), size, dtype=torch.int64, device=table.device) for size in new]
     same = [size == before for size, before in zip(sizes, old, strict=True)]
-    if not antialias:  # PyTorch's antialiased interpolation leaves an axis that keeps its size alone, the other not
+    if not antialias:  # PyTorch leaves an axis of unchanged size alone only with antialiasing
         same = [same[0] & same[1]] * 2
     down, across = (
         _bicubic_matrix(before, after, before / (after + offset * ~kept), antialias=antialias)
@@ -54,10 +61,10 @@ def _resample_to_any(table: Tensor, old: Grid, new: Grid, *, offset: float, anti
 
 
 def _bicubic_matrix(old: int, new: int, step: Tensor, *, antialias: bool) -> Tensor:
-    """(new, old) weights of old cells in new ones; new cell i is centered on (i + 0.5) * step, in units of old cells.
+    """Weights (new, old) of old cells in new ones; new cell i is centered on (i + 0.5) * step, in units of old cells.
 
-    Like PyTorch: without antialiasing the four nearest cells with a = -0.75, the border repeated; with it a = -0.5, a
-    kernel as wide as the step when shrinking, cut at the border and normalized.
+    As in PyTorch: without antialiasing the four nearest cells with a = -0.75 and a repeated border; with antialiasing
+    a = -0.5, a kernel as wide as the step when downsampling, truncated at the border and normalized.
     """
     centers = (torch.arange(new, device=step.device) + 0.5).unsqueeze(1) * step
     cells = torch.arange(old, device=step.device, dtype=step.dtype)  # some exporters compare equal types only
@@ -71,7 +78,7 @@ def _bicubic_matrix(old: int, new: int, step: Tensor, *, antialias: bool) -> Ten
 
 
 def _cubic(distance: Tensor, a: float) -> Tensor:
-    """The kernel of Keys, "Cubic convolution interpolation for digital image processing" (1981)."""
+    """Kernel of Keys, "Cubic convolution interpolation for digital image processing" (1981)."""
     x = distance.abs()
     near, far = ((a + 2) * x - (a + 3)) * x * x + 1, ((x - 5) * x + 8) * a * x - 4 * a
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))

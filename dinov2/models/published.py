@@ -1,11 +1,11 @@
-"""The models published with the paper: their names, their settings, and where their weights are."""
+"""The published models: names, settings, and URLs of their weights."""
 
 import os
 from typing import Any
 
 PUBLISHED_WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2"
 WEIGHTS_URL_VARIABLE = "DINOV2_WEIGHTS_URL"
-"""The environment variable that replaces the server: the URL of a mirror, or a folder."""
+"""Environment variable that replaces the server by the URL of a mirror, or by a folder."""
 
 _ARCHS = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
 
@@ -14,11 +14,11 @@ PUBLISHED: dict[str, tuple[str, bool]] = {
     for suffix in ("", "_reg")
     for letter, arch in _ARCHS.items()
 }
-"""Name of each published backbone -> its architecture, and whether it has registers."""
+"""{name of a published backbone: (architecture, whether it has registers)}."""
 
 
 def published_settings(arch: str, *, registers: bool) -> dict[str, Any]:
-    """Arguments for `dinov2.models.build_model(arch, ...)` that make the published network."""
+    """Arguments of `dinov2.models.build_model(arch, ...)` for the published network."""
     return {
         "img_size": 518,
         "patch_size": 14,
@@ -30,12 +30,12 @@ def published_settings(arch: str, *, registers: bool) -> dict[str, Any]:
 
 
 def position_settings(*, registers: bool) -> dict[str, Any]:
-    """How the published networks resample positions, which their tensors do not tell."""
+    """Arguments for resampling positions as the published networks do; tensors do not determine them."""
     return {"interpolate_antialias": registers, "interpolate_offset": 0.0 if registers else 0.1}
 
 
 def weights_url(arch: str, content: str, *, registers: bool) -> str:
-    """Where published weights are; `content` is `pretrain`, `linear_head` or `linear4_head`."""
+    """URL or path of published weights; `content` is `pretrain`, `linear_head` or `linear4_head`."""
     base = os.environ.get(WEIGHTS_URL_VARIABLE, PUBLISHED_WEIGHTS_URL).rstrip("/")
     folder = f"dinov2_{arch.replace('_', '')[:4]}14"
     return f"{base}/{folder}/{folder}{'_reg4' if registers else ''}_{content}.pth"

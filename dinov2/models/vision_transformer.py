@@ -31,23 +31,28 @@ class DinoVisionTransformer(nn.Module):
     """Vision transformer with optional registers, LayerScale, SwiGLU and stochastic depth.
 
     Args:
-        img_size: pixels (int or (height, width)) that size the position table.
-        patch_size: patch side p in pixels.
-        in_chans: channels of the images.
-        embed_dim, depth, num_heads, mlp_ratio: the usual sizes.
-        drop_path_rate: stochastic depth, a ramp from 0 to this rate, or the same everywhere (`drop_path_uniform`).
-        init_values: start of LayerScale; None or 0 leaves it out.
-        embed_layer: patch projection, called as `PatchEmbed` is.
-        act_layer: activation of the feed-forward networks; `swiglu` has no choice.
-        block_fn: block, called as `Block` is.
-        ffn_layer: a key of `FFN_LAYERS` (`swiglu` and `swiglufused` are the same).
-        block_chunks: into how many groups the blocks are sharded, for whoever shards them. Changes nothing here: names
-            are always flat (`blocks.7.`), and `models.weights` renames chunked checkpoints.
-        num_register_tokens: R extra tokens without position (arXiv 2309.16588).
-        interpolate_antialias, interpolate_offset: how positions are resampled, see `interpolate_pos_encoding`.
-        attention_backend: see `layers.attention`.
-        init_std, pos_embed_std: spread of the initial linear weights and positions. The published 0.02 suits widths
-            from 384 up; a narrow model starts better from about 1 / sqrt(embed_dim).
+        img_size: Image size in pixels, an int or (height, width), which determines the size of the position table.
+        patch_size: Patch side p in pixels.
+        in_chans: Number of image channels.
+        embed_dim: Width D.
+        depth: Number of blocks.
+        num_heads: Number of attention heads.
+        mlp_ratio: Width of the hidden layers of the feed-forward networks, relative to D.
+        qkv_bias, ffn_bias, proj_bias: Whether these linear layers have biases.
+        drop_path_rate: Rate of stochastic depth in the last block, in [0, 1); it increases linearly from 0.
+        drop_path_uniform: Whether all blocks have the rate `drop_path_rate`.
+        init_values: Initial value of LayerScale; None or 0 for no LayerScale.
+        embed_layer: Patch projection with the signature of `PatchEmbed`.
+        act_layer: Activation of the feed-forward networks; `swiglu` ignores it.
+        block_fn: Block with the signature of `Block`.
+        ffn_layer: A key of `FFN_LAYERS` (`swiglu` and `swiglufused` are the same).
+        block_chunks: Number of groups in which blocks are sharded, used by `train.parallel`. Parameter names are
+            always flat (`blocks.7.`); `models.weights` renames those of chunked checkpoints.
+        num_register_tokens: Number R of register tokens, which have no position (arXiv 2309.16588).
+        interpolate_antialias, interpolate_offset: See `positions.resample_positions`.
+        attention_backend: See `layers.attention`.
+        init_std, pos_embed_std: Standard deviation of the initial linear weights and positions. The published 0.02
+            suits widths from 384 up; for a narrow model about 1 / sqrt(embed_dim) is better.
     """
 
     def __init__(
@@ -88,7 +93,7 @@ class DinoVisionTransformer(nn.Module):
         self.num_heads = num_heads
         self.patch_size = patch_size
         self.block_chunks = block_chunks
-        self.chunked_blocks = False  # published: whether blocks have to be looked for in chunks
+        self.chunked_blocks = False  # a published attribute: whether `blocks` has chunks
         self.num_register_tokens = num_register_tokens
         self.interpolate_antialias = interpolate_antialias
         self.interpolate_offset = interpolate_offset
@@ -125,7 +130,7 @@ class DinoVisionTransformer(nn.Module):
         self.init_weights(init_std, pos_embed_std)
 
     def init_weights(self, init_std: float = 0.02, pos_embed_std: float = 0.02) -> None:
-        """Draw the initial tokens, positions and linear weights; the patch projection keeps PyTorch's default."""
+        """Initialize tokens, positions and linear weights; the patch projection keeps PyTorch's default."""
         nn.init.trunc_normal_(self.pos_embed, std=pos_embed_std)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.zeros_(self.mask_token)
@@ -138,7 +143,7 @@ class DinoVisionTransformer(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """As any module, after names of blocks in chunks, which published training wrote, are made flat."""
+        """Rename chunked blocks of published training checkpoints to flat names before loading."""
         blocks = {name: value for name, value in state_dict.items() if name.startswith(f"{prefix}blocks.")}
         for name in blocks:
             del state_dict[name]
@@ -149,10 +154,10 @@ class DinoVisionTransformer(nn.Module):
     def position_grid(self) -> Grid:
         """Rows and columns of the position table, which other code may have replaced.
 
-        They are those that the model was built for if the table has as many rows, else the table is of a square grid.
+        The grid is that of `img_size` if it has as many positions as the table, else a square.
 
         Raises:
-            ValueError: If it is neither.
+            ValueError: If the table fits neither.
         """
         shape = self.pos_embed.shape
         if len(shape) == 3 and shape[2] == self.embed_dim:
@@ -163,15 +168,15 @@ class DinoVisionTransformer(nn.Module):
             if side * side == shape[1] - 1:
                 return side, side
         raise ValueError(
-            f"pos_embed {tuple(shape)} is no position table of a square grid of patches after a class token: "
+            f"pos_embed {tuple(shape)} is not a position table of a square grid of patches after a class token: "
             f"(1, 1 + side * side, {self.embed_dim})"
         )
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
         """The position table for images of `height` x `width` pixels: (1, 1 + n, D), in the dtype of the tokens `x`.
 
-        At the size the table is for it is the table itself, otherwise see `positions.resample_positions`.
-        Name and order of the arguments are the published ones: other code calls and replaces this method.
+        At the native size this is the table itself, otherwise see `positions.resample_positions`. Name and order of the
+        arguments are the published ones, as other code calls and replaces this method.
         """
         positions = resample_positions(
             self.pos_embed,
@@ -188,7 +193,7 @@ class DinoVisionTransformer(nn.Module):
         Masked patches are replaced by the mask token before positions are added; registers get no position.
 
         Raises:
-            ValueError: If the images or the masks are none for this model.
+            ValueError: If the images or the masks have unsuitable shapes or dtypes.
         """
         images, x = x, self.patch_embed(x)
         height, width = images.shape[-2:]
@@ -208,12 +213,12 @@ class DinoVisionTransformer(nn.Module):
         masks: Tensor | None | Sequence[Tensor | None] = None,
         patches: Sequence[Tensor] | None = None,
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """Features of a batch of images, or of several batches of different sizes in one packed pass.
+        """Features of a batch of images, or of several batches with different image sizes in one packed pass.
 
         Args:
-            x: (B, C, H, W), or a list of such.
-            masks: (B, n) bool or None; for a list of batches a list.
-            patches: with a list of batches, the patches that are wanted, see `forward_features_list`.
+            x: Images (B, C, H, W), or a list of such batches.
+            masks: True for masked patches, (B, n) bool, or None; for a list of batches a list.
+            patches: For a list of batches, the patches to return, see `forward_features_list`.
 
         Returns:
             For each batch a dict: `x_norm_clstoken` (B, D), `x_norm_regtokens` (B, R, D), `x_norm_patchtokens`
@@ -223,7 +228,7 @@ class DinoVisionTransformer(nn.Module):
             masks_list: Any = [None] * len(x) if masks is None else masks
             return self.forward_features_list(x, masks_list, patches)
         if patches is not None:
-            raise ValueError("patches are chosen of a list of batches; give [images] for one batch")
+            raise ValueError("patches can be selected only for a list of batches; give [images] for one batch")
         tokens = self.prepare_tokens_with_masks(x, masks)  # type: ignore[arg-type]
         for block in self.blocks:
             tokens = block(tokens)
@@ -235,14 +240,17 @@ class DinoVisionTransformer(nn.Module):
         masks_list: Sequence[Tensor | None],
         patches_list: Sequence[Tensor] | None = None,
     ) -> list[dict[str, Any]]:
-        """Features of several batches of different sizes, whose tokens travel packed through the blocks.
+        """Features of several batches with different image sizes, whose tokens are packed into one sequence.
 
         Args:
-            x_list: batches (B, C, H, W).
-            masks_list: (B, n) bool or None for each.
-            patches_list: which of its B * n patches are wanted of each batch, (M,) indices. The last block then
-                computes nothing that serves the others only, and the features are `x_norm_clstoken` (B, D),
+            x_list: Batches of images, each (B, C, H, W).
+            masks_list: Masks (B, n) bool or None for each batch.
+            patches_list: Indices (M,) of the patches to return among the B * n patches of each batch. The last block
+                then skips what only the others need, and the features are `x_norm_clstoken` (B, D),
                 `x_norm_patchtokens` (M, D), and `masks`.
+
+        Returns:
+            For each batch a dict as `forward_features`.
         """
         if not len(x_list) == len(masks_list) == len(x_list if patches_list is None else patches_list) > 0:
             raise ValueError(f"{len(x_list)} batches of images with {len(masks_list)} masks: give one or None for each")
@@ -295,15 +303,18 @@ class DinoVisionTransformer(nn.Module):
         """Patch tokens after some of the blocks, in increasing depth.
 
         Args:
-            x: images (B, C, H, W).
-            n: how many last blocks, or the indices of the blocks (negative ones count from the end); integers of any
-                library.
-            reshape: give (B, D, H/p, W/p) instead of (B, n, D).
-            return_class_token: give pairs (patch tokens, class token (B, D)). Registers are never returned.
-            norm: apply the last norm to every output.
+            x: Images (B, C, H, W).
+            n: Number of last blocks, or indices of blocks (negative ones count from the end); integers of any library.
+            reshape: Whether patch tokens are (B, D, H/p, W/p) instead of (B, n, D).
+            return_class_token: Whether to return pairs (patch tokens, class token (B, D)). Registers are never
+                returned.
+            norm: Whether the last norm is applied to every output.
+
+        Returns:
+            One entry per block.
 
         Raises:
-            ValueError: if a block does not exist or is named twice, or the images are none for this model.
+            ValueError: If a block does not exist or is requested twice, or the images have an unsuitable shape.
         """
         wanted = self._block_indices(n)
         tokens = self.prepare_tokens_with_masks(x)
@@ -324,58 +335,60 @@ class DinoVisionTransformer(nn.Module):
         depth = len(self.blocks)  # other code shortens the list
         try:
             if isinstance(n, Iterable) and getattr(n, "ndim", 1) != 0:
-                wanted = [index % depth if -depth <= index < 0 else index for index in map(operator.index, n)]
+                indices = [index % depth if -depth <= index < 0 else index for index in map(operator.index, n)]
             else:  # a number, also one of a library whose numbers are arrays without dimensions
-                wanted = list(range(depth - operator.index(n), depth))  # type: ignore[arg-type]
+                indices = list(range(depth - operator.index(n), depth))  # type: ignore[arg-type]
         except TypeError as error:
-            raise ValueError(f"n is how many last blocks, or a list of their indices, not {n!r}") from error
-        if not wanted or not all(0 <= index < depth for index in wanted):
-            raise ValueError(f"blocks {n} asked of a model with {depth} blocks")
-        if len(set(wanted)) < len(wanted):
+            raise ValueError(f"n must be a number of last blocks, or a list of block indices, not {n!r}") from error
+        if not indices or not all(0 <= index < depth for index in indices):
+            raise ValueError(f"blocks {n} requested of a model with {depth} blocks")
+        if len(set(indices)) < len(indices):
             raise ValueError(
-                f"blocks {n} of a model with {depth} blocks name one twice; each is returned once, in order"
+                f"blocks {n} of a model with {depth} blocks include one twice; each is returned once, in order"
             )
-        return wanted
+        return indices
 
     def forward(
         self, x: Any, masks: Any = None, is_training: bool = False, patches: Sequence[Tensor] | None = None
     ) -> Tensor | dict[str, Any] | list[dict[str, Any]]:
         """The normalized class token (B, D) through `head` (the identity), or with `is_training` all features."""
         if isinstance(x, list | tuple) and not is_training:
-            raise ValueError("a list of batches has features, is_training=True; class tokens are those of one batch")
+            raise ValueError(
+                "for a list of batches use is_training=True; class tokens alone are returned for one batch only"
+            )
         features: Any = self.forward_features(x, masks, patches)
         return features if is_training else self.head(features["x_norm_clstoken"])
 
 
 def _check_masks(masks: Tensor, patches: Tensor) -> None:
-    """Raise a ValueError if the masks do not say of every patch (B, n, D) whether it is masked."""
+    """Raise a ValueError unless `masks` are (B, n) or (1, n) bool for patches (B, n, D)."""
     batch, num_patches, _ = patches.shape
     if not isinstance(masks, Tensor) or masks.dtype != torch.bool:
         kind = masks.dtype if isinstance(masks, Tensor) else type(masks).__name__
-        raise ValueError(f"masks are a tensor of bool, True where a patch is masked, not {kind}")
+        raise ValueError(f"masks must be a bool tensor, True for masked patches, not {kind}")
     if masks.ndim != 2 or masks.shape[1] != num_patches or masks.shape[0] not in (1, batch):
         raise ValueError(f"masks {tuple(masks.shape)} are not of {batch} images of {num_patches} patches")
 
 
 def vit_small(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """ViT-S: width 384, 12 blocks, 6 heads."""
-    sizes = {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0} | kwargs
-    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **sizes)
+    arguments = {"embed_dim": 384, "depth": 12, "num_heads": 6, "mlp_ratio": 4.0} | kwargs
+    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **arguments)
 
 
 def vit_base(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """ViT-B: width 768, 12 blocks, 12 heads."""
-    sizes = {"embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0} | kwargs
-    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **sizes)
+    arguments = {"embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_ratio": 4.0} | kwargs
+    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **arguments)
 
 
 def vit_large(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """ViT-L: width 1024, 24 blocks, 16 heads."""
-    sizes = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0} | kwargs
-    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **sizes)
+    arguments = {"embed_dim": 1024, "depth": 24, "num_heads": 16, "mlp_ratio": 4.0} | kwargs
+    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **arguments)
 
 
 def vit_giant2(patch_size: int = 16, num_register_tokens: int = 0, **kwargs: Any) -> DinoVisionTransformer:
     """ViT-g: width 1536, 40 blocks, 24 heads of 64 channels (the original ViT-g has 16 heads of 88, slower)."""
-    sizes = {"embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 4.0} | kwargs
-    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **sizes)
+    arguments = {"embed_dim": 1536, "depth": 40, "num_heads": 24, "mlp_ratio": 4.0} | kwargs
+    return DinoVisionTransformer(patch_size=patch_size, num_register_tokens=num_register_tokens, **arguments)

@@ -1,13 +1,14 @@
-"""Weights in: from any checkpoint we know to the state dict of a backbone, strictly.
+"""Read weights of any supported format, and load them strictly into a backbone.
 
-Read are files of `torch.save` and safetensors, URLs, and folders: as transformers writes them, or of a run's teacher
-(`OUT/eval/best`). In them: a flat state dict (the released backbones), `{"teacher": {...}}` (teacher dumps of a run,
-keys `backbone.`...), `{"model": {...}}` (published training checkpoints, `student.backbone.` or `teacher.backbone.`),
-or what other trainers make of these, see `models.networks`; with the published names, those of transformers or of timm;
-blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`). Pickles are only ever read with `weights_only=True`.
+Sources are files of `torch.save` and safetensors, URLs, and folders: of transformers, or of a run's teacher
+(`OUT/eval/best`). They hold a flat state dict (the released backbones), `{"teacher": {...}}` (teachers exported by a
+run, keys `backbone.`...), `{"model": {...}}` (published training checkpoints, `student.backbone.` or
+`teacher.backbone.`), or nested and wrapped forms of these by other trainers, see `models.networks`; with the names of
+the release, of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`). Pickles are only read
+with `weights_only=True`.
 
-    python -m dinov2.models.weights inspect FILE               # what is in it
-    python -m dinov2.models.weights convert FILE OUT --to hf   # for other libraries, see there
+    python -m dinov2.tools inspect FILE               # contents and architecture
+    python -m dinov2.tools convert FILE OUT --to hf   # for other libraries, see there
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from dinov2.models.checksums import check_safetensors, check_zip
 from dinov2.models.download import download
-from dinov2.models.key_mapping import StateDict, chunk_block_names, flatten_block_names, layout_of, to_published
+from dinov2.models.key_mapping import StateDict, chunk_block_names, flatten_block_names, key_format, to_published
 from dinov2.models.networks import choose, find_state_dict, prefixes, without_wrappers
 from dinov2.models.positions import resample_positions
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -38,26 +39,32 @@ __all__ = ["chunk_block_names", "files_in", "flatten_block_names", "load_backbon
 
 logger = logging.getLogger(__name__)
 
-TEACHER_FILE = "teacher_checkpoint.pth"  # as a run writes it
-_UNSAFE_ADVICE = "weights_only"  # what torch says of a pickle that it refuses tells how to run the code in it
+TEACHER_FILE = "teacher_checkpoint.pth"  # written by a run
+_UNSAFE_ADVICE = "weights_only"  # in the message of torch about a refused pickle, which advises to run its code
 _HEADS = ("head.", "linear_head.", "dino_head.", "ibot_head.")  # beside a backbone without prefix
+_WEB = ("http", "https")
 _FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", TEACHER_FILE)
 
 
 def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") -> StateDict:
-    """Read the tensors of a checkpoint, on the CPU, with the published names and flat names of blocks.
+    """Read the tensors of a checkpoint, on the CPU, with the published names and flat block names.
 
-    The state dict may be nested in others, and have the prefixes of any wrapper. If the file holds several state dicts
-    with a network, `checkpoint_key` (`teacher`, `model_ema`, ...) says which; see `networks.choose`.
+    Args:
+        path_or_url: See `read_file`. The state dict may be nested in others, and have the prefixes of any wrapper.
+        checkpoint_key: The network to use if there are several (`teacher`, `model_ema`, ...); see `networks.choose`.
+
+    Returns:
+        Tensors by name.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is truncated, holds no tensors, would need an unsafe pickle, or holds several networks
-            and the key is of none.
+        FileNotFoundError: If there is no such file.
+        ConnectionError: If it cannot be downloaded.
+        ValueError: If the file is truncated, holds no tensors, would need an unsafe pickle, or holds several networks
+            and the key selects none.
     """
     content, source = read_file(path_or_url), str(path_or_url)
     state = find_state_dict(content, checkpoint_key, source)
-    if state is None:  # a head, or what is left of a backbone
+    if state is None:  # a head, or an incomplete backbone
         for key in (checkpoint_key, "teacher", "model", "state_dict", "student"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
@@ -67,8 +74,8 @@ def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") ->
             raise ValueError(f"{source} holds no state dict of tensors; it holds: {held}")
         state = without_wrappers(content, source)
     state = flatten_block_names(state)
-    if (layout := layout_of(state)) != "published":
-        logger.info("%s has the names of %s: translated", source, layout)
+    if (names := key_format(state)) != "published":
+        logger.info("%s has the key names of %s: mapped to the published ones", source, names)
         if len(found := prefixes(state)) > 1:
             chosen = choose(found, checkpoint_key, source)
             state = {name.removeprefix(chosen): value for name, value in state.items() if name.startswith(chosen)}
@@ -76,10 +83,15 @@ def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") ->
 
 
 def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher", source: str = "the file") -> StateDict:
-    """The part of a state dict that belongs to the backbone, without its prefix; all of it if there is no prefix.
+    """Select the backbone in a state dict, and remove the prefix of its names; without a prefix all of it.
+
+    Args:
+        state: Tensors by name.
+        checkpoint_key: The network to use if there are several.
+        source: Origin of the tensors, for messages.
 
     Raises:
-        ValueError: if there are several backbones, and the key is of none.
+        ValueError: If there are several backbones and the key selects none.
     """
     found = prefixes(state)
     prefix = choose(found, checkpoint_key, source) if found else "backbone."
@@ -90,20 +102,29 @@ def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher", sourc
 def load_backbone(
     model: DinoVisionTransformer, path_or_url: str | Path, checkpoint_key: str = "teacher"
 ) -> DinoVisionTransformer:
-    """Load backbone weights from a file, folder or URL into `model`, all of them or none; returns the model.
+    """Load backbone weights from a file, folder or URL, all of them or none.
 
-    Heads in the file are ignored. Said in a warning: a position table of another grid is resampled, and a patch
-    projection of another number of channels, which whoever built the model asked for, is repeated or summed up.
+    Heads in the file are ignored. With a warning, a position table for another grid is resampled, and a patch
+    projection for another number of channels is repeated or summed.
+
+    Args:
+        model: The backbone, changed in place.
+        path_or_url: See `read_file`.
+        checkpoint_key: The network to use if the file holds several.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: if names or shapes differ, listing them and what usually causes it.
+        FileNotFoundError, ConnectionError: As `read_state_dict`.
+        ValueError: If the file cannot be read, or if names or shapes differ; lists them and the usual causes.
     """
     state = backbone_state_dict(read_state_dict(path_or_url, checkpoint_key), checkpoint_key, str(path_or_url))
     return load_state(model, state, str(path_or_url))
 
 
 def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> DinoVisionTransformer:
-    """Load a backbone's state dict with the published names, as `load_backbone`; errors name its `source`."""
+    """Load a state dict with the published names into a backbone, as `load_backbone`; errors name its `source`."""
     wanted = model.state_dict()
     state = dict(state)
     for name, fit in (("pos_embed", _fitting_positions), ("patch_embed.proj.weight", _fitting_channels)):
@@ -112,14 +133,14 @@ def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> D
     missing = [name for name in wanted if name not in state]
     if not missing:
         state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_HEADS)}
-    foreign = [name for name in state if name not in wanted]
+    unknown = [name for name in state if name not in wanted]
     misshapen = [
         f"{name} (file {tuple(state[name].shape)}, model {tuple(wanted[name].shape)})"
         for name in wanted
         if name in state and state[name].shape != wanted[name].shape
     ]
-    if missing or foreign or misshapen:
-        raise ValueError(_mismatch_message(source, missing, foreign, misshapen))
+    if missing or unknown or misshapen:
+        raise ValueError(_mismatch_message(source, missing, unknown, misshapen))
     check_numbers(state, source)
     model.load_state_dict(state)
     logger.info("loaded %d tensors of the backbone from %s", len(state), source)
@@ -127,22 +148,26 @@ def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> D
 
 
 def check_numbers(state: StateDict, source: str) -> None:
-    """Refuse weights that are not finite floating-point numbers in plain tensors, naming the first such tensors.
+    """Check that all weights are finite floating-point numbers in dense tensors.
+
+    Args:
+        state: Tensors by name.
+        source: Their origin, for messages.
 
     Raises:
-        ValueError: if there are such.
+        ValueError: If some are not; names the first of them.
     """
     if texts := [f"{name} ({value.dtype})" for name, value in state.items() if not value.is_floating_point()]:
-        raise ValueError(f"weights in {source} are no floating-point numbers: {_some(texts)}")
+        raise ValueError(f"weights in {source} are not floating-point numbers: {_some(texts)}")
     kinds = {name: "meta" if value.is_meta else str(value.layout) for name, value in state.items()}
     if texts := [f"{name} ({kind})" for name, kind in kinds.items() if kind != str(torch.strided)]:
-        raise ValueError(f"weights in {source} are no plain tensors: {_some(texts)}")
+        raise ValueError(f"weights in {source} are not plain tensors: {_some(texts)}")
     if texts := [name for name, value in state.items() if not value.isfinite().all()]:
         raise ValueError(f"weights in {source} are not finite (NaN or infinite): {_some(texts)}")
 
 
 def _some(texts: list[str], limit: int = 6) -> str:
-    """The first of some texts, and how many more there are."""
+    """The first few texts, and the number of the others."""
     return ", ".join(texts[:limit]) + (f" and {len(texts) - limit} more" if len(texts) > limit else "")
 
 
@@ -153,26 +178,25 @@ def _is_state_dict(content: object) -> TypeGuard[StateDict]:
 
 
 def read_file(path_or_url: str | Path, *, mapped: bool = False, verified: bool = True) -> object:
-    """Read a file, folder or URL as it is, without running code that may be in it; tensors come to the CPU.
-
-    The checksums in it are compared with its content before, see `checksums`.
+    """Read a file, folder or URL without running code that may be in it; tensors are on the CPU.
 
     Args:
-        path_or_url: a file of `torch.save`, one that ends in `.safetensors`, or a folder of transformers or of a
+        path_or_url: A file of `torch.save`, one that ends in `.safetensors`, or a folder of transformers or of a
             run's teacher.
-        mapped: leave tensors in the file until they are looked at; nobody may change it meanwhile.
-        verified: whether checksums are compared, for which all of it is read; only names and shapes need none.
+        mapped: Map tensors from the file until they are used; it must not change meanwhile.
+        verified: Whether checksums are compared, see `checksums`. This reads all of the file.
+
+    Returns:
+        The content as it was saved.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ConnectionError: if it cannot be downloaded.
-        ValueError: if it is truncated, would need an unsafe pickle, or needs the package safetensors.
+        FileNotFoundError: If there is no such file.
+        ConnectionError: If it cannot be downloaded.
+        ValueError: If it is truncated, would need an unsafe pickle, or needs the package safetensors.
     """
-    url = urlparse(str(path_or_url))
-    if url.scheme in ("http", "https"):
-        path, remedy = download(str(path_or_url)), f" (from {path_or_url}; delete it to download it again)"
-    else:
-        path, remedy = Path(url2pathname(url.path) if url.scheme == "file" else path_or_url), ""
+    path = local_path(path_or_url)
+    downloaded = urlparse(str(path_or_url)).scheme in _WEB
+    remedy = f" (from {path_or_url}; delete it to download it again)" if downloaded else ""
     if path.is_dir():
         return _read_folder(path, mapped, verified)
     if not path.is_file():
@@ -193,22 +217,34 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False, verified: bool =
         raise ValueError(text) from (None if _UNSAFE_ADVICE in str(error) else error)
 
 
+def local_path(path_or_url: str | Path) -> Path:
+    """The local path of a file or folder; http and https URLs are downloaded to the cache first.
+
+    Raises:
+        FileNotFoundError, ConnectionError, OSError, ValueError: As `download`.
+    """
+    url = urlparse(str(path_or_url))
+    if url.scheme in _WEB:
+        return download(str(path_or_url))
+    return Path(url2pathname(url.path) if url.scheme == "file" else path_or_url)
+
+
 def _check(path: Path) -> None:
     """Compare the checksums in a file with its content.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: If it is damaged.
     """
     if path.suffix == ".safetensors":
         check_safetensors(path)
     elif zipfile.is_zipfile(path):
         check_zip(path)
     else:
-        logger.info("%s is of torch before 1.6 and has no checksums: damage to its numbers would not be noticed", path)
+        logger.info("%s is of torch before 1.6 and has no checksums: damage to its numbers is not detected", path)
 
 
 def _read_folder(folder: Path, mapped: bool, verified: bool) -> object:
-    """The weights in a folder, in one file or in several with an index."""
+    """Read the weights in a folder, in one file or in several with an index."""
     files = files_in(folder)
     if len(files) == 1:
         return read_file(files[0], mapped=mapped, verified=verified)
@@ -220,11 +256,11 @@ def _read_folder(folder: Path, mapped: bool, verified: bool) -> object:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files of the weights in a folder that transformers or a run wrote.
+    """The files with the weights in a folder of transformers or of a run's teacher.
 
     Raises:
-        FileNotFoundError: if there are none, with a hint where those of a run are.
-        ValueError: if their index is damaged.
+        FileNotFoundError: If there are none; the message names the teachers of a run.
+        ValueError: If their index is damaged.
     """
     for name in _FILES_IN_FOLDERS:
         if (folder / name).is_file():
@@ -236,8 +272,8 @@ def files_in(folder: Path) -> list[Path]:
         hint = f"; teachers of this run: {teachers}{', ...' * (len(found) > 3)}"
     elif (folder / "checkpoints").exists() or (folder / ".metadata").exists():
         hint = (
-            "; of a run take OUT/eval/best, or make a file of its teacher: "
-            f"python -m dinov2.train.checkpoint convert {folder} teacher.pth --to teacher"
+            "; of a run use OUT/eval/best, or export its teacher: "
+            f"python -m dinov2.tools convert {folder} teacher.pth --to teacher"
         )
     else:
         hint = ""
@@ -246,22 +282,22 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def _parts(index: Path) -> list[Path]:
-    """The files that an index lists, all of which lie beside it.
+    """The files listed in an index, all of which are in the same folder.
 
     Raises:
-        ValueError: naming the index, if it is damaged.
+        ValueError: If the index is damaged; names it.
     """
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if not names or any(Path(name).name != name or not name.strip(".") for name in names):
             raise ValueError(f"it lists {names[:3]}")
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise ValueError(f"{index} is damaged, it is no index of files of weights: {error}") from error
+        raise ValueError(f"{index} is damaged, it is not an index of weight files: {error}") from error
     return [index.with_name(name) for name in names]
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """What is wrong with a file: what it begins with if that is text, else what torch says, without unsafe advice."""
+    """Why a file cannot be read: the text it begins with, or the message of torch without its unsafe advice."""
     with path.open("rb") as file:
         head = file.read(24)
     if not head:
@@ -272,16 +308,16 @@ def _reason(path: Path, error: Exception) -> str:
     if match := re.search(r"GLOBAL (\S+) was not an allowed", text):
         return f"it holds more than tensors, {match[1]}: save its state dict alone where it was written"
     if "Unsupported operand" in text and not head.startswith(b"PK"):
-        return "it is no file of torch.save; one of safetensors has to be named .safetensors"
+        return "it is not a file of torch.save; a file of safetensors must be named .safetensors"
     lines = [line.strip() for line in text.splitlines() if line.strip() and _UNSAFE_ADVICE not in line]
     return lines[0] if lines else "it holds more than tensors, such as the code of TorchScript"
 
 
 def import_safetensors() -> ModuleType:
-    """The module `safetensors.torch`, which only files of that kind need.
+    """Import `safetensors.torch`, an optional package.
 
     Raises:
-        ValueError: saying how to install it.
+        ValueError: If it is missing; the message has the command that installs it.
     """
     try:
         return importlib.import_module("safetensors.torch")
@@ -290,7 +326,7 @@ def import_safetensors() -> ModuleType:
 
 
 def _fitting_positions(table: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:
-    """Resample a position table (1, 1 + g*g, D) to the grid of the model: (1, 1 + n, D)."""
+    """Resample a position table to the grid of the model: (1, 1 + g*g, D) -> (1, 1 + n, D)."""
     side = math.isqrt(max(table.shape[1] - 1, 0))
     if side * side != table.shape[1] - 1 or table.shape[2] != model.embed_dim:
         return table  # not a square grid or another width: reported with the other mismatches
@@ -308,30 +344,30 @@ def _fitting_positions(table: Tensor, model: DinoVisionTransformer, source: str)
 
 
 def _fitting_channels(weight: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:
-    """Patch projections of C channels for those of the model: (D, C, p, p) -> (D, model's, p, p).
+    """Adapt a patch projection to the channels of the model: (D, C, p, p) -> (D, C of the model, p, p).
 
-    More channels repeat those of the file in turn, a single one is their sum. Either is scaled so that an image that
-    is the same in all channels gives about what it gave before.
+    For more channels those of the file are repeated in turn, for fewer they are averaged. Weights are scaled so that
+    an image that is the same in all channels has about the same projection as before.
     """
-    there, here = weight.shape[1], model.patch_embed.in_chans
-    if weight.shape[:1] + weight.shape[2:] != (model.embed_dim, *model.patch_embed.patch_size) or there == here:
+    stored, wanted = weight.shape[1], model.patch_embed.in_chans
+    if weight.shape[:1] + weight.shape[2:] != (model.embed_dim, *model.patch_embed.patch_size) or stored == wanted:
         return weight  # another width or patch size: reported with the other mismatches
-    logger.warning("the patches of %s have %d channels, this model's have %d: weights adapted", source, there, here)
-    if here < there:
-        return weight.sum(dim=1, keepdim=True).expand(-1, here, -1, -1) / here
-    return weight[:, torch.arange(here) % there] * (there / here)
+    logger.warning("the patches of %s have %d channels, this model's have %d: weights adapted", source, stored, wanted)
+    if wanted < stored:
+        return weight.sum(dim=1, keepdim=True).expand(-1, wanted, -1, -1) / wanted
+    return weight[:, torch.arange(wanted) % stored] * (stored / wanted)
 
 
-def _mismatch_message(source: str, missing: list[str], foreign: list[str], misshapen: list[str]) -> str:
+def _mismatch_message(source: str, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
     lines = [f"the weights in {source} do not fit this backbone, nothing was loaded"]
-    for title, names in (("missing", missing), ("unknown", foreign), ("other shape", misshapen)):
+    for title, names in (("missing", missing), ("unknown", unknown), ("other shape", misshapen)):
         if names:
             lines.append(f"  {title} ({len(names)}): {_some(names)}")
-    if any(".mlp.w12." in name for name in missing + foreign):
+    if any(".mlp.w12." in name for name in missing + unknown):
         lines.append(
             "  the file and the model have different feed-forward layers: check student.ffn_layer (mlp, swiglufused)"
         )
-    if any("register_tokens" in name for name in missing + foreign):
+    if any("register_tokens" in name for name in missing + unknown):
         lines.append("  check student.num_register_tokens")
     if misshapen:
         lines.append("  check student.arch, student.patch_size and the config the weights were trained with")
@@ -339,4 +375,4 @@ def _mismatch_message(source: str, missing: list[str], foreign: list[str], missh
 
 
 if __name__ == "__main__":  # the former name of a command
-    runpy.run_module("dinov2.tools.weights", run_name="__main__", alter_sys=True)
+    runpy.run_module("dinov2.tools", run_name="__main__", alter_sys=True)

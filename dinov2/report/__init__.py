@@ -1,1 +1,1 @@
-"""One page that shows how training runs went: `python -m dinov2.report OUT [OUT2 ...]`."""
+"""A report about training runs on one page: `python -m dinov2.report OUT [OUT2 ...]`."""

@@ -1,8 +1,8 @@
-"""Shows how training runs went on one page: a single HTML file that needs no network and no other files.
+"""Write a report about training runs: a single HTML file that needs no network and no other files.
 
     python -m dinov2.report OUT [OUT2 ...] [--output FILE] [--title TITLE]
 
-The runs may be finished, stopped or still going. Whether a run is healthy stands at the top.
+The runs may be finished, stopped or still running. The verdict on each run is at the top.
 """
 
 import argparse
@@ -18,24 +18,22 @@ from dinov2.report.page import write_report
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """The argument parser of the command."""
     parser = argparse.ArgumentParser("python -m dinov2.report", description=__doc__.partition("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="OUT", help="output folder of a training")
     parser.add_argument("--output", type=Path, help="file to write (default: report.html in the first OUT)")
-    parser.add_argument("--title", help="of the page (default: the names of the folders)")
+    parser.add_argument("--title", help="title of the page (default: the names of the folders)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status."""
+    """Run the command and return its exit status."""
     args = get_args_parser().parse_args(argv)
-    return run_command(lambda: report(args))
 
+    def command() -> None:
+        write_report(args.folders, args.output, args.title)
 
-def report(args: argparse.Namespace) -> int:
-    """Write what the command line asks for; the exit status."""
-    write_report(args.folders, args.output, args.title)
-    return 0
+    return run_command(command)
 
 
 if __name__ == "__main__":

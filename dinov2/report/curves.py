@@ -1,87 +1,129 @@
-"""The part of the page with the charts."""
+"""The charts of the page: every logged metric over the steps, by the table `dinov2.metric_names`."""
 
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import NamedTuple, get_args
 
-from dinov2.report.charts import Line, Span, chart, swatch
+from dinov2.metric_names import BY_NAME, METRICS, Group, Metric
+from dinov2.report.charts import Chart, Line, Span, make_chart
 from dinov2.report.numbers import number, percent, short
-from dinov2.report.panels import Group, Panel, groups_for, points_of
-from dinov2.report.run import Run
+from dinov2.report.run import Points, Run
+
+_LOG_SCALE = {"Gradient norms"}
 
 
-def curves(runs: Sequence[Run]) -> str:
-    """Everything that was logged, over the steps; the lines of several runs in the same charts."""
-    if not any(run.records for run in runs):
-        return "<p>Nothing is logged yet.</p>"
-    shaded = " Shaded, under a triangle: an alarm." if any(run.alarms for run in runs) else ""
-    intro = (
-        '<p class="soft">Over the steps of the run. Losses are medians of the last 20 steps, features and targets are '
-        f"those of one step; the number at the end of a line is its last value.{shaded}{_other_data(runs)}</p>"
-    )
-    legend = _legend([(run.title, index) for index, run in enumerate(runs)], "runs") if len(runs) > 1 else ""
-    return intro + legend + "".join(_group(runs, group) for group in groups_for(runs))
+class Panel(NamedTuple):
+    """A chart with its title and caption.
+
+    Attributes:
+        title: What it shows.
+        metric: Describes the curves: meaning, unit, direction.
+        legend: (text, style) of each line; empty if there is only one, or if the lines are runs.
+        chart: The drawing.
+    """
+
+    title: str
+    metric: Metric
+    legend: list[tuple[str, int]]
+    chart: Chart
 
 
-def _other_data(runs: Sequence[Run]) -> str:
-    """Until when features are of other images than in the end."""
-    changed = [(f" of {run.title}" if run.tag else "", run.data_since) for run in runs if run.data_since]
-    return "".join(f" Before step {step:,}{escape(name)} another dataset was trained on." for name, step in changed)
+def panels_by_group(runs: Sequence[Run]) -> dict[str, list[Panel]]:
+    """The charts of all logged metrics by group (`metric_names.Group`), "other" for metrics that are not in the table.
+
+    With several runs every metric has a chart of its own, whose lines are the runs.
+    """
+    groups = {name: [m for m in (*METRICS, *_DERIVED) if m.group == name and m.chart] for name in get_args(Group)}
+    logged = {key: None for run in runs for record in run.records for key in record}  # in order
+    groups["other"] = [Metric(key, "features", "", chart=key.replace("_", " ")) for key in logged if key not in BY_NAME]
+    return {name: panels for name, metrics in groups.items() if (panels := _panels(runs, metrics))}
 
 
-def _legend(entries: Sequence[tuple[str, int]], kind: str = "") -> str:
-    """(text, style of the line) of each line."""
-    spans = "".join(f"<span>{swatch(style)}{escape(text)}</span>" for text, style in entries)
-    return f'<div class="legend {kind}">{spans}</div>'
+def _panels(runs: Sequence[Run], metrics: Sequence[Metric]) -> list[Panel]:
+    """The charts of some metrics, those of the same chart in sequence."""
+    panels = []
+    for title, each in groupby(metrics, key=lambda metric: metric.chart):
+        present = [metric for metric in each if any(points_of(run, metric.name) for run in runs)]
+        if len(runs) == 1 and present:
+            panels.append(_panel(title, present[0], [(m.label, points_of(runs[0], m.name)) for m in present], runs))
+        elif len(runs) > 1:
+            for metric in present:
+                name = f"{title}, {metric.label}" if metric.label else title
+                panels.append(_panel(name, metric, [(run.tag, points_of(run, metric.name)) for run in runs], runs))
+    return panels
 
 
-def _group(runs: Sequence[Run], group: Group) -> str:
-    panels = "".join(_panel(runs, panel) for panel in group.panels)
-    question = f'<p class="soft question">{group.question}</p>' if group.question else ""
-    return f'<h3>{escape(group.title)}</h3>{question}<div class="panels">{panels}</div>'
-
-
-def _panel(runs: Sequence[Run], panel: Panel) -> str:
-    """A chart; its lines are runs if there are several, else the quantities of the panel."""
-    if len(runs) > 1:
-        sources = [(run, panel.curves[0].key, run.tag) for run in runs]
-    else:
-        sources = [(runs[0], curve.key, curve.label) for curve in panel.curves]
+def _panel(title: str, metric: Metric, series: Sequence[tuple[str, Points]], runs: Sequence[Run]) -> Panel:
+    several = len(runs) > 1
+    text = percent if metric.unit == "%" else short
     drawn = [
-        (name, Line(points, name if len(runs) > 1 else "", style, percent if panel.percent else short))
-        for style, (run, key, name) in enumerate(sources)
-        if (points := points_of(run, key))
+        (name, Line(points, name if several else "", style, text))
+        for style, (name, points) in enumerate(series)
+        if points
     ]
-    spans = [span for run in runs for span in alarm_spans(run)]
-    drawing = chart(
+    chart = make_chart(
         [line for _, line in drawn],
-        f"{panel.title}: " + "; ".join(_in_words(*each) for each in drawn),
-        spans=spans,
+        f"{title}: " + "; ".join(_description(name, line) for name, line in drawn),
+        spans=[span for run in runs for span in alarm_spans(run)],
         steps=max(run.steps_done for run in runs),
-        log=panel.log,
+        log=metric.chart in _LOG_SCALE,
     )
-    several = len(runs) == 1 and len(panel.curves) > 1
-    legend = _legend([(name, line.style) for name, line in drawn]) if several else ""
-    return (
-        f'<figure class="panel"><div><h4>{escape(panel.title)}</h4>{legend}</div>{drawing}'
-        f"<figcaption>{escape(panel.caption)}</figcaption></figure>"
-    )
+    named = [(name, line.style) for name, line in drawn] if not several and len(series) > 1 else []
+    return Panel(title, metric, named, chart)
+
+
+def _description(name: str, line: Line) -> str:
+    (start, first), (end, last) = line.points[0], line.points[-1]
+    text = percent if line.text is percent else number
+    return f"{name} from {text(first)} at step {start:,.0f} to {text(last)} at step {end:,.0f}".strip()
 
 
 def alarm_spans(run: Run) -> list[Span]:
-    """When something was wrong: the steps of alarms, those that overlap in one; to the end if they are not over."""
+    """The steps of alarms, overlapping ones merged; to the end of the run if an alarm is not over."""
     spans: list[Span] = []
     for alarm in sorted(run.alarms, key=lambda alarm: alarm.first):
         last = alarm.last if alarm.over else run.steps_done
         if spans and alarm.first <= spans[-1].last:
-            former = spans.pop()
-            label = former.label if alarm.kind in former.label else f"{former.label}, {alarm.kind}"
-            spans.append(Span(former.first, max(former.last, last), label, run.tag))
+            earlier = spans.pop()
+            label = earlier.label if alarm.kind in earlier.label else f"{earlier.label}, {alarm.kind}"
+            spans.append(Span(earlier.first, max(earlier.last, last), label, run.tag))
         else:
             spans.append(Span(alarm.first, last, alarm.kind, run.tag))
     return spans
 
 
-def _in_words(name: str, line: Line) -> str:
-    (start, first), (end, last) = line.points[0], line.points[-1]
-    text = percent if line.text is percent else number
-    return f"{name} from {text(first)} at step {start:,.0f} to {text(last)} at step {end:,.0f}".strip()
+# --- Metrics computed from others ------------------------------------------------------------------------------------
+
+
+def _images_per_second(run: Run) -> Points:
+    found = []
+    for record in run.records:
+        batch, time = run.global_batch(record["iteration"]), record.get("iter_time", 0.0)
+        if batch and time > 0:
+            found.append((record["iteration"], batch / time))
+    return found
+
+
+def _data_wait(run: Run) -> Points:
+    """In percent; computed from the times where it was not logged."""
+    found = []
+    for record in run.records:
+        time = record.get("iter_time", 0.0)
+        computed = record.get("data_time", 0.0) / time if time > 0 else None
+        share = record.get("data_wait", computed)
+        if share is not None:
+            found.append((record["iteration"], 100 * share))
+    return found
+
+
+_WAITING = "Share of the step time. Near 0; where it is large, data loading limits the run."
+_DERIVED: dict[Metric, Callable[[Run], Points]] = {
+    Metric("images_per_second", "speed", "Over all processes. Steady.", chart="Images per second"): _images_per_second,
+    Metric("data_wait_percent", "speed", _WAITING, "%", chart="Waiting for data"): _data_wait,
+}
+
+
+def points_of(run: Run, name: str) -> Points:
+    """(step, value) of a logged metric, or of one that is computed from others."""
+    computed = next((function for metric, function in _DERIVED.items() if metric.name == name), None)
+    return run.series(name) if computed is None else computed(run)

@@ -1,4 +1,4 @@
-"""What the teacher saw in the same images over training: images for the page.
+"""The teacher's patch features of the same images over training, as colors.
 
 Shapes: n images, h x w patches, D feature width.
 """
@@ -25,27 +25,35 @@ logger = logging.getLogger(__name__)
 MAX_IMAGES = 8
 MAX_STEPS = 8
 MAX_SIDE = 128  # pixels
-SMALL_SIDE = 64  # pixels; up to here PNG, which keeps every pixel, is small enough
+SMALL_SIDE = 64  # pixels; up to here PNG, which is lossless, is small enough
+FEW_PATCHES = 14  # along a side; fewer show little of the objects in an image
 
 
 class Gallery(NamedTuple):
-    """Rows of images as data URIs; images of one image are in one column."""
+    """Rows of images as data URIs; each column belongs to one probe image.
 
-    images: list[str]  # none if they were not kept
-    steps: dict[int, list[str]]  # components of the features at some steps, the earliest first
-    num_steps: int  # of which there are features
-    colors: Tensor | None  # (n, h, w, 3) of the last step
+    Attributes:
+        images: The probe images; empty if they were not kept.
+        steps: Colored features at some steps, the earliest first.
+        num_steps: Number of steps that have features.
+        colors: (n, h, w, 3) of the last step; None if there are no features.
+    """
+
+    images: list[str]
+    steps: dict[int, list[str]]
+    num_steps: int
+    colors: Tensor | None
 
 
 def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
-    """The images of a run, evenly spread over its steps.
+    """The features of a run at steps that are evenly spread.
 
     Args:
-        run: whose files are read.
-        reference: (n, h, w, 3), colors of another run, to which those of the last step are turned, if they have the
+        run: Run whose files are read.
+        reference: (n, h, w, 3), colors of another run, with which those of the last step are aligned if they have the
             same shape.
     """
-    files = run.patch_features
+    files = run.comparable_tokens
     chosen = [list(files)[index] for index in spread(len(files), MAX_STEPS)]
     colors: dict[int, Tensor] = {}
     for step in reversed(chosen):
@@ -59,7 +67,7 @@ def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
         [] if run.images is None else [Image.fromarray(each.transpose(1, 2, 0)) for each in run.images[:MAX_IMAGES]]
     )
     return Gallery(
-        images=[data_uri(shrunk(image)) for image in images],
+        images=[data_uri(image) for image in images],
         steps={step: [data_uri(image) for image in to_images(colors[step])] for step in sorted(colors)},
         num_steps=len(files),
         colors=colors[max(colors)] if colors else None,
@@ -67,7 +75,7 @@ def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
 
 
 def read_tokens(path: Path) -> Tensor | None:
-    """Patch tokens (n, h, w, D) of the first images; None, with a warning, if the file cannot be read."""
+    """Read patch tokens (n, h, w, D) of the first images; None, with a warning, if the file cannot be read."""
     try:
         tokens = read_array(path)
         if tokens.dtype.kind != "f" or tokens.ndim != 4 or min(tokens.shape) < 1 or tokens.shape[-1] < 3:
@@ -79,26 +87,25 @@ def read_tokens(path: Path) -> Tensor | None:
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Positions among `count` things: all, or `most` of them at even distances, the first and the last included."""
-    if count <= most:
-        return list(range(count))
-    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
+    """Indices below `count`: all, or `most` of them at even distances, including the first and the last."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
 def aligned(colors: Tensor, reference: Tensor) -> Tensor:
-    """Colors with the channels exchanged and inverted so that they agree best with others of the same patches.
+    """Permute and invert color channels so that they correlate best with others of the same patches.
 
-    Sign and order of principal components are arbitrary, or change with little: this makes them follow `reference`.
+    Sign and order of principal components are arbitrary; this makes them follow `reference`.
 
     Args:
         colors: (n, h, w, 3) in [0, 1].
-        reference: (n, h, w, 3).
+        reference: (n, h, w, 3) in [0, 1].
 
     Returns:
         (n, h, w, 3)
     """
-    own, others = (_standardized(each.flatten(0, 2)) for each in (colors, reference))
-    agreement = own.T @ others / len(own)  # (channel, channel of the reference): correlations
+    flat = np.concatenate([each.flatten(0, 2).double().numpy() for each in (colors, reference)], axis=1)
+    with np.errstate(invalid="ignore"):  # channels without contrast
+        agreement = np.nan_to_num(np.corrcoef(flat, rowvar=False)[:3, 3:])  # (channel, channel of the reference)
     order = max(permutations(range(3)), key=lambda order: sum(abs(agreement[c, t]) for t, c in enumerate(order)))
     channels = [
         1 - colors[..., channel] if agreement[channel, target] < 0 else colors[..., channel]
@@ -107,22 +114,9 @@ def aligned(colors: Tensor, reference: Tensor) -> Tensor:
     return torch.stack(channels, dim=-1)
 
 
-def _standardized(values: Tensor) -> Tensor:
-    centered = values.double() - values.double().mean(dim=0)
-    return centered / centered.square().mean(dim=0).sqrt().clamp_min(1e-9)
-
-
-def shrunk(image: Image.Image) -> Image.Image:
-    """The image itself, or a smaller one if it is larger than the page shows it."""
-    if max(image.size) <= MAX_SIDE:
-        return image
-    factor = MAX_SIDE / max(image.size)
-    width, height = (max(1, round(side * factor)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
 def data_uri(image: Image.Image) -> str:
-    """A image that needs no file: PNG, or JPEG if it is large."""
+    """The data URI of an image, reduced to at most `MAX_SIDE`: PNG, or JPEG if it is large."""
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     kind = "png" if max(image.size) <= SMALL_SIDE else "jpeg"
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
@@ -130,7 +124,7 @@ def data_uri(image: Image.Image) -> str:
 
 
 def galleries(runs: Sequence[Run]) -> list[Gallery]:
-    """The images of several runs, in the colors of the first one with the same images."""
+    """The galleries of several runs; those with the same images have aligned colors."""
     found: list[Gallery] = []
     for run in runs:
         alike = (each for other, each in zip(runs, found, strict=False) if same_images(run, other))
@@ -139,5 +133,5 @@ def galleries(runs: Sequence[Run]) -> list[Gallery]:
 
 
 def same_images(run: Run, other: Run) -> bool:
-    """Whether the images of two runs can be compared."""
+    """Whether two runs have the same probe images."""
     return run.images is not None and other.images is not None and np.array_equal(run.images, other.images)

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as short texts."""
 
 import math
 import re
@@ -17,7 +17,7 @@ def number(value: float) -> str:
 
 
 def short(value: float) -> str:
-    """As `number`, with fewer digits where it takes more than six characters: 0.09992 -> 0.0999, 5.783e-7 -> 5.8e-7."""
+    """As `number`, with fewer digits where that has more than six characters: 0.09992 -> 0.0999, 5.783e-7 -> 5.8e-7."""
     texts = [number(float(f"{value:.{digits}g}")) for digits in (4, 3, 2)]
     return texts[0] if abs(value) >= 1000 else next((text for text in texts if len(text) <= 6), texts[-1])
 
@@ -28,17 +28,17 @@ def rough(value: float) -> str:
 
 
 def readable(text: str) -> str:
-    """A text with its large numbers written out: 2.12e+03 -> 2,120."""
+    """A text without exponents of large numbers: 2.12e+03 -> 2,120."""
     return re.sub(r"\b\d(?:\.\d+)?e\+\d+\b", lambda found: number(float(found[0])), text)
 
 
 def percent(value: float) -> str:
-    """82.3999 -> 82.4 %, which stays on one line."""
+    """82.3999 -> 82.4 %, without a line break."""
     return f"{value:.1f}\N{NO-BREAK SPACE}%"
 
 
-def measured(value: float) -> str:
-    """A result of an evaluation with two decimals: 83 -> 83.00; small numbers, which are settings, as `number`."""
+def result_text(value: float) -> str:
+    """A result of an evaluation, two decimals: 83 -> 83.00; small numbers, which are hyperparameters, as `number`."""
     return f"{value:.2f}" if abs(value) >= 0.1 else number(value)
 
 

@@ -1,40 +1,43 @@
-"""The page: everything about some runs in one HTML file that needs nothing else."""
+"""The report: one HTML file about some runs that needs no other file and no network, by the templates beside it."""
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from html import escape
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 import dinov2
 from dinov2.files import atomic_write
-from dinov2.report import sections
-from dinov2.report.curves import curves
-from dinov2.report.numbers import duration, number, percent, rough, short
-from dinov2.report.panels import points_of
-from dinov2.report.run import Run, read_runs
-from dinov2.report.style import STYLE
-from dinov2.report.tables import comparison
-from dinov2.report.verdict import verdict
+from dinov2.report import charts, curves, images, sections, verdict
+from dinov2.report.numbers import duration, number, percent, readable, rough
+from dinov2.report.read_run import read_runs
+from dinov2.report.run import Run
 
 logger = logging.getLogger(__name__)
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None, title: str | None = None) -> Path:
-    """Write the page about some runs; returns its file.
+    """Write the report about some runs.
 
     Args:
-        folders: output folders of trainings; several are shown side by side.
-        output: the file; default: `report.html` in the first folder.
-        title: of the page; default: the names of the folders.
+        folders: Output folders of trainings; several are shown side by side.
+        output: File to write; default: `report.html` in the first folder.
+        title: Title of the page; default: the names of the folders.
+
+    Returns:
+        The file.
 
     Raises:
-        FileNotFoundError: a folder is none that a training wrote.
-        ValueError: `output` cannot be the name of a page.
+        FileNotFoundError: A folder is not the output folder of a training.
+        ValueError: `output` is not the name of an HTML file.
     """
     if output is not None:
-        check_output(output)
+        _check_output(output)
     runs = read_runs(folders)
     output = output or folders[0] / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -44,12 +47,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None, title: str
     return output
 
 
-def check_output(output: Path) -> None:
-    """Refuse a file that browsers would not take for a page.
-
-    Raises:
-        ValueError: saying what is wrong with the name.
-    """
+def _check_output(output: Path) -> None:
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
     if output.suffix.lower() not in (".html", ".htm"):
@@ -58,96 +56,40 @@ def check_output(output: Path) -> None:
 
 def page(runs: Sequence[Run], title: str | None = None) -> str:
     """The HTML text about at least one run."""
-    *former, last = [run.name for run in runs]
-    title = title or (f"{', '.join(former)} and {last}" if former else last)
-    parts = [
-        ("alarms", "Alarms", sections.alarms(runs)),
-        ("accuracy", "Accuracy", sections.accuracy(runs)),
-        ("images", "What the network sees", sections.images(runs)),
-        ("curves", "Curves", curves(runs)),
-        ("settings", "Settings", sections.settings(runs)),
-        ("environment", "Environment", sections.environment(runs)),
-    ]
-    links = "".join(f'<a href="#{name}">{heading}</a> ' for name, heading, _ in parts)
-    body = "".join(f'<section id="{name}"><h2>{heading}</h2>{text}</section>' for name, heading, text in parts)
-    several = " several" if len(runs) > 1 else ""
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)} - training report</title>'
-        f'<style>{STYLE}</style></head>\n<body><header><p class="kind">Training report</p><h1>{escape(title)}</h1>'
-        f'<p class="soft">{escape(subtitle(runs))}</p>'
-        f'<div class="verdicts{several}">{"".join(_verdict(run) for run in runs)}</div>'
-        f"{_tiles(runs[0]) if len(runs) == 1 else _side_by_side(runs)}<nav>{links}</nav></header>\n"
-        f"<main>{body}</main>\n"
-        f"<footer>Written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by dinov2 {escape(dinov2.__version__)}, "
-        "<code>python -m dinov2.report</code>.</footer></body></html>\n"
+    *others, last = [run.name for run in runs]
+    return render(
+        "page.html",
+        title=title or (f"{', '.join(others)} and {last}" if others else last),
+        subtitle=sections.subtitle(runs),
+        runs=runs,
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        version=dinov2.__version__,
     )
 
 
-def facts(run: Run) -> Mapping[str, str]:
-    """What a run is, in a few words."""
-    cfg = run.config
-    if cfg is None:
-        return {}
-    sizes = {"wide": cfg.student.embed_dim, "blocks": cfg.student.depth}
-    network = [cfg.student.arch, *(f"{size} {what}" for what, size in sizes.items() if size)]
-    return {
-        "data": cfg.train.dataset_path,
-        "network": ", ".join([*network, f"patches of {cfg.student.patch_size} pixels"]),
-        "steps": f"{run.total_steps:,} steps",
-        "batch": f"{run.global_batch(run.steps_done):,} images{'' if run.sessions else ' of each process'}",
-    }
+def render(template: str, **context: Any) -> str:
+    """The text of a template in `templates/`; all values are escaped."""
+    return template_environment().get_template(template).render(**context)
 
 
-def subtitle(runs: Sequence[Run]) -> str:
-    """What the runs have in common."""
-    first, *others = map(facts, runs)
-    shared = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
-    return " \N{MIDDLE DOT} ".join(f"batches of {value}" if key == "batch" else value for key, value in shared.items())
+@cache
+def template_environment() -> Environment:
+    """The templates, with the modules whose functions they call."""
+    environment = Environment(
+        loader=PackageLoader("dinov2.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        extensions=["jinja2.ext.do"],
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"commas": "{:,}".format, "coordinate": "{:.1f}".format, "breakable": breakable}
+    environment.filters |= {each.__name__: each for each in (duration, number, percent, readable, rough)}
+    modules = {"charts": charts, "curves": curves, "images": images, "sections": sections, "verdict": verdict}
+    environment.globals |= modules
+    return environment
 
 
-def key_figures(run: Run) -> Mapping[str, str]:
-    """The few numbers that one looks for first."""
-
-    def last(key: str, text: Callable[[float], str]) -> str:
-        points = points_of(run, key)
-        if not points:
-            return ""
-        step, value = points[-1]
-        return f"{text(value)}{'' if run.is_late(step) else f' ({run.when(step)})'}"
-
-    total = "" if run.total_steps is None else f" of {run.total_steps:,}"
-    figures = {
-        "k-NN accuracy": last("knn", percent),
-        "total loss": last("total_loss", number),
-        "effective rank": last("probe_cls_rank_me", rough),
-        "steps done": f"{run.steps_done:,}{total}",
-        "training time": duration(run.seconds) if run.seconds else "",
-        "images per second": last("images_per_second", short),
-    }
-    return {name: text for name, text in figures.items() if text}
-
-
-def _verdict(run: Run) -> str:
-    found = verdict(run)
-    name = f'<p class="run">{escape(run.title)}</p>' if run.tag else ""
-    sentences = "".join(f"<p>{escape(text)}</p>" for text in found.sentences)
-    notes = "".join(f'<p class="soft">{escape(text)}</p>' for text in run.notes)
-    return f'<div class="verdict {found.level}">{name}<h2>{escape(found.headline)}</h2>{sentences}{notes}</div>'
-
-
-def _tiles(run: Run) -> str:
-    def tile(name: str, text: str) -> str:
-        figure, space, rest = text.partition(" ") if re.search(r" of | \(", text) else (text, "", "")
-        small = f" <small>{escape(rest)}</small>" if space else ""
-        return f"<div><dt>{escape(name)}</dt><dd>{escape(figure)}{small}</dd></div>"
-
-    return f'<dl class="tiles">{"".join(tile(*item) for item in key_figures(run).items())}</dl>'
-
-
-def _side_by_side(runs: Sequence[Run]) -> str:
-    columns = [{**key_figures(run), **facts(run)} for run in runs]
-    for column in columns:
-        column.pop("steps", None)  # the key figures have them
-    return comparison([run.title for run in runs], columns, "Side by side; what differs is bold.")
+def breakable(text: str) -> Markup:
+    """Escaped text with line breaks allowed after these signs, for long keys and datasets on a phone."""
+    return Markup(re.sub(r"([._:](?=[^\W\d]))", r"\1<wbr>", str(escape(text))))

@@ -1,9 +1,9 @@
-"""Which of several processes failed, and why: each that fails leaves a note, and the last words of the job tell one.
+"""Failures of the processes of a job: each one that fails writes a record, and the job reports the original error.
 
-When one process fails, the others lose their connection to it and fail as well. Told is the first failure that is not
-of that kind. A process that is killed leaves no note.
+When one process fails, the others lose their connection to it and fail as well. The first failure of another kind is
+reported. A process that is killed writes no record.
 
-    python -m dinov2.run.failures NOTES...        # tells on standard error what is in these files, and removes them
+    python -m dinov2.run.failures RECORDS...      # reports on standard error what these files contain, and removes them
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _LOST_PEER = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|g
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """How one process failed. An error of a person (`USER_ERRORS`) needs no traceback."""
+    """The failure of one process. Errors caused by the user (`USER_ERRORS`) have no traceback."""
 
     time: float  # seconds since the epoch
     rank: int
@@ -40,46 +40,46 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception, rank: int, world_size: int, output_dir: str) -> "Failure":
-        """How this process failed, told from its error."""
-        users = isinstance(error, USER_ERRORS)
+        """Build the record of an error in this process."""
+        is_user_error = isinstance(error, USER_ERRORS)
         return cls(
             time=time.time(),
             rank=rank,
             world_size=world_size,
             host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
-            message=str(error) if users else f"{type(error).__name__}: {error}",
-            trace="" if users else "".join(traceback.format_exception(error)),
+            message=str(error) if is_user_error else f"{type(error).__name__}: {error}",
+            trace="" if is_user_error else "".join(traceback.format_exception(error)),
             lost_peer=_is_lost_peer(error),
             output_dir=output_dir,
         )
 
-    def leave(self, note: Path) -> None:
-        """Write the note; that it cannot be written is no reason for another error."""
+    def write(self, path: Path) -> None:
+        """Write the record; errors of writing are ignored."""
         try:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(note) as file:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
                 file.write(json.dumps(dataclasses.asdict(self)).encode())
         except OSError:
             pass
 
     @classmethod
-    def read(cls, note: Path) -> "Failure":
-        return cls(**json.loads(note.read_text()))
+    def read(cls, path: Path) -> "Failure":
+        return cls(**json.loads(path.read_text()))
 
 
-def read_notes(notes: Iterable[Path]) -> list[Failure]:
-    """The failures that the processes of a job have left, those that explain the others first."""
-    failures = [Failure.read(note) for note in notes]
+def read_failures(paths: Iterable[Path]) -> list[Failure]:
+    """Read the failures of the processes of a job, causes before consequences."""
+    failures = [Failure.read(path) for path in paths]
     return sorted(failures, key=lambda failure: (failure.lost_peer, failure.time))
 
 
-def last_words(failures: Sequence[Failure]) -> str:
-    """Why a job failed: the traceback, if it is needed, then one line."""
+def error_message(failures: Sequence[Failure]) -> str:
+    """Describe why a job failed: a traceback unless the user caused it, then one line."""
     first = failures[0]
     silent = sorted(set(range(first.world_size)) - {failure.rank for failure in failures})
     if first.lost_peer and silent:
         return (
-            f"error: process {', '.join(map(str, silent))} of {first.world_size} ended without a word: killed, for "
+            f"error: process {', '.join(map(str, silent))} of {first.world_size} ended without an error: killed, for "
             f"instance for lack of memory, or its node was lost; log: {log_path(first.output_dir, silent[0])}"
         )
     log = log_path(first.output_dir, first.rank)
@@ -88,7 +88,7 @@ def last_words(failures: Sequence[Failure]) -> str:
 
 
 def _is_lost_peer(error: BaseException | None) -> bool:
-    """Whether an error, or what led to it, is about the connection to another process."""
+    """Whether an error, or one of its causes, is about the connection to another process."""
     while error is not None:
         if isinstance(error, DistError) or _LOST_PEER.search(str(error)):
             return True
@@ -96,12 +96,12 @@ def _is_lost_peer(error: BaseException | None) -> bool:
     return False
 
 
-def main(notes: Sequence[str]) -> int:
-    """Tell the last words and remove the notes; the exit status, 1 if there are none."""
-    found = [path for path in map(Path, notes) if path.exists()]
+def main(records: Sequence[str]) -> int:
+    """Report the failure of a job and remove its records; returns the exit status, 1 without records."""
+    found = [path for path in map(Path, records) if path.exists()]
     if not found:
         return 1
-    sys.stderr.write(last_words(read_notes(found)) + "\n")
+    sys.stderr.write(error_message(read_failures(found)) + "\n")
     for path in found:
         path.unlink()
     return 0

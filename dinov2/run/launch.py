@@ -1,7 +1,7 @@
-"""One launcher for training and evaluation: submit to SLURM, start processes on this machine, or just run.
+"""The launcher of training and evaluation: submits to SLURM, or runs in one or several processes on this machine.
 
-A task is a function that takes the parsed arguments, named as `module:function`. Every process of a job calls it and
-finds its place by itself (`dinov2.distributed`).
+A task is a function of the parsed arguments, named `module:function`. Each process of a job calls it and determines its
+rank itself (`dinov2.distributed`).
 """
 
 import argparse
@@ -41,15 +41,18 @@ def launch(
     argv: Sequence[str] | None = None,
     check: Callable[[config.Config, int], list[str]] = lambda cfg, world_size: [],
 ) -> int:
-    """Read the command line of a launcher and do what it says; the exit status.
+    """Parse the command line of a launcher and run or submit the task.
 
     Args:
         function: `module:function`, called with the parsed arguments of the task.
-        get_args_parser: makes the task's own parser; called with `add_help=False`.
-        name: of the job in the queue, such as `dinov2:train`.
-        argv: the command line without the program; None takes it from the process.
-        check: What is wrong with a config for so many processes: warnings, or a ConfigError. The task checks by itself;
-            this is for what would otherwise wait in the queue first.
+        get_args_parser: Builds the parser of the task; called with `add_help=False`.
+        name: Name of the job in the queue, such as `dinov2:train`.
+        argv: Command line without the program; None: that of the process.
+        check: (config, number of processes) -> warnings; may raise a ConfigError. Called before a job is queued; the
+            task itself checks again.
+
+    Returns:
+        The exit status.
     """
     parser = make_parser(get_args_parser(add_help=False))
     args = parser.parse_intermixed_args(argv)
@@ -61,9 +64,9 @@ def launch(
     if distributed.detect_process().world_size > 1:  # torchrun or srun has started the processes already
         return run_command(lambda: run_here(task), after_interrupt=AFTER_INTERRUPT)
     if submission.ngpus == 0:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anybody looks for GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is initialized
     try:
-        cfg = config.load(args.config_file, args.opts)  # an error now is better than one after hours in the queue
+        cfg = config.load(args.config_file, args.opts)  # errors now rather than after hours in the queue
         check_counts(submission)
         if not uses_slurm(submission):
             num_processes = num_local_processes(submission, torch.cuda.device_count())
@@ -78,6 +81,6 @@ def launch(
         sys.stderr.write(f"error: {error}\n")  # without the usage, which is long
         raise SystemExit(2) from error
     if dry_run:
-        task.args.world_size = submission.nodes * num_processes  # what it is to reckon with
+        task.args.world_size = submission.nodes * num_processes  # number of processes of the planned run
         return run_command(lambda: run_here(task), after_interrupt=AFTER_INTERRUPT)
     return run_command(lambda: run_local(task, num_processes), after_interrupt=AFTER_INTERRUPT)

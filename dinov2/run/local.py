@@ -1,4 +1,4 @@
-"""Running a task on this machine: in this process, or in several that are started and watched."""
+"""Running a task on this machine, in this process or in several."""
 
 import logging
 import multiprocessing
@@ -19,8 +19,8 @@ from dinov2.run.task import Task
 
 logger = logging.getLogger(__name__)
 
-# What is passed on to the processes, which a training ends with a checkpoint of the current step.
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
+# Signals forwarded to the processes; a training then ends with a checkpoint of the current step.
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
 
 
 def run_here(task: Task) -> int:
@@ -30,13 +30,13 @@ def run_here(task: Task) -> int:
 
 
 def run_local(task: Task, num_processes: int) -> int:
-    """Call the task in this process, or in several processes on this machine; the exit status."""
+    """Call the task in one or several processes on this machine; returns the exit status."""
     task = task.with_output_dir(time.strftime("%Y%m%d-%H%M%S"))
     logger.info("running here with %d process(es), output in %s", num_processes, task.args.output_dir)
     if num_processes == 1:
         return task.call()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: the processes share the cores
-    # What it says of a failure is said better below.
+    # Failures are reported more clearly below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as folder:
         settings = LaunchConfig(
@@ -49,8 +49,8 @@ def run_local(task: Task, num_processes: int) -> int:
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            # What is ignored, such as SIGHUP under nohup, stays so.
-            signals_to_handle=",".join(s.name for s in _PASSED_ON if signal.getsignal(s) != signal.SIG_IGN),
+            # Ignored signals, such as SIGHUP under nohup, stay ignored.
+            signals_to_handle=",".join(s.name for s in _FORWARDED if signal.getsignal(s) != signal.SIG_IGN),
         )
         try:
             results = elastic_launch(settings, _process)(task, Path(folder))
@@ -58,24 +58,24 @@ def run_local(task: Task, num_processes: int) -> int:
             return _stopped_by(stop.sigval)
         except ChildFailedError as error:
             rank, ended = error.get_first_failure()
-            if ended.exitcode - 128 in _PASSED_ON:  # one of the processes got it, and all have agreed to stop
+            if ended.exitcode - 128 in _FORWARDED:  # a process received it, and all agreed to stop
                 return _stopped_by(signal.Signals(ended.exitcode - 128))
-            text = _why(rank, ended.exitcode, num_processes, Path(folder), task)
+            text = _error_message(rank, ended.exitcode, num_processes, Path(folder), task)
             logger.error("%s", text, extra={"last_words": text})
             return 1
     return max(results.values())
 
 
 def _process(task: Task, folder: Path) -> int:
-    """What each of several processes does."""
-    multiprocessing.set_start_method(None, force=True)  # torch's elastic launch makes it `spawn`, slow for loaders
-    os.setpgrp()  # Ctrl-C in a terminal then comes from the launcher alone, and once
+    """Entry point of each of several processes."""
+    multiprocessing.set_start_method(None, force=True)  # torch's elastic launch sets `spawn`, which is slow for loaders
+    os.setpgrp()  # Ctrl-C is then forwarded by the launcher alone, once
     rank = int(os.environ["RANK"])
     try:
-        return task.call_as(rank, int(os.environ["WORLD_SIZE"]), note=folder / f"{rank}.json")
+        return task.call_as(rank, int(os.environ["WORLD_SIZE"]), failure_file=folder / f"{rank}.json")
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
-    except Exception:  # the launcher tells which
+    except Exception:  # reported by the launcher
         raise SystemExit(1) from None
 
 
@@ -86,12 +86,11 @@ def _stopped_by(signum: signal.Signals) -> int:
     return 128 + signum
 
 
-def _why(rank: int, exitcode: int, world_size: int, folder: Path, task: Task) -> str:
-    """The last words of a launch of which process `rank` was found to have ended first."""
-    notes = failures.read_notes(folder.glob("*.json"))
-    noted = {failure.rank for failure in notes}
-    if rank in noted or (notes and not notes[0].lost_peer):
-        return failures.last_words(notes)
+def _error_message(rank: int, exitcode: int, world_size: int, folder: Path, task: Task) -> str:
+    """Describe the failure of a launch whose process `rank` ended first."""
+    found = failures.read_failures(folder.glob("*.json"))
+    if rank in {failure.rank for failure in found} or (found and not found[0].lost_peer):
+        return failures.error_message(found)
     reason = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with status {exitcode}"
     hint = ", perhaps for lack of memory" if exitcode == -signal.SIGKILL else ""
     return f"error: process {rank} of {world_size} {reason}{hint}; log: {log_path(task.args.output_dir, rank)}"

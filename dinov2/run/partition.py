@@ -1,4 +1,4 @@
-"""What a SLURM partition permits, so that a job that says nothing of it does not ask for more."""
+"""Limits of SLURM partitions, which bound the defaults of a job."""
 
 import dataclasses
 import logging
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Minutes that a job may run, and CPUs of the smallest node; None: unlimited or unknown."""
+    """Time limit of a job in minutes, and CPUs of the smallest node; None: unlimited or unknown."""
 
     minutes: int | None = None
     cpus: int | None = None
@@ -21,46 +21,46 @@ UNKNOWN = Limits()
 
 
 def limits(partition: str | None) -> Limits:
-    """The limits of a partition, or of the cluster's default one; of several, separated by commas, the tightest."""
+    """Query the limits of a partition (default: the cluster's), or the tightest ones of several (comma-separated)."""
     command = ["sinfo", "--noheader", "--format", "%P|%l|%c"]
     try:
         output = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        logger.warning("cannot ask for the limits of the partition: %s", error)
+        logger.warning("cannot query the limits of the partition: %s", error)
         return UNKNOWN
-    rows = [row for row in (line.split("|") for line in output.splitlines()) if _is_meant(row[0], partition)]
+    rows = [row for row in (line.split("|") for line in output.splitlines()) if _is_requested(row[0], partition)]
     minutes = [number for row in rows if (number := _minutes(row[1])) is not None]
     cpus = [number for row in rows if (number := _number(row[2])) is not None]
     return Limits(min(minutes, default=None), min(cpus, default=None))
 
 
 def timeout(submission: Submission, permitted: Limits) -> int:
-    """Minutes to ask for."""
+    """Time limit to request, in minutes."""
     if submission.timeout is None:
         return min(PUBLISHED_TIMEOUT, permitted.minutes or PUBLISHED_TIMEOUT)
     if permitted.minutes is not None and submission.timeout > permitted.minutes:
         logger.warning(
-            "--timeout %d: the partition permits %d minutes, so that the job may wait for ever",
+            "--timeout %d: the partition permits %d minutes, so the job may wait forever",
             *(submission.timeout, permitted.minutes),
         )
     return submission.timeout
 
 
 def cpus_per_task(submission: Submission, permitted: Limits) -> int:
-    """CPUs to ask for, for each process."""
+    """CPUs to request per process."""
     if submission.cpus_per_task is not None:
         return submission.cpus_per_task
     _, tasks = per_slurm_node(submission)
     return max(1, min(PUBLISHED_CPUS_PER_TASK, (permitted.cpus or tasks * PUBLISHED_CPUS_PER_TASK) // tasks))
 
 
-def _is_meant(name: str, partition: str | None) -> bool:
-    """Whether a line of sinfo, which marks the default partition by a star, is about the partition asked for."""
+def _is_requested(name: str, partition: str | None) -> bool:
+    """Whether a line of sinfo, which marks the default partition by a star, is about the requested partition."""
     return name.endswith("*") if partition is None else name.rstrip("*") in partition.split(",")
 
 
 def _minutes(text: str) -> int | None:
-    """Read SLURM's `[days-]hours:minutes:seconds` or `minutes:seconds`; None for `infinite` or `n/a`."""
+    """Parse `[days-]hours:minutes:seconds` or `minutes:seconds`; None for `infinite` or `n/a`."""
     days, _, clock = text.rpartition("-")
     try:
         parts = [int(part) for part in clock.split(":")]
@@ -71,6 +71,6 @@ def _minutes(text: str) -> int | None:
 
 
 def _number(text: str) -> int | None:
-    """Read `64`, or `64+` of nodes that differ."""
+    """Parse `64`, or `64+` for nodes that differ."""
     digits = text.rstrip("+")
     return int(digits) if digits.isdigit() else None

@@ -1,9 +1,9 @@
-"""Running a task as a SLURM job, by submitit: what is asked for, what its processes do, how it goes on when stopped.
+"""Running a task as a SLURM job by submitit: its resources, its processes, and how it is requeued.
 
-A job is stopped and goes on in three ways. On SIGUSR2 (its time limit, or a preemption that warns by the job's
-`--signal`) submitit requeues it; a training has then written a checkpoint. On SIGTERM (a preemption that does not) a
-training writes one as well and leaves, and the job is requeued here. `scontrol requeue` and the failure of a node
-requeue it by themselves.
+A job is stopped and continued in three ways. On SIGUSR2 (its time limit, or a preemption that warns by the job's
+`--signal`) submitit requeues it, after a training has written a checkpoint. On SIGTERM (a preemption without warning) a
+training writes a checkpoint too and exits, and the job is requeued here. `scontrol requeue` and node failures requeue
+it by themselves.
 """
 
 import copy
@@ -27,12 +27,12 @@ from dinov2.run.task import Task
 
 logger = logging.getLogger(__name__)
 
-MAX_SIGNAL_DELAY = 120  # seconds before the time limit at which the job is told to stop
+MAX_SIGNAL_DELAY = 120  # seconds before the time limit at which the job gets a signal
 MAX_TIMEOUTS = 30
 
 _SIGNALS = {signal.SIGUSR2, signal.SIGTERM}
-# Runs Python with these signals held back until submitit is ready for them: they would end the process, and the job
-# would have failed instead of being requeued.
+# Runs Python with these signals blocked until submitit handles them. Otherwise they would end the process, and the job
+# would fail instead of being requeued.
 _HOLD_SIGNALS = (
     "import os, signal, sys; "
     f"signal.pthread_sigmask(signal.SIG_BLOCK, {sorted(map(int, _SIGNALS))}); "
@@ -41,7 +41,7 @@ _HOLD_SIGNALS = (
 
 
 class Job:
-    """What a SLURM job runs, in every process: a task, as submitit pickles it."""
+    """The callable that each process of a SLURM job runs: a task, pickled by submitit."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -50,15 +50,15 @@ class Job:
         import submitit
 
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        logging.getLogger("submitit").handlers.clear()  # ours are enough
-        place = submitit.JobEnvironment()
-        task = (self.task if restarts() == 0 else resuming(self.task)).with_output_dir(place.job_id)
-        setup_logging(rank=place.global_rank)
-        logger.info("%d tasks, this is rank %d: %s", place.num_tasks, place.global_rank, task.args)
-        note = Path(place.paths.folder) / f"{place.job_id}_{place.global_rank}_failure.json"
-        signal.signal(signal.SIGTERM, partial(_on_sigterm, place.job_id))
-        status = task.call_as(place.global_rank, place.num_tasks, note)
-        for signum in _SIGNALS:  # Python forgets its handlers while it ends, and a finished job would have failed
+        logging.getLogger("submitit").handlers.clear()  # replaced by those of the package
+        job = submitit.JobEnvironment()
+        task = (self.task if restarts() == 0 else resuming(self.task)).with_output_dir(job.job_id)
+        setup_logging(rank=job.global_rank)
+        logger.info("%d tasks, this is rank %d: %s", job.num_tasks, job.global_rank, task.args)
+        failure_file = Path(job.paths.folder) / f"{job.job_id}_{job.global_rank}_failure.json"
+        signal.signal(signal.SIGTERM, partial(_on_sigterm, job.job_id))
+        status = task.call_as(job.global_rank, job.num_tasks, failure_file)
+        for signum in _SIGNALS:  # Python resets its handlers at exit, and a finished job would fail
             signal.signal(signum, signal.SIG_IGN)
         return status
 
@@ -70,12 +70,12 @@ class Job:
 
 
 def restarts() -> int:
-    """How often SLURM has started this job again."""
+    """Number of restarts of this job by SLURM."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def resuming(task: Task) -> Task:
-    """The same task, which now continues what it did before, whatever the first command said."""
+    """Returns the task with resuming enabled."""
     args = copy.deepcopy(task.args)
     if hasattr(args, "no_resume"):
         args.no_resume = False
@@ -83,17 +83,17 @@ def resuming(task: Task) -> Task:
 
 
 def _on_sigterm(job_id: str, signum: int, frame: FrameType | None) -> None:
-    """Requeue the job if a training hands the signal on, without a frame, after its checkpoint.
+    """Requeue the job if a training forwards the signal, without a frame, after its checkpoint.
 
-    From the system the signal has other meanings as well: that another process has failed, for instance.
+    From the system the signal may have other reasons, such as the failure of another process.
     """
     if frame is None:
         requeue(job_id)
 
 
 def requeue(job_id: str) -> None:
-    """Put this job back into the queue, unless it has been cancelled or requeued, which also sends SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one may follow at once: not for the commands below
+    """Requeue this job, unless it was cancelled or requeued already, which also sends SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the commands below
     try:
         squeue = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T"]
         state = subprocess.run(squeue, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
@@ -105,10 +105,9 @@ def requeue(job_id: str) -> None:
 
 
 def signal_delay(timeout: int) -> int:
-    """Seconds before the time limit of so many minutes at which a job is told to stop.
+    """Seconds before a time limit (in minutes) at which a job gets a signal.
 
-    SLURM looks at the clock every half minute and sends the signal up to a minute early: of a short job little would
-    be left.
+    SLURM checks times every half minute and sends signals up to a minute early, so short jobs get a shorter delay.
     """
     return min(MAX_SIGNAL_DELAY, 10 * timeout)
 
@@ -116,7 +115,7 @@ def signal_delay(timeout: int) -> int:
 def executor_parameters(
     submission: Submission, name: str, output_dir: str, permitted: Limits = UNKNOWN
 ) -> dict[str, Any]:
-    """The parameters of submitit's executor; None means: as the cluster decides."""
+    """Build the parameters of submitit's executor; None means the default of the cluster."""
     ngpus, tasks = per_slurm_node(submission)
     timeout, cpus_per_task = partition.timeout(submission, permitted), partition.cpus_per_task(submission, permitted)
     constraints = [submission.constraint, "volta32gb" if submission.use_volta32 else None]
@@ -135,56 +134,56 @@ def executor_parameters(
         "slurm_comment": submission.comment or None,
         "slurm_exclude": submission.exclude or None,
         "slurm_signal_delay_s": signal_delay(timeout),
-        "slurm_additional_parameters": {"requeue": True},  # also where the cluster's default is not to
-        # A process that fails takes the others down at once. srun does not inherit the number of CPUs.
+        "slurm_additional_parameters": {"requeue": True},  # even if the cluster does not by default
+        # A failed process ends the others immediately. srun does not inherit the number of CPUs.
         "slurm_srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus_per_task}"],
         "slurm_setup": [*submission.setup, *_environment(ngpus)],
-        "slurm_teardown": _last_words(output_dir),
+        "slurm_teardown": _report_failure(output_dir),
     }
 
 
 def _environment(ngpus: int) -> list[str]:
-    """Lines of the job's script that make its processes find the package, and no GPU that they did not ask for."""
+    """Lines of the job script that make the package importable, and hide GPUs that were not requested."""
     clone = Path(__file__).resolve().parents[2]
     lines = [] if ngpus else ["export CUDA_VISIBLE_DEVICES="]
-    if (clone / "setup.py").exists():  # not installed: it must be found where this process found it
+    if (clone / "setup.py").exists():  # not installed: import it from the same folder
         lines.append(f"export PYTHONPATH={shlex.quote(str(clone))}${{PYTHONPATH:+:$PYTHONPATH}}")
     return lines
 
 
-def _last_words(output_dir: str) -> list[str]:
-    """Lines at the end of the job's script that say why it failed."""
+def _report_failure(output_dir: str) -> list[str]:
+    """Lines at the end of the job script that report its failure."""
     folder = "${SLURM_JOB_ID}".join(shlex.quote(part) if part else "" for part in output_dir.split("%j"))
-    notes = f"{folder}/${{SLURM_JOB_ID}}_*_failure.json"
+    records = f"{folder}/${{SLURM_JOB_ID}}_*_failure.json"
     return [
         "status=$?",
-        f"if [ $status -ne 0 ]; then {shlex.quote(sys.executable)} -m dinov2.run.failures {notes} && status=1; fi",
+        f"if [ $status -ne 0 ]; then {shlex.quote(sys.executable)} -m dinov2.run.failures {records} && status=1; fi",
         "exit $status",
     ]
 
 
-def _what_was_asked(submission: Submission, permitted: Limits) -> str:
-    """The request that sbatch did not take, and what to do."""
+def _describe_request(submission: Submission, permitted: Limits) -> str:
+    """Describe a request that sbatch refused, and how to change it."""
     ngpus, tasks = per_slurm_node(submission)
     cpus = partition.cpus_per_task(submission, permitted)
     return (
-        f"asked for {submission.nodes} node(s), on each {ngpus} GPU(s) and {tasks} process(es) with {cpus} CPU(s); "
+        f"requested {submission.nodes} node(s), on each {ngpus} GPU(s) and {tasks} process(es) with {cpus} CPU(s); "
         "--ngpus, --tasks-per-node and --cpus-per-task change that (--ngpus 0: no GPUs), --launcher local runs here"
     )
 
 
 def submit(task: Task, submission: Submission, name: str) -> int:
-    """Put the task into SLURM's queue and say where to look; the exit status.
+    """Submit the task to SLURM and log its paths and commands; returns the exit status.
 
     Raises:
-        LaunchError: if SLURM does not take it.
+        LaunchError: SLURM refuses the job.
     """
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     task = task.with_output_dir(job_id=None)
     output_dir = task.args.output_dir
-    made = not Path(output_dir).exists()
+    is_new = not Path(output_dir).exists()
     executor = submitit.AutoExecutor(
         folder=output_dir,
         cluster="slurm",
@@ -196,14 +195,14 @@ def submit(task: Task, submission: Submission, name: str) -> int:
     try:
         job = executor.submit(Job(task))
     except (FailedJobError, FailedSubmissionError) as error:
-        if made:  # with what was to be submitted
+        if is_new:  # contains only files of the refused submission
             shutil.rmtree(output_dir, ignore_errors=True)
-        raise LaunchError(f"sbatch refused the job: {error}\n{_what_was_asked(submission, permitted)}") from error
+        raise LaunchError(f"sbatch refused the job: {error}\n{_describe_request(submission, permitted)}") from error
     folder = output_dir.replace("%j", job.job_id)
     logger.info("submitted job %s (%s)", job.job_id, name)
     logger.info("output: %s", folder)
     logger.info("logs:   %s of rank 0, and of the others %s.rank1, ...", log_path(folder), log_path(folder))
-    logger.info("        %s/%s_*_log.out and .err: all that process * says", folder, job.job_id)
+    logger.info("        %s/%s_*_log.out and .err: all output of process *", folder, job.job_id)
     logger.info("follow: tail -F %s %s", job.paths.stdout, job.paths.stderr)
     logger.info("state:  squeue -j %s    cancel: scancel %s", job.job_id, job.job_id)
     return 0

@@ -1,4 +1,4 @@
-"""What a launcher is asked for: its flags, and where and in how many processes a task is to run."""
+"""The flags of the launchers, and the number of processes that they mean."""
 
 import argparse
 import dataclasses
@@ -20,12 +20,12 @@ _SLURM_ONLY = (
 
 
 class LaunchError(ValueError):
-    """The task cannot be launched as asked; the message says what to do."""
+    """The task cannot be launched; the message states the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Submission:
-    """Where and with what a task runs; the launching flags."""
+    """The launching flags: where a task runs and with which resources."""
 
     launcher: Literal["auto", "slurm", "local"]
     ngpus: int | None
@@ -45,17 +45,17 @@ class Submission:
 
 
 def make_parser(task_parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """A parser of the flags of a task and of those of `Submission`."""
+    """Build a parser of the flags of a task and of `Submission`."""
     parser = argparse.ArgumentParser(description=task_parser.description, parents=[task_parser], allow_abbrev=False)
     group = parser.add_argument_group("launching", "all but the first three flags are for SLURM only")
     add = group.add_argument
-    add("--launcher", choices=("auto", "slurm", "local"), default="auto", help="auto: SLURM where there is one")
+    add("--launcher", choices=("auto", "slurm", "local"), default="auto", help="auto: SLURM if available")
     add(
         "--ngpus",
         "--gpus",
         "--gpus-per-node",
         type=int,
-        help="GPUs per node, each with a process of its own; 0: run on CPUs, and ask for no GPU (default: "
+        help="GPUs per node, with one process each; 0: run on CPUs and request no GPUs (default: "
         f"--tasks-per-node if given, else {PUBLISHED_GPUS_PER_NODE} on SLURM and all GPUs of this machine without)",
     )
     add(
@@ -80,7 +80,7 @@ def make_parser(task_parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         "--cpus-per-task",
         type=int,
         help="CPUs per process, one per data loader worker "
-        f"(default: {PUBLISHED_CPUS_PER_TASK}, or what the nodes have for each)",
+        f"(default: {PUBLISHED_CPUS_PER_TASK}, or the CPUs of a node divided by its processes)",
     )
     add("--comment", default="", help="comment for the job")
     add("--exclude", default="", help="nodes to avoid")
@@ -90,16 +90,16 @@ def make_parser(task_parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         default=[],
         metavar="LINE",
         help="shell line that the job runs before its processes start, such as 'module load cuda'; all processes "
-        "inherit the environment it makes (may be repeated)",
+        "inherit its environment (may be repeated)",
     )
     return parser
 
 
 def uses_slurm(submission: Submission) -> bool:
-    """Whether the task is to be submitted.
+    """Whether to submit the task to SLURM.
 
     Raises:
-        LaunchError: if it is, but there is no SLURM here.
+        LaunchError: SLURM is requested but not available.
     """
     found = shutil.which("sbatch") is not None and shutil.which("srun") is not None
     if submission.launcher == "slurm" and not found:
@@ -108,10 +108,10 @@ def uses_slurm(submission: Submission) -> bool:
 
 
 def check_counts(submission: Submission) -> None:
-    """Refuse numbers that make no sense, alone or together.
+    """Check the numbers of nodes, processes and so on.
 
     Raises:
-        LaunchError: naming the flags.
+        LaunchError: A number is out of range or contradicts another; the message names the flags.
     """
     least = {"ngpus": 0, "tasks_per_node": 1, "nodes": 1, "timeout": 1, "cpus_per_task": 1}
     for name, lower in least.items():
@@ -121,19 +121,19 @@ def check_counts(submission: Submission) -> None:
     if submission.ngpus and submission.tasks_per_node not in (None, submission.ngpus):
         raise LaunchError(
             f"--tasks-per-node {submission.tasks_per_node} contradicts --ngpus {submission.ngpus}: there is one "
-            "process per GPU; leave out one of them, or use --ngpus 0 to run on CPUs"
+            "process per GPU; omit one of them, or use --ngpus 0 to run on CPUs"
         )
 
 
 def warn_of_flags_without_effect(submission: Submission) -> None:
-    """Name what was asked of SLURM when the task runs here."""
+    """Warn of SLURM flags when the task runs on this machine."""
     given = [f"--{name.replace('_', '-')}" for name in _SLURM_ONLY if getattr(submission, name)]
     if given:
         logger.warning("%s: for SLURM only, no effect here", ", ".join(given))
 
 
 def per_slurm_node(submission: Submission) -> tuple[int, int]:
-    """How many GPUs to ask for, and how many processes to start, on each node of a SLURM job."""
+    """Numbers of GPUs to request and processes to start on each node of a SLURM job."""
     ngpus = submission.ngpus
     if ngpus is None:
         ngpus = submission.tasks_per_node or PUBLISHED_GPUS_PER_NODE
@@ -141,18 +141,18 @@ def per_slurm_node(submission: Submission) -> tuple[int, int]:
 
 
 def num_local_processes(submission: Submission, num_gpus: int) -> int:
-    """How many processes to start on this machine, which has `num_gpus` GPUs.
+    """Number of processes to start on this machine, which has `num_gpus` GPUs.
 
-    `--launcher local --ngpus N` and `--tasks-per-node N` mean exactly N, also on a machine without a GPU; otherwise
-    one per GPU, at most as many as asked for.
+    `--launcher local --ngpus N` and `--tasks-per-node N` mean exactly N, also on a machine without GPUs; otherwise
+    there is one process per GPU, up to the requested number.
 
     Raises:
-        LaunchError: if more nodes, or explicitly more processes than there are GPUs, are asked for.
+        LaunchError: Several nodes, or explicitly more processes than GPUs, are requested.
     """
     if submission.nodes > 1:
         raise LaunchError(
             f"--nodes {submission.nodes} needs SLURM, but --launcher is local or sbatch and srun are not on PATH: "
-            "submit from a login node of a cluster, or start the task itself with torchrun on every node, or leave out "
+            "submit from a login node of a cluster, or start the task itself with torchrun on every node, or omit "
             "--nodes to run on this machine alone"
         )
     if submission.ngpus == 0:

@@ -1,1 +1,1 @@
-"""Inspecting and converting weights and checkpoints."""
+"""One command that inspects and converts weights and checkpoints: `python -m dinov2.tools`."""

@@ -1,14 +1,13 @@
-"""Checkpoints to resume from exactly, and teacher dumps to evaluate.
+"""Checkpoints for bitwise exact resumption, initial weights, and export of the teacher for evaluation.
 
-    python -m dinov2.train.checkpoint inspect OUT     # what is in one; `convert` makes a file of it
+    python -m dinov2.tools inspect OUT     # print the contents of one; `convert` makes a file of it
 
 A checkpoint is a folder `OUT/checkpoints/model_<iteration>/` written by `torch.distributed.checkpoint` (weights,
 centers, AdamW moments) with a `state.json` beside the tensors (iteration, images seen, gradient scaler, meters). It is
-written under a temporary name and renamed when it is complete, so that a folder of the final name is always whole.
-Random numbers need no storing: they are functions of the seed and of the position in the run.
+written to a temporary name and renamed when it is complete, so that a folder with the final name is always complete.
+The state of random generators is not stored: random numbers are functions of the seed and the step.
 """
 
-import itertools
 import json
 import logging
 import runpy
@@ -27,9 +26,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dinov2 import distributed
 from dinov2.config import Config
-from dinov2.files import atomic_write
+from dinov2.files import atomic_write, numbered_path
 from dinov2.log import read_records
-from dinov2.models.weights import load_backbone, read_state_dict
+from dinov2.models.weights import check_numbers, load_backbone, read_state_dict
 from dinov2.train.checkpoint_folder import (
     SafeReader,
     complete_checkpoints,
@@ -48,7 +47,7 @@ OUTPUTS = (
     *("checkpoints", "eval", "health", "training_metrics.json", "config.yaml", "environment.json", "report.html"),
     *("tensorboard", "wandb", "wandb_run_id"),
 )
-"""What a run leaves in its folder, besides the log."""
+"""The outputs of a run in its folder, besides the log."""
 
 _UNFINISHED = ".unfinished"
 MESSAGE_LENGTH = 600
@@ -61,11 +60,11 @@ class _Pending(NamedTuple):
     folder: Path  # its final name
     written: Future[Any]
     started: float  # seconds, of time.perf_counter
-    waited: float  # seconds that training stood still
+    waited: float  # seconds for which training was blocked
 
 
 class _LastingStager(DefaultStager):
-    """Copies tensors to CPU memory that it keeps for the next checkpoint."""
+    """Copies tensors to CPU memory that is reused for the next checkpoint."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -73,24 +72,24 @@ class _LastingStager(DefaultStager):
                 use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
             )
         )
-        # Torch 2.11 closes the part that copies after each checkpoint, which frees the memory and ends its use.
+        # Torch 2.11 closes the inner stager after each checkpoint, which frees the memory.
         self._state_dict_stager.close = lambda: None  # type: ignore[method-assign]
 
 
 class Checkpointer:
     """Saves and restores the state of a run.
 
-    Tensors are copied to CPU memory while training waits, and written by a thread while it goes on. The memory is kept
-    for the next checkpoint: to get new pages takes longer than to fill them. Each process writes its own shards. A run
-    may be resumed on another number of processes: shards are put together as needed.
+    Tensors are copied to CPU memory while training waits, and written by a thread while it continues. The memory is
+    reused for the next checkpoint, as allocating pages takes longer than filling them. Each process writes its own
+    shards. A run can be resumed on another number of processes; shards are redistributed.
 
     Args:
-        directory: folder of the checkpoints.
-        model, optimizer, scaler: what is saved and restored in place.
-        period: steps between two checkpoints.
-        last_step: the step after which a checkpoint is always written.
-        keep: how many of the newest checkpoints stay.
-        keep_every: also keep those of every so many steps for good; 0 keeps none.
+        directory: Folder of the checkpoints.
+        model, optimizer, scaler: Objects that are saved, and restored in place.
+        period: Number of steps between two checkpoints.
+        last_step: Step after which a checkpoint is always written.
+        keep: Number of newest checkpoints to keep.
+        keep_every: Number of steps between checkpoints that are never deleted; 0 for none.
     """
 
     def __init__(
@@ -113,7 +112,7 @@ class Checkpointer:
         self.last_step = last_step
         self.keep = keep
         self.keep_every = keep_every
-        self._group = distributed.cpu_group()  # the writing thread's own
+        self._group = distributed.cpu_group()  # for the writing thread
         self._copies = _LastingStager()
         self._pending: _Pending | None = None
         self._newest = -1  # step of the newest checkpoint that is written, being written, or loaded
@@ -127,23 +126,21 @@ class Checkpointer:
         except OSError as error:
             if kind is None:
                 raise
-            logger.warning("%s", error)  # what stopped the run is the news
+            logger.warning("%s", error)  # the error that stopped the run is raised
 
     def is_due(self, step: int) -> bool:
-        """Whether there should be a checkpoint of `step`."""
+        """Whether a checkpoint of `step` is to be written."""
         return (step + 1) % self.period == 0 or step == self.last_step
 
     def save(self, step: int, extra_state: dict[str, Any]) -> None:
-        """Begin to write the checkpoint of `step`, the last finished iteration; `finish` completes it.
-
-        If there is one already, nothing is written.
+        """Start to write the checkpoint of a step, unless it exists; `finish` completes it.
 
         Args:
-            step: goes into the name.
-            extra_state: what else belongs into `state.json`.
+            step: The last finished iteration.
+            extra_state: Further entries of `state.json`.
 
         Raises:
-            OSError: if this or the checkpoint before cannot be written (disk full, ...); complete ones are untouched.
+            OSError: If this or the previous checkpoint cannot be written (disk full, ...); complete ones are kept.
         """
         self.finish()
         if step <= self._newest:
@@ -170,18 +167,18 @@ class Checkpointer:
             )
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._failure(step, folder, error) from error
-        assert isinstance(written, Future), "what async_save gives when it stages in the foreground"
+        assert isinstance(written, Future), "async_save returns a future when it stages in the foreground"
         self._newest = step
         self._pending = _Pending(step, folder, written, started, time.perf_counter() - started)
 
     def finish(self, *, wait: bool = True) -> None:
-        """Give the checkpoint that is being written, if any, its name, and delete those no longer kept.
+        """Rename the checkpoint that is being written, if any, to its final name, and delete old ones.
 
         Args:
-            wait: until it is written; otherwise nothing happens until then.
+            wait: Wait until it is written; otherwise do nothing if it is not.
 
         Raises:
-            OSError: as `save`.
+            OSError: As `save`.
         """
         if self._pending is None or not (wait or self._pending.written.done()):
             return
@@ -200,28 +197,31 @@ class Checkpointer:
         logger.info("checkpoint of iteration %d: %s (%.1f s, training waited %.1f s)", step, folder, seconds, waited)
 
     def _failure(self, step: int, folder: Path, error: BaseException) -> OSError:
-        """Clean up after a checkpoint that could not be written; what to tell."""
+        """Remove a checkpoint that could not be written; the error to raise."""
         shutil.rmtree(folder.with_suffix(_UNFINISHED), ignore_errors=True)
         try:
-            former: object = latest_checkpoint(self.directory) or "none"
+            newest: object = latest_checkpoint(self.directory) or "none"
         except OSError as unreadable:
-            former = f"not known ({unreadable})"
+            newest = f"unknown ({unreadable})"
         return OSError(
             f"could not write the checkpoint of iteration {step} to {folder}: {_root_cause(error)}. "
-            f"Last complete checkpoint: {former}. "
-            f"Run the same command again when that is fixed: it continues from there."
+            f"Last complete checkpoint: {newest}. "
+            f"Run the same command again when the problem is fixed: it resumes from there."
         )
 
     def load(self, folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-        """Restore a checkpoint in place; returns its `state.json`.
+        """Restore a checkpoint in place.
 
         Args:
-            folder: of the checkpoint.
-            needed: entries that its `state.json` must have for the run to go on.
+            folder: The checkpoint folder.
+            needed: Entries that its `state.json` must have.
+
+        Returns:
+            The content of `state.json`.
 
         Raises:
-            ValueError: if it is damaged or belongs to another model.
-            OSError: if it cannot be read.
+            ValueError: If it is damaged or belongs to another model.
+            OSError: If it cannot be read.
         """
         try:
             state = read_state(folder)
@@ -230,9 +230,9 @@ class Checkpointer:
             stored = stored_names(folder)
             self._allocate_moments(stored)
             _load_tensors(self._tensors(), folder, stored)
-            if state["scaler"]:  # empty if it was not in use
+            if state["scaler"]:  # empty if it was not used
                 self.scaler.load_state_dict(state["scaler"])
-        except (Exception, CheckpointException) as error:  # a damaged file raises nearly anything
+        except (Exception, CheckpointException) as error:  # a damaged file can raise any error
             if isinstance(cause := _first_cause(error), OSError) and not isinstance(cause, FileNotFoundError):
                 raise OSError(
                     f"cannot read the checkpoint {folder}: {cause}. Nothing was changed; run the same command again "
@@ -255,7 +255,7 @@ class Checkpointer:
         return tensors
 
     def _allocate_moments(self, stored: Set[str]) -> None:
-        """Give AdamW empty moments to load into, for the parameters that have some in the checkpoint."""
+        """Allocate the moments of AdamW for the parameters that have them in the checkpoint."""
         for name, param in self.model.named_parameters():
             if f"optimizer.{name}.step" in stored:
                 moments = {key: torch.zeros_like(param, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
@@ -271,10 +271,14 @@ class Checkpointer:
 
 
 def has_lost_checkpoints(output_dir: Path, period: int) -> bool:
-    """Whether a run without checkpoints went on for so long that it must have had some; a warning, if so.
+    """Whether an earlier run has no checkpoints although its metrics are too long for that; logs a warning if so.
 
-    They were deleted, or are on a disk that is not there. Metrics of less than two periods may be from before the first
-    one was complete.
+    They were deleted, or are on a disk that is not mounted. Metrics of less than two periods may be from a run that was
+    stopped before its first checkpoint was complete.
+
+    Args:
+        output_dir: Output folder of the run, in which there are no checkpoints.
+        period: Number of steps between two checkpoints.
     """
     records = read_records(output_dir / "training_metrics.json")
     if not records or records[-1]["iteration"] < 2 * period:
@@ -288,24 +292,27 @@ def has_lost_checkpoints(output_dir: Path, period: int) -> bool:
 
 
 def archive_run(output_dir: Path) -> None:
-    """Move what an earlier run left in the folder to `earlier.<n>` in it, neither to mix with it nor to lose it."""
+    """Move the outputs of an earlier run to `OUT/earlier.<n>`, so that they are neither mixed nor lost."""
     former = [path for name in OUTPUTS if (path := output_dir / name).exists()]
     if distributed.is_main() and former:
-        names = (output_dir / f"earlier.{number}" for number in itertools.count(1))
-        aside = next(name for name in names if not name.exists())
-        aside.mkdir()
+        archive = numbered_path(output_dir / "earlier")
+        archive.mkdir()
         for path in former:
-            path.rename(aside / path.name)
-        logger.warning("starting anew: what an earlier run left here is now in %s", aside)
+            path.rename(archive / path.name)
+        logger.warning("starting anew: the outputs of an earlier run are now in %s", archive)
     distributed.barrier()
 
 
 def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
-    """Load what a run starts from if the config names it: student.pretrained_weights, then MODEL.WEIGHTS.
+    """Load the initial weights in the config, if any: student.pretrained_weights, then MODEL.WEIGHTS.
+
+    Args:
+        model: Changed in place; not sharded yet.
+        cfg: The config.
 
     Raises:
-        FileNotFoundError: if there are no such weights.
-        ValueError: if they do not fit the model.
+        FileNotFoundError: If there are no such weights.
+        ValueError: If they do not fit the model, or are not finite.
     """
     if cfg.student.pretrained_weights:
         load_backbone(model.student_backbone, cfg.student.pretrained_weights)
@@ -315,36 +322,42 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
 
 
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
-    """Load networks and centers, but no optimizer, from a checkpoint folder, the file of a whole one or a teacher dump.
+    """Load networks and centers, without optimizer state.
 
-    A teacher dump holds one network with its heads, which student and teacher then both start from.
+    Args:
+        model: Changed in place; not sharded yet.
+        source: A checkpoint folder, a file with a whole checkpoint, or an exported teacher: one network with its heads,
+            which initializes both student and teacher.
 
     Raises:
-        ValueError: if the weights do not fit the model.
+        FileNotFoundError: If there are no such weights.
+        ValueError: If they cannot be read, do not fit the model, or are not finite.
     """
     if Path(source).is_dir():
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
         try:
             stored = {name for name in stored_names(Path(source)) if name.startswith("model.")}
             _load_tensors(state, Path(source), stored)
-        except (Exception, CheckpointException) as error:  # a damaged file raises nearly anything
+            check_numbers(state, str(source))
+        except (Exception, CheckpointException) as error:  # a damaged file can raise any error
             raise ValueError(f"cannot load the model from {source}: {_root_cause(error)}") from error
     else:
         state = read_state_dict(source)
+        check_numbers(state, str(source))
         whole = any(name.startswith("student.") for name in state)
         try:
             for module in (model,) if whole else (model.student, model.teacher):
                 module.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(
-                f"{source} does not hold a whole network with heads of this shape, as teacher dumps of a run do "
+                f"{source} does not hold a whole network with heads of this shape, as teachers exported by a run do "
                 f"(for a backbone alone use student.pretrained_weights): {_shortened(error)}"
             ) from error
     logger.info("loaded the model from %s", source)
 
 
 def _load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) -> None:
-    """Read all `stored` tensors of a checkpoint into those of the same names; there must be neither more nor fewer."""
+    """Read all `stored` tensors of a checkpoint into those of the same names, which must be the same set."""
     if unknown := sorted(stored - tensors.keys()):
         raise ValueError(f"it holds {len(unknown)} tensors that this model does not have, such as {unknown[0]}")
     one_process_is_enough()
@@ -352,16 +365,20 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) ->
 
 
 def save_teacher(teacher: nn.Module, path: Path) -> None:
-    """Write the teacher in the published layout, {"teacher": state dict on the CPU}; all processes must call it.
+    """Export the teacher in the published format, `{"teacher": state dict}`; all processes must call this.
+
+    Args:
+        teacher: The network, possibly sharded.
+        path: The file to write.
 
     Raises:
-        OSError: on rank 0, if it cannot be written.
+        OSError: On rank 0, if it cannot be written.
     """
     state = {}
     for name, value in teacher.state_dict().items():
-        whole = full_tensor(value.detach())
+        unsharded = full_tensor(value.detach())
         if distributed.is_main():
-            state[name] = whole.cpu()
+            state[name] = unsharded.cpu()
     if not distributed.is_main():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -374,14 +391,14 @@ def save_teacher(teacher: nn.Module, path: Path) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The message of the error in a chain that names the thing that went wrong; with its type if it is none of ours."""
+    """The message of the root cause in a chain of errors, with its type unless it is a ValueError or OSError."""
     error = _first_cause(error)
     kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
     return f"{kind}{_shortened(error)}".strip().rstrip(".")
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """The error in a chain that names the thing that went wrong: ours, or else the first one."""
+    """The root cause in a chain of errors: the last ValueError or OSError, or else the first error."""
     if isinstance(error, CheckpointException) and error.failures:
         return _first_cause(next(iter(error.failures.values()))[0])
     while (earlier := error.__cause__ or error.__context__) and not isinstance(error, (ValueError, OSError)):
@@ -390,10 +407,10 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def _shortened(error: BaseException) -> str:
-    """The message of an error, without the long end of a list of names."""
+    """The message of an error, truncated to `MESSAGE_LENGTH` characters."""
     text = str(error)
     return text if len(text) < MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]} ..."
 
 
 if __name__ == "__main__":  # the former name of a command
-    runpy.run_module("dinov2.tools.checkpoints", run_name="__main__", alter_sys=True)
+    runpy.run_module("dinov2.tools", run_name="__main__", alter_sys=True)

@@ -1,9 +1,9 @@
-"""A checkpoint folder without model and process group: find it, and read what is in it.
+"""Find and read checkpoint folders, without model and process group.
 
-`OUT/checkpoints/model_<iteration>/` holds tensors under flat names (`model.teacher.backbone.cls_token`,
-`optimizer.student.backbone.cls_token.exp_avg`), each in one or more parts in the files `__<rank>_<n>.distcp`, the
-table of contents `.metadata`, `state.json` (see `checkpoint_state`) and `checksums.json` for both; each part of a
-tensor carries its own. Nothing in such a folder is trusted to run code or to be undamaged.
+`OUT/checkpoints/model_<iteration>/` contains tensors with flat names (`model.teacher.backbone.cls_token`,
+`optimizer.student.backbone.cls_token.exp_avg`), each in one or more chunks in the files `__<rank>_<n>.distcp`, the
+index `.metadata`, `state.json` (see `checkpoint_state`), and `checksums.json` for these two; each chunk of a tensor has
+its own checksum. Folders are not trusted: reading them runs no code, and damage is detected.
 """
 
 import io
@@ -30,24 +30,24 @@ _FOLDER = re.compile(r"model_(\d{7,})")
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Reads a checkpoint folder for `torch.distributed.checkpoint.load`: tensors only, no code, errors name the file.
+    """Reader for `torch.distributed.checkpoint.load` that runs no code; errors name the file.
 
-    The tensors themselves torch reads with `weights_only=True`.
+    Tensors are read by torch with `weights_only=True`.
     """
 
-    def read_metadata(self, *args: object) -> Metadata:  # no rank: all processes share one table
+    def read_metadata(self, *args: object) -> Metadata:  # no rank: all processes share one index
         metadata = read_metadata(Path(self.path))
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read file by file, each from its beginning to its end, and compare the checksum of each part."""
+        """Read file by file, in the order of offsets, and verify the checksum of each chunk."""
 
-        def place(item: ReadItem) -> tuple[str, int]:
+        def file_and_offset(item: ReadItem) -> tuple[str, int]:
             info = self.storage_data[item.storage_index]
             return info.relative_path, info.offset
 
-        for name, group in groupby(sorted(plan.items, key=place), key=lambda item: place(item)[0]):
+        for name, group in groupby(sorted(plan.items, key=file_and_offset), key=lambda item: file_and_offset(item)[0]):
             path, items = Path(self.path) / name, list(group)
             try:
                 self._check(path, items)
@@ -56,16 +56,14 @@ class SafeReader(dcp.FileSystemReader):
                 raise OSError(error.errno, f"cannot read: {error.strerror}", str(path)) from error
             except Exception as error:  # on bytes it does not expect torch.load fails in many ways
                 reason = str(error) if type(error) is ValueError else type(error).__name__
-                raise ValueError(
-                    f"{path} is damaged ({reason}): {ADVICE}"
-                ) from None  # torch's words advise to run code
+                raise ValueError(f"{path} is damaged ({reason}): {ADVICE}") from None  # torch advises to run its code
         return super().read_data(replace(plan, items=[]), planner)  # a future that is done
 
     def _check(self, path: Path, items: Sequence[ReadItem]) -> None:
-        """Compare checksums of parts of tensors, which are files of `torch.save` one after the other.
+        """Verify the checksums of chunks of tensors, which are concatenated files of `torch.save`.
 
         Raises:
-            ValueError: if one is damaged; names the tensor.
+            ValueError: If a chunk is damaged; names the tensor.
         """
         with path.open("rb") as file:
             for index in dict.fromkeys(item.storage_index for item in items):
@@ -78,21 +76,28 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def stored_names(folder: Path) -> Set[str]:
-    """Names of the tensors in a checkpoint."""
+    """The names of the tensors in a checkpoint folder."""
     return read_metadata(folder).state_dict_metadata.keys()
 
 
 def read_shapes(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint without their numbers: on the meta device."""
+    """The tensors of a checkpoint folder on the meta device: names, shapes and dtypes."""
     return _empty_tensors(folder, "", "meta")
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors whose names start with `prefix`, whole, on the CPU, whatever number of processes wrote them.
+    """Read tensors of a checkpoint folder, on the CPU, independent of the number of processes that wrote it.
+
+    Args:
+        folder: The checkpoint folder.
+        prefix: Start of the names of the tensors to read.
+
+    Returns:
+        Unsharded tensors by their full names.
 
     Raises:
-        FileNotFoundError: if the folder or a file of it is missing.
-        ValueError: if a file is damaged, which is named then, or if there is no such tensor.
+        FileNotFoundError: If the folder or a file of it is missing.
+        ValueError: If a file is damaged, or no name starts with `prefix`.
     """
     tensors = _empty_tensors(folder, prefix, "cpu")
     if not tensors:
@@ -100,7 +105,7 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     one_process_is_enough()
     try:
         dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
-    except CheckpointException as error:  # of one process: its failure says it all
+    except CheckpointException as error:  # has the failure of the only process
         failure, _ = next(iter(error.failures.values()))
         raise failure from error
     return tensors
@@ -115,23 +120,24 @@ def _empty_tensors(folder: Path, prefix: str, device: str) -> dict[str, Tensor]:
 
 
 def one_process_is_enough() -> None:
-    """Silence the remark of `torch.distributed.checkpoint`, also from its thread, that there is no process group."""
+    """Silence the warning of `torch.distributed.checkpoint`, also in its thread, that there is no process group."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 def complete_checkpoints(directory: Path) -> dict[int, Path]:
-    """The complete checkpoints in a folder of checkpoints, by their last finished iteration, in order.
+    """The complete checkpoints in a folder `OUT/checkpoints`.
 
-    None if there is no such folder.
+    Returns:
+        Folders by their last finished iteration, in ascending order; empty if the folder does not exist.
 
     Raises:
-        OSError: naming the folder, if what is in it cannot be told: it may not be read, is a file, a link to nothing.
+        OSError: If the folder cannot be listed: no permission, a file, a broken link; names it.
     """
     try:
-        names = os.listdir(directory)  # unlike Path.glob it does not pass over errors
+        names = os.listdir(directory)  # unlike Path.glob it does not ignore errors
     except FileNotFoundError as error:
         if directory.is_symlink():
-            raise FileNotFoundError(error.errno, "a link to nothing that is there", str(directory)) from error
+            raise FileNotFoundError(error.errno, "a broken link", str(directory)) from error
         return {}
     except OSError as error:
         raise OSError(error.errno, f"cannot list the checkpoints: {error.strerror}", str(directory)) from error
@@ -140,20 +146,23 @@ def complete_checkpoints(directory: Path) -> dict[int, Path]:
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a folder of checkpoints; None if there is none.
+    """The newest complete checkpoint in a folder `OUT/checkpoints`; None if there is none.
 
     Raises:
-        OSError: as `complete_checkpoints`.
+        OSError: As `complete_checkpoints`.
     """
     return next(reversed(complete_checkpoints(directory).values()), None)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the newest complete one of a run or of its `checkpoints`.
+    """Find a checkpoint folder.
+
+    Args:
+        path: A checkpoint folder, or `OUT/checkpoints` or `OUT`, of which the newest complete checkpoint is taken.
 
     Raises:
-        FileNotFoundError: if there is none.
-        OSError: if a folder cannot be read.
+        FileNotFoundError: If there is none.
+        OSError: If a folder cannot be listed.
     """
     if (path / ".metadata").exists() or (path / "state.json").exists():
         return path

@@ -1,8 +1,8 @@
-"""The table of contents of a checkpoint folder, `.metadata`, read so that a foreign folder can run no code.
+"""Read the index of a checkpoint folder, `.metadata`, without running code in it.
 
-`torch.distributed.checkpoint` writes it as a pickle, and a pickle may call anything. Here it may only fill records of
-ours (`_Record`), which can do nothing; the objects that torch wants are then built from what was found to be in order.
-Tensors are all that a folder of ours holds: an entry of another kind would be read with an unrestricted pickle.
+`torch.distributed.checkpoint` writes it as a pickle, which may call any function. Here it can only fill inert records
+(`_Record`); the objects that torch needs are built from their validated fields. Checkpoints contain tensors only:
+torch reads entries of other kinds with an unrestricted pickle, so they are refused.
 """
 
 import io
@@ -32,15 +32,15 @@ logger = logging.getLogger(__name__)
 _FILE = re.compile(r"\w+\.distcp")
 
 METADATA_FILE, CHECKSUMS_FILE = ".metadata", "checksums.json"
-_CHECKED = (METADATA_FILE, "state.json")  # the tensors carry their own checksums
+_CHECKED = (METADATA_FILE, "state.json")  # tensors have their own checksums
 ADVICE = "copy the checkpoint again, or use another one"
 
 
 def write_checksums(folder: Path) -> None:
-    """Write `checksums.json`: the CRC-32 of `.metadata` and `state.json`, which are complete.
+    """Write `checksums.json` with the CRC-32 of `.metadata` and `state.json`.
 
     Raises:
-        OSError: naming the file, if it cannot be written.
+        OSError: If it cannot be written; names the file.
     """
     checksums = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
     with atomic_write(folder / CHECKSUMS_FILE) as file:
@@ -48,23 +48,23 @@ def write_checksums(folder: Path) -> None:
 
 
 def read_checked(folder: Path, name: str) -> bytes:
-    """One of the files that `write_checksums` is about, after its checksum was compared, if there is one.
+    """Read `.metadata` or `state.json` and verify its checksum, if there is one.
 
     Raises:
-        FileNotFoundError: if it is missing.
-        OSError: if it cannot be read.
-        ValueError: if it is damaged.
+        FileNotFoundError: If it is missing.
+        OSError: If it cannot be read.
+        ValueError: If it is damaged.
     """
     try:
         content = read_regular_file(folder / name)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
-            f"no {folder / name}: this is no checkpoint folder, or an incomplete one; {ADVICE}"
+            f"no {folder / name}: not a checkpoint folder, or an incomplete one; {ADVICE}"
         ) from error
     try:
         checksums = read_json(folder / CHECKSUMS_FILE)
     except FileNotFoundError:
-        unverified = f"{folder / name} was written without checksums: damage to it may not be noticed"
+        unverified = f"{folder / name} has no checksum: damage to it may not be detected"
         logger.info("%s", unverified, extra={"only_in_file": True})
         return content
     except ValueError as error:
@@ -75,13 +75,13 @@ def read_checked(folder: Path, name: str) -> bytes:
 
 
 class _Record:
-    """Stands for a class while unpickling: keeps the state that the pickle gives it.
+    """Replaces a class while unpickling, and stores the state in the pickle.
 
-    As there is a `__setstate__`, a pickle can set no attribute, neither of a record nor of its class.
+    Because of `__setstate__`, a pickle can set no other attribute, neither of a record nor of its class.
     """
 
     def __init__(self, *args: object) -> None:
-        """What the pickle calls with arguments (paths, layouts) is of no use here."""
+        """Ignore the arguments in the pickle (paths, memory layouts)."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -95,15 +95,15 @@ _CLASSES = [
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     *((module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath")),
-    ("builtins", "getattr"),  # by which Python before 3.11.4 names members of enumerations; a record gets nothing
+    ("builtins", "getattr"),  # used by Python before 3.11.4 for members of enumerations; a record ignores it
 ]
-"""All that `.metadata` names, besides torch.Size and dtypes."""
+"""All names in a `.metadata`, besides torch.Size and dtypes."""
 
 _RECORDS = {(module, name): type(name, (_Record,), {}) for module, name in _CLASSES}
 
 
 class _RefusedError(ValueError):
-    """The pickle asks for something that is no part of such a table."""
+    """The pickle asks for something that does not belong in an index."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -112,15 +112,15 @@ class _Unpickler(pickle.Unpickler):
             return _RECORDS[module, name]
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
-        raise _RefusedError(f"it asks for {module}.{name}, which could run code and is no part of a checkpoint")
+        raise _RefusedError(f"it asks for {module}.{name}, which could run code and does not belong in a checkpoint")
 
 
 def read_metadata(folder: str | Path) -> Metadata:
-    """Read `.metadata` of a checkpoint folder and see that the files it speaks of are there, in their full length.
+    """Read `.metadata` of a checkpoint folder, and check that the files in it exist and are complete.
 
     Raises:
-        FileNotFoundError: if it is no checkpoint folder, or a file of it is missing.
-        ValueError: if a file is damaged or truncated, or if the folder holds anything else than tensors.
+        FileNotFoundError: If it is not a checkpoint folder, or a file of it is missing.
+        ValueError: If a file is damaged or truncated, or the folder contains anything but tensors.
     """
     path = Path(folder) / METADATA_FILE
     content = read_checked(Path(folder), METADATA_FILE)
@@ -140,21 +140,21 @@ def read_metadata(folder: str | Path) -> Metadata:
 
 
 def _fields(record: Any, kind: str) -> dict[str, Any]:
-    """The fields of a dataclass that a record stands for."""
+    """The fields of the dataclass that a record replaces."""
     if type(record).__name__ != kind or not isinstance(record, _Record) or not isinstance(record.state, dict):
-        raise ValueError(f"a {type(record).__name__} where a {kind} belongs")
+        raise ValueError(f"a {type(record).__name__} instead of a {kind}")
     return record.state
 
 
 def _size(value: object) -> torch.Size:
     if not isinstance(value, torch.Size) or min(value, default=0) < 0:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"{value!r} is not a size")
     return value
 
 
 def _tensor(name: str, record: object) -> TensorStorageMetadata:
     if type(record).__name__ == "BytesStorageMetadata":
-        raise _RefusedError(f"{name} is no tensor but a pickled object, which could run code")
+        raise _RefusedError(f"{name} is not a tensor but a pickled object, which could run code")
     fields = _fields(record, "TensorStorageMetadata")
     size, dtype = _size(fields["size"]), fields["properties"].state[0]
     if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
@@ -164,38 +164,36 @@ def _tensor(name: str, record: object) -> TensorStorageMetadata:
         chunks.append(ChunkStorageMetadata(_size(chunk["offsets"]), _size(chunk["sizes"])))
         ends = [offset + length for offset, length in zip(chunks[-1].offsets, chunks[-1].sizes, strict=True)]
         if any(end > length for end, length in zip(ends, size, strict=True)):
-            raise ValueError(f"a part of {name} lies outside of it")
+            raise ValueError(f"a chunk of {name} is outside of the tensor")
     if sum({chunk.offsets: math.prod(chunk.sizes) for chunk in chunks}.values()) != math.prod(size):
-        raise ValueError(f"the parts of {name} are not the whole tensor")
+        raise ValueError(f"the chunks of {name} do not cover the tensor")
     return TensorStorageMetadata(TensorProperties(dtype=dtype), size, chunks)
 
 
 def _stored(index: object, info: object) -> tuple[MetadataIndex, _StorageInfo]:
-    """Which part of a tensor, and where its bytes are."""
-    part, place = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
-    file, offset, length = place["relative_path"], place["offset"], place["length"]
+    """A chunk of a tensor, and the position of its bytes."""
+    chunk, position = _fields(index, "MetadataIndex"), _fields(info, "_StorageInfo")
+    file, offset, length = position["relative_path"], position["offset"], position["length"]
     if not isinstance(file, str) or not _FILE.fullmatch(file):
-        raise _RefusedError(f"it points to {file!r}, which is no file of a checkpoint folder")
-    if place.get("transform_descriptors"):
-        raise _RefusedError(f"{file} is written with {place['transform_descriptors']}, which is not read here")
+        raise _RefusedError(f"it refers to {file!r}, which is not a file of a checkpoint folder")
+    if position.get("transform_descriptors"):
+        raise _RefusedError(f"{file} is written with {position['transform_descriptors']}, which is not supported")
     if not (isinstance(offset, int) and isinstance(length, int) and offset >= 0 and length >= 0):
         raise ValueError(f"{length} bytes at {offset} of {file}")
-    return MetadataIndex(part["fqn"], _size(part["offset"])), _StorageInfo(file, offset, length)
+    return MetadataIndex(chunk["fqn"], _size(chunk["offset"])), _StorageInfo(file, offset, length)
 
 
 def _check_all_stored(tensors: dict[str, TensorStorageMetadata], stored: dict[MetadataIndex, _StorageInfo]) -> None:
-    """Every part of a tensor lies somewhere, in as many bytes as it has at least."""
+    """Check that every chunk of a tensor is stored, in at least as many bytes as it has."""
     for name, tensor in tensors.items():
         for chunk in tensor.chunks:
-            if (
-                math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
-                > stored[MetadataIndex(name, chunk.offsets)].length
-            ):
+            num_bytes = math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
+            if stored[MetadataIndex(name, chunk.offsets)].length < num_bytes:
                 raise ValueError(f"too few bytes for {name}")
 
 
 def _check_files(folder: Path, stored: dict[MetadataIndex, _StorageInfo]) -> None:
-    """The files are there and not shorter than they were written."""
+    """Check that the files exist and have their full length."""
     ends: dict[str, int] = {}
     for info in stored.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)

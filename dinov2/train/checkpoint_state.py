@@ -1,9 +1,9 @@
-"""`state.json` of a checkpoint: what is in it besides tensors, checked before anything is done with it.
+"""Read and validate `state.json` of a checkpoint, the entries that are not tensors.
 
     {"iteration": 7, "images_seen": 32, "scaler": {}, "metrics": {"total_loss": {"window": [...], ...}, ...},
      "world_size": 1, "global_batch": 4, "num_images": 1000, "dataset": "9f86d081884c7d65"}
 
-Checkpoints of earlier versions lack the last three.
+The last three are missing in checkpoints of earlier versions.
 """
 
 import math
@@ -20,18 +20,18 @@ _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_grow
 
 
 class Setup(NamedTuple):
-    """What decides which images a step sees, besides the config."""
+    """What determines the images of a step, besides the config."""
 
     world_size: int  # processes
-    global_batch: int  # images of a step, over all processes and micro-batches
-    num_images: int  # of the dataset
+    global_batch: int  # images per step, of all processes and micro-batches
+    num_images: int  # in the dataset
     dataset: str  # see `ImageDataset.fingerprint`
 
     def changes_since(self, state: Mapping[str, Any]) -> list[str]:
-        """What is not as it was when a checkpoint was written, as far as its state says.
+        """Compare with the setup in the state of a checkpoint, where it has the entries.
 
         Returns:
-            Texts such as "processes: 1 -> 2".
+            Descriptions of changes, such as "processes: 1 -> 2".
         """
         titles = {
             "world_size": "processes",
@@ -46,12 +46,15 @@ class Setup(NamedTuple):
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: `iteration`, `scaler` and what the run added, each of its kind.
+    """Read `state.json` of a checkpoint folder.
+
+    Returns:
+        `iteration`, `scaler` and the entries that the run added, each of the right type.
 
     Raises:
-        FileNotFoundError: if `state.json` is missing.
-        OSError: if it cannot be read.
-        ValueError: if it is damaged, or of another checkpoint than the name of its folder says.
+        FileNotFoundError: If `state.json` is missing.
+        OSError: If it cannot be read.
+        ValueError: If it is damaged, or its iteration is not that in the name of the folder.
     """
     path = folder / STATE_FILE
     content = read_checked(folder, STATE_FILE)
@@ -60,7 +63,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): {ADVICE}") from error
     if not isinstance(state, dict) or not _is_count(state.get("iteration")):
-        raise ValueError(f"{path} does not say which iteration it is of: {ADVICE}")
+        raise ValueError(f"{path} has no valid iteration: {ADVICE}")
     for name, (is_right, meaning) in _KINDS.items():
         if name in state and not is_right(state[name]):
             raise ValueError(f"{path} is damaged ({name} is not {meaning}): {ADVICE}")
@@ -85,14 +88,14 @@ def _is_number(value: object) -> bool:
 
 
 def _is_scaler(value: object) -> bool:
-    """The state of a gradient scaler, empty if it is not in use."""
+    """Whether this is the state of a gradient scaler, which is empty if the run does not use it."""
     if not isinstance(value, dict) or value.keys() not in (set(), _SCALER) or not all(map(_is_number, value.values())):
         return False
     return not value or 0 < value["scale"] < math.inf
 
 
 def _are_meters(value: object) -> bool:
-    """The state of a `MetricLogger`."""
+    """Whether this is the state of a `MetricLogger`."""
     return isinstance(value, dict) and all(map(_is_meter, value.values()))
 
 
@@ -112,4 +115,4 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "scaler": (_is_scaler, "the state of a gradient scaler"),
     "metrics": (_are_meters, "the state of the meters"),
 }
-"""Of each entry besides `iteration`: a test, and what it is."""
+"""For each entry besides `iteration`: its check, and its description."""

@@ -1,10 +1,10 @@
-"""What a run was made by and on: `environment.json`, one entry for each time it was started or resumed.
+"""The environment of a run: command, versions, hardware. `environment.json` has an entry for each start or resume.
 
     {"sessions": [{"first_step": 0, "date": "2026-11-23T14:18:21+00:00", "command": "python dinov2/train/train.py ...",
                    "data": "ImageFolder:root=/images", "processes": 1, "device": "...", "commit": "...", ...}, ...]}
 
-Facts that are not known are null. Nothing in it names the machine; the only paths are those of the command
-and of the dataset.
+Unknown values are null. The file does not name the machine; it contains no paths but those of the command and of the
+dataset.
 """
 
 import ctypes
@@ -33,26 +33,26 @@ ENVIRONMENT_FILE = "environment.json"
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 _CLONE = Path(__file__).resolve().parents[2]
-_COMMANDS = ("dinov2-train",)  # that an installation puts into the path
+_COMMANDS = ("dinov2-train",)  # installed scripts
 
 
 def record_environment(output_dir: Path, first_step: int = 0, data: str | None = None) -> None:
     """Append this session to `output_dir/environment.json`; to be called on rank 0.
 
     Args:
-        output_dir: of the run.
-        first_step: that this session does; 0 means that the run begins, and former sessions are forgotten.
-        data: the dataset that is trained on, as in the config.
+        output_dir: Folder of the run.
+        first_step: First step of this session; 0 starts a new run and removes earlier sessions.
+        data: Dataset string of the training set.
 
     Raises:
-        OSError: naming the file, if it cannot be written.
+        OSError: The file cannot be written; the message names it.
     """
     path = output_dir / ENVIRONMENT_FILE
     try:
         former = read_environment(path) if first_step > 0 else []
     except ValueError as error:
         damaged = path.with_suffix(".damaged.json")
-        logger.warning("%s; it is now %s, and what earlier sessions ran on is not known", error, damaged)
+        logger.warning("%s; it was renamed to %s, and earlier sessions are lost", error, damaged)
         path.replace(damaged)
         former = []
     with atomic_write(path) as file:
@@ -60,11 +60,11 @@ def record_environment(output_dir: Path, first_step: int = 0, data: str | None =
 
 
 def read_environment(path: Path) -> list[dict[str, Any]]:
-    """The sessions in an environment file, the oldest first; none if there is no file.
+    """Read the sessions of an environment file, oldest first; empty if the file is missing.
 
     Raises:
-        OSError: naming the file, if it cannot be read.
-        ValueError: naming the file, if it is damaged.
+        OSError: The file cannot be read; the message names it.
+        ValueError: The file is damaged; the message names it.
     """
     try:
         content = read_json(path)
@@ -72,12 +72,12 @@ def read_environment(path: Path) -> list[dict[str, Any]]:
         return []
     sessions = content.get("sessions") if isinstance(content, dict) else None
     if not isinstance(sessions, list) or not all(map(_is_session, sessions)):
-        raise ValueError(f"{path} is damaged: it is no list of sessions with first_step and processes")
+        raise ValueError(f"{path} is damaged: it is not a list of sessions with first_step and processes")
     return sessions
 
 
 def _is_session(value: object) -> bool:
-    """Whether a value is like what `session` gives; earlier versions gave less."""
+    """Whether a value has the form of `session`; earlier versions had fewer entries."""
     match value:
         case {"first_step": int(first_step), **others}:
             processes = others.get("processes", 1)
@@ -87,7 +87,7 @@ def _is_session(value: object) -> bool:
 
 
 def session(first_step: int, data: str | None = None) -> dict[str, Any]:
-    """The facts about this process, its dataset and its machine."""
+    """Describe this process, its dataset and its machine."""
     on_gpu = distributed.device().type == "cuda"
     return {
         "first_step": first_step,
@@ -110,10 +110,10 @@ def session(first_step: int, data: str | None = None) -> dict[str, Any]:
 
 
 def reproducing_command(argv: Sequence[str]) -> str | None:
-    """What to type in the top folder of the clone; None where a scheduler started the process by a program of its own.
+    """The command, relative to the top folder of the clone; None if a scheduler started the process by another program.
 
     Args:
-        argv: program and arguments of this process.
+        argv: Program and arguments of this process.
     """
     program = Path(argv[0])
     if program.name in _COMMANDS:
@@ -124,7 +124,7 @@ def reproducing_command(argv: Sequence[str]) -> str | None:
 
 
 def cpu_name() -> str:
-    """The model of the processor, or at least its architecture."""
+    """Model of the processor, or its architecture if unknown."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -141,9 +141,9 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> dict[str, Any]:
-    """The commit of the clone and whether tracked files differ from it; nulls if this is no clone, or git is absent."""
+    """Commit of the clone and number of changed tracked files; None without a clone or git."""
     top = _output("git", "-C", str(_CLONE), "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != _CLONE:  # an installation may lie within somebody else's repository
+    if top is None or Path(top).resolve() != _CLONE:  # an installation may be inside of another repository
         return {"commit": None, "changed_files": None}
     changes = _output("git", "-C", str(_CLONE), "status", "--porcelain", "--untracked-files=no")
     return {
@@ -153,7 +153,7 @@ def _commit() -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What a program prints; None if there is no such program or it fails."""
+    """Standard output of a program; None if it is missing or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -162,14 +162,14 @@ def _output(*command: str) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep freed memory for what is asked for next, instead of giving it back to the system.
+    """Make the C library keep freed memory for later allocations, instead of returning it to the system.
 
-    Each step asks for the same gigabytes again, and the system would fill every page of them with zeros first. Has no
-    effect where the C library is not GNU's.
+    Each step allocates the same gigabytes again, for which the system would have to zero every page. Only the GNU C
+    library supports this; others are unaffected.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    mallopt(_M_MMAP_MAX, 0)  # large pieces come from the heap too
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # which never shrinks
+    mallopt(_M_MMAP_MAX, 0)  # allocate large blocks from the heap too
+    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # never shrink the heap

@@ -1,4 +1,4 @@
-"""What stops a run before it does harm: losses or gradients that are not finite, too many unreadable images."""
+"""Guards that stop a run: against losses or gradients that are not finite, and too many unreadable images."""
 
 import logging
 from collections import deque
@@ -14,54 +14,60 @@ from dinov2.data.collate import Batch
 logger = logging.getLogger(__name__)
 
 
-class _Verdict(NamedTuple):
+class _Check(NamedTuple):
     """Which values of a step were not finite on any process."""
 
     names: tuple[str, ...]
-    broken: Tensor  # of 0 and 1, on the CPU once `arrived`
-    arrived: torch.cuda.Event | None  # None: it has
+    nonfinite: Tensor  # 0 or 1 for each name, on the CPU once `copied`
+    copied: torch.cuda.Event | None  # None: on the CPU already
 
 
 class NonFiniteGuard:
-    """Refuses steps whose losses or gradients are not finite, on all processes alike, and stops after too many.
+    """Skips steps whose losses or gradients are not finite, on all processes alike, and stops the run after too many.
 
-    The refusal is a number on the device, for `optim.step_unless`. What it was about is told one step later, so that
-    the processor never waits for the step that the device is working on.
+    The decision is a tensor on the device, for `optim.step_unless`. It is logged one step later, so that the host never
+    waits for the current step of the device.
 
     Args:
-        max_in_a_row: refusals in a row that end the run.
+        max_in_a_row: Number of consecutive skipped steps after which the run is stopped.
     """
 
     def __init__(self, max_in_a_row: int) -> None:
         self.max_in_a_row = max_in_a_row
         self.in_a_row = 0
-        self._unreported: deque[_Verdict] = deque()
+        self._unreported: deque[_Check] = deque()
 
     def refused(self, terms: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> Tensor:
-        """1 if any loss term, or the gradient of any sub-module, is not finite on any process, else 0; a scalar."""
+        """Returns a scalar: 1 if any loss term or gradient of a sub-module is not finite on any process, else 0."""
         values = {f"loss {name}": value for name, value in terms.items()}
         values |= {f"gradient of {name}": value for name, value in norms.items()}
-        broken = torch.stack([(~value.detach().isfinite()).any().float() for value in values.values()])
-        broken = distributed.all_reduce_max(broken)
-        self._unreported.append(_Verdict(tuple(values), *_fetch(broken)))
-        return broken.amax()
+        nonfinite = torch.stack([(~value.detach().isfinite()).any().float() for value in values.values()])
+        nonfinite = distributed.all_reduce_max(nonfinite)
+        self._unreported.append(_Check(tuple(values), *_fetch(nonfinite)))
+        return nonfinite.amax()
 
-    def tell(self, scaler: torch.amp.GradScaler, *, all_steps: bool = False) -> None:
-        """Log the refusals of the steps before the latest one, or of `all_steps`.
+    def report(self, scaler: torch.amp.GradScaler, *, all_steps: bool = False) -> None:
+        """Log skipped steps before the latest one, or all of them if `all_steps`.
 
-        A gradient that overflows now and then is how a gradient scaler finds its scale: it does not count as long as
-        the losses are finite and the scaler can lower the scale (1 without a scaler) to a sensible one.
+        Occasional overflows of gradients are how a gradient scaler finds its scale. They do not count as long as the
+        losses are finite and the scale is above 1.
+
+        Args:
+            scaler: Gradient scaler of the run.
+            all_steps: Whether to include the latest step, for which the host then waits.
 
         Raises:
-            FloatingPointError: if too many steps in a row were refused.
+            FloatingPointError: Too many consecutive steps were skipped.
         """
         while len(self._unreported) > (0 if all_steps else 1):
-            verdict = self._unreported.popleft()
-            if verdict.arrived is not None:
-                verdict.arrived.synchronize()
-            self._judge([name for name, bad in zip(verdict.names, verdict.broken.tolist(), strict=True) if bad], scaler)
+            check = self._unreported.popleft()
+            if check.copied is not None:
+                check.copied.synchronize()
+            self._report_step(
+                [name for name, bad in zip(check.names, check.nonfinite.tolist(), strict=True) if bad], scaler
+            )
 
-    def _judge(self, culprits: Sequence[str], scaler: torch.amp.GradScaler) -> None:
+    def _report_step(self, culprits: Sequence[str], scaler: torch.amp.GradScaler) -> None:
         if not culprits:
             self.in_a_row = 0
             return
@@ -73,22 +79,25 @@ class NonFiniteGuard:
         logger.warning("step skipped, not finite: %s (%d in a row)", named, self.in_a_row)
         if self.in_a_row >= self.max_in_a_row:
             raise FloatingPointError(
-                f"{self.in_a_row} steps in a row were not finite ({named}); no weight has moved since the last good "
-                f"one. Usual cures: a lower optim.base_lr, a longer optim.warmup_epochs, bf16 or fp32 instead of fp16, "
-                f"and without the newest checkpoint if its weights are ruined already "
-                f"(train.max_nonfinite_steps={self.max_in_a_row} sets the patience)"
+                f"{self.in_a_row} steps in a row were not finite ({named}); weights are unchanged since the last "
+                f"finite one. Remedies: a lower optim.base_lr, a longer optim.warmup_epochs, bf16 or fp32 instead "
+                f"of fp16, and an older checkpoint if the weights of the newest one are damaged "
+                f"(train.max_nonfinite_steps={self.max_in_a_row} sets this limit)"
             )
 
 
 class BadImageGuard:
-    """Logs unreadable images, which the loader has replaced by others, and stops a run that has too many.
+    """Logs unreadable images, which the loader replaces by others, and stops a run with too many of them.
 
-    Each image is logged once with its reason, and no more than `MAX_LINES` of them; what comes up again, or comes after
-    those, is counted and logged whenever its number has doubled.
+    Each image is logged once with its reason, up to `MAX_LINES` images. Repetitions and further images are counted, and
+    logged whenever their number has doubled.
+
+    Args:
+        max_share: Maximum fraction of unreadable images, in [0, 1].
     """
 
-    PATIENCE = 200
-    """Images to see before a share means anything."""
+    MIN_IMAGES = 200
+    """Minimum number of images for a meaningful fraction."""
 
     MAX_LINES = 100
 
@@ -104,14 +113,14 @@ class BadImageGuard:
         """Count the images of some batches.
 
         Raises:
-            OSError: if the share of unreadable images so far is above the limit.
+            OSError: The fraction of unreadable images is above the limit.
         """
         bad_images = [bad for batch in batches for bad in batch.bad_images]
         self.seen += sum(len(batch.global_crops) // 2 for batch in batches) + len(bad_images)
         self.bad += len(bad_images)
         for bad in bad_images:
             self._log(bad)
-        if self.bad > self.max_share * self.seen and self.seen >= self.PATIENCE:
+        if self.bad > self.max_share * self.seen and self.seen >= self.MIN_IMAGES:
             raise OSError(
                 f"{self.bad} of the first {self.seen} images drawn could not be read, more than "
                 f"train.max_bad_image_share={self.max_share}; the last one was {self._last}"
@@ -125,14 +134,14 @@ class BadImageGuard:
             logger.warning("%s: %s", counted, bad)
         elif self.bad >= self._next_summary:
             self._next_summary = 2 * self.bad
-            logger.warning("%s; the latest, among such as are not logged one by one: %s", counted, bad)
+            logger.warning("%s; the latest one not logged individually: %s", counted, bad)
 
 
 def _fetch(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Begin to copy values to the CPU; the event says when they are there."""
+    """Start copying values to the CPU; returns the copy, and an event that signals its completion."""
     if not values.is_cuda:
         return values, None
     copy = values.to("cpu", non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-    return copy, arrived
+    copied = torch.cuda.Event()
+    copied.record()
+    return copy, copied

@@ -1,4 +1,4 @@
-"""Stopping in time: a signal lets the current step end and its checkpoint be written before the process leaves."""
+"""Handling of stop signals: the current step ends and a checkpoint is written before the process exits."""
 
 import logging
 import signal
@@ -15,31 +15,31 @@ from dinov2.data.workers import LoadingError
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
-"""USR2: the scheduler's warning of a time limit or a preemption; TERM: an end within seconds; INT: Ctrl-C."""
+"""USR2: the scheduler warns of a time limit or preemption; TERM: the process will be killed; INT: Ctrl-C."""
 
 REPEATS = 1.0
-"""Seconds in which a signal may come several times and means once: from the terminal and from torchrun."""
+"""Seconds in which repeated signals count once, such as those from the terminal and from torchrun."""
 
 GRACE = 20.0
-"""Seconds after a signal that the images of the current step may still take; schedulers kill after 30 or more."""
+"""Seconds after a signal to wait for the images of the current step; schedulers kill after 30 or more."""
 
 
 class NoImages(LoadingError):
-    """A signal came, and no images have come since."""
+    """No images arrived after a signal."""
 
 
 class Interruption:
-    """Catches the signals while the context is open; a second Ctrl-C acts at once.
+    """Context that handles stop signals; a second Ctrl-C takes effect immediately.
 
     with Interruption(save) as interruption:
-        for step, images in ...:  # asks `interruption.check_wait` while it waits for images
+        for step, images in ...:  # calls `interruption.check_wait` while waiting for images
             ...
             if interruption.requested():  # on all processes alike
                 save()
                 interruption.leave()
 
     Args:
-        save: completes the checkpoint of the last finished step; for a stop while images do not come.
+        save: Function that writes the checkpoint of the last finished step, if images do not arrive.
     """
 
     def __init__(self, save: Callable[[], object] = lambda: None) -> None:
@@ -68,40 +68,40 @@ class Interruption:
         if not self.signum:
             self.signum, self._noted = signum, time.monotonic()
             name = signal.Signals(signum).name
-            again = " (once more: at once)" if signum == signal.SIGINT else ""
+            again = " (repeat it to stop immediately)" if signum == signal.SIGINT else ""
             logger.warning("%s: the run stops after this step with a checkpoint%s", name, again)
         elif signum == signal.SIGINT == self.signum and time.monotonic() > self._noted + REPEATS:
             signal.signal(signum, self._former[signum])
             signal.raise_signal(signum)
 
     def check_wait(self) -> None:
-        """To be called now and then while images are waited for.
+        """To be called periodically while waiting for images.
 
         Raises:
-            NoImages: a signal came more than `GRACE` seconds ago. One process then stops with a checkpoint. Several
-                cannot agree on that: the others may be in the middle of the step, waiting for this one.
+            NoImages: A signal came more than `GRACE` seconds ago. A single process then stops with a checkpoint.
+                Several processes cannot agree on that: the others may be within the step, waiting for this one.
         """
         if self.signum and time.monotonic() > self._noted + GRACE:
             name = signal.Signals(self.signum).name
-            end = "; the last complete checkpoint counts" if distributed.is_enabled() else ""
-            raise NoImages(f"no batch of images came within {GRACE:g} seconds of {name}{end}")
+            end = "; resume from the last complete checkpoint" if distributed.is_enabled() else ""
+            raise NoImages(f"no batch of images arrived within {GRACE:g} seconds of {name}{end}")
 
     def requested(self) -> bool:
-        """Whether any process was told to stop; to be asked by all of them after every step."""
+        """Whether any process received a signal; all processes must call this after every step."""
         agreed = int(distributed.all_reduce_max(torch.tensor(self.signum)))
-        if agreed:  # else leave it alone: a signal may have come while this process waited for the others
+        if agreed:  # otherwise unchanged: a signal may have come during the reduction
             self.signum, self._noted = agreed, self._noted or time.monotonic()
         return agreed != 0
 
     def leave(self) -> None:
-        """End this process, now that everything is saved.
+        """End this process after everything is saved.
 
-        Whoever handled the signal before gets it on rank 0: submitit requeues the job. The other processes wait for
-        that, as the first one to leave takes the job down.
+        On rank 0 the former handler of the signal is called, by which submitit requeues the job. The other processes
+        wait for it, because the first exit ends the job.
 
         Raises:
-            KeyboardInterrupt: for SIGINT.
-            SystemExit: with the usual status 128 + signal, or that of the former handler.
+            KeyboardInterrupt: The signal was SIGINT.
+            SystemExit: The status is 128 + signal, or that of the former handler.
         """
         if self.signum == signal.SIGINT:
             raise KeyboardInterrupt

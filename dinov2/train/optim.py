@@ -1,4 +1,4 @@
-"""What happens to parameters: their groups, AdamW, clipping and the moving average that is the teacher."""
+"""Optimization: parameter groups, AdamW, gradient clipping, and the moving average of the teacher."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -16,15 +16,15 @@ TOKENS = ("cls_token", "pos_embed", "mask_token", "patch_embed", "register_token
 
 
 def get_vit_lr_decay_rate(name: str, lr_decay_rate: float = 1.0, num_layers: int = 12) -> float:
-    """Learning-rate multiplier of a parameter: `lr_decay_rate` once for every layer between it and the output.
+    """Learning-rate multiplier of a parameter: `lr_decay_rate` to the power of the number of layers up to the output.
 
-    Tokens, positions and the patch projection are layer 0, block i is layer i + 1, all else (the last norm, every
-    parameter of a head, whose `num_layers` is 0) is the output.
+    Tokens, position embeddings and the patch projection are layer 0, block i is layer i + 1, everything else (the last
+    norm, and all parameters of a head, whose `num_layers` is 0) is the output.
     """
     layer = num_layers + 1
     if any(token in name for token in TOKENS):
         layer = 0
-    elif block := re.search(r"\bblocks\.(?:\d+\.)?(\d+)\.", name):  # chunked names carry the block second
+    elif block := re.search(r"\bblocks\.(?:\d+\.)?(\d+)\.", name):  # in chunked names the block is the second number
         layer = int(block[1]) + 1
     return lr_decay_rate ** (num_layers + 1 - layer)
 
@@ -32,9 +32,10 @@ def get_vit_lr_decay_rate(name: str, lr_decay_rate: float = 1.0, num_layers: int
 def get_params_groups_with_decay(
     model: nn.Module, lr_decay_rate: float = 1.0, patch_embed_lr_mult: float = 1.0
 ) -> list[ParamGroup]:
-    """One group per trainable parameter, with its multipliers of learning rate and weight decay.
+    """Build one group per trainable parameter, with its multipliers of learning rate and weight decay.
 
-    Biases, norms and LayerScale gains are not decayed; tokens and the head's weight-norm factors are, as published.
+    Biases, norms and LayerScale gains have no weight decay; tokens and the weight-norm parameters of heads have, as
+    published.
     """
     num_layers = getattr(model, "n_blocks", 0)
     groups = []
@@ -59,7 +60,7 @@ def fuse_params_groups(
     all_params_groups: Iterable[ParamGroup],
     keys: Sequence[str] = ("lr_multiplier", "wd_multiplier", "is_last_layer"),
 ) -> list[ParamGroup]:
-    """Join the groups that agree in `keys`, in order of first appearance."""
+    """Merge the groups with equal values of `keys`, in order of first appearance."""
     fused: dict[tuple[Any, ...], ParamGroup] = {}
     for group in all_params_groups:
         identity = tuple(group[key] for key in keys)
@@ -71,9 +72,9 @@ def fuse_params_groups(
 def build_optimizer(
     student: nn.ModuleDict, *, betas: tuple[float, float], lr_decay_rate: float, patch_embed_lr_mult: float
 ) -> torch.optim.AdamW:
-    """AdamW over the groups of every sub-module; `set_hyperparameters` gives it its rates before each step.
+    """Build AdamW over the groups of all sub-modules; `set_hyperparameters` sets its rates before each step.
 
-    The fused one: it reads and writes every number once, and can be told on the device not to (see `step_unless`).
+    It is the fused one, which reads and writes each number once, and can skip steps on the device (see `step_unless`).
     """
     groups = []
     for module in student.values():
@@ -82,9 +83,9 @@ def build_optimizer(
 
 
 def step_unless(refused: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """A step of a fused optimizer that changes nothing, not even its count of steps, where `refused` (scalar) is 1.
+    """Step a fused optimizer, except if `refused` (scalar) is 1: then nothing changes, not even the count of steps.
 
-    By the means that gradient scalers use: the device decides, and nobody waits for it.
+    This uses the mechanism of gradient scalers: the device decides, and the host does not wait.
     """
     optimizer.found_inf = refused  # type: ignore[attr-defined]
     optimizer.step()
@@ -92,17 +93,17 @@ def step_unless(refused: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, now: StepValues) -> None:
-    """Put the scheduled learning rate and weight decay into every group, times its multipliers."""
+    """Set the scheduled learning rate and weight decay of each group, times its multipliers."""
     for group in optimizer.param_groups:
         group["lr"] = (now.last_layer_lr if group["is_last_layer"] else now.lr) * group["lr_multiplier"]
         group["weight_decay"] = now.wd * group["wd_multiplier"]
 
 
 def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, Tensor]:
-    """Clip the gradient of each sub-module **separately** to L2 norm `max_norm`; None or 0 only measures.
+    """Clip the gradient of each sub-module **separately** to L2 norm `max_norm`; None or 0 only measures it.
 
     Returns:
-        The norm before clipping by sub-module, scalars on the device; without those that got no gradient.
+        Norms before clipping by sub-module, as scalars on the device; sub-modules without gradients are omitted.
     """
     return {
         name: full_tensor(nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf")))
@@ -113,6 +114,6 @@ def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, 
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters or this process's shards of them."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, for all parameters or the shards of this process."""
     averages, latest = local_tensors(teacher.parameters()), local_tensors(student.parameters())
     torch._foreach_lerp_(averages, latest, 1 - momentum)

@@ -1,18 +1,18 @@
-"""Parallelism, applied from outside: the networks do not know of it, and their parameters keep their names.
+"""Parallelism, applied to the networks from outside; their parameters keep their names.
 
-With several processes parameters, gradients, moments and the moving average are sharded by PyTorch's `fully_shard`.
-Every strategy is a mesh of processes, over which a parameter is split or replicated, and a choice whether the student
-gathers its weights once per step or once more in the backward pass:
+With several processes, parameters, gradients, moments and the moving average are sharded by PyTorch's `fully_shard`.
+A strategy is a mesh of processes, over which parameters are split or replicated, and the choice whether the student
+gathers its weights once per step or again in the backward pass:
 
-| strategy | split over | weights between forward and backward |
+| strategy | sharded over | weights between forward and backward |
 | --- | --- | --- |
-| NO_SHARD | nothing: each process holds everything | kept |
+| NO_SHARD | nothing: each process has everything | kept |
 | SHARD_GRAD_OP | all processes | kept |
 | FULL_SHARD | all processes | freed, gathered again |
 | HYBRID_SHARD_ZERO2 | the processes of a machine, replicated over machines | kept |
 | HYBRID_SHARD | the processes of a machine, replicated over machines | freed, gathered again |
 
-The teacher has no backward pass, so that it always frees its weights after use. With one process nothing is sharded.
+The teacher has no backward pass and always frees its weights after use. With one process nothing is sharded.
 """
 
 import importlib
@@ -46,20 +46,20 @@ def parallelize(
     activation_checkpointing: ActivationCheckpointing = "none",
     compile_blocks: bool = False,
 ) -> None:
-    """Make student and teacher ready to train on all processes, in place; they start as those of rank 0.
+    """Prepare student and teacher for training on all processes, in place, with the weights of rank 0.
 
-    To be called on the final device and before the optimizer is made, which must hold the sharded parameters.
+    To be called on the final device, and before the optimizer is built, which needs the sharded parameters.
 
     Args:
-        student, teacher: networks by name; `backbone` has `blocks`.
-        precision: strategy and dtypes of each network.
-        block_chunks: how many units the blocks of a backbone are sharded in; 0 makes each block one.
-        activation_checkpointing: what the student's blocks compute again in the backward pass instead of keeping it:
-            nothing, all but the results of matrix products and attention, or everything.
-        compile_blocks: compile each block by `torch.compile`.
+        student, teacher: Networks by name; `backbone` has `blocks`.
+        precision: Sharding strategy and dtypes of each network.
+        block_chunks: Number of sharding units of the blocks of a backbone; 0: one unit per block.
+        activation_checkpointing: Activations of the student's blocks recomputed in the backward pass: none, all but the
+            outputs of matrix products and attention ("selective"), or all ("full").
+        compile_blocks: Whether to compile each block by `torch.compile`.
 
     Raises:
-        ValueError: if the processes of a machine are to share and the machines have different numbers of them.
+        ValueError: A strategy shards within machines, but these have different numbers of processes.
     """
     if activation_checkpointing != "none":
         for block in _blocks(student):
@@ -67,12 +67,12 @@ def parallelize(
     if compile_blocks:
         _compile([*_blocks(student), *_blocks(teacher)])
     if distributed.is_enabled():
-        # It warns of in-place operations on the features, which are views. There are none.
+        # It warns of in-place operations on views, of which there are none.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         meshes: dict[int, DeviceMesh] = {}
         for networks, precisions in ((student, precision.student), (teacher, precision.teacher)):
             for name, network in networks.items():
-                _start_alike(network)
+                _broadcast_weights(network)
                 how: ModulePrecision = getattr(precisions, name)
                 shards = num_shards(how.sharding_strategy, distributed.world_size(), distributed.local_world_size())
                 mesh = meshes[shards] = meshes.get(shards) or distributed.device_mesh(shards)
@@ -81,12 +81,12 @@ def parallelize(
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this process holds of each tensor: its shard, or all of it."""
+    """The local part of each tensor: its shard, or the whole tensor if it is not sharded."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded; all processes must ask for it."""
+    """The whole of a tensor that may be sharded; all processes must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -95,27 +95,27 @@ def _blocks(networks: nn.ModuleDict) -> list[nn.Module]:
 
 
 def _compile(blocks: Sequence[nn.Module]) -> None:
-    """Compile each block; one program serves all that differ in weights only, for any number of masked patches."""
-    torch.compiler.assume_constant_result(best_backend)  # marks it; not where it is defined, as that loads the compiler
+    """Compile each block; blocks that differ only in weights share a program, for any number of masked patches."""
+    torch.compiler.assume_constant_result(best_backend)  # not at its definition, which would import the compiler
     dynamo: Any = importlib.import_module("torch._dynamo")
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * len(blocks))  # rates of depth may differ
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 2 * len(blocks))  # drop path rates may differ
     for block in blocks:
         block.compile()
 
 
-def _start_alike(network: nn.Module) -> None:
-    """Give every process the parameters and buffers of rank 0."""
+def _broadcast_weights(network: nn.Module) -> None:
+    """Copy the parameters and buffers of rank 0 to all processes."""
     for tensor in network.state_dict().values():
         tensor.copy_(distributed.broadcast(tensor, source=0))
 
 
 def num_shards(strategy: str, num_processes: int, processes_per_machine: int) -> int:
-    """Over how many processes a strategy splits a parameter."""
+    """Number of processes over which a strategy shards a parameter."""
     return {"nothing": 1, "a machine": processes_per_machine, "all processes": num_processes}[SHARDED_OVER[strategy]]
 
 
 def units_of_blocks(network: nn.Module, block_chunks: int) -> list[list[nn.Module]]:
-    """The blocks of a backbone that are gathered and freed together; none for a head."""
+    """Groups of blocks of a backbone that are gathered and freed together; empty for a head."""
     blocks = list(getattr(network, "blocks", []))
     size = max(len(blocks) // block_chunks, 1) if block_chunks else 1
     return [blocks[first : first + size] for first in range(0, len(blocks), size)]
@@ -123,21 +123,21 @@ def units_of_blocks(network: nn.Module, block_chunks: int) -> list[list[nn.Modul
 
 def _shard(
     network: nn.Module,
-    how: ModulePrecision,
+    precision: ModulePrecision,
     mesh: DeviceMesh,
     *,
     block_chunks: int,
     reshard_after_forward: bool,
 ) -> None:
-    """Shard a backbone in units of blocks, and what else there is in one unit; a head is one unit."""
-    dtypes = how.mixed_precision
+    """Shard a backbone in units of blocks, with the rest as one unit; a head is one unit."""
+    dtypes = precision.mixed_precision
     settings: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": reshard_after_forward,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=DTYPES[dtypes.param_dtype],
             reduce_dtype=DTYPES[dtypes.reduce_dtype],
-            cast_forward_inputs=False,  # autocast does, where it matters, as with one process
+            cast_forward_inputs=False,  # autocast does, as with one process
         ),
     }
     for unit in units_of_blocks(network, block_chunks):
@@ -149,7 +149,7 @@ def _shard(
 
 
 def _recompute(block: nn.Module, *, selective: bool) -> None:
-    """Let a block compute its activations again in the backward pass, with the same random numbers."""
+    """Make a block recompute its activations in the backward pass, with the same random numbers."""
     settings: dict[str, Any] = {"use_reentrant": False}
     if selective:
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
@@ -157,7 +157,7 @@ def _recompute(block: nn.Module, *, selective: bool) -> None:
 
 
 def _keep_products(_: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what is expensive to compute: the results of matrix products and attention."""
+    """Policy that keeps the outputs of matrix products and attention, which are expensive to compute."""
     kept = operation in _PRODUCTS or "attention" in str(operation)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -1,4 +1,4 @@
-"""The former name of `python -m dinov2.report`, which it runs."""
+"""Former name of `python -m dinov2.report`, kept for existing commands."""
 
 import runpy
 

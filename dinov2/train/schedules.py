@@ -1,4 +1,4 @@
-"""Every hyperparameter that changes during a run, as a function of the step."""
+"""Schedules of the hyperparameters that change during a run."""
 
 import math
 from typing import NamedTuple
@@ -9,13 +9,21 @@ from dinov2.config import Config
 
 
 class CosineScheduler:
-    """`freeze_iters` zeros, a linear warm-up to `base_value`, then half a cosine towards `final_value`.
+    """`freeze_iters` zeros, a linear warm-up to `base_value`, then a half cosine towards `final_value`.
 
-    A float64 array of `total_iters` values; every index beyond it gives `final_value`, which the cosine itself
-    approaches but does not reach. The warm-up includes both its ends, so `base_value` stands there twice.
+    A float64 array of `total_iters` values; larger indices give `final_value`, which the cosine itself does not quite
+    reach. The warm-up includes both ends, so `base_value` appears twice.
+
+    Args:
+        base_value: Value at the end of the warm-up.
+        final_value: Value at the end of the schedule.
+        total_iters: Length of the schedule in steps.
+        warmup_iters: Length of the warm-up in steps.
+        start_warmup_value: Value at the start of the warm-up.
+        freeze_iters: Number of zeros at the start.
 
     Raises:
-        ValueError: if freezing and warm-up are longer than the whole.
+        ValueError: Zeros and warm-up are longer than the schedule.
     """
 
     def __init__(
@@ -48,7 +56,7 @@ class CosineScheduler:
 
 
 class StepValues(NamedTuple):
-    """The scheduled values of one step. `wd` is the weight decay, `momentum` the teacher's."""
+    """Scheduled values of one step: `wd` is the weight decay, `momentum` that of the teacher."""
 
     lr: float
     wd: float
@@ -67,12 +75,12 @@ class Schedules(NamedTuple):
     last_layer_lr: CosineScheduler
 
     def at(self, step: int) -> StepValues:
-        """All values at optimizer step `step`, counted from 0."""
+        """Returns all values at optimizer step `step`, counted from 0."""
         return StepValues(*(schedule[step] for schedule in self))
 
 
 def build_schedules(cfg: Config, lr: float) -> Schedules:
-    """The schedules of a config, for the peak learning rate `lr` (see `scale_lr`)."""
+    """Build the schedules of a config, with the peak learning rate `lr` (see `scale_lr`)."""
     epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
     total = cfg.optim.epochs * epoch
     warmup = cfg.optim.warmup_epochs * epoch
@@ -95,7 +103,7 @@ def build_schedules(cfg: Config, lr: float) -> Schedules:
 
 
 def describe_schedules(cfg: Config, lr: float) -> dict[str, str]:
-    """What the schedules reach within the run, by the name of what is scheduled; steps are counted from 0."""
+    """Describe the values that the schedules reach within the run, by name; steps are counted from 0."""
     schedules, last = build_schedules(cfg, lr), cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH - 1
     start, end = schedules.at(0), schedules.at(last)
     peak = int(schedules.lr.schedule.argmax())
@@ -120,16 +128,21 @@ def describe_schedules(cfg: Config, lr: float) -> dict[str, str]:
     }
 
 
+def num_steps(cfg: Config) -> int:
+    """Optimizer steps of a whole run."""
+    return cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+
+
 def global_batch_size(cfg: Config, world_size: int) -> int:
     """Images per optimizer step over all processes and micro-batches."""
     return cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps * world_size
 
 
 def scale_lr(base_lr: float, rule: str, global_batch: int) -> float:
-    """Peak learning rate for `global_batch` images per step.
+    """Scale the peak learning rate to `global_batch` images per step.
 
     Raises:
-        ValueError: if the rule is unknown.
+        ValueError: The rule is unknown.
     """
     factors = {
         "sqrt_wrt_1024": math.sqrt(global_batch / 1024),
@@ -143,10 +156,10 @@ def scale_lr(base_lr: float, rule: str, global_batch: int) -> float:
 
 
 def is_due(step: int, period: int, last_step: int) -> bool:
-    """Whether something done every `period` steps and at the end follows `step`; never if the period is 0 or less."""
+    """Whether an action done every `period` steps and after `last_step` follows `step`; never for period <= 0."""
     return period > 0 and ((step + 1) % period == 0 or step == last_step)
 
 
 def num_due(period: int, steps: int) -> int:
-    """How often `is_due` in a run of `steps`."""
+    """Number of steps for which `is_due` in a run of `steps`."""
     return math.ceil(steps / period) if period > 0 else 0

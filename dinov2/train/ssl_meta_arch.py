@@ -1,7 +1,7 @@
-"""The method: student and teacher, and how a batch becomes losses.
+"""The method: student, teacher, and the losses of a batch.
 
-Read it from `SSLMetaArch.forward`: the teacher sees the unmasked global crops and gives targets, the student sees
-the masked global and the local crops and gives predictions, and three losses compare them.
+The teacher sees the unmasked global crops and gives targets (`SSLMetaArch.targets`). The student sees the masked global
+crops and the local crops and gives predictions, and three losses compare them with the targets (`SSLMetaArch.forward`).
 
 Legend: B images, L local crops each, N patches of a global crop, M masked patches in the batch, D width,
 K prototypes. Rows of crops are crop-major: crop 0 of all images, then crop 1, ...
@@ -27,14 +27,14 @@ NUM_GLOBAL_CROPS = 2
 
 
 class Targets(NamedTuple):
-    """What the teacher says; None where the loss is off."""
+    """Target probabilities from the teacher; None if the loss is off."""
 
-    cls: Tensor | None  # (2, B, K) probabilities for student crop 0 and 1: each the *other* crop's
+    cls: Tensor | None  # (2, B, K) probabilities for student crops 0 and 1, from the *other* crop
     patch: Tensor | None  # (M, K) probabilities
 
 
 class Predictions(NamedTuple):
-    """What the student says; None where the loss is off."""
+    """Scores of the student; None if the loss is off."""
 
     global_cls: Tensor | None  # (2B, K) scores
     local_cls: Tensor | None  # (L*B, K) scores
@@ -43,20 +43,20 @@ class Predictions(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The optimized terms, weights applied, and their sum; the published display of the same."""
+    """The weighted terms and their sum, which is optimized; and the terms as the release displays them."""
 
     total: Tensor
     terms: dict[str, Tensor]
     published: dict[str, Tensor]
 
     def detach(self) -> "Losses":
-        """The numbers without their graph."""
+        """Returns the losses without their graph."""
         terms, published = ({k: v.detach() for k, v in d.items()} for d in (self.terms, self.published))
         return Losses(self.total.detach(), terms, published)
 
 
 def mean_losses(parts: Sequence[Losses]) -> Losses:
-    """The mean of the losses of several micro-batches, term by term."""
+    """Average the losses of several micro-batches, term by term."""
 
     def mean(values: Iterable[Tensor]) -> Tensor:
         return torch.stack(list(values)).mean(dim=0)
@@ -71,8 +71,8 @@ def mean_losses(parts: Sequence[Losses]) -> Losses:
 class SSLMetaArch(nn.Module):
     """Student and teacher networks and the objective of DINOv2 (paper section 4).
 
-    `student` and `teacher` hold `backbone`, `dino_head` and, with separate heads, `ibot_head`. The teacher starts
-    as a copy of the student, never gets gradients, and stays in eval mode.
+    `student` and `teacher` contain `backbone`, `dino_head` and, with separate heads, `ibot_head`. The teacher starts as
+    a copy of the student, has no gradients, and stays in eval mode.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -118,16 +118,26 @@ class SSLMetaArch(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, batch: Batch, teacher_temp: float) -> Losses:
-        """A batch through the whole objective. Moves the centers (with centering); gradients reach the student."""
-        [targets] = self.targets([batch], teacher_temp)
-        return self.losses(batch, targets, self.predictions(batch))
+    def forward(self, batch: Batch, targets: Targets) -> tuple[Losses, Predictions]:
+        """Compute the student's predictions for a batch and their losses; gradients reach the student.
+
+        Args:
+            batch: A micro-batch.
+            targets: The teacher's targets for it, see `targets`.
+        """
+        predictions = self.predictions(batch)
+        return self.losses(batch, targets, predictions), predictions
 
     @torch.no_grad()
     def targets(self, batches: Sequence[Batch], teacher_temp: float) -> list[Targets]:
-        """The teacher on the unmasked global crops of all micro-batches of a step.
+        """Compute the teacher's targets for the unmasked global crops of all micro-batches of a step.
 
-        They are balanced or centered jointly: accumulating k micro-batches gives the targets of k processes.
+        They are balanced or centered jointly, so that k micro-batches have the targets of k processes. Centers are
+        updated.
+
+        Args:
+            batches: Micro-batches of this process.
+            teacher_temp: Temperature of the softmax.
         """
         cls_scores, patch_scores = zip(*map(self._teacher_scores, batches), strict=True)
         cls = self._probabilities(self.dino_loss, cls_scores, teacher_temp) if self.use_dino else [None] * len(batches)
@@ -144,7 +154,7 @@ class SSLMetaArch(nn.Module):
     def _probabilities(
         self, loss: DINOLoss | iBOTPatchLoss, scores: Sequence[Tensor], teacher_temp: float
     ) -> list[Tensor]:
-        """Teacher scores to targets, by the method that `train.centering` names."""
+        """Convert teacher scores to targets by the method `train.centering`."""
         if self.cfg.train.centering == "sinkhorn_knopp":
             return sinkhorn_knopp_in_pieces(scores, teacher_temp)
         probabilities = [loss.softmax_center_teacher(part, teacher_temp) for part in scores]
@@ -155,7 +165,7 @@ class SSLMetaArch(nn.Module):
         with self._precision("teacher", "backbone") as dtype:
             crops = [batch.global_crops.to(dtype)]
             [features] = self.teacher["backbone"](crops, patches=[_padded_mask_index(batch)], is_training=True)
-        # Swap the crops: row b of crop 0 now faces the class token of crop 1, which is what its student must predict.
+        # Swap the crops: the student of crop 0 must predict the class token of crop 1, and vice versa.
         cls_tokens = torch.cat(features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)[::-1])
         patch_tokens = features["x_norm_patchtokens"][: len(batch.mask_index)]
         cls, _, patch = self._heads("teacher", cls_tokens, None, patch_tokens)
@@ -163,17 +173,17 @@ class SSLMetaArch(nn.Module):
 
     @torch.no_grad()
     def teacher_features(self, images: Tensor) -> dict[str, Tensor]:
-        """What the teacher's backbone says of whole images (n, 3, H, W), float32: `x_norm_patchtokens` and so on."""
+        """Compute features of images (n, 3, H, W) by the teacher's backbone, float32, by name."""
         with self._precision("teacher", "backbone") as dtype:
             [features] = self.teacher["backbone"]([images.to(dtype)], is_training=True)
         return {name: value.float() for name, value in features.items() if value is not None}
 
     def predictions(self, batch: Batch) -> Predictions:
-        """The student on the masked global crops and the local crops, packed in one pass."""
+        """Run the student on the masked global crops and the local crops, packed in one pass."""
         has_locals = len(batch.local_crops) > 0
         crops = [batch.global_crops, batch.local_crops] if has_locals else [batch.global_crops]
         masks = [batch.masks if self.use_ibot else None, None][: len(crops)]
-        patches = [_padded_mask_index(batch), batch.mask_index[:0]][: len(crops)]  # of local crops the class token only
+        patches = [_padded_mask_index(batch), batch.mask_index[:0]][: len(crops)]  # only the class token of local crops
         with self._precision("student", "backbone") as dtype:
             features = self.student["backbone"](
                 [crop.to(dtype) for crop in crops], masks, patches=patches, is_training=True
@@ -186,7 +196,7 @@ class SSLMetaArch(nn.Module):
     def _heads(
         self, side: str, global_cls: Tensor, local_cls: Tensor | None, patch_tokens: Tensor
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Scores of class tokens and masked patch tokens; those of one head in one pass."""
+        """Compute scores of class tokens and masked patch tokens, with one pass per head."""
         groups: dict[str, Tensor] = {}
         if self.use_dino:
             groups["global"] = global_cls
@@ -200,7 +210,7 @@ class SSLMetaArch(nn.Module):
         return scores.get("global"), scores.get("local"), scores.get("patch")
 
     def _head(self, side: str, name: str, groups: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Scores of groups of tokens in one pass: {group: (rows, D)} -> {group: (rows, K)}."""
+        """Compute scores of groups of tokens in one pass: {group: (rows, D)} -> {group: (rows, K)}."""
         if not groups:
             return {}
         networks = self.student if side == "student" else self.teacher
@@ -209,11 +219,11 @@ class SSLMetaArch(nn.Module):
         return dict(zip(groups, joint.split([len(tokens) for tokens in groups.values()]), strict=True))
 
     def losses(self, batch: Batch, targets: Targets, predictions: Predictions) -> Losses:
-        """Weigh and add the terms.
+        """Compute the weighted terms and their sum.
 
         The 2 L pairs of a local crop with a teacher crop and the 2 pairs of a global crop with the other teacher crop
-        share the DINO weight evenly. KoLeo acts on each global crop by itself. `published` holds what the release
-        logs: DINO terms without their weight, KoLeo and iBOT at half and without it.
+        have equal shares of the DINO weight. KoLeo is applied to each global crop separately. `published` has the terms
+        as logged by the release: DINO without its weight, KoLeo at half, iBOT at half and without its weight.
         """
         cfg = self.cfg
         terms: dict[str, Tensor] = {}
@@ -225,8 +235,8 @@ class SSLMetaArch(nn.Module):
                 local = self.dino_loss(predictions.local_cls.chunk(num_local), targets.cls.unbind()) / pairs
                 terms["dino_local_crops_loss"] = cfg.dino.loss_weight * local
                 published["dino_local_crops_loss"] = local
-            facing = self.dino_loss([predictions.global_cls], [targets.cls.flatten(0, 1)])
-            published["dino_global_crops_loss"] = facing * NUM_GLOBAL_CROPS / pairs
+            loss = self.dino_loss([predictions.global_cls], [targets.cls.flatten(0, 1)])
+            published["dino_global_crops_loss"] = loss * NUM_GLOBAL_CROPS / pairs
             terms["dino_global_crops_loss"] = cfg.dino.loss_weight * published["dino_global_crops_loss"]
         if self.use_koleo:
             crops = predictions.features.chunk(NUM_GLOBAL_CROPS)
@@ -243,7 +253,7 @@ class SSLMetaArch(nn.Module):
 
     @contextmanager
     def _precision(self, side: str, module: str) -> Iterator[torch.dtype]:
-        """Autocast to the `param_dtype` that the config gives this network, which its inputs must have, too.
+        """Autocast to the configured `param_dtype` of a network, which its inputs must have too.
 
         Parameters stay float32.
         """
@@ -254,5 +264,5 @@ class SSLMetaArch(nn.Module):
 
 
 def _padded_mask_index(batch: Batch) -> Tensor:
-    """The masked patches and some that will be left out: their number must not vary for compiled blocks."""
+    """Indices of the masked patches, padded to a fixed number, as compiled blocks require."""
     return F.pad(batch.mask_index, (0, batch.upperbound - len(batch.mask_index)))

@@ -1,1 +1,1 @@
-"""Figures and videos of what a frozen backbone computes: components, attention, similarity, neighbors."""
+"""Figures and videos of frozen features: principal components, attention, patch similarity, nearest neighbors."""

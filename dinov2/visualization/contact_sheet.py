@@ -1,20 +1,21 @@
-"""Drawing: images with captions on a sheet, and numbers as colors.
+"""Contact sheets: images with captions in rows, and heat maps.
 
-Feature maps are small; enlarged, each of their patches is a square. Photographs are shrunk smoothly.
+Feature maps are small: they are enlarged so that each patch is a rectangle. Photographs are reduced with antialiasing.
 """
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 MARGIN, GAP = 20, 6  # pixels around the sheet, and between images
-INK, QUIET = "#1a1a1a", "#666666"
-TITLE, SUBTITLE, TEXT = 22, 15, 14  # font sizes
+BLACK, GRAY = "#1a1a1a", "#666666"
+TITLE, SUBTITLE, TEXT = 22, 15, 14  # font sizes in pixels
 
-# Magma, a map of matplotlib (public domain, CC0) whose lightness grows evenly, so that it also reads in gray.
+# Every 16th color of matplotlib's magma (CC0): lightness increases evenly, so that it can be printed in gray.
 _MAGMA = (
     "000004 0a0822 1d1147 36106b 51127c 6a1c81 832681 9c2e7f b73779 d0416f e75263 f56b5c fc8961 fea772 fec488 fde2a3 "
     "fcfdbf"
@@ -22,53 +23,52 @@ _MAGMA = (
 
 
 class Cell(NamedTuple):
-    """A image on a sheet, and a line below it."""
+    """An image on a sheet, and the caption below it."""
 
     image: Image.Image
     caption: str = ""
-    at_top: bool = False  # whether it hangs from the top of its row or stands on the bottom, if others are higher
-    ring: tuple[float, float] | None = None  # what to point out, as fractions (x, y) of its width and height
+    align_top: bool = False  # where the image is in a row of taller images: at the top, or at the bottom
+    ring: tuple[float, float] | None = None  # center of a ring, as fractions (x, y) of width and height
 
 
 class Legend(NamedTuple):
-    """What the colors of a heat map mean."""
+    """The color scale of heat maps."""
 
     name: str
-    low: str  # what the darkest color stands for
-    high: str  # and the brightest
+    low: str  # label of the darkest color
+    high: str  # label of the brightest color
 
 
-# --- Heat maps -------------------------------------------------------------------------------------------------------
+# --- Images ----------------------------------------------------------------------------------------------------------
 
 
 def heat_map(values: np.ndarray, low: float, high: float) -> Image.Image:
-    """Numbers (h, w) as colors from black for `low` to bright for `high`: a image of w x h pixels."""
+    """Map numbers (h, w) to colors from black (`low`) to bright (`high`): an image of w x h pixels."""
     stops = np.array([list(bytes.fromhex(stop)) for stop in _MAGMA.split()])
     position = np.clip((values - low) / max(high - low, 1e-12), 0, 1) * (len(stops) - 1)
     channels = [np.interp(position, np.arange(len(stops)), stops[:, channel]) for channel in range(3)]
     return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
 
 
-def overlay(image: Image.Image, colors: Image.Image, strength: float = 0.65) -> Image.Image:
-    """A small image of patches over a photograph in gray, in the size of the photograph."""
-    gray = image.convert("L").convert("RGB")
-    return Image.blend(gray, enlarged(colors, image.size), strength)
+def overlay(image: Image.Image, colors: Image.Image, opacity: float = 0.65) -> Image.Image:
+    """Blend patch colors over a photograph in gray, at the size of the photograph."""
+    return Image.blend(image.convert("L").convert("RGB"), enlarge(colors, image.size), opacity)
 
 
-def enlarged(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """A image at a larger size (width, height), its pixels as rectangles with true proportions."""
+def enlarge(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Enlarge an image to (width, height): its pixels become rectangles of equal size."""
     width, height = size
-    return image.resize((4 * width, 4 * height), Image.Resampling.NEAREST).reduce(4)  # borders blend between pixels
+    return image.resize((4 * width, 4 * height), Image.Resampling.NEAREST).reduce(4)  # edges are antialiased
 
 
-def mark(image: Image.Image, center: tuple[float, float]) -> Image.Image:
-    """A copy of a image with a ring around a point (x, y) in pixels, to be seen on any color."""
-    marked = image.copy()
-    draw, stroke = ImageDraw.Draw(marked), max(round(min(image.size) / 112), 2)
+def draw_ring(image: Image.Image, center: tuple[float, float]) -> Image.Image:
+    """A copy of an image with a ring around a point (x, y) in pixels, visible on any color."""
+    result = image.copy()
+    draw, stroke = ImageDraw.Draw(result), max(round(min(image.size) / 112), 2)
     for color, radius, width in (("black", 5 * stroke, 3 * stroke), ("white", 4 * stroke, stroke)):
         box = [center[0] - radius, center[1] - radius, center[0] + radius, center[1] + radius]
         draw.ellipse(box, outline=color, width=width)
-    return marked
+    return result
 
 
 # --- Sheets ----------------------------------------------------------------------------------------------------------
@@ -84,111 +84,112 @@ def draw_sheet(
     legend: Legend | None = None,
     cell: int = 192,
 ) -> Image.Image:
-    """Rows of images below one another.
+    """Draw rows of images.
 
     Args:
-        rows: each from left to right; None leaves a place empty. Each row is as high as its highest image.
-        title: the first line.
-        subtitle: the lines below it.
-        headings: one for each column.
-        labels: one for each row, at its left.
-        legend: drawn below the subtitle.
-        cell: longer side of every image on the sheet in pixels.
+        rows: Cells from left to right; None leaves a cell empty. A row is as high as its highest image.
+        title: First line of the sheet.
+        subtitle: Lines below the title.
+        headings: One for each column.
+        labels: One for each row, at its left.
+        legend: Color scale below the subtitle.
+        cell: Longer side of every image on the sheet in pixels.
     """
-    parts = [_draw_head(title, subtitle, legend)] if title or subtitle or legend else []
-    parts.append(_draw_rows(rows, headings, labels, cell))
-    height = sum(part.height for part in parts) + 2 * GAP * (len(parts) - 1)
-    sheet = Image.new("RGB", (max(part.width for part in parts) + 2 * MARGIN, height + 2 * MARGIN), "white")
-    y = MARGIN
-    for part in parts:
-        sheet.paste(part, (MARGIN, y))
-        y += part.height + 2 * GAP
-    return sheet
+    bands = [_text_line(title, TITLE)] if title else []
+    bands += [_text_line(line, SUBTITLE, GRAY) for line in subtitle.splitlines()]
+    if legend:
+        scale = heat_map(np.arange(160)[None], 0, 159).resize((160, TEXT))
+        bands.append(_join([_text_line(f"{legend.name}    {legend.low}   "), scale, _text_line(f"   {legend.high}")]))
+    if bands:
+        bands.append(Image.new("RGB", (1, 2 * GAP), "white"))
+    label_width = max((math.ceil(_font(TEXT).getlength(label)) + 2 * GAP for label in labels if label), default=0)
+    if headings:
+        boxes = [_text_box(_shorten(text, cell), (cell + GAP, TEXT + GAP), (cell // 2, TEXT)) for text in headings]
+        bands.append(_join([Image.new("RGB", (label_width, 1), "white"), *boxes]))
+    for row, label in zip(rows, [*labels, *[""] * (len(rows) - len(labels))], strict=True):
+        images = [_fit(item, cell) if item else None for item in row]
+        height = max((image.height for image in images if image), default=0)
+        box_height = height + GAP + (TEXT + GAP if any(item and item.caption for item in row) else 0)
+        boxes = [_draw_cell(*each, height, (cell + GAP, box_height)) for each in zip(row, images, strict=True)]
+        label_box = _text_box(label, (label_width, box_height), (label_width - 2 * GAP, height // 2), "rm")
+        bands.append(_join([label_box, *boxes]))
+    # Every band and every cell ends with a gap.
+    return ImageOps.expand(_join(bands, vertical=True), (MARGIN, MARGIN, MARGIN - GAP, MARGIN - GAP), "white")
 
 
 def contact_sheet(
     rows: Mapping[str, Sequence[Image.Image]],
     *,
-    title: str = "",
-    subtitle: str = "",
-    headings: Sequence[str] = (),
     captions: Sequence[str] = (),
     columns: int = 10,
     cell: int = 112,
+    **texts: Any,
 ) -> Image.Image:
-    """Rows of images below one another, images of one image in one column.
+    """Draw several versions of n images below one another.
 
     Args:
-        rows: label -> one image for each of n images; after `columns` images all rows start again below.
-        title, subtitle: the first lines.
-        headings: one for each column.
-        captions: one for each image.
-        columns: images beside one another.
-        cell: longer side of a image on the sheet in pixels; whole multiples of the images' look best.
+        rows: Label -> n images. After `columns` images all rows start again below.
+        captions: One for each of the n images.
+        columns: Number of images in a row.
+        cell: Longer side of an image on the sheet in pixels; multiples of the size of feature maps look best.
+        **texts: title, subtitle and headings, see `draw_sheet`.
     """
-    num_images = len(next(iter(rows.values())))
-    cells, labels = [], []
-    for start in range(0, num_images, columns):
-        for number, (label, images) in enumerate(rows.items()):
-            is_last = number == len(rows) - 1
-            texts = captions[start : start + columns] if is_last else ()
-            band = images[start : start + columns]
-            # The last row hangs, the one above stands: what belongs together touches, whatever its proportions.
-            cells.append([Cell(image, "".join(texts[i : i + 1]), is_last) for i, image in enumerate(band)])
-            labels.append(label)
-    return draw_sheet(cells, title=title, subtitle=subtitle, headings=headings, labels=labels, cell=cell)
+    last = len(rows) - 1
+    cells: list[list[Cell | None]] = []
+    for start in range(0, len(next(iter(rows.values()))), columns):
+        band = slice(start, start + columns)
+        for index, images in enumerate(rows.values()):
+            # Versions of one image touch, whatever its proportions: the last row is aligned at the top.
+            lines = captions[band] if captions and index == last else [""] * len(images[band])
+            pairs = zip(images[band], lines, strict=True)
+            cells.append([Cell(image, caption, align_top=index == last) for image, caption in pairs])
+    labels = [label for _ in range(len(cells) // len(rows)) for label in rows]
+    return draw_sheet(cells, labels=labels, cell=cell, **texts)
 
 
-def _draw_head(title: str, subtitle: str, legend: Legend | None) -> Image.Image:
-    """Title, subtitle and legend below one another."""
-    lines = [(title, TITLE, INK)] if title else []
-    lines += [(line, SUBTITLE, QUIET) for line in subtitle.splitlines()]
-    width = max([round(_font(size).getlength(text)) for text, size, _ in lines] + [600 if legend else 0])
-    height = sum(size + GAP for _, size, _ in lines) + (TEXT + 2 * GAP if legend else 0)
-    head = Image.new("RGB", (width, height), "white")
-    draw, y = ImageDraw.Draw(head), 0
-    for text, size, ink in lines:
-        draw.text((0, y + size), text, ink, _font(size), anchor="ls")
-        y += size + GAP
-    if legend:
-        x, middle = 0, y + GAP + TEXT // 2
-        for text in (legend.name, legend.low):
-            draw.text((x, middle), text, INK, _font(TEXT), anchor="lm")
-            x += round(_font(TEXT).getlength(text)) + 2 * GAP
-        head.paste(heat_map(np.arange(160)[None], 0, 159).resize((160, TEXT)), (x, middle - TEXT // 2))
-        draw.text((x + 160 + 2 * GAP, middle), legend.high, INK, _font(TEXT), anchor="lm")
-    return head
+def _draw_cell(item: Cell | None, image: Image.Image | None, height: int, size: tuple[int, int]) -> Image.Image:
+    """A box (width, height) with an image in the first `height` pixels, and its caption below it."""
+    if item is None or image is None:
+        return Image.new("RGB", size, "white")
+    width = size[0] - GAP
+    bottom = image.height if item.align_top else height
+    box = _text_box(_shorten(item.caption, width - GAP), size, (width // 2, bottom + TEXT), color=GRAY)
+    box.paste(image, ((width - image.width) // 2, bottom - image.height))
+    return box
 
 
-def _draw_rows(
-    rows: Sequence[Sequence[Cell | None]], headings: Sequence[str], labels: Sequence[str], cell: int
+def _fit(item: Cell, side: int) -> Image.Image:
+    """The image of a cell with a longer side of `side` pixels, and its ring if it has one."""
+    image = item.image
+    scale = side / max(image.size)
+    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+    image = enlarge(image, size) if scale >= 1 else image.resize(size, Image.Resampling.LANCZOS)
+    return draw_ring(image, (item.ring[0] * image.width, item.ring[1] * image.height)) if item.ring else image
+
+
+def _join(parts: Sequence[Image.Image], *, vertical: bool = False) -> Image.Image:
+    """Paste images below one another, aligned at the left, or side by side, centered vertically."""
+    widths, heights = zip(*(part.size for part in parts), strict=True)
+    size = (max(widths), sum(heights)) if vertical else (sum(widths), max(heights))
+    joined, offset = Image.new("RGB", size, "white"), 0
+    for part in parts:
+        joined.paste(part, (0, offset) if vertical else (offset, (size[1] - part.height) // 2))
+        offset += part.height if vertical else part.width
+    return joined
+
+
+def _text_line(text: str, font_size: int = TEXT, color: str = BLACK) -> Image.Image:
+    size = (math.ceil(_font(font_size).getlength(text)), font_size + GAP)
+    return _text_box(text, size, (0, font_size), "ls", font_size, color)
+
+
+def _text_box(
+    text: str, size: tuple[int, int], at: tuple[int, int], anchor: str = "ms", font_size: int = TEXT, color: str = BLACK
 ) -> Image.Image:
-    """The images with what is written beside them."""
-    images = [[None if item is None else _drawn(item, cell) for item in row] for row in rows]
-    heights = [max((image.height for image in row if image), default=0) for row in images]
-    captions = [TEXT + GAP if any(item and item.caption for item in row) else 0 for row in rows]
-    left = max((round(_font(TEXT).getlength(label)) + 2 * GAP for label in labels if label), default=0)
-    top = TEXT + GAP if headings else 0
-    width = left + max(map(len, rows)) * (cell + GAP) - GAP
-    body = Image.new("RGB", (width, top + sum(heights) + sum(captions) + GAP * (len(rows) - 1)), "white")
-    draw = ImageDraw.Draw(body)
-    for column, heading in enumerate(headings):
-        center = left + column * (cell + GAP) + cell // 2
-        draw.text((center, TEXT), _shortened(heading, cell), INK, _font(TEXT), anchor="ms")
-    y = top
-    for index, row in enumerate(rows):
-        if index < len(labels):
-            draw.text((left - 2 * GAP, y + heights[index] // 2), labels[index], INK, _font(TEXT), anchor="rm")
-        for column, (item, image) in enumerate(zip(row, images[index], strict=True)):
-            if item is None or image is None:
-                continue
-            x = left + column * (cell + GAP)
-            bottom = y + (image.height if item.at_top else heights[index])
-            body.paste(image, (x + (cell - image.width) // 2, bottom - image.height))
-            caption = _shortened(item.caption, cell - GAP)
-            draw.text((x + cell // 2, bottom + TEXT), caption, QUIET, _font(TEXT), anchor="ms")
-        y += heights[index] + captions[index] + GAP
-    return body
+    """A white box (width, height) with a text at a position, which is that of its anchor (as in Pillow)."""
+    box = Image.new("RGB", size, "white")
+    ImageDraw.Draw(box).text(at, text, color, _font(font_size), anchor=anchor)
+    return box
 
 
 @functools.cache
@@ -196,25 +197,10 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _drawn(item: Cell, cell: int) -> Image.Image:
-    """The image of a cell as it is on the sheet, with its ring if it has one."""
-    image = _fitted(item.image, cell)
-    return mark(image, (item.ring[0] * image.width, item.ring[1] * image.height)) if item.ring else image
-
-
-def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """A image whose longer side is `cell`."""
-    scale = cell / max(image.size)
-    size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
-    return enlarged(image, size) if scale >= 1 else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _shortened(text: str, width: int) -> str:
-    """A text that fits, without its middle if it is too long: the ends of file names tell them apart."""
-    font = _font(TEXT)
-    if font.getlength(text) <= width:
-        return text
-    kept = len(text)
-    while kept > 2 and font.getlength(f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}") > width:
+def _shorten(text: str, width: int) -> str:
+    """Replace the middle of a text by an ellipsis if it is wider: file names often differ in their ends."""
+    font, kept, short = _font(TEXT), len(text), text
+    while kept > 2 and font.getlength(short) > width:
         kept -= 1
-    return f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
+        short = f"{text[: kept // 2]}…{text[-(kept - kept // 2) :]}"
+    return short

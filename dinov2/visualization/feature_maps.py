@@ -1,14 +1,15 @@
-"""What a frozen backbone sees in images: patch tokens, attention of the class token, similarities.
+"""Feature maps of a frozen backbone: patch tokens, attention of the class token, patch similarity.
 
-Images keep their proportions. A side that is no multiple of the patch is brought to the nearest one, which stretches
-a image by less than half a patch.
+Images keep their aspect ratio. Sides are rounded to multiples of the patch size, which distorts an image by less than
+half a patch.
 
-Shapes: n images, h x w patches of an image, D feature width, H heads, p patch side in pixels.
+Shapes: n images, h x w patches of an image, D feature dimension, H heads, R registers, p patch side in pixels.
 """
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -24,32 +25,29 @@ from dinov2.visualization.frozen_backbone import FrozenBackbone
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 16  # images on a GPU at once; a CPU takes them a few at a time anyway
+BATCH_SIZE = 16  # images in a batch on a GPU; `run_model` splits batches on a CPU
 
-# --- Images in -----------------------------------------------------------------------------------------------------
+# --- Image sizes -----------------------------------------------------------------------------------------------------
 
 
 def input_size(size: tuple[int, int], shorter_side: int | None, patch_size: int) -> tuple[int, int]:
-    """The size (width, height) at which a image of another one is looked at.
+    """Size of the model input for an image.
 
     Args:
-        size: (width, height) of the image.
-        shorter_side: pixels to bring that to; None: leave the size as it is.
-        patch_size: both sides become multiples of it, at least one patch.
+        size: (width, height) of the image in pixels.
+        shorter_side: Shorter side of the input in pixels, before rounding; None keeps the size of the image.
+        patch_size: Patch side in pixels.
+
+    Returns:
+        (width, height), multiples of the patch size, at least one patch.
     """
     scale = 1.0 if shorter_side is None else shorter_side / min(size)
     width, height = (max(round(side * scale / patch_size), 1) * patch_size for side in size)
     return width, height
 
 
-def resized(image: Image.Image, shorter_side: int | None, patch_size: int) -> Image.Image:
-    """A image at the size at which it is looked at, see `input_size`."""
-    size = input_size(image.size, shorter_side, patch_size)
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
-
-
 def log_sizes(sizes: Iterable[tuple[tuple[int, int], tuple[int, int]]], patch_size: int) -> None:
-    """Log what becomes of images: pairs of sizes (width, height) before and after."""
+    """Log the distinct changes among pairs of sizes (width, height) before and after resizing."""
     changes = list(dict.fromkeys(pair for pair in sizes if pair[0] != pair[1]))
     if not changes:
         return
@@ -58,30 +56,22 @@ def log_sizes(sizes: Iterable[tuple[tuple[int, int], tuple[int, int]]], patch_si
     logger.info("resized to multiples of the patch (%d pixels): %s%s", patch_size, examples, more)
 
 
-def _run(backbone: FrozenBackbone, images: Sequence[Image.Image], function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What a function of batches (n, 3, H, W) gives for each image; those of one size that follow go together."""
+def _batches(backbone: FrozenBackbone, images: Iterable[Image.Image]) -> Iterator[Tensor]:
+    """Normalized batches (n, 3, H, W) of consecutive images of one size."""
     to_tensor = ToNormalizedTensor(backbone.mean, backbone.std)
-    results: list[Tensor] = []
-    batch: list[Image.Image] = []
-    for image in [*images, None]:
-        if batch and (image is None or image.size != batch[0].size or len(batch) == BATCH_SIZE):
-            results += function(torch.stack([to_tensor(item) for item in batch]))
-            batch = []
-        if image is not None:
-            batch.append(image)
-    return results
+    for _, group in groupby(images, key=lambda image: image.size):
+        while batch := [to_tensor(image) for image in islice(group, BATCH_SIZE)]:
+            yield torch.stack(batch)
 
 
 # --- Patch tokens ----------------------------------------------------------------------------------------------------
 
 
 def image_tokens(backbone: FrozenBackbone, images: Sequence[Image.Image], *, shifts: int = 1) -> list[Tensor]:
-    """The patch tokens of images whose sides are multiples of the patch, see `patch_tokens`: each (h, w, D)."""
-
-    def tokens(batch: Tensor) -> Tensor:
-        return patch_tokens(backbone.model, batch, shifts=shifts, autocast_dtype=backbone.autocast_dtype)
-
-    return _run(backbone, images, tokens)
+    """Patch tokens (s * h, s * w, D) of each image, whose sides are multiples of the patch size; see `patch_tokens`."""
+    dtype = backbone.autocast_dtype
+    batches = _batches(backbone, images)
+    return [t for batch in batches for t in patch_tokens(backbone.model, batch, shifts=shifts, autocast_dtype=dtype)]
 
 
 @torch.inference_mode()
@@ -96,29 +86,29 @@ def patch_tokens(
     """Normalized patch tokens of the last block, without class token and registers.
 
     Args:
-        model: in evaluation mode.
-        images: (n, 3, H, W), H and W multiples of the patch size.
-        shifts: s, see `finer_tokens`.
-        batch_size: images at once.
-        autocast_dtype: precision of the model.
+        model: Backbone in evaluation mode.
+        images: (n, 3, H, W), normalized; H and W are multiples of the patch size.
+        shifts: Factor s by which the grid of tokens is finer, see `finer_tokens`; a divisor of the patch size.
+        batch_size: Images in a forward pass.
+        autocast_dtype: Precision of the model.
 
     Returns:
         (n, s * h, s * w, D) float32 on the CPU.
 
     Raises:
-        ValueError: if the patch size is not a multiple of `shifts`.
+        ValueError: `shifts` does not divide the patch size.
     """
 
-    def run(batch: Tensor) -> Tensor:
+    def forward(batch: Tensor) -> Tensor:
         features: Any = model.forward_features(batch)
         return features["x_norm_patchtokens"]
 
-    def tokens_of(view: Tensor) -> Tensor:
+    def tokens_of(images: Tensor) -> Tensor:
         parts = []
-        for batch in view.split(batch_size):
+        for batch in images.split(batch_size):
             with autocast(autocast_dtype):
-                parts.append(run_model(run, batch.to(model.cls_token.device)).float().cpu())
-        return torch.cat(parts).unflatten(1, (view.shape[-2] // model.patch_size, -1))
+                parts.append(run_model(forward, batch.to(model.cls_token.device)).float().cpu())
+        return torch.cat(parts).unflatten(1, (images.shape[-2] // model.patch_size, -1))
 
     return finer_tokens(tokens_of, images, patch_size=model.patch_size, shifts=shifts)
 
@@ -127,54 +117,53 @@ def patch_tokens(
 
 
 def image_attention(backbone: FrozenBackbone, images: Sequence[Image.Image]) -> list[Tensor]:
-    """The attention of the class token in images whose sides are multiples of the patch: each (H, h, w)."""
-
-    def attention(batch: Tensor) -> Tensor:
-        return class_attention(backbone.model, batch, autocast_dtype=backbone.autocast_dtype)
-
-    return _run(backbone, images, attention)
+    """Attention (H, h, w) in each image, whose sides are multiples of the patch size; see `class_attention`."""
+    dtype = backbone.autocast_dtype
+    batches = _batches(backbone, images)
+    return [a for batch in batches for a in class_attention(backbone.model, batch, autocast_dtype=dtype)]
 
 
 @torch.inference_mode()
 def class_attention(
     model: DinoVisionTransformer, images: Tensor, *, autocast_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """How much the class token attends to each patch in the last block.
+    """Attention of the class token to the patches in the last block.
 
     Args:
-        model: in evaluation mode.
-        images: (n, 3, H, W), H and W multiples of the patch size.
-        autocast_dtype: precision of the model; the softmax is in float32.
+        model: Backbone in evaluation mode.
+        images: (n, 3, H, W), normalized; H and W are multiples of the patch size.
+        autocast_dtype: Precision of the model; the softmax is computed in float32.
 
     Returns:
-        (n, heads, h, w) float32 on the CPU. What goes to the class token and to registers is left out, so that the
-        numbers of a head add up to less than 1.
+        (n, H, h, w) float32 on the CPU. The sum over a head is less than 1: the rest is attention to the class token
+        and to registers.
     """
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []  # of the qkv projection, (B, 1 + R + h * w, 3D) each
     attention: Any = model.blocks[-1].attn
-    hook = attention.qkv.register_forward_hook(lambda *call: seen.append(call[-1]))
+    hook = attention.qkv.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
         with autocast(autocast_dtype):
             run_model(model, images.to(model.cls_token.device))
     finally:
         hook.remove()
     parts = []
-    for output in seen:  # (B, 1 + R + h * w, 3D) each
+    for output in outputs:
         query, key, _ = output.unflatten(-1, (3, attention.num_heads, -1)).float().unbind(-3)  # (B, N, H, D / H)
         weights = torch.einsum("bhd,bnhd->bhn", query[:, 0] * attention.scale, key).softmax(dim=-1)
         parts.append(weights[..., 1 + model.num_register_tokens :].cpu())
     return torch.cat(parts).unflatten(-1, (images.shape[-2] // model.patch_size, -1))
 
 
-# --- Similarities ----------------------------------------------------------------------------------------------------
+# --- Similarity ------------------------------------------------------------------------------------------------------
 
 
 def similarity_maps(tokens: Sequence[Tensor], image: int, cell: tuple[int, int]) -> list[Tensor]:
-    """Cosine similarity of one patch to every patch.
+    """Cosine similarity of one patch to all patches of all images.
 
     Args:
         tokens: (h, w, D) of each image.
-        image, cell: the patch: which image, and (row, column) in it.
+        image: Index of the image of the reference patch.
+        cell: (row, column) of the reference patch.
 
     Returns:
         (h, w) float32 for each image.
@@ -183,15 +172,18 @@ def similarity_maps(tokens: Sequence[Tensor], image: int, cell: tuple[int, int])
     return [(functional.normalize(grid.double(), dim=-1) @ reference).float() for grid in tokens]
 
 
-def locate(text: str, size: tuple[int, int]) -> tuple[float, float]:
-    """A point as fractions (x, y) of the width and height of a image of that size.
+def parse_point(text: str, size: tuple[int, int]) -> tuple[float, float]:
+    """Parse a point of an image.
 
     Args:
-        text: `x,y`; whole numbers are pixels of the original image, two with a decimal point are fractions.
-        size: (width, height) of the image.
+        text: `x,y`: two integers are pixels of the original image, two decimal numbers fractions of its sides.
+        size: (width, height) of the image in pixels.
+
+    Returns:
+        Fractions (x, y) of width and height, in [0, 1].
 
     Raises:
-        ValueError: it is no point, or outside the image.
+        ValueError: The text is not a point, or the point is outside the image.
     """
     words = [word.strip() for word in text.split(",")]
     outside = f"the point {text} is outside the image of {size[0]} x {size[1]} pixels"
@@ -212,6 +204,6 @@ def locate(text: str, size: tuple[int, int]) -> tuple[float, float]:
 
 
 def cell_at(point: tuple[float, float], grid: tuple[int, int]) -> tuple[int, int]:
-    """The (row, column) of the patch at a point given as fractions (x, y), in a grid of (rows, columns)."""
+    """(row, column) of the patch at a point, fractions (x, y), in a grid of (rows, columns)."""
     rows, columns = grid
     return min(int(point[1] * rows), rows - 1), min(int(point[0] * columns), columns - 1)

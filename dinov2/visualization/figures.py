@@ -1,8 +1,8 @@
-"""The four loaded of features, from a backbone and images to a sheet: components, attention, similarity, neighbors.
+"""Four figures of frozen features: PCA, attention, patch similarity and nearest neighbors.
 
 backbone = FrozenBackbone(model, "my model")
-loaded = list(load_images(list_inputs(["holiday/*.jpg"])))
-pca_sheet(backbone, loaded).sheet.save("pca.png")
+images = list(load_images(list_inputs(["holiday/*.jpg"])))
+pca_sheet(backbone, images).sheet.save("pca.png")
 """
 
 from collections.abc import Sequence
@@ -20,173 +20,186 @@ from dinov2.visualization.feature_maps import (
     cell_at,
     image_attention,
     image_tokens,
-    locate,
+    input_size,
     log_sizes,
-    resized,
+    parse_point,
     similarity_maps,
 )
-from dinov2.visualization.frozen_backbone import LARGE_SIZE, FrozenBackbone
+from dinov2.visualization.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
 from dinov2.visualization.inputs import LoadedImage
 
-HEADS_PER_LINE = 6
-NEIGHBORS_PER_LINE = 10
-SHEET_WIDTH = 1280  # pixels, about, that loaded are spread over
+HEADS_PER_ROW = 6
+NEIGHBORS_PER_ROW = 10
+SHEET_WIDTH = 1280  # approximate width of the images of a row together, in pixels
 
 
-class Drawn(NamedTuple):
-    """A sheet, and the numbers behind it."""
+class Figure(NamedTuple):
+    """A contact sheet and the numbers that it shows."""
 
     sheet: Image.Image
-    arrays: dict[str, list[np.ndarray]]  # what -> one array for each image
+    arrays: dict[str, list[np.ndarray]]  # name -> one array for each image
 
 
 def pca_sheet(
     backbone: FrozenBackbone,
-    loaded: Sequence[LoadedImage],
+    images: Sequence[LoadedImage],
     *,
-    shorter_side: int | None = LARGE_SIZE,
+    shorter_side: int | None = DEFAULT_SIDE,
     shifts: int = 1,
     foreground: bool = False,
     smooth: bool = False,
-) -> Drawn:
-    """Images, and below each the first three principal components of its patch features as red, green and blue.
+) -> Figure:
+    """Images, and below each the first three principal components of its patch tokens as red, green and blue.
 
     Args:
-        shorter_side: of the images that the model sees, in pixels; None: as they are.
-        shifts: see `feature_maps.patch_tokens`.
-        foreground: color what stands out, the rest is black.
-        smooth: blend the colors of neighboring patches.
+        backbone: The model.
+        images: The images, which share one basis.
+        shorter_side: Shorter side of the model inputs in pixels; None keeps the sizes of the images.
+        shifts: Factor by which the grid of tokens is finer, see `feature_maps.patch_tokens`.
+        foreground: Color the foreground only; the rest is black.
+        smooth: Interpolate between the colors of patches.
+
+    Returns:
+        The figure, with the arrays "tokens" (h, w, D) and "colors" (h, w, 3).
     """
-    images = _seen(backbone, loaded, shorter_side)
-    tokens = image_tokens(backbone, images, shifts=shifts)
-    _require_finite(tokens, loaded, backbone)
+    inputs = _model_inputs(backbone, images, shorter_side)
+    tokens = image_tokens(backbone, inputs, shifts=shifts)
+    _require_finite(tokens, images, backbone)
     batches = [grid[None] for grid in tokens]
     colormap = fit_pca_colormap(batches, fit_foreground(batches) if foreground else None)
     colors = [colormap(batch) for batch in batches]
     maps = [to_images(color)[0] for color in colors]
     if smooth:
-        maps = [drawn.resize(image.size, Image.Resampling.BICUBIC) for drawn, image in zip(maps, images, strict=True)]
-    columns = min(len(images), 4 if len(images) <= 8 else 6 if len(images) <= 18 else 10)
+        maps = [colors.resize(each.size, Image.Resampling.BICUBIC) for colors, each in zip(maps, inputs, strict=True)]
+    columns = min(len(inputs), 4 if len(inputs) <= 8 else 6 if len(inputs) <= 18 else 10)
     sheet = contact_sheet(
-        {"image": images, "PCA": maps},
-        title=f"What {backbone.name} sees",
-        subtitle=f"The first three principal components of the patch features{' of the foreground' * foreground} as "
-        "red, green and blue" + ("; one basis for all images" if len(images) > 1 else ""),
-        captions=[item.name for item in loaded],
+        {"image": inputs, "PCA": maps},
+        title=f"PCA of the patch features of {backbone.name}",
+        subtitle=f"The first three principal components{' of the foreground' * foreground} as red, green and blue"
+        + ("; one basis for all images" if len(inputs) > 1 else ""),
+        captions=[image.name for image in images],
         columns=columns,
         cell=min(SHEET_WIDTH // columns, 320),
     )
-    return Drawn(sheet, {"tokens": _arrays(tokens), "colors": [color[0].numpy() for color in colors]})
+    return Figure(
+        sheet, {"tokens": [grid.numpy() for grid in tokens], "colors": [color[0].numpy() for color in colors]}
+    )
 
 
 def attention_sheet(
-    backbone: FrozenBackbone, loaded: Sequence[LoadedImage], *, shorter_side: int | None = LARGE_SIZE
-) -> Drawn:
-    """Images, and where the class token looks in the last block: the mean of all heads, and each head."""
-    images = _seen(backbone, loaded, shorter_side)
-    attention = image_attention(backbone, images)
-    _require_finite(attention, loaded, backbone)
-    lines: list[list[Cell | None]] = []
-    for item, image, heads in zip(loaded, images, attention, strict=True):
-        named = [Cell(_attention_map(head), f"head {n}: {head.sum():.0%}") for n, head in enumerate(heads, start=1)]
-        mean = heads.mean(dim=0)
-        first: list[Cell | None] = [Cell(image, item.name), Cell(_attention_map(mean), f"mean: {mean.sum():.0%}")]
-        for start in range(0, len(named), HEADS_PER_LINE):
-            lines.append([*(first if start == 0 else [None, None]), *named[start : start + HEADS_PER_LINE]])
+    backbone: FrozenBackbone, images: Sequence[LoadedImage], *, shorter_side: int | None = DEFAULT_SIDE
+) -> Figure:
+    """Images, and the attention of the class token in the last block: the mean of all heads, and each head.
+
+    The array of an image is "attention" (H, h, w). See `pca_sheet` for the arguments.
+    """
+    inputs = _model_inputs(backbone, images, shorter_side)
+    attention = image_attention(backbone, inputs)
+    _require_finite(attention, images, backbone)
+    rows: list[list[Cell | None]] = []
+    for image, model_input, heads in zip(images, inputs, attention, strict=True):
+        mean, *cells = (
+            # The brightest color is the 99th percentile: a single patch with all the attention would hide the others.
+            Cell(heat_map(values.numpy(), 0.0, float(values.quantile(0.99))), f"{name}: {values.sum():.0%}")
+            for name, values in [("mean", heads.mean(dim=0)), *((f"head {n}", head) for n, head in enumerate(heads, 1))]
+        )
+        rows += _wrap([Cell(model_input, image.name), mean], cells, HEADS_PER_ROW)
     sheet = draw_sheet(
-        lines,
-        title=f"Where the class token of {backbone.name} looks",
-        subtitle="Attention of the class token in the last block. Percent: what goes to patches; the rest goes to the "
+        rows,
+        title=f"Class token attention of {backbone.name}",
+        subtitle="Attention of the class token in the last block. Percentage: attention to patches; the rest is to the "
         "class token" + (" and the registers" if backbone.model.num_register_tokens else ""),
-        legend=Legend("attention", "0", "99th percentile of each item"),
+        legend=Legend("attention", "0", "99th percentile of each map"),
         cell=160,
     )
-    return Drawn(sheet, {"attention": _arrays(attention)})
+    return Figure(sheet, {"attention": [heads.numpy() for heads in attention]})
 
 
 def similarity_sheet(
     backbone: FrozenBackbone,
-    loaded: Sequence[LoadedImage],
+    images: Sequence[LoadedImage],
     points: Sequence[str],
     *,
-    shorter_side: int | None = LARGE_SIZE,
-) -> Drawn:
-    """How similar every patch is to the one at a point of the first image; a row for each point.
+    shorter_side: int | None = DEFAULT_SIDE,
+) -> Figure:
+    """Cosine similarity of the patches at some points of the first image to all patches; a row for each point.
+
+    The array of an image is "similarity" (points, h, w). See `pca_sheet` for the other arguments.
 
     Args:
-        points: see `feature_maps.locate`.
+        points: Points of the first image, see `feature_maps.parse_point`.
     """
-    places = [locate(point, loaded[0].image.size) for point in points]
-    images = _seen(backbone, loaded, shorter_side)
-    tokens = image_tokens(backbone, images)
-    _require_finite(tokens, loaded, backbone)
-    maps = [similarity_maps(tokens, 0, cell_at(place, (tokens[0].shape[0], tokens[0].shape[1]))) for place in places]
+    positions = [parse_point(point, images[0].image.size) for point in points]
+    inputs = _model_inputs(backbone, images, shorter_side)
+    tokens = image_tokens(backbone, inputs)
+    _require_finite(tokens, images, backbone)
+    rows, columns, _ = tokens[0].shape
+    maps = [similarity_maps(tokens, 0, cell_at(position, (rows, columns))) for position in positions]
     low = min(float(values.min()) for row in maps for values in row)
-    lines = []
-    for place, row in zip(places, maps, strict=True):
-        cells = [Cell(images[0], loaded[0].name, ring=place)]
-        for index, (item, image, values) in enumerate(zip(loaded, images, row, strict=True)):
-            drawn = overlay(image, heat_map(values.numpy(), low, 1.0))
-            caption = f"{item.name}: up to {values.max():.2f}" if index else "the same image"
-            cells.append(Cell(drawn, caption, ring=place if index == 0 else _center_of_largest(values)))
-        lines.append(cells)
+    cells = []
+    for position, row in zip(positions, maps, strict=True):
+        overlays = [overlay(each, heat_map(values.numpy(), low, 1.0)) for each, values in zip(inputs, row, strict=True)]
+        line = [Cell(inputs[0], images[0].name, ring=position), Cell(overlays[0], "the same image", ring=position)]
+        for image, colors, values in zip(images[1:], overlays[1:], row[1:], strict=True):
+            line.append(Cell(colors, f"{image.name}: up to {values.max():.2f}", ring=_position_of_maximum(values)))
+        cells.append(line)
     sheet = draw_sheet(
-        lines,
-        title=f"What {backbone.name} finds alike",
-        subtitle="Cosine similarity of the patch at the ring, left, to every patch"
-        + ("; in the other images the ring is at the most similar one" if len(images) > 1 else ""),
+        cells,
+        title=f"Patch similarity of {backbone.name}",
+        subtitle="Cosine similarity of the patch at the ring in the leftmost image to all patches"
+        + ("; in the other images, the ring is at the most similar patch" if len(images) > 1 else ""),
         legend=Legend("cosine", f"{low:.2f}", "1.00"),
-        cell=min(max(SHEET_WIDTH // len(lines[0]), 160), 448),
+        cell=min(max(SHEET_WIDTH // len(cells[0]), 160), 448),
     )
-    return Drawn(sheet, {"similarity": [torch.stack(parts).numpy() for parts in zip(*maps, strict=True)]})
+    return Figure(sheet, {"similarity": [torch.stack(parts).numpy() for parts in zip(*maps, strict=True)]})
 
 
 def neighbors_sheet(
     backbone_name: str, rows: Sequence[tuple[LoadedImage, Sequence[tuple[LoadedImage, float]]]]
 ) -> Image.Image:
     """Images, and at the right of each its nearest neighbors with their cosine similarities."""
-    lines: list[list[Cell | None]] = []
-    for query, near in rows:
-        cells = [Cell(found.image, f"{cosine:.3f}  {found.name}") for found, cosine in near]
-        lines.append([Cell(query.image, query.name), *cells[:NEIGHBORS_PER_LINE]])
-        for start in range(NEIGHBORS_PER_LINE, len(cells), NEIGHBORS_PER_LINE):
-            lines.append([None, *cells[start : start + NEIGHBORS_PER_LINE]])
-    columns = max(map(len, lines))
-    wrapped = len(lines) > len(rows)
+    cells: list[list[Cell | None]] = []
+    for query, neighbors in rows:
+        found = [Cell(neighbor.image, f"{cosine:.3f}  {neighbor.name}") for neighbor, cosine in neighbors]
+        cells += _wrap([Cell(query.image, query.name)], found, NEIGHBORS_PER_ROW)
+    columns = max(map(len, cells))
+    wrapped = len(cells) > len(rows)
     return draw_sheet(
-        lines,
-        title=f"Nearest neighbors in the eyes of {backbone_name}",
-        subtitle="Cosine similarity of class tokens" + "; the nearest first, line by line" * wrapped,
+        cells,
+        title=f"Nearest neighbors by {backbone_name}",
+        subtitle="Cosine similarity of class tokens" + "; in decreasing order, row by row" * wrapped,
         headings=["query", *([] if wrapped else [f"{rank}." for rank in range(1, columns)])],
         cell=min(max(SHEET_WIDTH // columns, 160), 256),
     )
 
 
-def _seen(backbone: FrozenBackbone, loaded: Sequence[LoadedImage], shorter_side: int | None) -> list[Image.Image]:
-    """The loaded at the sizes at which the model looks at them."""
+def _wrap(first: Sequence[Cell], cells: Sequence[Cell], count: int) -> list[list[Cell | None]]:
+    """Rows of at most `count` cells, with `first` at the left of the first of them."""
+    rows: list[list[Cell | None]] = [[*first, *cells[:count]]]
+    return rows + [[*[None] * len(first), *cells[at : at + count]] for at in range(count, len(cells), count)]
+
+
+def _model_inputs(
+    backbone: FrozenBackbone, images: Sequence[LoadedImage], shorter_side: int | None
+) -> list[Image.Image]:
+    """The images, resized to the sizes of model inputs."""
     patch_size = backbone.model.patch_size
-    images = [resized(item.image, shorter_side, patch_size) for item in loaded]
-    log_sizes([(item.image.size, image.size) for item, image in zip(loaded, images, strict=True)], patch_size)
-    return images
+    sizes = [(image.size, input_size(image.size, shorter_side, patch_size)) for _, _, image in images]
+    log_sizes(sizes, patch_size)
+    return [
+        item.image if before == after else item.image.resize(after, Image.Resampling.BICUBIC)
+        for item, (before, after) in zip(images, sizes, strict=True)
+    ]
 
 
-def _require_finite(features: Sequence[Tensor], loaded: Sequence[LoadedImage], backbone: FrozenBackbone) -> None:
-    """Refuse features (...) of each image that are not finite, see `require_finite`."""
-    largest = torch.stack([values.abs().amax() for values in features])[:, None]  # NaN and inf come through
-    require_finite(largest, [item.path for item in loaded].__getitem__, backbone.model)
+def _require_finite(features: Sequence[Tensor], images: Sequence[LoadedImage], backbone: FrozenBackbone) -> None:
+    """Raise a `ValueError` that names the image if features (...) of one are not finite, see `require_finite`."""
+    largest = torch.stack([values.abs().amax() for values in features])[:, None]  # keeps NaN and infinity
+    require_finite(largest, [image.path for image in images].__getitem__, backbone.model)
 
 
-def _attention_map(values: Tensor) -> Image.Image:
-    """Brightest is the 99th percentile: a single patch that draws all attention leaves the others visible."""
-    return heat_map(values.numpy(), 0.0, float(values.flatten().quantile(0.99)))
-
-
-def _center_of_largest(values: Tensor) -> tuple[float, float]:
-    """The middle of the patch with the largest value of a map (h, w), as fractions (x, y) of the item."""
+def _position_of_maximum(values: Tensor) -> tuple[float, float]:
+    """Center of the patch with the largest value of a map (h, w), as fractions (x, y)."""
     rows, columns = values.shape
     row, column = divmod(int(values.argmax()), columns)
     return (column + 0.5) / columns, (row + 0.5) / rows
-
-
-def _arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
-    return [tensor.numpy() for tensor in tensors]

@@ -1,6 +1,6 @@
-"""The images that are most similar to an image, by the cosine of their class tokens.
+"""Nearest neighbors of images by the cosine similarity of their class tokens.
 
-Shapes: q queries, n images, D feature width.
+Shapes: q queries, n images, D feature dimension.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.data.workers import SupervisedLoader
 from dinov2.eval.features import autocast, require_finite, run_model
 from dinov2.eval.setup import PUBLISHED_CROP_SIZE
-from dinov2.visualization.frozen_backbone import LARGE_SIZE, FrozenBackbone
+from dinov2.visualization.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
 from dinov2.visualization.inputs import ImageInput, TransformedImages, no_readable_image
 
 BATCH_SIZE = 32
 
 
 class Neighbors(NamedTuple):
-    """An image and those that are most similar to it, with their cosine similarities, falling."""
+    """A query and its nearest neighbors with their cosine similarities, in decreasing order."""
 
     query: ImageInput
     found: list[tuple[ImageInput, float]]
@@ -37,45 +37,46 @@ def find_neighbors(
     side: int | None = None,
     num_workers: int = 0,
 ) -> tuple[list[Neighbors], Tensor]:
-    """The most similar inputs of each query, which is not its own neighbor.
+    """Find the nearest neighbors of each query, other than the query itself.
 
     Args:
-        queries, inputs: those that cannot be read are left out, with a warning.
-        count: how many; fewer if there are not so many.
-        side: of the square in pixels that is cut out, as for the k-NN evaluation, rounded to a multiple of the patch;
-            None: as there.
-        num_workers: processes that read inputs.
+        backbone: The model.
+        queries: Images to find neighbors of. Those that cannot be read are left out, with a warning.
+        inputs: Images to search, likewise.
+        count: Number of neighbors; fewer if there are fewer images.
+        side: Side of the center crop in pixels, rounded to a multiple of the patch size; None: that of the k-NN
+            evaluation.
+        num_workers: Number of processes that decode images.
 
     Returns:
-        The neighbors of each query that can be read, and the class tokens (n, D) of the inputs that can be read.
+        The neighbors of each readable query, and the class tokens (n, D) of the readable inputs.
 
     Raises:
-        ValueError: if none of the queries or none of the inputs can be read, or a feature is not finite.
+        ValueError: None of the queries or none of the inputs can be read, or a feature is not finite.
     """
-    queries, asked = _class_tokens(backbone, queries, side, num_workers)
+    queries, query_features = _class_tokens(backbone, queries, side, num_workers)
     inputs, features = _class_tokens(backbone, inputs, side, num_workers)
-    places = [Path(item.path).resolve() for item in inputs]
-    own = [Path(query.path).resolve() for query in queries]
-    cosines, found = nearest(
-        asked, features, count, torch.tensor([[path == place for place in places] for path in own])
-    )
-    return [
-        Neighbors(query, [(inputs[at], value) for at, value in zip(row, values, strict=True) if value > -torch.inf])
-        for query, row, values in zip(queries, found.tolist(), cosines.tolist(), strict=True)
-    ], features
+    paths = [Path(item.path).resolve() for item in inputs]
+    is_query = torch.tensor([[Path(query.path).resolve() == path for path in paths] for query in queries])
+    cosines, indices = nearest(query_features, features, count, is_query)
+    rows = []
+    for query, row, values in zip(queries, indices.tolist(), cosines.tolist(), strict=True):
+        found = [(inputs[index], cosine) for index, cosine in zip(row, values, strict=True) if cosine > -torch.inf]
+        rows.append(Neighbors(query, found))
+    return rows, features
 
 
 def nearest(queries: Tensor, features: Tensor, count: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """The features that are most similar to queries.
+    """Find the most similar features.
 
     Args:
-        queries: (q, D) of length 1.
-        features: (n, D) of length 1.
-        count: how many; fewer if there are not so many.
-        excluded: (q, n) bool, pairs that do not count.
+        queries: (q, D), normalized.
+        features: (n, D), normalized.
+        count: Number k of neighbors, at most n are found.
+        excluded: (q, n) bool, pairs to leave out.
 
     Returns:
-        Cosine similarities (q, k), falling, and positions in the features (q, k). An excluded pair has -inf.
+        Cosine similarities (q, k) in decreasing order, -inf for excluded pairs, and indices (q, k) into the features.
     """
     similarity = (queries @ features.T).masked_fill(excluded, -torch.inf)
     return similarity.topk(min(count, len(features)), dim=1)
@@ -85,24 +86,24 @@ def nearest(queries: Tensor, features: Tensor, count: int, excluded: Tensor) -> 
 def _class_tokens(
     backbone: FrozenBackbone, inputs: Sequence[ImageInput], side: int | None, num_workers: int
 ) -> tuple[list[ImageInput], Tensor]:
-    """The inputs that can be read, and their class tokens (n, D) of length 1, float32 on the CPU."""
-    patch_size, small = backbone.model.patch_size, backbone.size < LARGE_SIZE
-    side = side or (backbone.size if small else PUBLISHED_CROP_SIZE)
+    """The inputs that can be read, and their normalized class tokens (n, D), float32 on the CPU."""
+    patch_size, is_small = backbone.model.patch_size, backbone.shorter_side < DEFAULT_SIDE
+    side = side or (backbone.shorter_side if is_small else PUBLISHED_CROP_SIZE)
     side = max(round(side / patch_size), 1) * patch_size
     transform = make_classification_eval_transform(
-        resize_size=side if small else side * 8 // 7, crop_size=side, mean=backbone.mean, std=backbone.std
+        resize_size=side if is_small else side * 8 // 7, crop_size=side, mean=backbone.mean, std=backbone.std
     )
     dataset = TransformedImages(inputs, transform)
     readable: list[ImageInput] = []
     tokens = []
     for samples in SupervisedLoader(dataset, batch_size=BATCH_SIZE, num_workers=num_workers, collate_fn=list):
         if found := [sample for sample in samples if sample is not None]:
-            sources = [inputs[index] for index, _ in found]
+            batch = [inputs[index] for index, _ in found]
             images = torch.stack([image for _, image in found]).to(backbone.model.cls_token.device)
             with autocast(backbone.autocast_dtype):
                 features = run_model(backbone.model, images).float().cpu()
-            require_finite(features, [source.path for source in sources].__getitem__, backbone.model)
-            readable += sources
+            require_finite(features, [item.path for item in batch].__getitem__, backbone.model)
+            readable += batch
             tokens.append(functional.normalize(features, dim=-1))
     if not readable:
         raise no_readable_image(inputs)

@@ -1,13 +1,12 @@
-"""Videos in and out, frame by frame: memory holds a few frames, however long the video is. Needs PyAV (FFmpeg).
+"""Reading and writing videos frame by frame, with PyAV (FFmpeg). Memory use does not depend on their length.
 
 Shapes: frames are RGB, (height, width, 3) uint8.
 """
 
 import importlib
 import logging
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,19 @@ import numpy as np
 from PIL import Image
 
 from dinov2.data.images import ImageDecodeError, open_image, read_image_file
+from dinov2.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 WRITABLE_SUFFIXES = (".mp4", ".gif")
 
-_USUAL_RATE = Fraction(25)  # frames per second of files that do not say
-_FASTEST_GIF = Fraction(50)  # viewers slow down what is faster
+_DEFAULT_RATE = Fraction(25)  # frames per second of files without a frame rate
+_MAX_GIF_RATE = Fraction(50)  # viewers slow down faster ones
 
 
 def is_video(path: Path) -> bool:
-    """Whether a file is one by its name; a GIF if it moves."""
+    """Whether the suffix of a file is that of a video; a GIF is one if it has several frames."""
     if path.suffix.lower() == ".gif":
         try:
             return open_image(read_image_file(path)).has_more_frames
@@ -40,68 +40,66 @@ class Video:
     """A video file.
 
     Attributes:
-        path: the file.
-        rate: frames per second; of files with varying rates the average.
-        size: (width, height) of upright frames.
+        path: Path of the file.
+        rate: Frames per second; the average if the rate varies.
+        size: (width, height) of upright frames in pixels.
+        expected_frames: Number of frames according to the header; 0 if it has none.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no video, is damaged, or the package `av` is missing.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not a video or is damaged, or the package `av` is missing.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no video {self.path}")
-        with self._opened() as container:
+        with self._open() as container:
             stream = container.streams.video[0]
-            self.rate = Fraction(stream.average_rate or stream.guessed_rate or _USUAL_RATE)
-            self._frames_said = stream.frames or round(float((container.duration or 0) / 10**6 * self.rate))
+            self.rate = Fraction(stream.average_rate or stream.guessed_rate or _DEFAULT_RATE)
+            self.expected_frames: int = stream.frames or round(float((container.duration or 0) / 10**6 * self.rate))
         first = next(self.arrays(), None)
         if first is None:
             raise ValueError(f"the video {self.path} has no frames")
         self.size = (first.shape[1], first.shape[0])
 
-    def expected_frames(self) -> int:
-        """How many frames there are by what the file says; 0 if it says nothing."""
-        return self._frames_said
-
     def count_frames(self) -> int:
-        """How many frames there are, decoding them all if the file does not say."""
-        return self._frames_said or sum(1 for _ in self.arrays())
+        """Number of frames. If the header does not give it, all frames are decoded."""
+        return self.expected_frames or sum(1 for _ in self.arrays())
 
     def arrays(self, size: tuple[int, int] | None = None, *, every: int = 1) -> Iterator[np.ndarray]:
-        """Upright frames (height, width, 3) uint8.
+        """Iterate over upright frames (height, width, 3) uint8.
 
         Args:
-            size: (width, height) to bring them to; None: as they are.
-            every: only the first of so many.
+            size: (width, height) to resize to; None keeps the size.
+            every: Step between frames; 1 gives all of them.
         """
-        with self._opened() as container:
+        with self._open() as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             for index, frame in enumerate(container.decode(stream)):
                 if index % every:
                     continue
-                turns = frame.rotation // 90 % 4  # counterclockwise quarters; telephones film sideways
-                given = {}
+                turns = frame.rotation // 90 % 4  # counterclockwise quarter turns, from the orientation of the camera
+                resize = {}
                 if size is not None:
                     width, height = size if turns % 2 == 0 else size[::-1]
-                    given = {"width": width, "height": height, "interpolation": "BICUBIC"}
-                array = frame.reformat(format="rgb24", **given).to_ndarray()
+                    resize = {"width": width, "height": height, "interpolation": "BICUBIC"}
+                array = frame.reformat(format="rgb24", **resize).to_ndarray()
                 yield np.ascontiguousarray(np.rot90(array, turns)) if turns else array
 
     def frames(self, *, every: int = 1) -> Iterator[Image.Image]:
-        """Upright frames as images."""
+        """Iterate over upright frames as images."""
         return map(Image.fromarray, self.arrays(every=every))
 
     @contextmanager
-    def _opened(self) -> Iterator[Any]:
+    def _open(self) -> Iterator[Any]:
         av = import_av()
         try:
             with av.open(str(self.path)) as container:
                 if not container.streams.video:
-                    raise ValueError(f"{self.path} has no images, only {', '.join(s.type for s in container.streams)}")
+                    types = ", ".join(stream.type for stream in container.streams)
+                    raise ValueError(f"{self.path} has no video stream, only {types}")
                 yield container
         except av.FFmpegError as error:
             raise ValueError(f"cannot read the video {self.path}: {error.strerror}") from error
@@ -109,95 +107,69 @@ class Video:
 
 @contextmanager
 def writing_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that takes frames, all of one size, for a video that appears at `path` when it is whole.
+    """Write a video with a function that appends frames, all of one size. An existing file is replaced at the end.
 
-    `.mp4` is H.264 as browsers play it, which needs an even width and height; `.gif` has 256 colors of its own in
-    every frame, and shows at most 50 of them per second.
+    `.mp4` is H.264 as browsers play it, which needs an even width and height. `.gif` has a palette of 256 colors for
+    every frame.
+
+    Args:
+        path: Path of the video, which determines the format.
+        rate: Frames per second; at most 50 in a GIF.
 
     Raises:
-        ValueError: a name with another ending, or the package `av` is missing.
-        OSError: the file cannot be written.
+        ValueError: Unknown suffix, or the package `av` is missing.
+        OSError: The file cannot be written.
     """
     if path.suffix.lower() not in WRITABLE_SUFFIXES:
         raise ValueError(f"videos are written as {' or '.join(WRITABLE_SUFFIXES)}, not as {path.name!r}")
-    av = import_av()
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.unfinished{path.suffix.lower()}")
-    writer = (_Gif if path.suffix.lower() == ".gif" else _Mp4)(av, temporary, rate)
-    try:
-        yield writer.add
-        writer.close()
-        temporary.replace(path)
-    except av.FFmpegError as error:
-        raise OSError(error.errno, f"cannot write the video: {error.strerror}", str(path)) from error
-    finally:
-        with suppress(av.FFmpegError, OSError):
-            writer.container.close()
-        temporary.unlink(missing_ok=True)
+    av, is_gif = import_av(), path.suffix.lower() == ".gif"
+    rate = min(rate, _MAX_GIF_RATE) if is_gif else rate
+    options = {} if is_gif else {"movflags": "+faststart"}  # playback can begin before the file is loaded
+    stream, graph, count = None, None, 0
+
+    def add(array: np.ndarray | None) -> None:
+        nonlocal stream, graph, count
+        frame = None if array is None else av.VideoFrame.from_ndarray(array, format="rgb24")
+        if stream is None and frame:  # the first frame gives the size
+            stream = container.add_stream("gif" if is_gif else "libx264", rate=rate)
+            stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "pal8" if is_gif else "yuv420p"
+            stream.options = {} if is_gif else {"crf": "18", "preset": "fast"}
+            graph = _palette_graph(av, frame, rate) if is_gif else None
+        if graph and frame:
+            frame = frame.reformat(format="rgb32")
+            frame.pts, frame.time_base = count, 1 / rate
+            graph.push(frame)
+            frame, count = graph.pull(), count + 1
+        if stream:
+            container.mux(stream.encode(frame))
+
+    with atomic_write(path) as file:
+        try:
+            with av.open(str(file.name), "w", format=path.suffix.lower()[1:], options=options) as container:
+                yield add
+                add(None)  # flushes the encoder
+        except av.FFmpegError as error:
+            raise OSError(error.errno, f"cannot write the video: {error.strerror}", str(path)) from error
 
 
-class _Mp4:
-    def __init__(self, av: Any, path: Path, rate: Fraction) -> None:
-        self.av, self.rate = av, rate
-        self.stream: Any = None  # the first frame, which has a size, makes it
-        self.container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})  # plays as it loads
-
-    def add(self, frame: np.ndarray) -> None:
-        if self.stream is None:
-            self.stream = self.container.add_stream("libx264", rate=self.rate, options={"crf": "18", "preset": "fast"})
-            self.stream.height, self.stream.width = frame.shape[:2]
-            self.stream.pix_fmt = "yuv420p"
-        self._mux(self.av.VideoFrame.from_ndarray(frame, format="rgb24"))
-
-    def close(self) -> None:
-        if self.stream is not None:
-            self._mux(None)
-        self.container.close()
-
-    def _mux(self, frame: Any) -> None:
-        for packet in self.stream.encode(frame):
-            self.container.mux(packet)
-
-
-class _Gif(_Mp4):
-    """Colors are chosen for each frame on its own, so that frames need not be kept."""
-
-    def __init__(self, av: Any, path: Path, rate: Fraction) -> None:
-        self.av, self.rate, self.count = av, min(rate, _FASTEST_GIF), 0
-        self.stream: Any = None
-        self.graph: Any = None
-        self.container = av.open(str(path), "w", format="gif")
-
-    def add(self, frame: np.ndarray) -> None:
-        if self.stream is None:
-            self.stream = self.container.add_stream("gif", rate=self.rate)
-            self.stream.height, self.stream.width = frame.shape[:2]
-            self.stream.pix_fmt = "pal8"
-            self.graph = self._palette_graph(*frame.shape[:2])
-        image = self.av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format="rgb32")
-        image.pts, image.time_base = self.count, 1 / self.rate
-        self.count += 1
-        self.graph.push(image)
-        self._mux(self.graph.pull())
-
-    def _palette_graph(self, height: int, width: int) -> Any:
-        graph = self.av.filter.Graph()
-        source = graph.add_buffer(width=width, height=height, format="rgb32", time_base=1 / self.rate)
-        split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
-        use, sink = graph.add("paletteuse", "new=1:dither=none"), graph.add("buffersink")
-        source.link_to(split)
-        split.link_to(use, 0, 0)
-        split.link_to(palette, 1)
-        palette.link_to(use, 0, 1)
-        use.link_to(sink)
-        graph.configure()
-        return graph
+def _palette_graph(av: Any, frame: Any, rate: Fraction) -> Any:
+    """A filter graph that reduces every frame to a palette of its own, so that no frames are kept."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(width=frame.width, height=frame.height, format="rgb32", time_base=1 / rate)
+    split, palette = graph.add("split"), graph.add("palettegen", "stats_mode=single")
+    use, sink = graph.add("paletteuse", "new=1:dither=none"), graph.add("buffersink")
+    graph.link_nodes(source, split, use, sink)
+    split.link_to(palette, 1)
+    palette.link_to(use, 0, 1)
+    graph.configure()
+    return graph
 
 
 def import_av() -> Any:
-    """The module `av`, which only videos need.
+    """Import the optional package `av`.
 
     Raises:
-        ValueError: if it is missing or too old, with the command that installs it.
+        ValueError: The package is missing or too old; with the command that installs it.
     """
     try:
         av = importlib.import_module("av")
@@ -206,7 +178,8 @@ def import_av() -> Any:
         raise ValueError("videos need a package that is missing: pip install av") from error
     if not hasattr(av.VideoFrame, "rotation"):
         raise ValueError(
-            f"videos need av 14.1 or newer, which knows how a camera was held, not {av.__version__}: pip install -U av"
+            f"videos need av 14.1 or newer, which reads the orientation of the camera, not {av.__version__}: "
+            "pip install -U av"
         )
-    # By default it keeps silent. Any log level would make its threads wait for Python's lock, and Python for them.
+    # Logging is off by default and stays so: FFmpeg's threads would wait for Python's lock, and Python for them.
     return av

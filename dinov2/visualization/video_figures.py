@@ -1,9 +1,9 @@
-"""A video beside the principal components of its patch features, frame by frame, in memory that does not grow.
+"""Videos of the principal components of patch features, beside the frames. Memory use does not grow with the length.
 
-The model sees each frame once. Its tokens wait in a temporary file beside the output, as float16, until those of all
-frames have given one basis and one range of colors: nothing flickers, and the PCA is that of all frames.
+The model runs once on each frame. The tokens are kept in a temporary file beside the output, in float16, until those of
+all frames have been fitted: all frames share one basis and one color range, so that the colors do not flicker.
 
-Shapes: n frames, h x w patches of a frame, D feature width.
+Shapes: n frames, h x w patches of a frame, D feature dimension.
 """
 
 import errno
@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,33 +33,31 @@ from dinov2.visualization.video import Video, writing_video
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-FRAMES_AT_ONCE = 16
-CLIP = 0.005  # share of the patches whose colors may be cut off at either end: one odd patch does not gray the others
-SMALLEST_SHOWN = 320  # pixels of the shorter side of the written frames, which those of small models are enlarged to
+BATCH_SIZE = 16  # frames
+CLIP = 0.005  # share of the patches whose colors are clipped at either end, so that outliers do not set the range
+MIN_OUTPUT_SIDE = 320  # shorter side of the written frames in pixels, reached by an integer factor
 
 
 class TokenStore:
-    """Patch tokens of frames in a temporary file, to be used in a `with` statement; iterated over in batches.
+    """Patch tokens of frames in a temporary file. Iteration gives batches; to be used in a `with` statement.
 
-    The file has no name: it vanishes with the process, however that ends.
+    The file has no name: it disappears with the process, however that ends.
 
     Args:
-        folder: where the file lies.
+        folder: Folder of the file.
         shape: (h, w, D) of a frame.
-        expected: frames that are about to come, 0 if that is not known.
+        expected: Expected number of frames, 0 if unknown.
 
     Raises:
-        OSError: naming the folder, if the disk has not enough room.
+        OSError: There is not enough free space in the folder.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], expected: int = 0) -> None:
         self.folder, self.shape, self.count = folder, shape, 0
-        self._bytes = 2 * shape[0] * shape[1] * shape[2]
-        if expected * self._bytes > shutil.disk_usage(folder).free:
-            raise self._no_room(expected)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed on exit
+        self._frame_bytes = 2 * shape[0] * shape[1] * shape[2]
+        if expected * self._frame_bytes > shutil.disk_usage(folder).free:
+            raise self._disk_full(expected)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed on exit
 
     def __enter__(self) -> "TokenStore":
         return self
@@ -73,37 +70,34 @@ class TokenStore:
 
     def add(self, tokens: Tensor) -> None:
         """Append the tokens (n, h, w, D) of frames."""
-        data = memoryview(tokens.half().numpy().tobytes())
         try:
-            self._file.seek(self.count * self._bytes)
-            while data:
-                data = data[self._file.write(data) :]
+            self._file.seek(self.count * self._frame_bytes)
+            self._file.write(tokens.half().numpy().tobytes())
+            self._file.flush()
         except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise self._no_room(self.count + len(tokens)) from error
-            raise
+            if error.errno != errno.ENOSPC:
+                raise
+            raise self._disk_full(self.count + len(tokens)) from error
         self.count += len(tokens)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Batches (n, h, w, D) float16 on this process's device."""
-        for start in range(0, self.count, FRAMES_AT_ONCE):
-            tokens = torch.empty(min(FRAMES_AT_ONCE, self.count - start), *self.shape, dtype=torch.float16)
-            data = tokens.numpy().data.cast("B")
-            self._file.seek(start * self._bytes)
-            while data:
-                data = data[self._file.readinto(data) :]
+        """Iterate over batches (n, h, w, D) float16 on the device of this process."""
+        for start in range(0, self.count, BATCH_SIZE):
+            tokens = torch.empty(min(BATCH_SIZE, self.count - start), *self.shape, dtype=torch.float16)
+            self._file.seek(start * self._frame_bytes)
+            self._file.readinto(tokens.numpy().data.cast("B"))
             yield tokens.to(distributed.device())
 
     def save(self, path: Path) -> None:
-        """Write all tokens as a .npy file, (frames, h, w, D) float16."""
+        """Write all tokens as a .npy file, (n, h, w, D) float16."""
         header = {"descr": "<f2", "fortran_order": False, "shape": (self.count, *self.shape)}
         with atomic_write(path) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for tokens in self:
                 file.write(tokens.cpu().numpy().tobytes())
 
-    def _no_room(self, frames: int) -> OSError:
-        needed, free = frames * self._bytes / 2**30, shutil.disk_usage(self.folder).free / 2**30
+    def _disk_full(self, frames: int) -> OSError:
+        needed, free = frames * self._frame_bytes / 2**30, shutil.disk_usage(self.folder).free / 2**30
         return OSError(
             errno.ENOSPC,
             f"the features of {frames} frames need {needed:.1f} GiB until the video is written, and {free:.1f} GiB are "
@@ -127,43 +121,45 @@ def draw_video(
     """Write the frames of a video with their principal components at their right.
 
     Args:
-        output: the video to write, .mp4 or .gif, in a folder that exists.
-        shorter_side: of the frames that the model sees, in pixels; None: as they are.
-        every: only the first of so many frames, at a rate so many times lower.
-        shifts: see `feature_maps.patch_tokens`.
-        foreground: color what stands out, the rest is black.
-        smooth: blend the colors of neighboring patches.
-        tokens_file: where the tokens are kept, if they are.
+        backbone: The model.
+        video: The video to read.
+        output: Path of the video to write, .mp4 or .gif, in an existing folder.
+        shorter_side: Shorter side of the model inputs in pixels; None keeps the size of the frames.
+        every: Step between frames; the rate of the output is lower by this factor.
+        shifts: Factor by which the grid of tokens is finer, see `feature_maps.patch_tokens`.
+        foreground: Color the foreground only; the rest is black.
+        smooth: Interpolate between the colors of patches.
+        tokens_file: Path of a .npy file to write the tokens to.
 
     Returns:
-        How many frames.
+        The number of frames written.
     """
     patch_size = backbone.model.patch_size
     size = input_size(video.size, shorter_side, patch_size)
     log_sizes([(video.size, size)], patch_size)
     grid = (size[1] // patch_size * shifts, size[0] // patch_size * shifts)
-    expected = -(-video.expected_frames() // every)
+    expected = -(-video.expected_frames // every)
     with TokenStore(output.parent, (*grid, backbone.model.embed_dim), expected) as store:
-        _fill(store, backbone, video.arrays(size, every=every), shifts, expected)
+        _extract(store, backbone, video.arrays(size, every=every), shifts, expected)
         colormap = fit_pca_colormap(store, fit_foreground(store) if foreground else None, clip=CLIP)
-        factor = -(-SMALLEST_SHOWN // min(size))
-        width, height = size[0] * factor // 2 * 2, size[1] * factor // 2 * 2
+        factor = -(-MIN_OUTPUT_SIDE // min(size))
+        width, height = (side * factor // 2 * 2 for side in size)
         with writing_video(output, video.rate / every) as write:
             for frames, tokens in zip(_batches(video.arrays((width, height), every=every)), store, strict=True):
-                panels = _enlarged(colormap(tokens), height, width, smooth=smooth)
-                for frame, panel in zip(frames, panels, strict=True):
-                    write(np.concatenate([frame, panel], axis=1))
+                maps = _enlarge(colormap(tokens), height, width, smooth=smooth)
+                for pair in zip(frames, maps, strict=True):
+                    write(np.concatenate(pair, axis=1))
         if tokens_file is not None:
             store.save(tokens_file)
         return len(store)
 
 
-def _fill(
+def _extract(
     store: TokenStore, backbone: FrozenBackbone, frames: Iterator[np.ndarray], shifts: int, expected: int
 ) -> None:
-    """Show the model all frames and keep their tokens."""
+    """Run the model on all frames and store their tokens."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (backbone.mean, backbone.std))
-    started = time.perf_counter()
+    start = time.perf_counter()
     with tqdm(total=expected or None, desc="features", disable=not sys.stderr.isatty()) as bar:
         for batch in _batches(frames):
             images = (torch.from_numpy(batch).permute(0, 3, 1, 2).float().contiguous() / 255 - mean) / std
@@ -171,22 +167,22 @@ def _fill(
             require_finite(tokens.half(), f"frame {{}} after the first {len(store)}".format, backbone.model)
             store.add(tokens)
             bar.update(len(batch))
-    speed = len(store) / (time.perf_counter() - started)
+    speed = len(store) / (time.perf_counter() - start)
     logger.info("%d frames, %d x %d patches each: %.1f frames/s", len(store), *store.shape[:2], speed)
 
 
 def _batches(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Frames stacked, (n, height, width, 3); the next ones are read while these are worked on."""
-    stacks = iter(lambda: list(islice(frames, FRAMES_AT_ONCE)), [])
+    """Batches (n, height, width, 3) of frames. A thread decodes the next batch while this one is processed."""
+    batches = iter(lambda: list(islice(frames, BATCH_SIZE)), [])
     with ThreadPoolExecutor(max_workers=1) as reader:
-        coming = reader.submit(next, stacks, None)
-        while (stack := coming.result()) is not None:
-            coming = reader.submit(next, stacks, None)
-            yield np.stack(stack)
+        pending = reader.submit(next, batches, None)
+        while (batch := pending.result()) is not None:
+            pending = reader.submit(next, batches, None)
+            yield np.stack(batch)
 
 
-def _enlarged(colors: Tensor, height: int, width: int, *, smooth: bool) -> np.ndarray:
-    """Colors (n, h, w, 3) in [0, 1] -> (n, height, width, 3) uint8."""
+def _enlarge(colors: Tensor, height: int, width: int, *, smooth: bool) -> np.ndarray:
+    """Resize color maps (n, h, w, 3) in [0, 1] to images (n, height, width, 3) uint8."""
     mode = "bilinear" if smooth else "nearest-exact"
     pixels = functional.interpolate(colors.permute(0, 3, 1, 2), (height, width), mode=mode)
     return (pixels * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -26,11 +26,11 @@ class Comparison:
     ``||ours - theirs|| <= tolerance * ||theirs||`` hold, so that small gradients do not hide behind an absolute bound.
 
     Attributes:
-        cases: number of comparisons made.
-        worst_abs, worst_rel: largest absolute error and largest relative error (norm of difference / norm).
-        worst_z: largest deviation of a statistic in standard errors (SE); None when no statistic was compared.
-        failures: one line per comparison that is off.
-        left_out: reason -> number of recorded values not compared.
+        cases: Number of comparisons made.
+        worst_abs, worst_rel: Largest absolute error and largest relative error (norm of difference / norm).
+        worst_z: Largest deviation of a statistic in standard errors (SE); None when no statistic was compared.
+        failures: One line per comparison that is off.
+        left_out: Reason -> number of recorded values not compared.
     """
 
     def __init__(self, recording: Recording, *, verbose: bool = False) -> None:
@@ -83,11 +83,11 @@ class Comparison:
         """Compares two tensors or numbers in value.
 
         Args:
-            label: what is compared.
-            ours, theirs: values of the same shape.
-            tolerance: see the class.
-            noise: the recorded absolute error of float32, if any.
-            relative: also bound the relative error; off for losses, which may be close to zero.
+            label: What is compared.
+            ours, theirs: Values of the same shape.
+            tolerance: See the class.
+            noise: The recorded absolute error of float32, if any.
+            relative: Also bound the relative error; off for losses, which may be close to zero.
         """
         a, b = (torch.as_tensor(x).detach().cpu() for x in (ours, theirs))
         if a.shape != b.shape:

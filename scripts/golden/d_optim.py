@@ -83,9 +83,9 @@ def compare_groups(
     """Compares optimizer groups in order: their attributes, and their members in order.
 
     Args:
-        ours: groups of a torch optimizer, or about to be.
+        ours: Groups of a torch optimizer, or about to be.
         names: ``id`` of a parameter -> its name.
-        recorded: groups with the names of their members.
+        recorded: Groups with the names of their members.
     """
     comparison.exact(f"{label}: number of groups", len(ours), len(recorded))
     for index, (group, theirs) in enumerate(zip(ours, recorded, strict=False)):

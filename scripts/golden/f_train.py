@@ -276,7 +276,7 @@ def _train(path: Path, rank: int) -> Results:
         losses = forward_backward(model, micro_batches, now.teacher_temp, scaler, seed=cfg.train.seed, step=step)
         clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, guard)
         ema_update(model.teacher, model.student, now.momentum)
-        guard.tell(scaler, all_steps=True)
+        guard.report(scaler, all_steps=True)
         iterations.append(now._asdict() | _numbers(losses, guard))
     return {
         "it0": it0,

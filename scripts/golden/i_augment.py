@@ -22,8 +22,8 @@ from dinov2.data.crop_params import (
     HUE,
     NEUTRAL_FACTORS,
     SATURATION,
+    CropParam,
     CropParams,
-    View,
     stack_crop_params,
 )
 from dinov2.data.transforms import (
@@ -93,60 +93,60 @@ def _compare_operations(recording: Recording, comparison: Comparison, case: dict
         operation, *position = name.removeprefix(prefix).split(".")
         if operation == "normalized":
             augmentation = DataAugmentationDINO((1.0, 1.0), (1.0, 1.0), 0, side)
-            views = CropParams(*(np.array([value] * 2) for value in _nothing((0, 0, side, side))))
-            comparison.tensor(name, augmentation.carry_out(np.array(crop), views).global_crops[0])
+            params = CropParams(*(np.array([value] * 2) for value in _nothing((0, 0, side, side))))
+            comparison.tensor(name, augmentation.apply(np.array(crop), params).global_crops[0])
             continue
         factors = [factor for key, values in case["ops"].items() if key.startswith(operation) for factor in values]
         if operation == "resized_crop":
-            source, view = image, _nothing(box)
+            source, param = image, _nothing(box)
         elif operation == "chain":
-            source, view = image, _chain(_nothing(box), case["chain"])
+            source, param = image, _chain(_nothing(box), case["chain"])
         else:
             factor = factors[int(position[0])] if position else 0.0
-            source, view = crop, _with(_nothing((0, 0, side, side)), operation, factor)
+            source, param = crop, _with(_nothing((0, 0, side, side)), operation, factor)
         for implementation, make_crops in IMPLEMENTATIONS.items():
             hue_in_8_bits = implementation == "tensor" and operation in ("adjust_hue", "chain")
-            (result,) = make_crops(np.array(source), [(view, side)])
+            (result,) = make_crops(np.array(source), [(param, side)])
             comparison.levels(name, result[0].permute(1, 2, 0), allowed=HUE_LEVELS if hue_in_8_bits else ONE_LEVEL)
 
 
-def _nothing(box: tuple[int, int, int, int]) -> View:
-    return View(box, False, (BRIGHTNESS, CONTRAST, SATURATION, HUE), NEUTRAL_FACTORS, False, 0.0, False)
+def _nothing(box: tuple[int, int, int, int]) -> CropParam:
+    return CropParam(box, False, (BRIGHTNESS, CONTRAST, SATURATION, HUE), NEUTRAL_FACTORS, False, 0.0, False)
 
 
-def _with(view: View, operation: str, factor: float) -> View:
-    """The view with one more operation, in the words of the recording; the last operation of the jitter comes last."""
+def _with(param: CropParam, operation: str, factor: float) -> CropParam:
+    """The param with one more operation, in the words of the recording; the last operation of the jitter comes last."""
     match operation:
         case "hflip":
-            return view._replace(flip=True)
+            return param._replace(flip=True)
         case "grayscale":
-            return view._replace(gray=True)
+            return param._replace(gray=True)
         case "gaussian_blur":
-            return view._replace(sigma=factor)
+            return param._replace(sigma=factor)
         case "solarize128":
-            return view._replace(solarize=True)
+            return param._replace(solarize=True)
     which = JITTER[operation]
-    order = (*(other for other in view.order if other != which), which)
-    factors = tuple(factor if i == which else other for i, other in enumerate(view.factors))
-    return View(view.box, view.flip, order, factors, view.gray, view.sigma, view.solarize)  # type: ignore[arg-type]
+    order = (*(other for other in param.order if other != which), which)
+    factors = tuple(factor if i == which else other for i, other in enumerate(param.factors))
+    return CropParam(param.box, param.flip, order, factors, param.gray, param.sigma, param.solarize)  # type: ignore[arg-type]
 
 
-def _chain(view: View, text: str) -> View:
-    """The view of a recorded chain: "resized_crop, hflip, contrast 1.2, blur sigma 1.3 kernel 9, solarize 128"."""
+def _chain(param: CropParam, text: str) -> CropParam:
+    """The param of a recorded chain: "resized_crop, hflip, contrast 1.2, blur sigma 1.3 kernel 9, solarize 128"."""
     for step in text.split(", "):
         words = step.split()
         match words[0]:
             case "resized_crop":
                 continue
             case "blur":
-                view = _with(view, "gaussian_blur", float(words[2]))
+                param = _with(param, "gaussian_blur", float(words[2]))
             case "solarize":
-                view = _with(view, f"solarize{words[1]}", 0.0)
+                param = _with(param, f"solarize{words[1]}", 0.0)
             case "brightness" | "contrast" | "saturation" | "hue":
-                view = _with(view, f"adjust_{words[0]}", float(words[1]))
+                param = _with(param, f"adjust_{words[0]}", float(words[1]))
             case _:
-                view = _with(view, words[0], 0.0)
-    return view
+                param = _with(param, words[0], 0.0)
+    return param
 
 
 def _compare_eval_transforms(recording: Recording, comparison: Comparison, images: dict[str, Image.Image]) -> None:
@@ -165,12 +165,12 @@ def _compare_eval_transforms(recording: Recording, comparison: Comparison, image
 
 
 def _draw(augmentation: DataAugmentationDINO, image: Image.Image) -> tuple[CropParams, dict[str, Tensor]]:
-    """What was drawn for many augmentations of an image, (draws, crops of an image), and the crops of each view."""
+    """What was drawn for many augmentations of an image, (draws, crops of an image), and the crops of each param."""
     drawn, crops = [], []
     for _ in range(DRAWS_PER_IMAGE):
-        pixels, views = augmentation.draw(image)
-        drawn.append(CropParams(*(values[None] for values in views)))
-        made = augmentation.carry_out(pixels, views)
+        pixels, params = augmentation.draw(image)
+        drawn.append(CropParams(*(values[None] for values in params)))
+        made = augmentation.apply(pixels, params)
         crops.append([*made.global_crops, *made.local_crops][: len(VIEWS)])
     return stack_crop_params(drawn), {
         name: torch.stack([crop[which] for crop in crops]) for name, which in VIEWS.items()
@@ -192,13 +192,13 @@ def _compare_view(
             comparison.mean(label, ours[key], mean, theirs["std"][key], draws)
             comparison.spread(f"{label}, spread", ours[key], theirs["std"][key], draws)
     recorded_draws = draws * len(recorded["per_image"])
-    views = stack_crop_params([CropParams(*(values[:, VIEWS[name]] for values in drawn[image][0])) for image in drawn])
+    params = stack_crop_params([CropParams(*(values[:, VIEWS[name]] for values in drawn[image][0])) for image in drawn])
     happened = {
-        "hflip": views.flip,
-        **{operation: views.factors[:, which] != NEUTRAL_FACTORS[which] for operation, which in JITTER.items()},
-        "rgb_to_grayscale": views.gray,
-        "gaussian_blur": views.sigma > 0,
-        "solarize": views.solarize,
+        "hflip": params.flip,
+        **{operation: params.factors[:, which] != NEUTRAL_FACTORS[which] for operation, which in JITTER.items()},
+        "rgb_to_grayscale": params.gray,
+        "gaussian_blur": params.sigma > 0,
+        "solarize": params.solarize,
     }
     for operation, share in recorded["op_frequency"].items():
         comparison.share(
@@ -209,7 +209,7 @@ def _compare_view(
         )
     for factor, theirs in recorded["factor_stats"].items():
         operation = "gaussian_blur" if factor == "sigma" else factor
-        drawn_factors = views.sigma if factor == "sigma" else views.factors[:, JITTER[factor]]
+        drawn_factors = params.sigma if factor == "sigma" else params.factors[:, JITTER[factor]]
         values = torch.from_numpy(drawn_factors[happened[operation]])
         times = round(recorded["op_frequency"][operation] * recorded_draws)
         comparison.mean(f"{implementation}, {name}: {factor}", values, theirs["mean"], theirs["std"], times)

@@ -21,9 +21,9 @@ def replay_on_ranks(replay: RankReplay, path: Path, world_size: int) -> list[dic
     """Results of ``replay(path, rank)`` for every rank; in this very process when there is only one.
 
     Args:
-        replay: a module-level function; it returns tensors, numbers and containers of them.
-        path: the set's JSON file.
-        world_size: number of processes of the recording.
+        replay: A module-level function; it returns tensors, numbers and containers of them.
+        path: The set's JSON file.
+        world_size: Number of processes of the recording.
     """
     if world_size == 1:
         return [replay(path, 0)]

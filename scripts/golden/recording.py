@@ -13,11 +13,11 @@ class Recording:
     """A recorded set. Keeps track of which tensors a replay consumed as inputs.
 
     Attributes:
-        path: the JSON file.
-        name: file name without suffix, as in the ``--only`` option.
-        json: parsed JSON.
-        tensors: name -> recorded tensor; empty when the set has no tensor file.
-        inputs: names that were read through :meth:`input` or :meth:`inputs_below`.
+        path: The JSON file.
+        name: File name without suffix, as in the ``--only`` option.
+        json: Parsed JSON.
+        tensors: Name -> recorded tensor; empty when the set has no tensor file.
+        inputs: Names that were read through :meth:`input` or :meth:`inputs_below`.
     """
 
     def __init__(self, path: Path) -> None:

@@ -14,6 +14,21 @@ def features(count: int = 300, width: int = 12, offset: float = 5.0) -> Tensor:
     return draw[:count] @ draw[count:] + offset
 
 
+def components_of(data: Tensor) -> pca.PrincipalComponents:
+    moments = pca.Moments()
+    moments.add(data)
+    return moments.components(3)
+
+
+def foreground_of(tokens: Tensor) -> Tensor:
+    return pca.fit_foreground([tokens])(tokens)
+
+
+def colors_of(tokens: Tensor, foreground: Tensor) -> Tensor:
+    """Colors of the patches in a mask (n, h, w)."""
+    return pca.fit_pca_colormap([tokens], lambda _: foreground)(tokens)
+
+
 def assert_same_as_scikit_learn(ours: pca.PrincipalComponents, data: Tensor) -> None:
     reference = PCA(n_components=3, svd_solver="full").fit(data.numpy())
     axes = torch.from_numpy(reference.components_)
@@ -24,7 +39,7 @@ def assert_same_as_scikit_learn(ours: pca.PrincipalComponents, data: Tensor) -> 
 
 
 def test_components_are_those_of_scikit_learn_up_to_sign() -> None:
-    assert_same_as_scikit_learn(pca.principal_components(features(), 3), features())
+    assert_same_as_scikit_learn(components_of(features()), features())
 
 
 @pytest.mark.parametrize("sizes", [[300], [1] * 300, [7, 0, 200, 92, 1]], ids=["one", "single", "uneven"])
@@ -49,8 +64,8 @@ def _scatter(data: Tensor) -> Tensor:
 
 
 def test_the_order_of_the_features_does_not_turn_the_signs() -> None:
-    axes = pca.principal_components(features(), 3).axes
-    torch.testing.assert_close(axes, pca.principal_components(features().flip(0), 3).axes)
+    axes = components_of(features()).axes
+    torch.testing.assert_close(axes, components_of(features().flip(0)).axes)
 
 
 # --- Objects ---------------------------------------------------------------------------------------------------------
@@ -68,7 +83,7 @@ def object_tokens(sign: int = 1) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_foreground_is_the_object_whatever_the_sign_of_the_features(sign: int) -> None:
     tokens, is_object = object_tokens(sign)
-    assert torch.equal(pca.foreground_mask(tokens), is_object)
+    assert torch.equal(foreground_of(tokens), is_object)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -85,7 +100,7 @@ def test_colors_use_the_whole_range_of_the_foreground_and_leave_the_rest_black()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randn(2, 5, 5, 8, generator=generator)
     foreground = torch.rand(2, 5, 5, generator=generator) < 0.5
-    colors = pca.pca_colors(tokens, foreground)
+    colors = colors_of(tokens, foreground)
     low, high = colors[foreground].aminmax(dim=0)
     assert (colors[~foreground] == 0).all() and (low == 0).all() and (high == 1).all()
 
@@ -95,7 +110,7 @@ def test_colors_of_batches_are_those_of_all_images_at_once(foreground: bool) -> 
     tokens = torch.randn(7, 5, 6, 8, generator=torch.Generator().manual_seed(0))
     batches = tokens.split([3, 1, 3])
     colormap = pca.fit_pca_colormap(batches, pca.fit_foreground(batches) if foreground else None)
-    expected = pca.pca_colors(tokens, pca.foreground_mask(tokens) if foreground else None)
+    expected = colors_of(tokens, foreground_of(tokens)) if foreground else pca.pca_colors(tokens)
     torch.testing.assert_close(torch.cat([colormap(batch) for batch in batches]), expected)
 
 
@@ -118,12 +133,13 @@ def test_an_odd_patch_grays_the_others_only_without_clipping() -> None:
 @pytest.mark.parametrize("foreground", [None, torch.zeros(2, 4, 4, dtype=torch.bool)])
 def test_features_that_do_not_vary_give_black(foreground: Tensor | None) -> None:
     tokens = torch.randn(16).expand(2, 4, 4, 16)
-    assert (pca.pca_colors(tokens, foreground) == 0).all()
-    assert not pca.foreground_mask(torch.zeros(2, 1, 1, 16)).any()
+    colors = pca.pca_colors(tokens) if foreground is None else colors_of(tokens, foreground)
+    assert (colors == 0).all()
+    assert not foreground_of(torch.zeros(2, 1, 1, 16)).any()
 
 
 def test_nothing_in_the_foreground_gives_black() -> None:
-    assert (pca.pca_colors(torch.randn(2, 4, 4, 16), torch.zeros(2, 4, 4, dtype=torch.bool)) == 0).all()
+    assert (colors_of(torch.randn(2, 4, 4, 16), torch.zeros(2, 4, 4, dtype=torch.bool)) == 0).all()
 
 
 @pytest.mark.gpu
@@ -131,5 +147,5 @@ def test_a_gpu_gives_the_same_colors() -> None:
     tokens = torch.randn(6, 5, 7, 16, generator=torch.Generator().manual_seed(0))
     on_gpu = [part.cuda() for part in tokens.split(2)]
     colormap = pca.fit_pca_colormap(on_gpu, pca.fit_foreground(on_gpu))
-    expected = pca.pca_colors(tokens, pca.foreground_mask(tokens))
+    expected = colors_of(tokens, foreground_of(tokens))
     torch.testing.assert_close(torch.cat([colormap(part) for part in on_gpu]), expected)

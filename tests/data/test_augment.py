@@ -1,4 +1,4 @@
-"""Every operation of the multi-crop augmentation happens as often as it should, in the views where it should."""
+"""Every operation of the multi-crop augmentation is applied with its probability, to the crops that it is meant for."""
 
 import io
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from dinov2.data.augment import IMPLEMENTATIONS, DataAugmentationDINO
-from dinov2.data.crop_params import NEUTRAL_FACTORS, CropParams, View, possible_reduction
+from dinov2.data.crop_params import NEUTRAL_FACTORS, CropParam, CropParams, possible_reduction
 from dinov2.data.images import open_image
 
 SIZE = 8
@@ -30,7 +30,7 @@ def color_image(width: int = SIZE, height: int = SIZE) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def whole_image_views(**changes: Any) -> DataAugmentationDINO:
+def augmentation_of_whole_images(**changes: Any) -> DataAugmentationDINO:
     """Crops that are the image itself, changed by nothing but what `changes` switches on."""
     return DataAugmentationDINO((1.0, 1.0), (1.0, 1.0), 1, SIZE, SIZE, **(NOTHING | changes))
 
@@ -60,7 +60,7 @@ def test_crops_follow_from_torchs_seed_and_differ_from_each_other() -> None:
 
 def test_without_operations_only_the_crop_is_left() -> None:
     pixels = torch.from_numpy(np.array(color_image())).permute(2, 0, 1) / 255
-    crops = whole_image_views()(color_image())
+    crops = augmentation_of_whole_images()(color_image())
     assert all(torch.equal(crop, pixels) for crop in (*crops.global_crops, *crops.local_crops))
 
 
@@ -77,8 +77,8 @@ def test_without_operations_only_the_crop_is_left() -> None:
 )
 def test_operations_happen_with_their_probability(operation: dict[str, Any], expected: tuple[float, ...]) -> None:
     torch.manual_seed(0)
-    augmentation, image = whole_image_views(**operation), color_image()
-    unchanged = whole_image_views()(image).global_crops[0]
+    augmentation, image = augmentation_of_whole_images(**operation), color_image()
+    unchanged = augmentation_of_whole_images()(image).global_crops[0]
     changed = []
     for _ in range(DRAWS):
         crops = augmentation(image)
@@ -89,11 +89,11 @@ def test_operations_happen_with_their_probability(operation: dict[str, Any], exp
 
 
 def test_defaults_are_the_probabilities_in_effect_in_the_release() -> None:
-    """Blur 0 / 0.9 / 0.5, solarize in the second view only."""
+    """Blur 0 / 0.9 / 0.5, solarize in the second global crop only."""
     augmentation = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 1)
-    views = [augmentation.sampler.draw(40, 30, np.random.default_rng(seed)) for seed in range(2000)]
-    blurred = np.mean([view.sigma > 0 for view in views], axis=0)
-    solarized = np.mean([view.solarize for view in views], axis=0)
+    params = [augmentation.sampler.draw(40, 30, np.random.default_rng(seed)) for seed in range(2000)]
+    blurred = np.mean([param.sigma > 0 for param in params], axis=0)
+    solarized = np.mean([param.solarize for param in params], axis=0)
     assert blurred == pytest.approx([0.0, 0.9, 0.5], abs=0.04)
     assert solarized == pytest.approx([0.0, 0.2, 0.0], abs=0.04)
     assert (blurred == 0).tolist() == [True, False, False] and (solarized == 0).tolist() == [True, False, True]
@@ -110,18 +110,18 @@ def photo(width: int = 160, height: int = 120) -> Image.Image:
     return Image.fromarray(np.clip(128 + 110 * np.stack(waves, -1) + noise, 0, 255).astype(np.uint8))
 
 
-def levels(implementation: str, image: Image.Image, view: View, side: int) -> np.ndarray:
-    (crop,) = IMPLEMENTATIONS[implementation](np.array(image), [(view, side)])
+def levels(implementation: str, image: Image.Image, param: CropParam, side: int) -> np.ndarray:
+    (crop,) = IMPLEMENTATIONS[implementation](np.array(image), [(param, side)])
     assert crop.shape == (1, 3, side, side) and crop.dtype == torch.float32
     return crop[0].numpy()
 
 
-def unchanged(box: tuple[int, int, int, int]) -> View:
-    return View(box, False, (0, 1, 2, 3), NEUTRAL_FACTORS, False, 0.0, False)
+def unchanged(box: tuple[int, int, int, int]) -> CropParam:
+    return CropParam(box, False, (0, 1, 2, 3), NEUTRAL_FACTORS, False, 0.0, False)
 
 
 HUE_STEP = 8  # levels: Pillow's hue has 256 steps, of 6 levels of the steepest channel, and it rounds saturation too
-OPERATIONS: dict[str, tuple[dict[str, Any], int]] = {  # what the view does, levels that may differ
+OPERATIONS: dict[str, tuple[dict[str, Any], int]] = {  # parameters, tolerance in levels
     "nothing": ({}, 0),
     "flip": ({"flip": True}, 0),
     "darker": ({"factors": (0.6, 1.0, 1.0, 0.0)}, 1),
@@ -151,8 +151,8 @@ OPERATIONS: dict[str, tuple[dict[str, Any], int]] = {  # what the view does, lev
 def test_each_operation_is_that_of_torchvision_but_for_rounding(operation: str) -> None:
     changes, allowed = OPERATIONS[operation]
     image = photo(48, 48)
-    view = unchanged((0, 0, 48, 48))._replace(**changes)
-    difference = np.abs(levels("tensor", image, view, 48) - levels("pil", image, view, 48))
+    param = unchanged((0, 0, 48, 48))._replace(**changes)
+    difference = np.abs(levels("tensor", image, param, 48) - levels("pil", image, param, 48))
     assert difference.max() <= allowed
     assert difference.mean() <= (0.25 if allowed < HUE_STEP else 0.8)
 
@@ -189,7 +189,7 @@ def test_no_image_is_too_small_or_too_long(size: tuple[int, int], implementation
 
 
 def test_what_cannot_be_done_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="no implementation 'pillow'; known: tensor, pil"):
+    with pytest.raises(ValueError, match="unknown implementation 'pillow'; known: tensor, pil"):
         DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, implementation="pillow")
     with pytest.raises(ValueError, match="crops of 4 pixels cannot be blurred"):
         DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, 10, 4)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from dinov2.data.crop_params import HUE, NEUTRAL_FACTORS, ViewSampler
+from dinov2.data.crop_params import HUE, NEUTRAL_FACTORS, CropParamSampler
 
 DRAWS = 3000
 SETTINGS = {
@@ -32,7 +32,7 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 @pytest.mark.parametrize("scale", [(0.05, 0.32), (0.32, 1.0), (1.0, 1.0)])
 @pytest.mark.parametrize("width, height", [(60, 40), (30, 90), (300, 7), (2, 3), (1, 1)])
 def test_boxes_are_distributed_as_torchvisions(width: int, height: int, scale: tuple[float, float]) -> None:
-    sampler = ViewSampler(**(SETTINGS | {"scale": [scale]}))  # type: ignore[arg-type]
+    sampler = CropParamSampler(**(SETTINGS | {"scale": [scale]}))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     ours = np.array([sampler.draw(width, height, rng).boxes[0] for _ in range(DRAWS)])
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def test_boxes_are_distributed_as_torchvisions(width: int, height: int, scale: t
 
 
 def test_jitter_is_distributed_as_torchvisions() -> None:
-    sampler = ViewSampler(**(SETTINGS | {"jitter": 1.0}))  # type: ignore[arg-type]
+    sampler = CropParamSampler(**(SETTINGS | {"jitter": 1.0}))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     drawn = [sampler.draw(10, 10, rng) for _ in range(DRAWS)]
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def test_jitter_is_distributed_as_torchvisions() -> None:
 
 def test_what_does_not_happen_is_neutral() -> None:
     nothing = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": [0.0]}
-    views = ViewSampler(**(SETTINGS | nothing)).draw(10, 10, np.random.default_rng(0))  # type: ignore[arg-type]
+    views = CropParamSampler(**(SETTINGS | nothing)).draw(10, 10, np.random.default_rng(0))  # type: ignore[arg-type]
     (view,) = views.rows()
     assert tuple(view.factors) == NEUTRAL_FACTORS
     assert (view.flip, view.gray, view.sigma, view.solarize) == (False, False, 0.0, False)
@@ -72,7 +72,7 @@ def test_what_does_not_happen_is_neutral() -> None:
 
 def test_blur_is_uniform_in_its_range() -> None:
     rng = np.random.default_rng(0)
-    sampler = ViewSampler(**SETTINGS)  # type: ignore[arg-type]
+    sampler = CropParamSampler(**SETTINGS)  # type: ignore[arg-type]
     sigma = np.array([sampler.draw(10, 10, rng).sigma[0] for _ in range(DRAWS)])
     drawn = sigma[sigma > 0]
     assert abs(len(drawn) / DRAWS - 0.5) < 4 * 0.5 / DRAWS**0.5

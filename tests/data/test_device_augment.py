@@ -11,7 +11,7 @@ from torch import Tensor
 from dinov2.data import device_augment
 from dinov2.data.augment import DataAugmentationDINO
 from dinov2.data.collate import Batch
-from dinov2.data.device_augment import DeviceAugmentation, cut, pack
+from dinov2.data.device_augment import DeviceAugmentation, make_crops, pack_raw_batch
 
 LEVELS: dict[str, Any] = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255, 1 / 255, 1 / 255)}  # crops keep their levels
 EMPTY = Batch(*[torch.empty(0)] * 5, upperbound=0)
@@ -36,7 +36,9 @@ def both(augmentation: DataAugmentationDINO, images: list[Image.Image], seed: in
     crops = [torch.stack(crop) for crop in zip(*([*m.global_crops, *m.local_crops] for m in made), strict=True)]
     torch.manual_seed(seed)
     put_off = DeviceAugmentation(augmentation)
-    return crops, cut(pack([put_off(image) for image in images], EMPTY, put_off.crop_format(torch.float32)))
+    return crops, make_crops(
+        pack_raw_batch([put_off(image) for image in images], EMPTY, put_off.crop_format(torch.float32))
+    )
 
 
 def differences(augmentation: DataAugmentationDINO, images: list[Image.Image]) -> Tensor:
@@ -104,7 +106,9 @@ def test_parts_of_a_batch_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_no_local_crops_and_another_dtype() -> None:
     put_off = DeviceAugmentation(DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 0, 28, 12))
-    batch = cut(pack([put_off(image) for image in images()], EMPTY, put_off.crop_format(torch.bfloat16)))
+    batch = make_crops(
+        pack_raw_batch([put_off(image) for image in images()], EMPTY, put_off.crop_format(torch.bfloat16))
+    )
     assert batch.global_crops.shape == (10, 3, 28, 28) and batch.local_crops.shape == (0, 3, 28, 28)
     assert batch.global_crops.dtype == batch.local_crops.dtype == torch.bfloat16
 
@@ -112,12 +116,12 @@ def test_no_local_crops_and_another_dtype() -> None:
 @pytest.mark.gpu
 def test_a_gpu_makes_the_same_crops() -> None:
     put_off = DeviceAugmentation(DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 4, 28, 12, **LEVELS))
-    packed = pack([put_off(image) for image in images()], EMPTY, put_off.crop_format(torch.float32))
-    here = cut(packed)
+    packed = pack_raw_batch([put_off(image) for image in images()], EMPTY, put_off.crop_format(torch.float32))
+    here = make_crops(packed)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")  # the host waits for nothing
     try:
-        there = cut(packed._replace(pixels=packed.pixels.pin_memory().to("cuda", non_blocking=True)))
+        there = make_crops(packed._replace(pixels=packed.pixels.pin_memory().to("cuda", non_blocking=True)))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     off = (there.global_crops.cpu() - here.global_crops).abs()

@@ -115,7 +115,7 @@ def test_the_first_frame_of_thousands_is_read_at_once():
 
 @pytest.mark.parametrize("file_format", ["EPS", "PDF", "TGA", "PCX", "ICO", "SGI"])
 def test_formats_that_are_not_on_the_list_are_not_opened(file_format):
-    with pytest.raises(ImageDecodeError, match="no image format that is read .JPEG, PNG"):
+    with pytest.raises(ImageDecodeError, match="no supported image format .JPEG, PNG"):
         decode_image(encode(NOISE.convert("RGB"), file_format))
 
 
@@ -136,7 +136,7 @@ def test_an_eps_file_named_jpg_starts_no_program(root, tmp_path, monkeypatch):
         (b"<!DOCTYPE html>", "failed download"),
         (bytes(4) + b"ftypheic" + bytes(40), "HEIC: convert"),
         (bytes(128) + b"DICM", "DICOM"),
-        (bytes(1000), "only zeros"),
+        (bytes(1000), "only zero bytes"),
         (b"\xff\xd8\xff\xe0", "4 bytes: they end within the header"),
         (b"GIF89a", "6 bytes: they end within the header"),
         (b"", "empty"),
@@ -186,7 +186,7 @@ def test_what_is_no_regular_file_is_passed_over_and_counted(root):
     (root / "b.jpg").mkdir()
     dataset = ImageFolder(root=root)
     assert len(dataset) == 3
-    assert dataset.notes_on_files() == [f"{root}: passed over 2 other file(s): 1 a device, 1 a named pipe"]
+    assert dataset.notes_on_files() == [f"{root}: ignored 2 other file(s): 1 a device, 1 a named pipe"]
 
 
 def test_links_to_nothing_and_to_themselves_are_unreadable_images(root):
@@ -230,7 +230,7 @@ def test_other_files_are_counted_by_suffix_also_from_the_stored_list(root, caplo
     for listed in ("found in", "as listed in"):
         caplog.clear()
         make_dataset(dataset_str=f"ImageFolder:root={root}")
-        assert f"{root}: passed over 4 other file(s): 2 .txt, 1 .heic, 1 without suffix" in caplog.messages
+        assert f"{root}: ignored 4 other file(s): 2 .txt, 1 .heic, 1 without suffix" in caplog.messages
         assert any(listed in message for message in caplog.messages)
 
 
@@ -255,7 +255,7 @@ def make_tar(path):
         ("shard-without-suffix", make_tar, "a tar archive: unpack it"),
         ("x.zip", lambda path: path.write_bytes(b"PK\x03\x04"), "a zip archive: unpack it"),
         ("x.tar.gz", lambda path: path.touch(), "a compressed tar archive: unpack it"),
-        ("one.png", lambda path: path.write_bytes(PNG), "a single image: give the folder"),
+        ("one.png", lambda path: path.write_bytes(PNG), "a single image: give its folder"),
         ("list.txt", lambda path: path.touch(), "write ImageList:file="),
         ("other", lambda path: path.touch(), "a file, not a folder$"),
         ("pipe", os.mkfifo, "a named pipe, not a folder"),

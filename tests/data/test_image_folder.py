@@ -123,14 +123,14 @@ def test_splits_that_are_taken_for_classes_are_pointed_out(root, caplog):
     add(root, "train/a/1.png", "val/a/2.png")
     assert ImageFolder(root=root).classes == ["train", "val"]
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert warning.endswith("the folders train, val count as classes; to read one of them, with the classes below it, "
-                            "add :split=train")  # fmt: skip
+    assert warning.endswith("the folders train, val are used as classes; to read one of them, with the classes "
+                            "below it, add :split=train")  # fmt: skip
 
 
 def test_an_empty_folder_says_what_was_looked_for(root):
     (root / "sub").mkdir()
     (root / "sub" / "x.npy").touch()
-    message = rf"no images under {root}: looked into 2 folder\(s\) with 1 file\(s\) for names that end in .*\.jpg, "
+    message = rf"no images under {root}: searched 2 folder\(s\) with 1 file\(s\) for names that end in .*\.jpg, "
     with pytest.raises(FileNotFoundError, match=message):
         ImageFolder(root=root)
 

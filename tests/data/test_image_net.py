@@ -139,7 +139,7 @@ def test_dataset_string_makes_the_data_set(root):
     assert dataset.split is VAL
 
 
-@pytest.mark.parametrize("content", [None, b"not a image", gray_jpeg(10)[:-30]])
+@pytest.mark.parametrize("content", [None, b"not an image", gray_jpeg(10)[:-30]])
 def test_a_bad_image_names_index_and_path_and_keeps_the_cause(root, content):
     dataset = dumped(root, TRAIN)
     path = root / "train/n01443537/n01443537_2.JPEG"
@@ -167,7 +167,7 @@ def test_missing_labels_file_is_named(root):
     "path, content, message",
     [
         ("labels.txt", "n01440764,tench\nn01443537\n", "row 2"),
-        ("labels.txt", "n01440764,tench\n", "does not name .*n01443537.*n02124075"),
+        ("labels.txt", "n01440764,tench\n", "lacks .*n01443537.*n02124075"),
         ("train/n01440764/cat.JPEG", "", "cat.JPEG is not named like"),
         ("train/n01440764/n99999999_1.JPEG", "", "n99999999_1.JPEG is not named like"),
     ],
@@ -183,7 +183,7 @@ def test_validation_images_in_one_heap_are_an_error(root):
     for path in list((root / "val").iterdir()):
         (path / next(path.iterdir()).name).rename(root / "val" / f"{path.name}.JPEG")
         path.rmdir()
-    with pytest.raises(FileNotFoundError, match="sorted by class"):
+    with pytest.raises(FileNotFoundError, match="expected one folder per class"):
         dumped(root, VAL)
 
 
@@ -222,16 +222,16 @@ def test_reassessed_labels_are_lists_by_the_number_of_the_image(root):
 
 @pytest.mark.parametrize("split", [TRAIN, TEST])
 def test_only_val_has_reassessed_labels(root, split):
-    with pytest.raises(ValueError, match=f"of split VAL only, not of {split.name}"):
+    with pytest.raises(ValueError, match=f"for split VAL only, not for {split.name}"):
         ImageNet(split=split, root=root, extra=root, real=root / "real.json")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[[0], ", "is no JSON file"),
-        ('{"a": 1}', "holds a dict, not a list of 50000 lists"),
-        ("[[0], [1]]", "holds a list of 2, not a list of 50000 lists of class indices, one for each image"),
+        ("[[0], ", "is not a JSON file"),
+        ('{"a": 1}', "contains a dict, not a list of 50000 lists"),
+        ("[[0], [1]]", "contains a list of 2, not a list of 50000 lists of class indices, one per image"),
         (json.dumps([[0]] * 49_999 + [3]), "image 50000: 3 is not a list of indices of the 2 classes"),
         (json.dumps([[0], [2]] + [[]] * 49_998), r"image 2: \[2\] is not a list of indices of the 2 classes"),
         (json.dumps([["n01440764"]] + [[]] * 49_999), "image 1: .* is not a list of indices"),

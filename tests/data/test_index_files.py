@@ -81,9 +81,7 @@ def test_what_is_no_index_is_named_with_what_to_do(indexed, tmp_path, kind, name
         path.write_bytes(WRONG[kind])
     else:
         np.save(path, WRONG[kind], allow_pickle=True)
-    with pytest.raises(
-        ValueError, match=rf"{path} is damaged or of something else: (.|\n)*create it anew with:\npython -c"
-    ):
+    with pytest.raises(ValueError, match=rf"{path} is damaged or of another kind: (.|\n)*recreate it with:\npython -c"):
         make_dataset(dataset_str=indexed[name])
 
 
@@ -116,7 +114,7 @@ def test_an_index_of_other_tarballs_reads_nothing(indexed, tmp_path):
     np.save(tmp_path / "22k" / "entries.npy", entries)
     dataset = make_dataset(dataset_str=indexed["22k"])
     for index in (0, 1):
-        with pytest.raises(BadImageError, match=rf"entry {index} says that .*n0.tar: n0_{index}.JPEG lies at bytes"):
+        with pytest.raises(BadImageError, match=rf"entry {index} is wrong: .*n0.tar: n0_{index}.JPEG is not at bytes"):
             dataset.get_image(index)
     assert dataset.get_image(2).getpixel((0, 0)) == (20, 20, 20)
 
@@ -124,7 +122,7 @@ def test_an_index_of_other_tarballs_reads_nothing(indexed, tmp_path):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("a.csv", b"x.png\0,1\n", "bytes of zero"),
+        ("a.csv", b"x.png\0,1\n", "zero bytes"),
         ("a.txt", "x.png\t1\n".encode("utf-16"), "not in UTF-8"),
         ("a.csv", b'"' + b"x" * 200_000 + b'",1\n', "field larger than field limit"),
         ("a.txt", b"x.png\t" + b"9" * 30 + b"\n", "class index of 30 digits"),

@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision_layouts import LAYOUTS
 
 from dinov2.data.datasets import TorchvisionSet, make_dataset, parse_dataset_str
-from dinov2.data.datasets.torchvision_sets import own_division
+from dinov2.data.datasets.torchvision_sets import split_samples
 from dinov2.data.datasets.torchvision_sources import SOURCES
 from dinov2.data.images import BadImageError
 
@@ -89,7 +89,7 @@ def test_every_split_is_one_that_torchvision_knows(name, tmp_path):
     for split in SOURCES[name].split_names:
         with pytest.raises(FileNotFoundError, match=f"no {name} in {tmp_path}: "):
             make_dataset(dataset_str=dataset_str(name, tmp_path, split))
-        (tmp_path / "x" / SOURCES[name].place).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / SOURCES[name].content).mkdir(parents=True, exist_ok=True)
         with pytest.raises(FileNotFoundError, match=f"no {name} in {tmp_path}/x: "):
             make_dataset(dataset_str=dataset_str(name, tmp_path / "x", split))
 
@@ -117,14 +117,14 @@ def test_a_missing_set_is_answered_with_the_string_that_downloads_it(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         make_dataset(dataset_str=dataset_str("DTD", tmp_path, "VAL", partition=3))
     message, _, download = str(caught.value).partition("; to download it: ")
-    assert message == f"no DTD in {tmp_path}: there is no {tmp_path}/dtd"
+    assert message == f"no DTD in {tmp_path}: {tmp_path}/dtd does not exist"
     keys = {"split": "VAL", "root": str(tmp_path), "partition": "3", "download": "true"}
     assert parse_dataset_str(download) == ("DTD", keys)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_torchvision_cannot_download_says_so(tmp_path):
-    with pytest.raises(FileNotFoundError, match="stanford_cars; torchvision cannot download it"):
+    with pytest.raises(FileNotFoundError, match="stanford_cars does not exist; torchvision cannot download it"):
         make_dataset(dataset_str=dataset_str("StanfordCars", tmp_path, "TRAIN"))
     with pytest.raises(ValueError, match="unknown key 'download'"):
         make_dataset(dataset_str=dataset_str("StanfordCars", tmp_path, "TRAIN", download="true"))
@@ -205,9 +205,11 @@ def mirror(tmp_path, monkeypatch):
 
 def test_a_download_happens_once_and_only_when_asked_for(tmp_path, mirror):
     root = tmp_path / "data"
-    with pytest.raises(FileNotFoundError, match=f"there is no {root}; to download it: KMNIST:split=TRAIN:root={root}:"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{root} does not exist; to download it: KMNIST:split=TRAIN:root={root}:"
+    ):
         make_dataset(dataset_str=dataset_str("KMNIST", root, "TRAIN"))
-    with pytest.raises(FileNotFoundError, match="there is no"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         make_dataset(dataset_str=dataset_str("KMNIST", root, "TRAIN", download="false"))
     assert mirror == [] and not root.exists()
     string = dataset_str("KMNIST", root, "TRAIN", download="true")
@@ -251,7 +253,7 @@ def test_options_are_passed_on(tmp_path):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("DTD", {"partition": "two"}, "partition must be a whole number, got 'two'"),
+        ("DTD", {"partition": "two"}, "partition must be an integer, got 'two'"),
         ("Places365", {"small": "yes"}, "small must be true or false, got 'yes'"),
         ("CIFAR10", {"download": "please"}, "download must be true or false, got 'please'"),
         ("FGVCAircraft", {"annotation_level": "wing"}, "cannot read FGVCAircraft .*'wing'.*family"),
@@ -259,7 +261,7 @@ def test_options_are_passed_on(tmp_path):
     ],
 )
 def test_wrong_options_are_answered(name, options, message, tmp_path):
-    (tmp_path / SOURCES[name].place).mkdir()
+    (tmp_path / SOURCES[name].content).mkdir()
     with pytest.raises(ValueError, match=message):
         make_dataset(dataset_str=dataset_str(name, tmp_path, "TRAIN", **options))
 
@@ -267,7 +269,7 @@ def test_wrong_options_are_answered(name, options, message, tmp_path):
 def test_options_of_other_sets_are_refused():
     with pytest.raises(ValueError, match="DTD has no option folds; it has partition"):
         TorchvisionSet("DTD", root="/data", split="TRAIN", folds=1)
-    with pytest.raises(ValueError, match="no dataset 'CIFAR'; known: CIFAR10, CIFAR100"):
+    with pytest.raises(ValueError, match="unknown dataset 'CIFAR'; known: CIFAR10, CIFAR100"):
         TorchvisionSet("CIFAR", root="/data")
 
 
@@ -275,7 +277,7 @@ def test_options_of_other_sets_are_refused():
 
 
 @pytest.mark.parametrize("name", [name for name, source in SOURCES.items() if not source.splits])
-def test_our_own_division_splits_every_class(name, tmp_path):
+def test_split_samples_divides_every_class(name, tmp_path):
     truth = write(name, tmp_path)
     train, test = (make_dataset(dataset_str=dataset_str(name, tmp_path, split)) for split in ("TRAIN", "TEST"))
     assert sorted(content(train) + content(test)) == expected(truth[None])
@@ -284,19 +286,19 @@ def test_our_own_division_splits_every_class(name, tmp_path):
     assert train.classes == test.classes
 
 
-def test_our_own_division_depends_on_names_and_seed_alone():
+def test_split_samples_depends_on_names_and_seed_alone():
     names = [f"{label}/{number}.jpg" for label in "ab" for number in range(50)]
     labels = np.repeat([0, 1], 50)
-    train = {names[index] for index in own_division(names, labels, "TRAIN", seed=0)}
+    train = {names[index] for index in split_samples(names, labels, "TRAIN", seed=0)}
     assert len(train) == 80
     shuffled = np.random.default_rng(0).permutation(100)
-    again = own_division([names[index] for index in shuffled], labels[shuffled], "TRAIN", seed=0)
+    again = split_samples([names[index] for index in shuffled], labels[shuffled], "TRAIN", seed=0)
     assert {names[shuffled[index]] for index in again} == train
-    assert {names[index] for index in own_division(names, labels, "TRAIN", seed=1)} != train
+    assert {names[index] for index in split_samples(names, labels, "TRAIN", seed=1)} != train
     # For ever: another result would make results incomparable.
-    assert own_division(names[:10], labels[:10], "TEST", seed=0) == [0, 8]
+    assert split_samples(names[:10], labels[:10], "TEST", seed=0) == [0, 8]
 
 
 def test_a_seed_without_a_division_is_an_error():
-    with pytest.raises(ValueError, match="seed=1: there is nothing to divide"):
+    with pytest.raises(ValueError, match="seed=1 needs a split"):
         make_dataset(dataset_str="EuroSAT:root=/data:seed=1")

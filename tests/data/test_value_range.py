@@ -169,7 +169,7 @@ def test_values_without_data_are_black_and_do_not_count():
     assert not pixels[:10].any() and pixels[10:].max() == 255 and len(np.unique(pixels)) > 80
 
 
-def test_a_tiff_that_lies_sideways_is_turned():
+def test_a_rotated_tiff_is_made_upright():
     data = tiff(waves(3, 4095), photometric="rgb", extratags=[(274, "H", 1, 6, True)])
     image = open_image(data)
     assert image.size == image.load().size == (40, 50)
@@ -202,7 +202,7 @@ def test_the_range_is_logged_and_may_be_set(tmp_path, caplog):
     options = ImageOptions(value_range=(0, 2000))
     dataset = make_dataset(dataset_str=f"ImageFolder:root={root}", image_options=options)
     assert np.asarray(dataset.get_image(0))[..., 0].max() == 255
-    assert "% of the pixel values lie outside of 0 to 2,000 and are clipped" in caplog.text
+    assert "% of the pixel values are outside 0 to 2,000 and are clipped" in caplog.text
 
 
 def test_few_gray_levels_are_warned_of(tmp_path, caplog):
@@ -227,7 +227,7 @@ def test_a_deep_image_that_the_sample_missed_is_warned_of_once(tmp_path, caplog,
     dataset = make_dataset(dataset_str=f"ImageFolder:root={root}")
     assert np.asarray(dataset.get_image(1)).max() == np.asarray(dataset.get_image(1)).max() == 255
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "b.png has more than 8 bits, and the sample had no such image to measure a range on" in warning
+    assert "b.png has more than 8 bits, but the inspected sample had no such image to measure a range on" in warning
 
 
 def test_images_without_any_finite_value_are_warned_of(tmp_path, caplog):
@@ -236,8 +236,8 @@ def test_images_without_any_finite_value_are_warned_of(tmp_path, caplog):
     files["c.tif"] = tiff(WAVES.astype(np.float32))
     make_dataset(dataset_str=f"ImageFolder:root={folder(tmp_path / 'y', files)}")
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "2 of 2 images of more than 8 bits have no finite value: they become black",
-        "2 of 3 images of more than 8 bits have no finite value: they become black",
+        "2 of 2 images of more than 8 bits have no finite value and become black",
+        "2 of 3 images of more than 8 bits have no finite value and become black",
     ]
 
 
@@ -249,7 +249,7 @@ def test_all_16_bits_of_a_ppm_are_used(file_format, largest):
     comment = b"# a comment 7\n" if file_format == "P3" else b""
     found = np.asarray(decode_image(header + comment + pixels))
     np.testing.assert_array_equal(found, to_8_bit(samples, (0, 4095)))
-    with pytest.raises(ImageDecodeError, match="cut off"):
+    with pytest.raises(ImageDecodeError, match="truncated"):
         decode_image(header + pixels[:1000])
 
 
@@ -277,11 +277,11 @@ def test_what_is_dropped_is_counted(tmp_path, caplog):
     root = folder(tmp_path / "x", files)
     dataset = make_dataset(dataset_str=f"ImageFolder:root={root}")
     for expected in (
-        "3 of 9 images sampled have more bands than are used: bands beyond three are left out, of two the second",
-        "1 of 9 images sampled are transparent: transparency is dropped, so that what lies under it shows",
+        "3 of 9 images sampled have more bands than are used: those beyond the third, or of two the second, are",
+        "1 of 9 images sampled are transparent: transparency is dropped, which shows the colors under it",
         "2 of 9 images sampled have more pages or frames than one: the first is used",
-        "1 of 9 images sampled have more than 100 megapixels, which slows the loading down",
-        f"1 of 9 images sampled cannot be read: {root}/broken.png: 0 bytes in no image format",
+        "1 of 9 images sampled have more than 100 megapixels, which slows down loading",
+        f"1 of 9 images sampled cannot be read: {root}/broken.png: 0 bytes in no supported image format",
     ):
         assert expected in caplog.text
     assert dataset.survey() is dataset.survey() and "8 bits" not in caplog.text

@@ -11,8 +11,8 @@ from eval_images import ImageSet, write_images
 
 from dinov2.data import make_dataset
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.eval import image_files
-from dinov2.eval.image_files import LabeledDataset, file_stats, image_identity, report_equal_images
+from dinov2.eval import file_identity
+from dinov2.eval.file_identity import LabeledDataset, file_stats, image_identity, report_equal_images
 
 MINUTE_NS = 60 * 10**9
 
@@ -67,7 +67,7 @@ def test_replaced_images_are_others(folder: Path, change: Callable[[Path], None]
 def test_files_of_any_number_are_asked_in_order_and_may_be_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_files, "STATS_AT_ONCE", 3)
+    monkeypatch.setattr(file_identity, "STATS_AT_ONCE", 3)
     paths = [tmp_path / str(size) for size in range(8)]
     for size, path in enumerate(paths):
         path.write_bytes(b"x" * size)
@@ -89,7 +89,7 @@ def test_copies_of_training_images_are_counted(folder: Path, tmp_path: Path, cap
         "train": {"compared": 6, "equal": 0, "with_other_labels": 0},
         "val": {"compared": 10, "equal": 4, "with_other_labels": 1},
     }
-    assert "val: 4 of 10 images are training images, too (the same bytes), 1 of them with another label" in caplog.text
+    assert "val: 4 of 10 images are also training images (the same bytes), 1 of them with another label" in caplog.text
     assert "train:" not in caplog.text
 
 
@@ -100,17 +100,17 @@ def test_contradictions_in_the_training_set_are_warned_of_and_mere_copies_are_no
     (folder / "r" / "copy.png").write_bytes((folder / "r" / "0.png").read_bytes())
     counts = report_equal_images("train", LabeledDataset.of(dataset(folder)), {})["train"]
     assert counts == {"compared": 7, "equal": 2, "with_other_labels": 0}
-    assert [record.levelname for record in caplog.records if "more than once" in record.message] == ["INFO"]
+    assert [record.levelname for record in caplog.records if "are duplicates" in record.message] == ["INFO"]
     (folder / "b" / "copy.png").write_bytes((folder / "r" / "0.png").read_bytes())
     counts = report_equal_images("train", LabeledDataset.of(dataset(folder)), {})["train"]
     assert counts == {"compared": 8, "equal": 3, "with_other_labels": 3}
-    assert "3 of 8 images are there more than once (the same bytes), 3 of them with another label" in caplog.text
+    assert "3 of 8 images are duplicates (the same bytes), 3 of them with another label" in caplog.text
 
 
 def test_the_same_set_for_both_is_noticed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     both = LabeledDataset.of(dataset(folder))
     report_equal_images("set", both, {"set": both})
-    assert "set: the images that are tested on are the training images" in caplog.text
+    assert "set is both training and test set" in caplog.text
 
 
 def test_of_many_files_a_share_is_compared(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_of_many_files_a_share_is_compared(folder: Path, tmp_path: Path, monkeyp
         path.write_bytes(path.read_bytes() + bytes(number))  # six sizes
     shutil.copytree(folder, tmp_path / "val")
     train, val = LabeledDataset.of(dataset(folder)), LabeledDataset.of(dataset(tmp_path / "val"))
-    monkeypatch.setattr(image_files, "MOST_FILES", 5)
+    monkeypatch.setattr(file_identity, "MOST_FILES", 5)
     some = report_equal_images("train", train, {"val": val})["val"]
     assert 0 < some["equal"] == some["compared"] < 6
 

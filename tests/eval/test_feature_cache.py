@@ -75,7 +75,7 @@ def test_a_damaged_file_is_computed_again(content: bytes, tmp_path: Path, caplog
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         again, _ = extract(model, cache)
-    assert torch.equal(first, again) and "computed again" in caplog.text
+    assert torch.equal(first, again) and "recomputing them" in caplog.text
     assert torch.equal(extract(nn.Identity(), cache)[0], first), "the file is whole again"
 
 
@@ -109,14 +109,17 @@ def flip_a_bit(path: Path) -> None:
     [
         (flip_a_bit, "damaged"),
         (lambda path: torch.save({"features": Counting()}, path), "more than tensors, .*Counting"),
-        (lambda path: replaced(path, of="{}"), "they are of other images, weights or settings"),
+        (lambda path: replaced(path, of="{}"), "its content is of other images, weights or settings"),
         (lambda path: replaced(path, features=torch.zeros(11, 24)), "11 features and 12 labels"),
         (lambda path: replaced(path, features=torch.zeros(12, 24).double()), "float64"),
         (lambda path: replaced(path, features=torch.full((12, 24), torch.inf)), "not finite"),
-        (lambda path: replaced(path, labels=torch.zeros(12, dtype=torch.int64)), "labels are not those of the images"),
+        (
+            lambda path: replaced(path, labels=torch.zeros(12, dtype=torch.int64)),
+            "labels differ from those",
+        ),
         (lambda path: replaced(path, features=torch.zeros(13, 24), labels=torch.zeros(13).long()), "of 12 images"),
-        (lambda path: replaced(path, features="zeros"), "computed again"),
-        (lambda path: torch.save([1, 2], path), "computed again"),
+        (lambda path: replaced(path, features="zeros"), "recomputing them"),
+        (lambda path: torch.save([1, 2], path), "recomputing them"),
     ],
 )
 def test_a_file_is_used_only_if_it_is_right(
@@ -128,7 +131,7 @@ def test_a_file_is_used_only_if_it_is_right(
     damage(file)
     again, _ = extract(model, cache)
     assert torch.equal(first, again) and model.calls == 6
-    (warning,) = [record.getMessage() for record in caplog.records if "computed again" in record.getMessage()]
+    (warning,) = [record.getMessage() for record in caplog.records if "recomputing them" in record.getMessage()]
     assert re.search(reason, warning)
 
 
@@ -138,7 +141,7 @@ def test_a_file_without_some_images_says_so(tmp_path: Path, caplog: pytest.LogCa
     caplog.clear()
     features, labels = extract(model, cache, some_broken)
     assert len(features) == len(labels) == 199 and model.calls == 50
-    assert "1 of 200 images could not be read and are left out" in caplog.text
+    assert "1 of 200 images could not be read and are omitted" in caplog.text
 
 
 def test_features_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:

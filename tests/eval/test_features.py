@@ -75,14 +75,14 @@ def test_broken_images_are_left_out_and_named(caplog: pytest.LogCaptureFixture) 
     torch.testing.assert_close(features, whole[kept])
     assert labels.tolist() == dataset.labels[kept].tolist()
     assert "sample 7" in caplog.text and "sample 8" in caplog.text
-    assert "2 of 200 images cannot be read and are left out" in caplog.text
+    assert "2 of 200 images cannot be read and are omitted" in caplog.text
 
 
 def test_too_many_broken_images_are_an_error() -> None:
-    with pytest.raises(ValueError, match="3 of 200 images cannot be read; the first: .*sample 1 .*no image format"):
+    with pytest.raises(ValueError, match="3 of 200 images cannot be read; the first: .*sample 1 .*no supported image"):
         extract_features(tiny_backbone(), ImageSet(200, broken=[1, 70, 190]), 64, 0)
     batch = collate_skipping_unreadable([BadImageError("no file a.png"), BadImageError("no file b.png")])
-    with pytest.raises(ValueError, match="not one of the 2 images of a batch can be read; the first: no file a.png"):
+    with pytest.raises(ValueError, match="none of the 2 images of a batch can be read; the first: no file a.png"):
         list(skip_unreadable_batches([batch]))
 
 

@@ -89,14 +89,14 @@ def test_k_larger_than_the_bank_becomes_its_size(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING):
         votes = KnnModule(bank, labels, [3, 10, 20], TEMPERATURE, CPU, NUM_CLASSES)(bank)
     assert list(votes) == [3, 6]
-    assert "k = [10, 20]: the bank holds 6 images only, k = 6 is used" in caplog.text
+    assert "k = [10, 20]: the bank has only 6 images, k = 6 is used" in caplog.text
 
 
 def test_impossible_numbers_are_named() -> None:
     bank, labels = features_and_labels(6, seed=0)
     with pytest.raises(ValueError, match=r"at least 1, got \[0, 3\]"):
         KnnModule(bank, labels, [0, 3], TEMPERATURE, CPU)
-    with pytest.raises(ValueError, match="at least 1 image per class, or -1 for all, got 0"):
+    with pytest.raises(ValueError, match="images per class must be at least 1, or -1 for all, got 0"):
         eval_knn_on_features(bank, labels, bank, labels, nb_knn=[1], n_per_class_list=[0])
 
 

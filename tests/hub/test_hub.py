@@ -236,7 +236,7 @@ def zip_as_published(target: Path) -> None:
 
 def test_hub_needs_nothing_but_torch_and_works_from_a_zip(tmp_path: Path) -> None:
     if not (ROOT / ".git").exists():
-        pytest.skip("no git repository that says which files belong to it")
+        pytest.skip("no git repository with the list of files")
     zip_as_published(tmp_path / "main.zip")
     with zipfile.ZipFile(tmp_path / "main.zip") as archive:
         archive.extractall(tmp_path / "hub")

@@ -60,9 +60,9 @@ def test_output_width_can_differ(layer: type[Mlp] | type[SwiGLUFFN]) -> None:
 def test_swiglu_takes_the_published_arguments_that_change_nothing() -> None:
     ffn = SwiGLUFFN(6, 24, 5, nn.GELU, 0.0, False)
     assert ffn.w3.out_features == 5 and ffn.w12.bias is None
-    with pytest.raises(ValueError, match="the gate of SwiGLU is a SiLU, not act_layer=<class .*ReLU'>; take mlp"):
+    with pytest.raises(ValueError, match="the gate of SwiGLU is a SiLU, not act_layer=<class .*ReLU'>; use mlp"):
         SwiGLUFFN(6, act_layer=nn.ReLU)
-    with pytest.raises(ValueError, match=r"SwiGLU has no dropout, but drop=0\.1; take mlp"):
+    with pytest.raises(ValueError, match=r"SwiGLU has no dropout, but drop=0\.1; use mlp"):
         SwiGLUFFN(6, drop=0.1)
 
 

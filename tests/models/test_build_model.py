@@ -21,7 +21,7 @@ def test_every_published_name_is_known() -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_none_means_what_the_name_says(arch: str) -> None:
+def test_none_selects_the_default_of_the_name(arch: str) -> None:
     with torch.device("meta"):
         model = build_model(arch, embed_dim=None, depth=None, num_heads=None, mlp_ratio=None, init_values=None)
         assert shapes(model) == shapes(ARCHS[arch]())

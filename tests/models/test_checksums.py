@@ -79,7 +79,7 @@ def test_an_open_file_of_arrays_is_checked_too() -> None:
         check_zip(io.BytesIO(content))
 
 
-def test_files_without_checksums_are_read_and_called_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_without_checksums_are_read_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     old = tmp_path / "old.pth"
     torch.save(some_weights(), old, _use_new_zipfile_serialization=False)
@@ -119,10 +119,10 @@ def write_script(path: Path) -> None:
         lambda path: path.write_bytes(pickle.dumps(_Code())),
     ],
 )
-def test_nobody_is_advised_to_run_what_is_in_a_file(write: Callable[[Path], object], tmp_path: Path) -> None:
+def test_no_error_advises_to_run_code_in_a_file(write: Callable[[Path], object], tmp_path: Path) -> None:
     write(tmp_path / "a.pth")
     with pytest.raises(ValueError, match="a.pth is no checkpoint of plain tensors.*: ") as caught:
         read_file(tmp_path / "a.pth")
-    told = "".join(traceback.format_exception(caught.value))
-    assert "weights_only=False" not in told and "`weights_only`" not in told and "add_safe_globals" not in told
+    text = "".join(traceback.format_exception(caught.value))
+    assert "weights_only=False" not in text and "`weights_only`" not in text and "add_safe_globals" not in text
     assert not str(caught.value).endswith(": ")

@@ -109,10 +109,10 @@ def test_a_program_for_one_size_computes_exactly_the_same() -> None:
 
 
 def test_exporters_and_compilers_see_the_kernel_they_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is best on a GPU is neither looked for nor tried out while somebody else's program is traced."""
+    """Tracing neither searches for the best kernel of a GPU nor tries one."""
 
     def asked(*_: object) -> str:
-        raise AssertionError("asked for the best kernel")
+        raise AssertionError("searched for the best kernel")
 
     monkeypatch.setattr(attention, "_find_backend", asked)
     monkeypatch.delattr(attention.best_backend, "_dynamo_marked_constant", raising=False)  # by tests of compiled blocks
@@ -122,7 +122,7 @@ def test_exporters_and_compilers_see_the_kernel_they_know(monkeypatch: pytest.Mo
     assert torch.equal(torch.compile(Choice(), backend="eager", fullgraph=True)(x), expected)
     with warnings.catch_warnings(action="ignore"):
         assert torch.equal(torch.jit.trace(Choice(), x, check_trace=False)(x), expected)
-    with pytest.raises(AssertionError, match="asked for the best kernel"):
+    with pytest.raises(AssertionError, match="searched for the best kernel"):
         Choice()(x)
     program = torch.export.export(small("dinov2_vits14"), (images(2, (28, 28)),))
     assert "scaled_dot_product_attention" in str(program.graph)

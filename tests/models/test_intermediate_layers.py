@@ -77,7 +77,7 @@ def test_the_last_layer_is_what_forward_features_gives(model: DinoVisionTransfor
 
 @pytest.mark.parametrize("n", [0, -1, 6, [5], [-6], [], [0, 9]])
 def test_blocks_that_do_not_exist_are_named(model: DinoVisionTransformer, x: Tensor, n: int | Sequence[int]) -> None:
-    with pytest.raises(ValueError, match=r"blocks .* asked of a model with 5 blocks"):
+    with pytest.raises(ValueError, match=r"blocks .* requested of a model with 5 blocks"):
         model.get_intermediate_layers(x, n)
 
 
@@ -104,13 +104,13 @@ def test_integers_of_any_library_are_taken(model: DinoVisionTransformer, x: Tens
 
 @pytest.mark.parametrize("n", [1.0, "2", [1.5], ["1"], None, np.array(1.0), torch.tensor([0.5])], ids=repr)
 def test_what_is_no_integer_is_refused(model: DinoVisionTransformer, x: Tensor, n: Any) -> None:
-    with pytest.raises(ValueError, match="n is how many last blocks, or a list of their indices, not "):
+    with pytest.raises(ValueError, match="n must be a number of last blocks, or a list of block indices, not "):
         model.get_intermediate_layers(x, n)
 
 
 @pytest.mark.parametrize("n", [[1, 1], [-1, 4]])
 def test_a_block_named_twice_is_refused(model: DinoVisionTransformer, x: Tensor, n: list[int]) -> None:
-    with pytest.raises(ValueError, match="of a model with 5 blocks name one twice"):
+    with pytest.raises(ValueError, match="of a model with 5 blocks include one twice"):
         model.get_intermediate_layers(x, n)
 
 

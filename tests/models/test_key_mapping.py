@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dinov2.hub import backbones, classifiers
 from dinov2.models import build_model, key_mapping
-from dinov2.models.infer_architecture import find_arguments, published_name
+from dinov2.models.infer_architecture import infer_arguments, published_name
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import load_backbone, read_state_dict
 
@@ -56,7 +56,7 @@ def test_names_of_transformers_and_back(name: str) -> None:
     state = small(name).state_dict()
     theirs = key_mapping.to_hf(state)
     assert_equal(theirs, to_published_hf(state))
-    assert key_mapping.layout_of(theirs) == "hf" and key_mapping.layout_of(state) == "published"
+    assert key_mapping.key_format(theirs) == "hf" and key_mapping.key_format(state) == "published"
     assert_equal(key_mapping.to_published(theirs), state)
 
 
@@ -66,7 +66,7 @@ def test_names_of_timm_and_back(name: str) -> None:
     state = small(name).state_dict()
     theirs = key_mapping.to_timm(state)
     assert_equal(theirs, to_timm(state))
-    assert key_mapping.layout_of(theirs) == "timm"
+    assert key_mapping.key_format(theirs) == "timm"
     back = key_mapping.to_published(theirs)
     assert torch.equal(back.pop("mask_token"), torch.zeros_like(state.pop("mask_token")))
     if "register_tokens" in state:
@@ -199,7 +199,7 @@ def test_foreign_names_of_transformers_are_refused(tmp_path: Path) -> None:
         load_backbone(ours, tmp_path)
 
 
-def test_a_folder_without_weights_says_what_it_looked_for(tmp_path: Path) -> None:
+def test_the_error_of_a_folder_without_weights_names_the_expected_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="a folder without model.safetensors, pytorch_model.bin or teacher_"):
         read_state_dict(tmp_path)
 
@@ -217,7 +217,7 @@ def test_a_folder_without_weights_says_what_it_looked_for(tmp_path: Path) -> Non
 def test_a_damaged_index_of_parts_is_named(content: str, tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(content)
-    with pytest.raises(ValueError, match=f"{index} is damaged, it is no index"):
+    with pytest.raises(ValueError, match=f"{index} is damaged, it is not an index"):
         read_state_dict(tmp_path)
 
 
@@ -242,7 +242,7 @@ def test_published_networks_are_recognized(name: str) -> None:
     with torch.device("meta"):
         model = getattr(backbones, name)(pretrained=False)
         state = model.state_dict()
-        found = DinoVisionTransformer(**find_arguments(state))
+        found = DinoVisionTransformer(**infer_arguments(state))
     assert published_name(state) == name
     assert {key: value.shape for key, value in found.state_dict().items()} == {k: v.shape for k, v in state.items()}
     for attribute in ("num_heads", "patch_size", "interpolate_offset", "interpolate_antialias", "num_register_tokens"):
@@ -264,21 +264,21 @@ def test_other_networks_are_recognized(settings: dict[str, object]) -> None:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1} | settings
     with torch.device("meta"):
         state = DinoVisionTransformer(**sizes).state_dict()
-        found = DinoVisionTransformer(**find_arguments(state)).state_dict()
+        found = DinoVisionTransformer(**infer_arguments(state)).state_dict()
     assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in state.items()}
     assert published_name(state) is None
 
 
-def test_what_tensors_cannot_tell_is_asked_for() -> None:
+def test_what_tensors_do_not_determine_must_be_given() -> None:
     model = DinoVisionTransformer(img_size=8, patch_size=2, embed_dim=12, depth=1, num_heads=3)
-    with pytest.raises(ValueError, match="width 12 is no multiple of 64 channels per head: say how many heads"):
-        find_arguments(model.state_dict())
-    assert find_arguments(model.state_dict(), num_heads=3)["num_heads"] == 3
+    with pytest.raises(ValueError, match="width 12 is not a multiple of 64 channels per head: give the number"):
+        infer_arguments(model.state_dict())
+    assert infer_arguments(model.state_dict(), num_heads=3)["num_heads"] == 3
     with pytest.raises(ValueError, match="no backbone: pos_embed, patch_embed.proj.weight, norm.weight missing"):
-        find_arguments({"mlp.0.weight": torch.zeros(1)})
+        infer_arguments({"mlp.0.weight": torch.zeros(1)})
     state = DinoVisionTransformer(img_size=(8, 4), patch_size=2, embed_dim=64, depth=1, num_heads=1).state_dict()
     with pytest.raises(ValueError, match=r"pos_embed \(1, 9, 64\) is not of a square grid"):
-        find_arguments(state)
+        infer_arguments(state)
 
 
 # --- Channels --------------------------------------------------------------------------------------------------------

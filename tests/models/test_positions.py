@@ -39,7 +39,7 @@ def cubic(x: float, a: float) -> float:
 
 
 def resampling(grid: int, size: int, step: float, *, antialias: bool) -> Tensor:
-    """(size, grid) weights: output i looks at (i + 0.5) * step of the input, in units of cells.
+    """(size, grid) weights: output i is centered on (i + 0.5) * step of the input, in units of cells.
 
     Without antialiasing four neighbors with a = -0.75, the border repeated. With it a = -0.5, the kernel as wide as
     the step when shrinking, cut at the border and normalized; PyTorch then leaves an axis alone that keeps its size,

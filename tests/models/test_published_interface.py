@@ -171,7 +171,7 @@ def test_a_table_that_is_of_no_square_grid_is_refused(
     model: DinoVisionTransformer, x: Tensor, shape: tuple[int, ...]
 ) -> None:
     model.pos_embed = nn.Parameter(torch.zeros(shape))
-    with pytest.raises(ValueError, match=rf"pos_embed \({shape[0]}, .* is no position table of a square grid"):
+    with pytest.raises(ValueError, match=rf"pos_embed \({shape[0]}, .* is not a position table of a square grid"):
         model(x)
 
 
@@ -228,9 +228,9 @@ def test_networks_are_built_from_parts_of_others() -> None:
 @pytest.mark.parametrize(
     ("masks", "message"),
     [
-        (torch.zeros(2, 15), "masks are a tensor of bool, True where a patch is masked, not torch.float32"),
-        (torch.zeros(2, 15, dtype=torch.uint8), "masks are a tensor of bool, .* not torch.uint8"),
-        (np.zeros((2, 15), dtype=bool), "masks are a tensor of bool, .* not ndarray"),
+        (torch.zeros(2, 15), "masks must be a bool tensor, True for masked patches, not torch.float32"),
+        (torch.zeros(2, 15, dtype=torch.uint8), "masks must be a bool tensor, .* not torch.uint8"),
+        (np.zeros((2, 15), dtype=bool), "masks must be a bool tensor, .* not ndarray"),
         (torch.zeros(2, 3, 5, dtype=torch.bool), r"masks \(2, 3, 5\) are not of 2 images of 15 patches"),
         (torch.zeros(2, 1, dtype=torch.bool), r"masks \(2, 1\) are not of 2 images of 15 patches"),
         (torch.zeros(3, 15, dtype=torch.bool), r"masks \(3, 15\) are not of 2 images of 15 patches"),
@@ -262,9 +262,9 @@ def test_images_of_something_else_are_refused(
 
 
 def test_a_list_of_batches_has_features_only(model: DinoVisionTransformer, x: Tensor) -> None:
-    with pytest.raises(ValueError, match="a list of batches has features, is_training=True"):
+    with pytest.raises(ValueError, match="for a list of batches use is_training=True"):
         model([x, x])
-    with pytest.raises(ValueError, match="patches are chosen of a list of batches"):
+    with pytest.raises(ValueError, match="patches can be selected only for a list of batches"):
         model(x, is_training=True, patches=[torch.tensor([0])])
     with pytest.raises(ValueError, match="0 batches of images"):
         model([], is_training=True)

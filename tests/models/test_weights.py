@@ -145,7 +145,7 @@ def test_paths_and_file_urls(tmp_path: Path) -> None:
         assert_loaded(load_backbone(vit(), name), state)
 
 
-def test_the_student_can_be_asked_for(tmp_path: Path) -> None:
+def test_the_student_can_be_selected(tmp_path: Path) -> None:
     state = vit().state_dict()
     torch.save(published_checkpoint(state), tmp_path / "model.pth")
     torch.save({"student": state, "teacher": vit().state_dict()}, tmp_path / "both.pth")
@@ -186,12 +186,12 @@ def test_one_of_several_networks_is_never_taken_silently(
     tmp_path: Path, content: Callable[[StateDict, StateDict], object], names: str
 ) -> None:
     torch.save(content(vit().state_dict(), vit().state_dict()), tmp_path / "weights.pth")
-    message = f"holds several networks: {names}; checkpoint_key = 'teacher' is none of them or several"
+    message = f"holds several networks: {names}; checkpoint_key = 'teacher' matches none of them or several"
     assert_refused(vit(), tmp_path / "weights.pth", message)
 
 
 @pytest.mark.parametrize("key", ["model_ema", "model", "ema"])
-def test_the_key_says_which(tmp_path: Path, key: str) -> None:
+def test_the_key_selects_the_network(tmp_path: Path, key: str) -> None:
     model, average = vit().state_dict(), vit().state_dict()
     torch.save({"model": model, "model_ema": {"state_dict": average}}, tmp_path / "weights.pth")
     loaded = load_backbone(vit(), tmp_path / "weights.pth", checkpoint_key=key)
@@ -199,17 +199,19 @@ def test_the_key_says_which(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [to_hf, to_timm])
-def test_networks_of_other_libraries_are_told_apart(tmp_path: Path, layout: Callable[[StateDict], StateDict]) -> None:
+def test_networks_of_other_libraries_are_distinguished(
+    tmp_path: Path, layout: Callable[[StateDict], StateDict]
+) -> None:
     state = vit().state_dict()
     others = prefixed("student.", layout(vit().state_dict()))
     torch.save({"state_dict": others | prefixed("teacher.net.", layout(state))}, tmp_path / "weights.pth")
     assert_loaded(load_backbone(vit(), tmp_path / "weights.pth"), state | {"mask_token": torch.zeros(1, 12)})
 
 
-def test_a_student_that_is_not_there_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_student_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(teacher_dump(state := vit().state_dict()), tmp_path / "weights.pth")
     assert_loaded(load_backbone(vit(), tmp_path / "weights.pth", checkpoint_key="student"), state)
-    assert "holds no student: its teacher is taken" in caplog.text
+    assert "holds no student: its teacher is used" in caplog.text
 
 
 def test_names_that_meet_are_refused(tmp_path: Path) -> None:
@@ -236,13 +238,13 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
 def test_weights_that_are_integers_are_named(tmp_path: Path) -> None:
     state = vit().state_dict()
     torch.save({**state, "norm.weight": (127 * state["norm.weight"]).to(torch.int8)}, tmp_path / "weights.pth")
-    assert_refused(vit(), tmp_path / "weights.pth", "are no floating-point numbers: norm.weight (torch.int8)")
+    assert_refused(vit(), tmp_path / "weights.pth", "are not floating-point numbers: norm.weight (torch.int8)")
 
 
 def test_weights_that_are_no_plain_tensors_are_named(tmp_path: Path) -> None:
     torch.save({**vit().state_dict(), "norm.weight": torch.ones(12, device="meta")}, tmp_path / "weights.pth")
-    assert_refused(vit(), tmp_path / "weights.pth", "no plain tensors: norm.weight (meta)")
-    with pytest.raises(ValueError, match=r"weights in it are no plain tensors: norm.weight \(torch.sparse_coo\)"):
+    assert_refused(vit(), tmp_path / "weights.pth", "not plain tensors: norm.weight (meta)")
+    with pytest.raises(ValueError, match=r"weights in it are not plain tensors: norm.weight \(torch.sparse_coo\)"):
         check_numbers({"norm.weight": torch.ones(12).to_sparse()}, "it")
 
 
@@ -252,9 +254,11 @@ def test_what_is_saved_beside_the_tensors_is_named(tmp_path: Path) -> None:
         assert_refused(vit(), tmp_path / "weights.pth", f"{name}: save its state dict alone where it was written")
 
 
-def test_a_file_of_another_format_is_called_so(tmp_path: Path) -> None:
+def test_a_file_of_another_format_is_named(tmp_path: Path) -> None:
     save_file(vit().state_dict(), tmp_path / "weights.pth")
-    assert_refused(vit(), tmp_path / "weights.pth", "it is no file of torch.save; one of safetensors has to be named")
+    assert_refused(
+        vit(), tmp_path / "weights.pth", "it is not a file of torch.save; a file of safetensors must be named"
+    )
 
 
 # --- Names of blocks in chunks ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The report says what the files of a run say, whatever is missing, and shows nothing as more than text."""
+"""The report shows the content of a run's files, whatever is missing, and shows text of files as text only."""
 
 import json
 import re
@@ -15,8 +15,9 @@ from tiny import metrics, run_train
 
 from dinov2.report.__main__ import main
 from dinov2.report.page import page
-from dinov2.report.run import Run, read_run, read_runs
-from dinov2.report.verdict import verdict
+from dinov2.report.read_run import read_run, read_runs
+from dinov2.report.run import Run
+from dinov2.report.verdict import judge
 from dinov2.train.environment import record_environment
 from dinov2.train.monitor.alarms import Alarm
 
@@ -24,7 +25,7 @@ VOID = {"meta", "link", "img", "wbr", "path", "circle", "rect"}  # without end t
 
 
 class Parsed(HTMLParser):
-    """A page as a reader gets it."""
+    """A page as a browser shows it."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ def parsed(*folders: Path) -> Parsed:
     return Parsed(page(read_runs(folders)))
 
 
-def test_the_page_needs_nothing_else_and_is_well_formed(tmp_path: Path) -> None:
+def test_the_page_is_self_contained_and_well_formed(tmp_path: Path) -> None:
     html = page(read_runs([write_run(tmp_path / "run")]))
     found = Parsed(html)
     assert found.open == []
@@ -88,8 +89,8 @@ def test_the_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     best = max((line for line in lines if "knn" in line), key=lambda line: line["knn"])
     assert f"{best['knn']:.1f} % at step {best['iteration']}" in text
     assert f"images per second {128 / lines[-1]['iter_time']:.4g}" in text  # 64 images of each of two processes
-    for measured in ("trained, k = 10 82.40", "raw pixels, k = 20 82.50", "best classifier, top-5 99.25"):
-        assert measured in text
+    for result in ("trained, k = 10 82.40", "raw pixels, k = 20 82.50", "best classifier, top-5 99.25"):
+        assert result in text
     assert "best teacher is that of step 599 (k-NN 82.8 %)" in text
     assert "optim.base_lr 0.004 0.0015" in text  # setting, default, here
     assert "python dinov2/train/train.py --config-file train/quickstart" in text
@@ -102,7 +103,7 @@ def test_images_are_in_rows_of_steps_and_columns_of_images(tmp_path: Path) -> No
     assert alts == [row.format(index) for row in rows for index in range(1, NUM_IMAGES + 1)]
 
 
-def test_text_of_files_is_shown_and_never_obeyed(tmp_path: Path) -> None:
+def test_text_of_files_is_escaped(tmp_path: Path) -> None:
     evil = "<script>alert('&amp;')</script><img src=x>"
     folder = write_run(tmp_path / "<b>run", overrides=(f"train.dataset_path={evil}",), environment=False)
     sessions = [{"first_step": 0, "command": evil, "device": evil, "commit": evil, "processes": 1, "date": evil}]
@@ -122,8 +123,14 @@ def test_text_of_files_is_shown_and_never_obeyed(tmp_path: Path) -> None:
 
 MISSING: dict[str, tuple[Callable[[Path], object], str]] = {
     "config": (lambda run: (run / "config.yaml").unlink(), "There is no config.yaml"),
-    "config of another version": (lambda run: (run / "config.yaml").write_text("a: 1"), "not one that this version"),
-    "config that is none": (lambda run: (run / "config.yaml").write_text("a: [1"), "not one that this version"),
+    "config of another version": (
+        lambda run: (run / "config.yaml").write_text("a: 1"),
+        "not a configuration of this version",
+    ),
+    "config that is none": (
+        lambda run: (run / "config.yaml").write_text("a: [1"),
+        "not a configuration of this version",
+    ),
     "metrics": (lambda run: (run / "training_metrics.json").unlink(), "There is no training_metrics.json yet"),
     "lines": (lambda run: (run / "training_metrics.json").write_text(""), "training_metrics.json has no line yet"),
     "patch features": (lambda run: shutil.rmtree(run / "health"), "has kept no patch features"),
@@ -138,15 +145,15 @@ MISSING: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("part", MISSING)
-def test_what_is_missing_is_said_and_the_rest_is_shown(tmp_path: Path, part: str) -> None:
+def test_missing_parts_are_noted_and_the_rest_is_shown(tmp_path: Path, part: str) -> None:
     folder = write_run(tmp_path / "run")
-    remove, says = MISSING[part]
+    remove, note = MISSING[part]
     remove(folder)
     found = parsed(folder)
-    assert says in found.text
+    assert note in found.text
     assert str(tmp_path) not in found.text.replace(f"output_dir: {folder}", "")
     assert ("The loss fell" in found.text) == (part not in ("metrics", "lines"))
-    assert ("Settings that are not as by default" in found.text) == (not part.startswith("config"))
+    assert ("Settings that are not the default" in found.text) == (not part.startswith("config"))
     assert "B: whole" in parsed(folder, write_run(tmp_path / "whole")).text
 
 
@@ -161,7 +168,7 @@ def test_lines_that_cannot_be_read_are_counted_and_the_later_of_two_counts(tmp_p
     assert "1 line(s) of training_metrics.json could not be read" in Parsed(page([run])).text
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(FileNotFoundError, match=r"neither config.yaml nor training_metrics.json"):
         read_runs([tmp_path])
     assert main([str(tmp_path / "nothing")]) == 1
@@ -187,13 +194,13 @@ def test_several_runs_share_charts_and_tables(tmp_path: Path) -> None:
     html = page(runs)
     text = Parsed(html).text
     assert (
-        "In which settings the runs differ. default A: a/run B: b/run C: c/run optim.base_lr 0.004 0.0015 0.003 0.0015"
-        in text
+        "Settings that differ between the runs. default A: a/run B: b/run C: c/run optim.base_lr 0.004 0.0015" in text
     )
+    assert "optim.base_lr 0.004 0.0015 0.003 0.0015" in text
     assert "trained, k = 10 82.40 83.40 \N{EN DASH}" in text
     label = next(text for text in re.findall('aria-label="([^"]*)"', html) if text.startswith("Total loss"))
     assert [f"{tag} from " in label for tag in "ABCD"] == [True, True, True, False]
-    (chart,) = re.findall('<svg class="chart"[^>]*aria-label="Total loss.*?</svg>', html)
+    (chart,) = re.findall('<svg class="chart"[^>]*aria-label="Total loss.*?</svg>', html, re.S)
     lines = re.findall(r'<path class="line line-(\d)"(?: stroke-dasharray="([^"]*)")?', chart)
     assert len(set(lines)) == 3 and len({dashes for _, dashes in lines}) == 3  # differ by either alone
     for run in runs:  # values at the ends
@@ -212,12 +219,12 @@ def test_the_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
     [
         ({}, "Healthy"),
         ({"done": 300}, "Healthy so far"),
-        ({"done": 11}, "Too early to say"),
-        ({"health": False}, "Finished, not watched"),
+        ({"done": 11}, "Too early to judge"),
+        ({"health": False}, "Finished, not monitored"),
         ({"collapse_at": 300}, "Needs attention: collapse"),
     ],
 )
-def test_the_verdict_stands_at_the_top(tmp_path: Path, words: dict, headline: str) -> None:
+def test_the_verdict_is_at_the_top(tmp_path: Path, words: dict, headline: str) -> None:
     found = parsed(write_run(tmp_path / "run", images=False, evaluations=False, **words))
     position = found.text.index(headline)
     assert position < found.text.index("Alarms") if "Alarms" in found.text else True
@@ -228,42 +235,45 @@ def test_the_verdict_stands_at_the_top(tmp_path: Path, words: dict, headline: st
     ("knn", "loss", "headline"),
     [
         ((60, 80, 79), (5, 4, 3), "Healthy so far"),
-        ((60, 80, 69), (5, 4, 3), "Look closer: k-NN accuracy fell"),
-        ((60, 59, 58), (5, 4, 3), "Look closer: k-NN accuracy fell"),
+        ((60, 80, 69), (5, 4, 3), "Unclear: k-NN accuracy fell"),
+        ((60, 59, 58), (5, 4, 3), "Unclear: k-NN accuracy fell"),
         ((60, 70, 80), (3, 4, 5), "Healthy so far"),  # losses may rise while features get better
-        ((), (3, 4, 5), "Look closer: the loss did not fall"),
+        ((), (3, 4, 5), "Unclear: the loss did not fall"),
     ],
 )
 def test_a_run_without_alarms_is_not_healthy_whatever_it_has_learned(
     tmp_path: Path, knn: tuple[int, ...], loss: tuple[int, ...], headline: str
 ) -> None:
     run = read_run(write_run(tmp_path / "run", images=False), "run")
-    records = [{"iteration": step, "total_loss": value, "cls_target_entropy": 1.0} for step, value in enumerate(loss)]
+    records = [
+        {"iteration": step, "total_loss": value, "cls_target_information": 1.0, "cls_target_capacity": 5.0}
+        for step, value in enumerate(loss)
+    ]
     for record, value in zip(records, knn, strict=False):
         record["knn"] = value
-    assert verdict(replace(run, records=records)).headline == headline
+    assert judge(replace(run, records=records))[1] == headline
 
 
 def alarmed(run: Run, **changes: object) -> Run:
-    alarm = Alarm("starved by data", 100, 200, True, "images came late", "use more of them")
+    alarm = Alarm("data starvation", 100, 200, True, "images came late", "use more of them")
     return replace(run, alarms=[alarm._replace(**changes)])  # type: ignore[arg-type]
 
 
-def test_alarms_are_told_with_their_steps_and_shaded(tmp_path: Path) -> None:
+def test_alarms_are_shown_with_their_steps_and_shaded(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", images=False), "run")
     html = page([alarmed(run)])
     text = Parsed(html).text
-    assert "Ended healthy, after trouble" in text and "Alarms: starved by data (which passed)." in text
-    assert "Starved by data over Steps 100 to 200: images came late. What to do use more of them" in text
+    assert "Ended healthy, after alarms" in text and "Alarms: data starvation (over)." in text
+    assert "Data starvation over Steps 100 to 200: images came late. What to do use more of them" in text
     charts = html.count('<svg class="chart"')
-    assert charts > 20 and html.count('<g class="span"><title>starved by data</title>') == charts
+    assert charts > 20 and html.count('<g class="span"><title>data starvation</title>') == charts
     text = Parsed(page([alarmed(run, over=False)])).text
-    assert "Needs attention: starved by data" in text and "Since step 100: images came late." in text
+    assert "Needs attention: data starvation" in text and "Since step 100: images came late." in text
     assert "span" not in Parsed(page([run])).attributes("class")
 
 
-def test_a_training_leaves_what_the_report_shows(tmp_path: Path) -> None:
-    """No file of a run is made up here."""
+def test_a_training_writes_what_the_report_shows(tmp_path: Path) -> None:
+    """With a real run instead of made-up files."""
     folder = tmp_path / "run"
     run_train(folder)
     record_environment(folder)
@@ -282,5 +292,5 @@ def test_a_training_leaves_what_the_report_shows(tmp_path: Path) -> None:
         "Learning rate",
     ):
         assert f"{title}: " in charts
-    assert "Also logged" not in found.text, "a chart of its own, with words about it, for everything that is logged"
+    assert "Also logged" not in found.text, "everything that is logged is in the table of metrics"
     assert "eval/best" in found.text and "PyTorch" in found.text

@@ -1,4 +1,4 @@
-"""The report in a real browser: on a desktop, on a phone, on paper, with nothing but the file."""
+"""The report in a real browser: on a desktop, on a phone, in print, from the file alone."""
 
 import re
 import shutil
@@ -15,7 +15,7 @@ from dinov2.report.page import write_report
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 A4_WIDTH = 688  # CSS pixels of the paper between margins of 14 mm
 
-# What the page needs to be read: nothing sticks out, every image is there.
+# Measures the layout: overflow, size of charts and text, whether images are loaded.
 MEASURE = """() => {
     const width = document.documentElement.clientWidth;
     const box = element => element.getBoundingClientRect();
@@ -36,14 +36,14 @@ MEASURE = """() => {
 
 @dataclass
 class Visit:
-    """A page that is open, and what went wrong on it."""
+    """An open page, with its errors and requests."""
 
     page: Any
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
     def open(self, path: Path, width: int, **settings: Any) -> dict[str, Any]:
-        """Go there, and measure."""
+        """Load a file and measure its layout."""
         self.page.set_viewport_size({"width": width, "height": 900})
         self.page.emulate_media(**settings)
         self.page.goto(path.as_uri())
@@ -109,7 +109,7 @@ def test_everything_is_seen_on_a_desktop_and_on_a_phone(
     assert len([url for url in visit.requests if url.startswith("file:")]) == 1
 
 
-def test_a_table_that_goes_on_at_the_side_says_so(visit: Visit, reports: dict[str, Path]) -> None:
+def test_a_table_that_continues_at_the_side_is_marked(visit: Visit, reports: dict[str, Path]) -> None:
     pushed = "e => [e.scrollWidth > e.clientWidth + 1, e.previousElementSibling?.checkVisibility() === true"
     pushed += " && e.previousElementSibling.className === 'wide', getComputedStyle(e).backgroundImage]"
     for width, media in ((375, "screen"), (1280, "screen"), (A4_WIDTH, "print")):

@@ -1,4 +1,4 @@
-"""The parts of a report: charts, colors of images, numbers in words."""
+"""The parts of a report: charts, colors of features, texts of numbers."""
 
 import math
 import re
@@ -12,21 +12,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import colors, write_run
 
+import dinov2.report
 from dinov2.report.charts import (
     NUM_STYLES,
     Line,
     Span,
-    chart,
-    pushed_apart,
+    make_chart,
+    spread_labels,
     thinned,
     tick_text,
     ticks,
     value_axis,
 )
 from dinov2.report.images import aligned, galleries, gallery, same_images, spread
-from dinov2.report.numbers import duration, measured, number, percent, readable, rough, short
-from dinov2.report.run import Run, read_images, read_run, read_runs, short_names
-from dinov2.report.style import STYLE
+from dinov2.report.numbers import duration, number, percent, readable, result_text, rough, short
+from dinov2.report.page import template_environment
+from dinov2.report.read_run import read_images, read_run, read_runs, short_names
+from dinov2.report.run import Run
+
+STYLE = (Path(dinov2.report.__file__).parent / "templates" / "style.css").read_text()
 
 REALS = st.floats(-1e12, 1e12).filter(lambda value: value == 0 or abs(value) > 1e-9)
 
@@ -44,7 +48,7 @@ def test_an_axis_holds_all_values_and_has_round_ticks(values: list[float], log: 
     assert all(low - 0.1 <= axis.at(value) <= high + 0.1 for value in found)
 
 
-def test_ticks_are_what_a_person_would_write() -> None:
+def test_ticks_are_round_numbers() -> None:
     assert ticks(0, 800, 4) == [0, 200, 400, 600, 800]
     assert ticks(0.01, 300, 5, log=True) == pytest.approx([0.01, 0.1, 1, 10, 100])
     assert ticks(0.4, 2.2, 5, log=True) == pytest.approx([0.5, 1, 2])
@@ -65,7 +69,7 @@ def test_a_thinned_line_keeps_its_ends_and_extremes(points: list[tuple[int, floa
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=6))
 def test_labels_do_not_overlap_and_keep_their_order(places: list[float]) -> None:
-    found = pushed_apart(places, 12, 0, 100)
+    found = spread_labels(places, 12, 0, 100)
     order = np.argsort(places, kind="stable")
     assert all(
         later - former >= 12 - 1e-9
@@ -78,11 +82,13 @@ def test_labels_do_not_overlap_and_keep_their_order(places: list[float]) -> None
 @pytest.mark.parametrize("values", [[1.0], [0.0], [2.0, 2.0], [-1.0, 3.0], [1e-9, 1e9], [5e-324, 1.0]])
 @pytest.mark.parametrize("log", [False, True])
 def test_any_line_can_be_drawn(values: list[float], log: bool) -> None:
-    drawn = chart([Line(list(enumerate(values)), "", 0)], "a <b>", spans=[Span(0, 0, "x"), Span(-5, 99, "y")], log=log)
+    spans = [Span(0, 0, "x"), Span(-5, 99, "y")]
+    chart = make_chart([Line(list(enumerate(values)), "", 0)], "a <b>", spans=spans, log=log)
+    drawn = template_environment().get_template("chart.html").module.svg(chart)  # type: ignore[attr-defined]
     assert "nan" not in drawn and "inf" not in drawn and 'aria-label="a &lt;b&gt;"' in drawn
 
 
-# --- ImageSet --------------------------------------------------------------------------------------------------------
+# --- Images ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 0, 2)])
@@ -156,7 +162,7 @@ def test_steps_are_spread_evenly() -> None:
 
 
 @pytest.mark.parametrize("theme", [0, 1, 2], ids=["light", "dark", "print"])
-def test_everything_stands_out_from_the_ground_as_accessibility_asks(theme: int) -> None:
+def test_all_text_has_the_contrast_that_accessibility_requires(theme: int) -> None:
     """WCAG 2.2: a contrast of 4.5 for text."""
     variables = re.findall(r"--(\w+): #([0-9a-f]{3,6})", STYLE.split(":root {")[theme + 1].partition("}")[0])
     found = {name: _luminance(code) for name, code in variables}
@@ -173,10 +179,10 @@ def _luminance(code: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-# --- Words -----------------------------------------------------------------------------------------------------------
+# --- Texts -----------------------------------------------------------------------------------------------------------
 
 
-def test_numbers_as_people_read_them() -> None:
+def test_texts_of_numbers() -> None:
     assert [number(x) for x in (0, 3.60851, 12345.6, 1.234e-4, 5e-7, -2.5)] == [
         "0",
         "3.609",
@@ -186,7 +192,7 @@ def test_numbers_as_people_read_them() -> None:
         "-2.5",
     ]
     assert [short(x) for x in (0.09992, 0.9996, 82.08, 5.783e-7)] == ["0.0999", "0.9996", "82.08", "5.8e-7"]
-    assert [measured(x) for x in (83, 0.0001)] == ["83.00", "1e-4"]
+    assert [result_text(x) for x in (83, 0.0001)] == ["83.00", "1e-4"]
     assert percent(82.35) == "82.3\N{NO-BREAK SPACE}%" or percent(82.35) == "82.4\N{NO-BREAK SPACE}%"
     assert number(math.inf) == "inf"
     assert [rough(x) for x in (41.8712, 2123.4, 1.0, 15.61)] == ["41.9", "2,120", "1", "15.6"]
@@ -203,7 +209,7 @@ def test_names_are_as_short_as_they_can_be(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"no such thing"])
-def test_damaged_images_are_said_and_left_out(content: bytes, tmp_path: Path) -> None:
+def test_damaged_images_are_noted_and_left_out(content: bytes, tmp_path: Path) -> None:
     path, notes = tmp_path / "images.npz", []
     path.write_bytes(content)
     assert read_images(path, notes) is None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dinov2.run.failures import Failure, last_words, read_notes
+from dinov2.run.failures import Failure, error_message, read_failures
 
 ROOT = Path(__file__).resolve().parents[2]
 GLOO = "[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:671"
@@ -31,25 +31,25 @@ LOST = [
 def write(folder: Path, *failures: Failure) -> list[Path]:
     paths = [folder / f"7_{failure.rank}_failure.json" for failure in failures]
     for path, failure in zip(paths, failures, strict=True):
-        failure.leave(path)
+        failure.write(path)
     return paths
 
 
 def test_the_error_that_led_to_the_others_is_told(tmp_path: Path) -> None:
     later = dataclasses.replace(OWN, time=6.0, rank=3)
-    words = last_words(read_notes(write(tmp_path, *LOST, later, OWN)))
+    words = error_message(read_failures(write(tmp_path, *LOST, later, OWN)))
     assert words == "error: no folder /x (process 2 of 4 on n1; log: /out/logs/log.txt.rank2)"
 
 
 def test_processes_that_say_nothing_were_killed(tmp_path: Path) -> None:
-    words = last_words(read_notes(write(tmp_path, *LOST)))
-    assert words.startswith("error: process 2, 3 of 4 ended without a word: killed")
+    words = error_message(read_failures(write(tmp_path, *LOST)))
+    assert words.startswith("error: process 2, 3 of 4 ended without an error: killed")
     assert words.endswith("log: /out/logs/log.txt.rank2")
 
 
 def test_if_all_lost_a_connection_the_first_is_told_with_its_traceback(tmp_path: Path) -> None:
     both = [dataclasses.replace(failure, world_size=2) for failure in LOST]
-    words = last_words(read_notes(write(tmp_path, *both)))
+    words = error_message(read_failures(write(tmp_path, *both)))
     assert words == f"Tracebackerror: {GLOO} (process 1 of 2 on n1; log: /out/logs/log.txt.rank1)"
 
 
@@ -77,7 +77,7 @@ def test_what_an_error_says_of_its_process(failure: Failure, message: str, has_t
 
 def test_a_note_that_cannot_be_written_is_no_second_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    OWN.leave(tmp_path / "file" / "note.json")
+    OWN.write(tmp_path / "file" / "note.json")
 
 
 def test_the_end_of_a_job_script_tells_and_removes_the_notes(tmp_path: Path) -> None:

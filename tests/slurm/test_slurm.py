@@ -81,9 +81,9 @@ def starts(job: Job) -> list[int]:
     return [int(text) for text in re.findall(rf"(\d+) of {NUM_STEPS} steps are done", job.log)]
 
 
-def holds_usr2(pid: int) -> bool:
-    """Whether a process has SIGUSR2 among the signals that it will get later."""
-    (mask,) = re.findall(r"^SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+def has_usr2(pid: int, signals: str) -> bool:
+    """Whether SIGUSR2 is one of the blocked (`SigBlk`) or pending (`ShdPnd`) signals of a process."""
+    (mask,) = re.findall(rf"^{signals}:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     return bool(int(mask, 16) >> (signal.SIGUSR2 - 1) & 1)
 
 
@@ -176,9 +176,27 @@ def test_an_error_of_a_person_ends_the_job_and_is_its_last_line(cluster: Cluster
 
 
 def test_a_signal_at_the_start_is_not_lost_and_a_killed_process_ends_the_job(cluster: Cluster, folder: Path) -> None:
-    job = Job(cluster, TRAIN, folder / "killed", *TWO, *RECIPE)
-    cluster.wait_for(lambda: len(job.tasks()) == 2 and all(map(holds_usr2, job.tasks())), "its processes", seconds=30)
-    cluster.run("scancel", "--signal", "USR2", job.id)  # to Python that has not got as far as to handle it
+    cluster.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # nothing starts until somebody watches
+    try:
+        job = Job(cluster, TRAIN, folder / "killed", *TWO, *RECIPE)
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=low", "State=UP")
+    early: set[int] = set()
+
+    def both_are_early() -> bool:
+        """Stops each process before it handles signals."""
+        for pid in job.tasks() - early:
+            if has_usr2(pid, "SigBlk"):
+                os.kill(pid, signal.SIGSTOP)
+                early.add(pid)
+        return len(early) == 2
+
+    cluster.wait_for(both_are_early, "its processes", seconds=60)
+    cluster.run("scancel", "--signal", "USR2", job.id)
+    cluster.wait_for(lambda: all(has_usr2(pid, "ShdPnd") for pid in early), "the signal to be pending", seconds=60)
+    for pid in early:
+        assert has_usr2(pid, "SigBlk")
+        os.kill(pid, signal.SIGCONT)
     cluster.wait_for(lambda: job.restarts == 1, "the job to be requeued", seconds=60)
     job.wait_for_step(1)
     started = time.monotonic()
@@ -186,7 +204,7 @@ def test_a_signal_at_the_start_is_not_lost_and_a_killed_process_ends_the_job(clu
     os.kill(rank_1, signal.SIGKILL)
     job.wait_for_state("FAILED", seconds=60)
     assert time.monotonic() - started < 60
-    assert "error: process 1 of 2 ended without a word: killed" in last_line(job)
+    assert "error: process 1 of 2 ended without an error: killed" in last_line(job)
     assert f"log: {job.folder}/logs/log.txt.rank1" in last_line(job)
 
 

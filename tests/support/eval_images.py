@@ -32,7 +32,7 @@ def encoded(pixels: np.ndarray) -> bytes:
 
 
 def draw(label: int, rng: np.random.Generator) -> np.ndarray:
-    """A image of class 0, 1 or 2: red, green or blue dominates."""
+    """An image of class 0, 1 or 2: red, green or blue dominates."""
     pixels = rng.integers(0, 120, (SIZE, SIZE, 3), dtype=np.uint8)
     pixels[..., label] += 100
     return pixels
@@ -47,7 +47,7 @@ class ImageSet(ImageDataset):
         self.labels = np.arange(count) % 3
         self.files = [encoded(draw(label, rng)) for label in self.labels]
         for index in broken:
-            self.files[index] = b"not a image"
+            self.files[index] = b"not an image"
 
     def __len__(self) -> int:
         return len(self.files)

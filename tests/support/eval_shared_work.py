@@ -13,7 +13,7 @@ from dinov2 import distributed
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import ModelWithIntermediateLayers, extract_features
 from dinov2.eval.knn import eval_knn
-from dinov2.eval.linear import Plan, eval_linear, evaluate_linear_classifiers
+from dinov2.eval.linear import Periods, eval_linear, evaluate_linear_classifiers
 from dinov2.eval.linear_data import EvalSet, extract_tokens, make_train_loader
 from dinov2.eval.linear_heads import setup_linear_classifiers
 from dinov2.eval.log_regression import Fitter, LabeledFeatures, eval_log_regression
@@ -45,7 +45,7 @@ def shared_work(folder: Path) -> dict[str, Any]:
         grid.param_groups,
         partial(make_train_loader, dataset=train, batch_size=batch_size, num_workers=0),
         validate,
-        Plan(max_iter=6, eval_period=100, checkpoint_period=3, kept_checkpoint_period=100),
+        Periods(max_iter=6, eval_period=100, checkpoint_period=3, kept_checkpoint_period=100),
         output_dir=folder,
         resume=False,
         run={},

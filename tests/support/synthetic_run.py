@@ -1,4 +1,4 @@
-"""Output folders as training leaves them, made up within milliseconds: healthy, failing, unfinished, without parts."""
+"""Synthetic output folders of trainings: healthy, failing, unfinished, or with missing parts."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def write_run(
     seed: int = 0,
     overrides: tuple[str, ...] = (),
 ) -> Path:
-    """Write a run of so many steps, of which `done` are logged; returns the folder."""
+    """Write a run of `steps` steps, of which `done` are logged; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     words = (f"optim.epochs={steps // 50}", "optim.warmup_epochs=1", "train.OFFICIAL_EPOCH_LENGTH=50", *overrides)
     config.save(config.load("train/quickstart", words), folder / "config.yaml")
@@ -50,7 +50,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def record(step: int, steps: int, health: bool, collapse_at: int | None, seed: int) -> dict[str, float]:
-    """One line of the metrics: losses fall and features grow richer, until they collapse."""
+    """One record of the metrics: losses fall and the rank of the features rises, until they collapse."""
     noise = np.random.default_rng([seed, step]).normal(0, 1, 20)
     learned = 1 - math.exp(-4 * step / steps)
     broken = 0.0 if collapse_at is None else 1 / (1 + math.exp(-(step - collapse_at) / 15))
@@ -132,7 +132,7 @@ def session(first_step: int) -> dict[str, Any]:
 
 
 def write_images(folder: Path, seed: int = 0) -> None:
-    """Discs with a bright half on a shaded ground, and features that tell the parts apart better and better."""
+    """Discs with a bright half on a shaded background, and features that separate these parts better and better."""
     folder.mkdir(parents=True, exist_ok=True)
     rows, columns = np.mgrid[:SIDE, :SIDE] / SIDE
     generator = np.random.default_rng(seed)
@@ -158,7 +158,7 @@ def write_images(folder: Path, seed: int = 0) -> None:
 
 
 def write_evaluations(folder: Path, seed: int = 0) -> None:
-    """What evaluations leave of the last teacher, and where the best one is."""
+    """Results of the last teacher, and the link to the best one."""
     teacher = "eval/training_799/teacher_checkpoint.pth"
     facts = {"weights": {"path": teacher, "sha256": "0"}, "settings": sets()}
     knn = {"raw pixels": {"10": 83.0, "20": 82.5}, "untrained": {"10": 78.0, "20": 77.25}}

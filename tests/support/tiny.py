@@ -23,7 +23,7 @@ from dinov2.data.augment import MultiCrop
 from dinov2.data.collate import Batch, collate_data_and_cast
 from dinov2.data.masking import MaskingGenerator
 from dinov2.train import train
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_FILE = Path(__file__).with_name("tiny.yaml")
@@ -53,6 +53,13 @@ def tiny_config(*overrides: str) -> Config:
 def tiny_model(*overrides: str, seed: int = 0) -> SSLMetaArch:
     torch.manual_seed(seed)
     return SSLMetaArch(tiny_config(*overrides))
+
+
+def losses_of_batch(model: SSLMetaArch, batch: Batch, teacher_temp: float = 0.05) -> Losses:
+    """The losses of one batch with the teacher's targets for it; centers are updated."""
+    [targets] = model.targets([batch], teacher_temp)
+    losses, _ = model(batch, targets)
+    return losses
 
 
 def random_batch(num_images: int = 4, num_local: int = 3, mask_probability: float = 0.5, seed: int = 0) -> Batch:

@@ -20,7 +20,7 @@ def pixels(*shape):
 
 
 def save(path, label=None):
-    """Writes a image, lossless whatever its name, and returns it with its class."""
+    """Writes an image, lossless whatever its name, and returns it with its class."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = pixels()
     Image.fromarray(image).save(path, "PPM" if path.suffix == ".ppm" else "PNG")

@@ -15,7 +15,7 @@ class WeightServer:
 
     files: dict[str, bytes] = field(default_factory=dict)
     ranges: bool = True  # whether it can send a part of a file
-    length: bool = True  # whether it says how long a file is
+    length: bool = True  # whether it reports the length of a file
     endless: bool = False  # whether it sends the file again and again
     part: int = 1 << 16  # bytes sent at once
     tag: str = '"1"'
@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(state.pause_s)
             if end == stall < len(body):
                 state.closing.wait(20)
-        except OSError:  # whoever asked has gone
+        except OSError:  # the client has disconnected
             pass
 
     def log_message(self, format: str, *args: object) -> None:

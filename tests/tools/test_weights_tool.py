@@ -1,6 +1,7 @@
-"""`python -m dinov2.models.weights`: what is in a file, and the same for others, compared before it is kept."""
+"""`python -m dinov2.tools` with weights: their architecture, and other forms, compared before they are kept."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from dinov2.models import export
 from dinov2.models.export import FORMS
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import load_backbone, read_state_dict
-from dinov2.tools import weights as weights_command
-from dinov2.tools.weights import main
+from dinov2.tools import backbone_forms
+from dinov2.tools.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"embed_dim": 128, "num_heads": 2, "img_size": 56}
@@ -40,26 +41,31 @@ def written(folder: Path, state: dict[str, Tensor]) -> str:
     return str(folder / "weights.pth")
 
 
+def without_padding(text: str) -> str:
+    """The output of `inspect` with two spaces after each title."""
+    return re.sub(r"(?<=\S) {2,}", "  ", text)
+
+
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def test_inspect_says_what_the_network_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_the_architecture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head = DINOHead(128, 20, hidden_dim=8, bottleneck_dim=4).state_dict()
     backbone = small("dinov2_vitg14_reg", in_chans=4).state_dict()
     state = {f"backbone.{name}": value for name, value in backbone.items()}
     state |= {f"dino_head.{name}": value for name, value in head.items()}
     torch.save({"teacher": state}, tmp_path / "dump.pth")
     assert main(["inspect", str(tmp_path / "dump.pth"), "--names"]) == 0
-    text = capsys.readouterr().out
+    text = without_padding(capsys.readouterr().out)
     for line in (
-        "network        none of the published ones",
-        "width          128, 2 blocks, 2 heads",
-        "feed-forward   swiglufused, 4 times the width",
-        "patches        14 pixels, 4 channels, 4 registers",
-        "positions      4 x 4 patches, images of 56 pixels",
-        f"parameters     {sum(value.numel() for value in backbone.values()):,} in {len(backbone)} tensors, float32",
-        f"other tensors  {len(head)}: dino_head.last_layer, dino_head.mlp.0",
-        "\nbackbone.blocks.1.attn.qkv.weight  384 x 128  float32\n",
+        "network  none of the published ones",
+        "width  128, 2 blocks, 2 heads",
+        "feed-forward  swiglufused, 4 times the width",
+        "patches  14 pixels, 4 channels, 4 registers",
+        "positions  4 x 4 patches, images of 56 pixels",
+        f"parameters  {sum(value.numel() for value in backbone.values()):,} in {len(backbone)} tensors, float32",
+        f"teacher dino_head  {sum(value.numel() for value in head.values()):,} parameters, float32",
+        "\nteacher.backbone.blocks.1.attn.qkv.weight  384 x 128  float32\n",
     ):
         assert line in text
 
@@ -69,7 +75,7 @@ def test_inspect_recognizes_a_published_network(tmp_path: Path, capsys: pytest.C
         shapes = {name: value.shape for name, value in published_shapes("dinov2_vitb14_reg").items()}
     path = written(tmp_path, {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()})
     assert main(["inspect", path]) == 0
-    assert "network        dinov2_vitb14_reg\n" in capsys.readouterr().out
+    assert "network  dinov2_vitb14_reg\n" in without_padding(capsys.readouterr().out)
 
 
 def published_shapes(name: str) -> dict[str, Tensor]:
@@ -91,9 +97,7 @@ def test_the_command_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg", "dinov2_vitg14_reg"])
 @pytest.mark.parametrize("form", ["hf", "timm", "safetensors", "torch"])
-def test_weights_in_other_layouts_come_back(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, form: str
-) -> None:
+def test_converted_weights_load_again(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, form: str) -> None:
     model = small(name)
     output = tmp_path / "new" / NAMES[form]
     assert main(["convert", written(tmp_path, model.state_dict()), str(output), "--to", form]) == 0
@@ -116,8 +120,8 @@ def test_networks_for_other_runtimes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
-def test_the_layouts_of_others_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also with heads that only the configuration of transformers tells."""
+def test_files_of_transformers_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also with a number of heads that only the config of transformers has."""
     model = small(num_heads=4)
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
     torch.save(to_published_hf(model.state_dict()), tmp_path / "pytorch_model.bin")
@@ -135,7 +139,7 @@ def test_a_published_model_by_its_name(
     state = published_shapes("dinov2_vits14_reg")
     torch.save(state, tmp_path / "dinov2_vits14" / "dinov2_vits14_reg4_pretrain.pth")
     output = tmp_path / "OUT.safetensors"
-    monkeypatch.setattr(weights_command, "compare", lambda *_: [])  # at 518 pixels it takes seconds
+    monkeypatch.setattr(backbone_forms, "compare", lambda *_: [])  # at 518 pixels it takes seconds
     assert main(["convert", "dinov2_vits14_reg", str(output), "--to", "safetensors"]) == 0
     assert read_state_dict(output).keys() == state.keys()
     assert main(["convert", str(output), str(tmp_path / "OUT.pth"), "--to", "torch", "--model", "dinov2_vitb14"]) == 1
@@ -179,7 +183,7 @@ def test_one_of_several_networks_is_converted_by_its_name(tmp_path: Path, capsys
     assert read_state_dict(output).keys() == average.state_dict().keys()
 
 
-def test_nothing_is_replaced_unless_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_output_is_replaced_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = written(tmp_path, small().state_dict())
     for name, form in (("OUT.pth", "torch"), ("OUT", "hf")):
         command = ["convert", source, str(tmp_path / name), "--to", form]
@@ -197,7 +201,7 @@ def test_nothing_is_replaced_unless_asked_for(tmp_path: Path, capsys: pytest.Cap
         ("onnx", "OUT", "expect a name that ends in .onnx, not"),
     ],
 )
-def test_names_that_readers_would_not_understand_are_refused(
+def test_a_suffix_that_readers_do_not_accept_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, name: str, message: str
 ) -> None:
     assert main(["convert", "anything", str(tmp_path / name), "--to", form]) == 1
@@ -215,13 +219,17 @@ def test_a_package_that_is_missing_is_named(
 
 def test_heads_alone_are_no_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, DINOHead(12, 20, hidden_dim=8, bottleneck_dim=4).state_dict())
-    assert main(["inspect", path]) == 1
-    assert "no backbone: pos_embed, patch_embed.proj.weight, norm.weight missing" in capsys.readouterr().err
+    message = "no backbone: pos_embed, patch_embed.proj.weight, norm.weight missing"
+    assert main(["inspect", path]) == 0
+    assert f"network  not recognized: {message}" in without_padding(capsys.readouterr().out)
+    assert main(["convert", path, str(tmp_path / "OUT.onnx"), "--to", "onnx"]) == 1
+    assert f"{path}: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "OUT.onnx").exists()
 
 
 @pytest.mark.parametrize("form", ["hf", "timm"])
-def test_networks_that_nobody_published(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
-    """Without LayerScale, another ratio, another patch, gray images: as somebody may have trained them."""
+def test_unpublished_architectures(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    """Without LayerScale, another ratio, another patch size, gray images."""
     sizes = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 96, "depth": 2, "num_heads": 3}
     model = DinoVisionTransformer(**sizes, mlp_ratio=3.0, num_register_tokens=2)
     source = written(tmp_path, with_generic_weights(model).state_dict())
@@ -235,7 +243,7 @@ def test_a_network_that_transformers_does_not_have_is_refused(
 ) -> None:
     source = written(tmp_path, small(mlp_ratio=3.3).state_dict())
     assert main(["convert", source, str(tmp_path / "OUT"), "--to", "hf"]) == 1
-    assert "a whole number of times as wide as the rest, not 3.297" in capsys.readouterr().err
+    assert "the MLP ratio of transformers is an integer, but this network has 3.297" in capsys.readouterr().err
     assert not (tmp_path / "OUT").exists()
 
 

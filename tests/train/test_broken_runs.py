@@ -45,7 +45,7 @@ def test_without_centering_targets_collapse(
 
 
 def test_a_learning_rate_times_100_diverges(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert "diverging" in alarms_of(tmp_path, caplog, "optim.base_lr=0.2")
+    assert "divergence" in alarms_of(tmp_path, caplog, "optim.base_lr=0.2")
 
 
 def test_one_image_over_and_over_is_a_collapse(
@@ -66,4 +66,4 @@ def test_a_slow_loader_starves_the_run(
         return original(self, index)
 
     monkeypatch.setattr(FashionMNIST, "open_image", slow)
-    assert alarms_of(tmp_path, caplog) == {"starved by data"}
+    assert alarms_of(tmp_path, caplog) == {"data starvation"}

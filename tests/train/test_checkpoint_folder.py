@@ -66,7 +66,7 @@ def test_names_and_shapes_need_no_tensors(folder: Path) -> None:
     assert all(shapes[name].dtype == value.dtype and shapes[name].is_meta for name, value in some_tensors().items())
 
 
-def test_the_table_is_the_one_that_torch_reads(folder: Path) -> None:
+def test_the_index_is_the_one_that_torch_reads(folder: Path) -> None:
     ours, theirs = read_metadata(folder), dcp.FileSystemReader(folder).read_metadata()
     assert ours.storage_data == theirs.storage_data and ours.planner_data == theirs.planner_data
     for name, stored in theirs.state_dict_metadata.items():
@@ -85,7 +85,7 @@ class _EarlierPython(pickle.Pickler):
         return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
 
 
-def test_a_table_written_by_an_earlier_python_is_read(folder: Path) -> None:
+def test_an_index_written_by_an_earlier_python_is_read(folder: Path) -> None:
     written, buffer = read_metadata(folder), io.BytesIO()
     _EarlierPython(buffer).dump(pickle.loads((folder / ".metadata").read_bytes()))
     assert b"getattr" in buffer.getvalue()
@@ -162,7 +162,7 @@ def harmful_size(metadata: Metadata, target: Path) -> object:
 
 @pytest.mark.parametrize("harm", [harmful_root, harmful_planner, harmful_name, harmful_size])
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_table_that_would_run_code_is_refused_and_does_not_run(
+def test_an_index_that_would_run_code_is_refused_and_does_not_run(
     harm: Callable[[Metadata, Path], object], protocol: int, folder: Path
 ) -> None:
     path, target = folder / ".metadata", folder / "made"
@@ -179,7 +179,7 @@ def test_a_table_that_would_run_code_is_refused_and_does_not_run(
 @pytest.mark.parametrize(
     "name", ["builtins eval", "os system", "torch load", "torch nn.Module", "torch.serialization load", "dinov2 log"]
 )
-def test_only_what_belongs_into_a_table_can_be_asked_for(name: str, folder: Path) -> None:
+def test_only_names_of_an_index_can_be_unpickled(name: str, folder: Path) -> None:
     (folder / ".metadata").write_bytes(f"c{name.replace(' ', chr(10))}\n.".encode())
     with pytest.raises(ValueError, match=f"refused: it asks for {name.replace(' ', '.')}, which could run code"):
         read_metadata(folder)
@@ -187,7 +187,7 @@ def test_only_what_belongs_into_a_table_can_be_asked_for(name: str, folder: Path
 
 @pytest.mark.parametrize("name", ["Metadata", "TensorProperties", "_MEM_FORMAT_ENCODING"])
 @pytest.mark.parametrize("state", [{"state": 1}, (None, {"__setstate__": 1})])
-def test_a_table_cannot_change_classes(name: str, state: object, folder: Path) -> None:
+def test_an_index_cannot_change_classes(name: str, state: object, folder: Path) -> None:
     module = "torch.distributed.checkpoint.metadata"
     harm = f"c{module}\n{name}\n".encode() + pickle.dumps(state, protocol=0)[:-1] + b"b."
     (folder / ".metadata").write_bytes(harm)
@@ -202,9 +202,11 @@ def test_a_table_cannot_change_classes(name: str, state: object, folder: Path) -
 def test_an_entry_that_is_no_tensor_is_refused_as_torch_would_run_it(tmp_path: Path) -> None:
     target = tmp_path / "made"
     folder = write_checkpoint(tmp_path / "model_0000001", {"model.weight": Unsafe(target)})
-    with pytest.raises(ValueError, match=r"\.metadata is refused: model.weight is no tensor but a pickled object"):
+    with pytest.raises(ValueError, match=r"\.metadata is refused: model.weight is not a tensor but a pickled object"):
         read_tensors(folder)
-    with pytest.raises(dcp.api.CheckpointException, match="model.weight is no tensor|metadata is None"):  # torch 2.11
+    with pytest.raises(
+        dcp.api.CheckpointException, match="model.weight is not a tensor|metadata is None"
+    ):  # torch 2.11
         dcp.load({"model.weight": torch.zeros(1)}, storage_reader=SafeReader(folder), no_dist=True)
     assert not target.exists()
     dcp.load({"model.weight": torch.zeros(1)}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
@@ -224,10 +226,10 @@ def test_tensors_that_are_pickles_are_refused(folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("elsewhere", ["../secret.distcp", "/etc/passwd", "", "..", "below/__0_0.distcp"])
-def test_a_table_cannot_point_out_of_its_folder(elsewhere: str, folder: Path) -> None:
+def test_an_index_cannot_point_out_of_its_folder(elsewhere: str, folder: Path) -> None:
     change_table(folder, lambda metadata: setattr(first_place(metadata), "relative_path", elsewhere))
     with pytest.raises(
-        ValueError, match=r"\.metadata is refused: it points to .*, which is no file of a checkpoint folder"
+        ValueError, match=r"\.metadata is refused: it refers to .*, which is not a file of a checkpoint folder"
     ):
         read_metadata(folder)
 
@@ -260,7 +262,7 @@ def first_place(metadata: Any) -> Any:
         lambda metadata: delattr(metadata, "storage_data"),
     ],
 )
-def test_a_table_that_contradicts_itself_is_damaged(change: Callable[[Any], object], folder: Path) -> None:
+def test_an_index_that_contradicts_itself_is_damaged(change: Callable[[Any], object], folder: Path) -> None:
     change_table(folder, change)
     with pytest.raises(ValueError, match=r"\.metadata is damaged .*: copy the checkpoint again, or use another one"):
         read_metadata(folder)
@@ -301,7 +303,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 @pytest.mark.parametrize("state", [[], {"scaler": {}}, {"iteration": "7"}, None])
 def test_a_state_without_an_iteration_is_refused(state: object, folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="state.json does not say which iteration it is of"):
+    with pytest.raises(ValueError, match="state.json has no valid iteration"):
         read_state(folder)
 
 
@@ -332,7 +334,7 @@ def test_a_state_whose_entries_cannot_be_is_refused(damage: dict[str, object], f
     path = folder / "state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | damage))
     with pytest.raises(
-        ValueError, match=f"{path} (is damaged|is of iteration 8|does not say).*copy the checkpoint again"
+        ValueError, match=f"{path} (is damaged|is of iteration 8|has no valid iteration).*copy the checkpoint again"
     ):
         read_state(folder)
 
@@ -387,6 +389,4 @@ def test_the_damaged_tensor_is_named_also_in_checkpoints_of_earlier_versions(fol
 def test_what_has_no_checksum_is_read_and_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     read_state(folder)
-    assert caplog.messages == [
-        f"{folder / 'state.json'} was written without checksums: damage to it may not be noticed"
-    ]
+    assert caplog.messages == [f"{folder / 'state.json'} has no checksum: damage to it may not be detected"]

@@ -15,17 +15,16 @@ from checkpoint_files import write_checkpoint
 from tiny import run_train, tiny_config
 
 from dinov2.files import folder_lock
-from dinov2.log import read_records, truncate_metrics
+from dinov2.log import last_error, read_records, truncate_metrics
 from dinov2.report.images import gallery
-from dinov2.report.run import read_run
-from dinov2.report.state import last_error
+from dinov2.report.read_run import read_run
 from dinov2.train.checkpoint_folder import read_tensors
 from dinov2.train.checkpoint_metadata import write_checksums
 from dinov2.train.checkpoint_state import Setup, read_state
 from dinov2.train.environment import read_environment
 from dinov2.train.monitor.alarms import AlarmMonitor
 from dinov2.train.monitor.best_teacher import rate_teacher, read_rating
-from dinov2.train.train import changed_settings
+from dinov2.train.training_run import changed_settings
 
 VALUES = (
     None,
@@ -195,7 +194,7 @@ def test_another_configuration_there_stops_no_run(run: Path, caplog: pytest.LogC
     (run / "config.yaml").unlink()
     os.mkfifo(run / "config.yaml")
     run_train(run, "optim.epochs=3")
-    assert "which settings have changed cannot be told" in caplog.text and (run / "config.yaml").is_file()
+    assert "cannot compare settings" in caplog.text and (run / "config.yaml").is_file()
 
 
 @pytest.mark.parametrize("name", ["state.json", ".metadata", "__0_0.distcp", "checksums.json"])

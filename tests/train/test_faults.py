@@ -249,7 +249,7 @@ def take_step(student: nn.ModuleDict, total: torch.Tensor, guard: NonFiniteGuard
     student.zero_grad()
     scaler.scale(total).backward()
     clip_and_step(Losses(total, terms, terms).detach(), student, optimizer, scaler, 3.0, guard)
-    guard.tell(scaler, all_steps=True)
+    guard.report(scaler, all_steps=True)
     return not torch.equal(snapshot(student), before)
 
 

@@ -141,7 +141,9 @@ def test_a_signal_while_no_images_come_writes_no_checkpoint_twice(
 
 
 def test_images_that_do_not_come_end_the_run_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    message = r"no batch of images came for train.data_timeout=1 seconds: this process is reading sample \d+ \(Fashion"
+    message = (
+        r"no batch of images arrived for train.data_timeout=1 seconds: this process is reading sample \d+ \(Fashion"
+    )
     with (
         images_that_stop_coming(9, signal.SIGURG, monkeypatch),
         pytest.raises(OSError, match=message),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import SEPARATE_HEADS, random_batch, tiny_model
+from tiny import SEPARATE_HEADS, losses_of_batch, random_batch, tiny_model
 from torch import nn
 
 from dinov2.layers import DINOHead
@@ -148,7 +148,7 @@ def gradients(module: nn.Module) -> torch.Tensor:
 
 def test_every_module_is_clipped_by_its_own_norm() -> None:
     model = tiny_model(*SEPARATE_HEADS)
-    model(random_batch(), teacher_temp=0.05).total.backward()
+    losses_of_batch(model, random_batch()).total.backward()
     before = {name: gradients(module) for name, module in model.student.items()}
     bound = sorted(float(gradient.norm()) for gradient in before.values())[1]  # so that one is clipped, one is not
     norms = clip_gradients(model.student, bound)
@@ -161,7 +161,7 @@ def test_every_module_is_clipped_by_its_own_norm() -> None:
 @pytest.mark.parametrize("no_limit", [None, 0.0])
 def test_without_a_limit_norms_are_only_measured(no_limit: float | None) -> None:
     model = tiny_model()
-    model(random_batch(), teacher_temp=0.05).total.backward()
+    losses_of_batch(model, random_batch()).total.backward()
     before = gradients(model.student)
     assert all(norm > 0 for norm in clip_gradients(model.student, no_limit).values())
     assert torch.equal(gradients(model.student), before)
@@ -169,7 +169,7 @@ def test_without_a_limit_norms_are_only_measured(no_limit: float | None) -> None
 
 def test_a_head_that_gets_no_gradient_is_not_measured() -> None:
     model = tiny_model("dino.loss_weight=0", *SEPARATE_HEADS)
-    model(random_batch(), teacher_temp=0.05).total.backward()
+    losses_of_batch(model, random_batch()).total.backward()
     assert set(model.student) == {"backbone", "dino_head", "ibot_head"}
     assert set(clip_gradients(model.student, 3.0)) == {"backbone", "ibot_head"}
 

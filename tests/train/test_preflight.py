@@ -61,7 +61,7 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     ([FP16], "compute_precision.grad_scaler = false"),
     # teacher
     (["teacher.momentum_teacher=0.999"], "teacher.momentum_teacher = 0.999, teacher.final_momentum_teacher = 0.998"),
-    (["teacher.momentum_teacher=0"], "below 0.5 the teacher is hardly more than a copy of the student"),
+    (["teacher.momentum_teacher=0"], "below 0.5 the teacher is almost a copy of the student"),
     (["optim.epochs=2"], "after the 100 steps of the run the teacher is still 55% its initial weights"),
     (["teacher.momentum_teacher=1", "teacher.final_momentum_teacher=1"], "still 100% its initial weights"),
     (["teacher.warmup_teacher_temp=0.05"], "the temperature falls during its warm-up"),
@@ -69,7 +69,7 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     (["teacher.warmup_teacher_temp=2"], "teacher.warmup_teacher_temp = 2, teacher.teacher_temp = 0.04: targets must"),
     # batch
     (["train.batch_size_per_gpu=1"], "dino.koleo_loss_weight = 0.1 has no effect: with train.batch_size_per_gpu = 1"),
-    (["train.batch_size_per_gpu=1"], "a step is of one image"),
+    (["train.batch_size_per_gpu=1"], "a step has one image"),
     (["dino.head_n_prototypes=65536"], "dino.head_n_prototypes = 65536: 512 to each of the 128 class tokens"),
     (["dino.head_n_prototypes=65536"], "dino.head_n_prototypes = 65536: 213 to each of the 307 masked patches"),
     (
@@ -77,7 +77,7 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
         "ibot.head_n_prototypes = 100000: 326 to each of the 307 masked patches in a step of 64 images",
     ),
     # network and crops
-    (["dino.head_hidden_dim=1"], "dino.head_hidden_dim = 1: one number"),
+    (["dino.head_hidden_dim=1"], "dino.head_hidden_dim = 1: only one number"),
     (["student.drop_path_rate=0.9"], "student.drop_path_rate = 0.9: an image skips 90% of the blocks"),
     (["augmentation.std=[0.2,0.2,0.005]"], "augmentation.std = [0.2, 0.2, 0.005]: pixels"),
     (
@@ -89,11 +89,11 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     (["crops.local_crops_size=7"], "crops.local_crops_size = 7 is one patch (student.patch_size = 7)"),
     (["crops.global_crops_size=7", "ibot.loss_weight=0"], "crops.global_crops_size = 7 is one patch"),
     # pixels and health
-    (["optim.clip_grad=1e-9"], "optim.clip_grad = 1e-09: gradients are cut to where AdamW takes them for zero"),
+    (["optim.clip_grad=1e-9"], "optim.clip_grad = 1e-09: gradients are clipped to the level of AdamW's epsilon"),
     (["augmentation.color_jitter=[40,40,20,0.1]"], "augmentation.color_jitter = [40, 40, 20, 0.1]: above 1"),
-    (["ibot.mask_ratio_min_max=[1,1]"], "ibot.mask_ratio_min_max = [1, 1]: a masked crop shows hardly anything"),
-    (["health.best_by=knn", "health.knn_dataset=none"], "health.best_by = knn, health.knn_dataset = none: that is not"),
-    (["health.best_by=cls_rank_me", "health.period=0"], "health.best_by = cls_rank_me, health.period = 0: that is not"),
+    (["ibot.mask_ratio_min_max=[1,1]"], "ibot.mask_ratio_min_max = [1, 1]: masked crops show too little"),
+    (["health.best_by=knn", "health.knn_dataset=none"], "health.best_by = knn, health.knn_dataset = none: this is not"),
+    (["health.best_by=cls_rank_me", "health.period=0"], "health.best_by = cls_rank_me, health.period = 0: this is not"),
     (["dino.loss_weight=0"], "crops.local_crops_number = 4 has no effect with dino.loss_weight = 0"),
 ]
 

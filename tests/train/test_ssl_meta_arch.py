@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import CENTERING, SEPARATE_HEADS, all_in, precision, random_batch, tiny_model
+from tiny import CENTERING, SEPARATE_HEADS, all_in, losses_of_batch, precision, random_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,8 +107,8 @@ def naive_terms(model: SSLMetaArch, batch: Batch) -> dict[str, Tensor]:
 
 
 def losses_of(model: SSLMetaArch, batch: Batch) -> Losses:
-    torch.manual_seed(1)  # of stochastic depth
-    return model(batch, TEACHER_TEMP)
+    torch.manual_seed(1)  # for stochastic depth
+    return losses_of_batch(model, batch, TEACHER_TEMP)
 
 
 def grown_apart(*overrides: str) -> SSLMetaArch:
@@ -332,4 +332,4 @@ def test_a_step_on_a_gpu_never_waits_for_it(centering: str, dtype: str) -> None:
             ema_update(model.teacher, model.student, 0.99)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    guard.tell(scaler, all_steps=True)
+    guard.report(scaler, all_steps=True)

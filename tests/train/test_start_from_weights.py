@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import write_checkpoint
 from tiny import CENTERING, SEPARATE_HEADS, checkpoints, run_train, tensors, tiny_config, tiny_model
 from torch import Tensor
 
 from dinov2 import config
-from dinov2.tools import checkpoints as checkpoint_command
+from dinov2.tools import __main__ as tools
 from dinov2.train.checkpoint import load_initial_weights, load_training_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -62,7 +63,7 @@ def test_a_teacher_dump_gives_both_networks(trained: Path, tmp_path: Path) -> No
 
 
 def test_so_does_the_file_of_a_whole_checkpoint_with_its_student_and_centers(trained: Path, tmp_path: Path) -> None:
-    assert checkpoint_command.main(["convert", str(trained), str(tmp_path / "full.pth"), "--to", "full"]) == 0
+    assert tools.main(["convert", str(trained), str(tmp_path / "full.pth"), "--to", "full"]) == 0
     model = tiny_model(CENTERING)
     load_training_weights(model, tmp_path / "full.pth")
     assert_equal(model.state_dict(), model_in(trained))
@@ -90,6 +91,20 @@ def test_a_backbone_alone_is_no_model_and_the_error_says_where_it_belongs(tmp_pa
     torch.save(tiny_model().student_backbone.state_dict(), path)
     with pytest.raises(ValueError, match="for a backbone alone use student.pretrained_weights"):
         load_training_weights(tiny_model(), path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, trained: Path, tmp_path: Path) -> None:
+    content = torch.load(dump(trained))
+    content["teacher"]["backbone.norm.weight"][3] = value
+    torch.save(content, tmp_path / "teacher.pth")
+    with pytest.raises(ValueError, match=r"teacher\.pth are not finite .*: backbone\.norm\.weight$"):
+        load_training_weights(tiny_model(CENTERING), tmp_path / "teacher.pth")
+    stored = tensors(trained, 7)
+    stored["model.student.dino_head.mlp.0.bias"][0] = value
+    folder = write_checkpoint(tmp_path / "model_0000007", stored)
+    with pytest.raises(ValueError, match=r"model_0000007 are not finite .*: model\.student\.dino_head\.mlp\.0\.bias$"):
+        load_training_weights(tiny_model(CENTERING), folder)
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from dinov2.data import make_dataset
 from dinov2.run.launch import launch
 from dinov2.train import train
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.train import build_loader
+from dinov2.train.training_run import build_loader
 
 
 def test_thirty_steps_on_forty_images_learn_something(tmp_path: Path) -> None:

@@ -92,10 +92,10 @@ def test_the_dry_run_reports_ranges_dropped_parts_and_unreadable_images(
     run_train(tmp_path / "out", "--dry-run", *words)
     out = capsys.readouterr().out
     for expected in (
-        f"mind: {images}: passed over 1 other file(s): 1 .txt",
+        f"note: {images}: ignored 1 other file(s): 1 .txt",
         "0 to 4,095 is mapped to 0..255 (images.value_range sets this)",
-        "mind: 1 of 9 images sampled are transparent: transparency is dropped",
-        "mind: 2 of 9 images sampled cannot be read: ",
+        "note: 1 of 9 images sampled are transparent: transparency is dropped",
+        "note: 2 of 9 images sampled cannot be read: ",
         "slide.png: cannot decode",
         "19,000 pixels (200 x 95), limit 18,000 (images.max_pixels)",
         "cut.png: cannot decode",

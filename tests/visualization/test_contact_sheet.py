@@ -30,7 +30,7 @@ def test_images_keep_their_proportions_and_touch_what_is_below() -> None:
     assert rows.max() - rows.min() + 1 == 2 * 20 + contact_sheet.GAP
 
 
-def test_empty_places_and_all_that_is_written_fit_on_the_sheet() -> None:
+def test_empty_cells_and_all_texts_fit_on_the_sheet() -> None:
     image = Image.new("RGB", (4, 4), "blue")
     rows = [[Cell(image, "a name that is much too long for a cell"), Cell(image)], [None, Cell(image, "short")]]
     legend = Legend("cosine", "0", "1")
@@ -44,13 +44,13 @@ def test_empty_places_and_all_that_is_written_fit_on_the_sheet() -> None:
 
 def test_photographs_are_shrunk_smoothly_and_patches_stay_squares() -> None:
     stripes = Image.fromarray(np.tile(np.uint8([[0], [255]]), (50, 100)))
-    assert np.asarray(contact_sheet._fitted(stripes, 25)).std() < 20
-    patches = np.asarray(contact_sheet._fitted(Image.fromarray(np.uint8([[0, 255], [255, 0]])), 10))
+    assert np.asarray(contact_sheet._fit(Cell(stripes), 25)).std() < 20
+    patches = np.asarray(contact_sheet._fit(Cell(Image.fromarray(np.uint8([[0, 255], [255, 0]]))), 10))
     assert np.array_equal(patches, np.kron([[0, 255], [255, 0]], np.ones((5, 5))))
 
 
 def test_an_enlarged_image_has_the_size_asked_for_and_true_proportions() -> None:
-    wide = contact_sheet.enlarged(Image.fromarray(np.uint8([[0, 255, 0]])), (10, 5))
+    wide = contact_sheet.enlarge(Image.fromarray(np.uint8([[0, 255, 0]])), (10, 5))
     assert wide.size == (10, 5)
     assert np.asarray(wide)[0].sum() == pytest.approx(255 * 10 / 3, rel=0.05)
 
@@ -81,9 +81,9 @@ def test_a_map_without_variation_is_drawn() -> None:
     assert contact_sheet.heat_map(np.full((2, 3), 0.5), 0.5, 0.5).size == (3, 2)
 
 
-def test_a_mark_is_seen_on_black_and_on_white_and_leaves_its_center_free() -> None:
+def test_a_ring_is_visible_on_black_and_on_white_and_leaves_its_center_free() -> None:
     for color in ("black", "white"):
         image = Image.new("RGB", (112, 112), color)
-        marked = contact_sheet.mark(image, (56, 56))
+        marked = contact_sheet.draw_ring(image, (56, 56))
         assert len(marked.getcolors()) == 2 and marked.getpixel((56, 56)) == image.getpixel((56, 56))
         assert len(image.getcolors()) == 1

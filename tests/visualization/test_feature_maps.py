@@ -1,4 +1,4 @@
-"""Features as maps: patches are where they belong, attention is the model's own, similarity is a cosine."""
+"""Feature maps: patches are in place, attention is that of the model, similarity is the cosine."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_images_keep_their_proportions_up_to_half_a_patch(
     assert feature_maps.input_size(size, shorter_side, 14) == expected
 
 
-def test_what_is_done_to_sizes_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_changes_of_sizes_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         feature_maps.log_sizes([((30, 40), (28, 42))] * 3 + [((28, 28), (28, 28))], 14)
         feature_maps.log_sizes([((28, 28), (28, 28))], 14)
@@ -145,7 +145,7 @@ def test_attention_is_that_of_the_last_block(registers: int) -> None:
     assert (drawn.sum(dim=(2, 3)) < 1).all()
 
 
-def test_looking_at_attention_leaves_no_hook() -> None:
+def test_attention_leaves_no_hook() -> None:
     model = tiny_vit()
     feature_maps.class_attention(model, torch.randn(1, 3, 12, 12))
     with pytest.raises(ValueError, match="not a multiple"):
@@ -177,16 +177,16 @@ def test_similarity_is_the_cosine_to_the_chosen_patch() -> None:
     ],
 )
 def test_points_in_pixels_or_fractions_are_found_in_the_grid(point: str, cell: tuple[int, int]) -> None:
-    assert feature_maps.cell_at(feature_maps.locate(point, (80, 40)), (4, 8)) == cell
+    assert feature_maps.cell_at(feature_maps.parse_point(point, (80, 40)), (4, 8)) == cell
 
 
 @pytest.mark.parametrize("point", ["80,0", "0,40", "-1,3", "1.5,0.5", "-0.1,0.5", "35.0,12.0"])
 def test_points_outside_are_refused(point: str) -> None:
     with pytest.raises(ValueError, match=f"the point {point} is outside the image of 80 x 40 pixels"):
-        feature_maps.locate(point, (80, 40))
+        feature_maps.parse_point(point, (80, 40))
 
 
 @pytest.mark.parametrize("point", ["middle", "3", "1,2,3", "x,y", "", "0.5,30", "1,0.5", "nan,nan", "1e1,2"])
 def test_what_is_no_point_is_refused(point: str) -> None:
     with pytest.raises(ValueError, match="a point is x,y in pixels"):
-        feature_maps.locate(point, (80, 40))
+        feature_maps.parse_point(point, (80, 40))

@@ -1,4 +1,4 @@
-"""Any model: published ones by name, those of a config, and what only tensors tell."""
+"""Any model: published ones by name, those of a config, and those inferred from tensors."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from dinov2.models.backbones import build_published
 from dinov2.models.key_mapping import to_hf
 from dinov2.models.published import WEIGHTS_URL_VARIABLE
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.visualization.frozen_backbone import LARGE_SIZE, FrozenBackbone, add_model_flags, load_frozen_backbone
+from dinov2.visualization.frozen_backbone import DEFAULT_SIDE, FrozenBackbone, add_model_flags, load_frozen_backbone
 
 CONFIG = """
 student: {arch: vit_small, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}
@@ -55,7 +55,7 @@ def test_a_config_with_weights(tiny: DinoVisionTransformer, tmp_path: Path) -> N
     weights = save_teacher(tiny, tmp_path / "mine.pth")
     backbone = load("--config-file", tmp_path / "config.yaml", "--pretrained-weights", weights)
     assert_same(backbone.model, tiny)
-    assert (list(backbone.mean), backbone.size, backbone.name) == ([0.1, 0.2, 0.3], 16, "mine.pth")
+    assert (list(backbone.mean), backbone.shorter_side, backbone.name) == ([0.1, 0.2, 0.3], 16, "mine.pth")
 
 
 def test_the_teacher_of_a_run_brings_its_config(tiny: DinoVisionTransformer, tmp_path: Path) -> None:
@@ -76,12 +76,12 @@ def test_a_config_without_weights_is_the_network_before_training(tiny: DinoVisio
         assert load("--config-file", file, "--random-init").name == f"{name} (untrained)"
 
 
-def test_tensors_alone_tell_the_network(tmp_path: Path) -> None:
+def test_the_architecture_is_inferred_from_tensors(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = build_model("vit_small", img_size=28, patch_size=14, embed_dim=128, depth=2, num_heads=2, init_values=1.0)
     backbone = load("--pretrained-weights", save_teacher(model, tmp_path / "small.pth"))
     assert_same(backbone.model, model)
-    assert (backbone.model.num_heads, backbone.size, backbone.name) == (2, 28, "small.pth")
+    assert (backbone.model.num_heads, backbone.shorter_side, backbone.name) == (2, 28, "small.pth")
     assert tuple(backbone.mean) == IMAGENET_DEFAULT_MEAN
     four = load("--pretrained-weights", tmp_path / "small.pth", "--num-heads", 4)
     assert four.model.num_heads == 4
@@ -103,7 +103,7 @@ def test_a_published_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(WEIGHTS_URL_VARIABLE, tmp_path.as_uri())
     backbone = load("--model", "dinov2_vits14_reg")
     assert_same(backbone.model, model)
-    assert (backbone.name, backbone.size) == ("dinov2_vits14_reg", LARGE_SIZE)
+    assert (backbone.name, backbone.shorter_side) == ("dinov2_vits14_reg", DEFAULT_SIDE)
     mine = save_teacher(model, tmp_path / "mine.pth")
     assert_same(load("--model", "dinov2_vits14_reg", "--pretrained-weights", mine).model, model)
     with pytest.raises(ValueError, match=r"mine\.pth do not fit this backbone"):
@@ -118,22 +118,25 @@ def test_a_published_network_before_training_is_always_the_same() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "which model"),
-        (["--random-init"], "which model"),
-        (["--config-file", "train/quickstart"], "which model"),
+        ([], "no model selected"),
+        (["--random-init"], "no model selected"),
+        (["--config-file", "train/quickstart"], "no model selected"),
         (["--model", "dinov2_vits16"], "unknown --model 'dinov2_vits16'; known: dinov2_vits14, "),
-        (["--model", "dinov2_vits14", "--config-file", "train/quickstart"], "both say which network"),
+        (["--model", "dinov2_vits14", "--config-file", "train/quickstart"], "both define the architecture"),
         (["--model", "dinov2_vits14", "--random-init", "--pretrained-weights", "w.pth"], "exclude one another"),
-        (["--config-file", "train/quickstart", "--random-init", "--num-heads", "2"], "--num-heads 2: a config says"),
+        (
+            ["--config-file", "train/quickstart", "--random-init", "--num-heads", "2"],
+            "--num-heads 2 cannot be used",
+        ),
         (["--model", "dinov2_vits14", "--random-init", "--opts", "a.b=1"], "--opts a.b=1 overrides a config"),
     ],
 )
-def test_flags_that_do_not_say_which_model_are_refused(words: list[str], message: str) -> None:
+def test_flags_that_do_not_select_one_model_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(*words)
 
 
-def test_weights_that_are_not_there_or_tell_no_network_are_named(tmp_path: Path) -> None:
+def test_missing_or_foreign_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no weights at .*none\.pth"):
         load("--pretrained-weights", tmp_path / "none.pth")
     torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pth")

@@ -30,7 +30,7 @@ def test_many_images_in_batches_are_compared_as_each_alone(tmp_path: Path, num_w
     (tmp_path / "07.png").write_bytes(b"no image")
     torch.manual_seed(0)
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2, "init_std": 0.3}
-    backbone = FrozenBackbone(build_model("vit_small", **sizes).eval(), "tiny", size=16)
+    backbone = FrozenBackbone(build_model("vit_small", **sizes).eval(), "tiny", shorter_side=16)
     images = list_inputs([str(tmp_path)])
     rows, tokens = find_neighbors(backbone, images[5:8], images, count=2, num_workers=num_workers)
     assert tokens.shape == (39, 24) and [Path(row.query.path).name for row in rows] == ["05.png", "06.png"]

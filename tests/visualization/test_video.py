@@ -1,6 +1,7 @@
-"""Videos come back as they were written, upright, at any size; what cannot be read or written is said."""
+"""Videos come back as they were written, upright, at any size; errors name the file."""
 
 import struct
+import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2.files import remove_leftovers
 from dinov2.visualization.video import Video, import_av, is_video, writing_video
 
 
@@ -34,7 +36,7 @@ def test_frames_come_back_as_they_were_written(tmp_path: Path, name: str) -> Non
     video = Video(write(tmp_path / name))
     frames = list(video.arrays())
     assert (len(frames), video.size, video.rate) == (12, (64, 48), Fraction(25, 2))
-    assert video.expected_frames() == video.count_frames() == 12
+    assert video.expected_frames == video.count_frames() == 12
     for number, pixels in enumerate(frames):
         assert np.abs(pixels.astype(int) - frame(number)).mean() < 4
 
@@ -76,7 +78,7 @@ def test_videos_filmed_sideways_are_turned_upright(tmp_path: Path, matrix: tuple
     assert next(video.arrays((20, 30))).shape == (30, 20, 3)
 
 
-def test_what_moves_is_a_video(tmp_path: Path) -> None:
+def test_a_gif_with_several_frames_is_a_video(tmp_path: Path) -> None:
     Image.new("P", (4, 4)).save(tmp_path / "still.gif")
     (tmp_path / "broken.gif").write_bytes(b"GIF89a")
     assert not is_video(tmp_path / "still.gif") and not is_video(tmp_path / "broken.gif")
@@ -97,15 +99,37 @@ def test_files_that_are_no_videos_are_named(tmp_path: Path) -> None:
         Video(tmp_path / "half.mp4")
 
 
-def test_sound_without_images_is_no_video(tmp_path: Path) -> None:
+def test_audio_alone_is_no_video(tmp_path: Path) -> None:
     path = tmp_path / "sound.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=44100)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         sound.sample_rate = 44100
         container.mux(stream.encode(sound) + stream.encode(None))
-    with pytest.raises(ValueError, match=r"sound.mp4 has no images, only audio"):
+    with pytest.raises(ValueError, match=r"sound.mp4 has no video stream, only audio"):
         Video(path)
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
+def test_the_temporary_file_is_removed_when_its_process_was_killed_and_kept_while_it_lives(
+    tmp_path: Path, name: str
+) -> None:
+    code = (
+        "import sys; from fractions import Fraction; from pathlib import Path; import numpy as np\n"
+        "from dinov2.visualization.video import writing_video\n"
+        "with writing_video(Path(sys.argv[1]), Fraction(25)) as add:\n"
+        "    add(np.zeros((48, 64, 3), np.uint8))\n"
+        "    print('here', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / name)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None and writer.stdout.readline() == b"here\n"
+        remove_leftovers(tmp_path)
+        assert len(list(tmp_path.iterdir())) == 1
+        writer.kill()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_formats_are_not_written(tmp_path: Path) -> None:
@@ -138,6 +162,6 @@ def test_a_package_too_old_to_turn_videos_upright_is_refused(monkeypatch: pytest
         import_av()
 
 
-def test_ffmpeg_keeps_silent_without_taking_pythons_lock(tmp_path: Path) -> None:
+def test_ffmpeg_logs_nothing(tmp_path: Path) -> None:
     write(tmp_path / "clip.mp4")
     assert av.logging.get_level() is None, "with a log level its threads and Python's may wait for each other forever"

@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.analysis.pca import pca_colors
+from dinov2.analysis.pca import fit_foreground, fit_pca_colormap
 from dinov2.models import build_model
-from dinov2.visualization import video_images
 from dinov2.visualization.feature_maps import image_tokens
 from dinov2.visualization.frozen_backbone import FrozenBackbone
 from dinov2.visualization.video import Video, writing_video
@@ -62,7 +61,7 @@ class Usage(NamedTuple):
     free: int
 
 
-def test_a_disk_without_room_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**40, 2**40 - 2**30, 2**30))
     with TokenStore(tmp_path, (32, 32, 512), expected=1000):
         pass
@@ -87,8 +86,8 @@ def test_the_panels_show_the_components_of_all_frames(clip: Path, tmp_path: Path
     drawn = Video(output)
     assert drawn.rate == 10 and drawn.size == (2 * 504, 336)
     panels = np.stack([frame[:, 504:] for frame in drawn.arrays()]).reshape(20, 6, 56, 9, 56, 3)[:, :, 28, :, 28]
-    mask = video_images.fit_foreground([tokens])(tokens) if foreground else None
-    expected = 255 * pca_colors(tokens, mask).numpy()
+    colormap = fit_pca_colormap([tokens], fit_foreground([tokens]) if foreground else None)
+    expected = 255 * colormap(tokens).numpy()
     assert np.abs(panels - expected).mean() < 12  # chroma is stored at half the resolution
     left = next(drawn.arrays())[:, :504]
     original = next(Video(clip).arrays((504, 336)))

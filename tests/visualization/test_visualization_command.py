@@ -53,7 +53,7 @@ def num_colors(path: Path) -> int:
         return len(sheet.convert("RGB").getcolors(10**7))
 
 
-@pytest.mark.parametrize("command", [["pca"], []], ids=["pca", "without a word"])
+@pytest.mark.parametrize("command", [["pca"], []], ids=["pca", "no command"])
 def test_pca_draws_images_of_different_sizes(model: list[str], figures: Path, command: list[str]) -> None:
     output = figures.parent / "new" / "pca.png"
     run(*command, *model, "--images", figures, "--output", output, "--npy")
@@ -131,7 +131,12 @@ def test_neighbors_leave_out_what_cannot_be_read(
     assert "1 queries, the 4 nearest of 5 images" in caplog.text
 
 
-def test_a_data_set_of_queries_is_thinned(model: list[str], tmp_path: Path) -> None:
+def test_the_former_module_and_the_british_spelling_of_the_command_still_work() -> None:
+    command = [sys.executable, "-m", "dinov2.eval.visualize", "neighbours", "--help"]
+    assert "--num-queries" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_queries_of_a_dataset_are_evenly_spaced(model: list[str], tmp_path: Path) -> None:
     output = tmp_path / "n.png"
     words = ["--query", "FashionMNIST:split=VAL", "--images", "FashionMNIST:split=VAL", "--num-images", 4]
     for flags, count in (([], 10), (["--num-queries", 3], 3)):
@@ -139,18 +144,18 @@ def test_a_data_set_of_queries_is_thinned(model: list[str], tmp_path: Path) -> N
         assert len(json.loads(output.with_suffix(".json").read_text())) == count
 
 
-def test_what_a_person_may_wonder_about_is_said(
+def test_default_sizes_and_assumptions_are_logged(
     model: list[str], figures: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = [*model, "--images", figures / "a.png", "--output", figures / "o.png"]
     with caplog.at_level("INFO"):
         run("pca", *words, "--foreground")
     assert "trained on images of 32 pixels: shorter side 32; --size N for more patches" in caplog.text
-    assert "which side is the object is a guess" in caplog.text
+    assert "--foreground assumes" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
         run("pca", *words, "--size", 64)
-    assert "trained on images" not in caplog.text and "guess" not in caplog.text
+    assert "trained on images" not in caplog.text and "assumes" not in caplog.text
 
 
 def test_a_video_becomes_a_video_or_a_sheet(model: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,11 +182,11 @@ def test_a_video_becomes_a_video_or_a_sheet(model: list[str], tmp_path: Path, mo
         (["similarity", "--point", "middle"], r"a point is x,y"),
         (["pca", "--output", "a.png/new/pca.png"], r"cannot make the folder of --output: .*: 'a\.png/new'"),
         (["pca", "--shifts", "3"], r"shifts = 3 must divide the patch size 8"),
-        (["neighbors", "--query", "a.png", "--size", "original"], r"--size original does not go with neighbors"),
+        (["neighbors", "--query", "a.png", "--size", "original"], r"--size original cannot be used with neighbors"),
         (["neighbors", "--query", "nowhere.png"], r"no such images: 'nowhere\.png'"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(
+def test_impossible_requests_are_refused(
     model: list[str], figures: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
 ) -> None:
     monkeypatch.chdir(figures)
@@ -213,13 +218,13 @@ def test_when_no_image_can_be_read_the_reason_is_given(
     for name in ("a.png", "b.png"):
         Path(name).write_bytes(b"no image")
     for words in (["pca"], ["neighbors", "--query", "c.png"]):
-        with pytest.raises(ValueError, match=r"not one of 2 images can be read; the first: .*a\.png.*no image format"):
+        with pytest.raises(ValueError, match=r"none of 2 images can be read; the first: .*a\.png.*no image format"):
             run(*words, *model, "--images", "a.png", "b.png", "--output", "drawn.png")
 
 
 def test_a_wrong_command_line_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
-        ([], "say what to draw: pca, attention"),
+        ([], "no command; choose from pca, attention"),
         (["similarity", "--images", "x"], "--point"),
         (["similarity", "--images", "x", "--point", "-1,50"], "the point -1,50 is outside of any image"),
         (["similarity", "--images", "x", "--point", "5,5", "-.5,0.5"], "the point -.5,0.5 is outside of any image"),
@@ -240,7 +245,7 @@ def test_errors_take_one_line_and_the_file_runs_by_its_path(tmp_path: Path) -> N
     assert result.stderr.count("\n") == 1
 
 
-def test_a_image_is_whole_or_absent(model: list[str], figures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_is_complete_or_absent(model: list[str], figures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = figures.parent / "pca.png"
     output.write_bytes(b"former")
 

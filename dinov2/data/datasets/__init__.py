@@ -1,4 +1,4 @@
-"""Dataset strings -> datasets: the table of the known ones, and the place to add another."""
+"""Datasets from dataset strings: the registry of known datasets, to which others can be added."""
 
 import difflib
 import logging
@@ -37,12 +37,12 @@ logger = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
-    """What a dataset string needs to know of a dataset."""
+    """A dataset of the registry."""
 
     factory: Callable[..., Any]  # called with the keys of the string, transform and target_transform
     required: tuple[str, ...] = ("root",)
     optional: tuple[str, ...] = ()
-    splits: type[Enum] | tuple[str, ...] | None = None  # what `split` may be: a member of the enum, a word, any text
+    splits: type[Enum] | tuple[str, ...] | None = None  # values of `split`; None: any text
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -50,13 +50,13 @@ class Entry(NamedTuple):
 
     @property
     def known_splits(self) -> Mapping[str, Any]:
-        """What may be written for `split` -> what the dataset is given; empty if that is any text."""
+        """Text for `split` -> value that the dataset gets; empty if any text is allowed."""
         if isinstance(self.splits, tuple):
             return {split: split for split in self.splits}
         return {} if self.splits is None else self.splits.__members__
 
 
-# Name in the dataset string -> dataset. One of your own is a class like ImageFolder (see ImageDataset) and a line like
+# Name in the dataset string -> dataset. To add one, write a class like ImageFolder (see ImageDataset) and a line like
 #     DATASETS["Birds"] = Entry(Birds, required=("root",), optional=("split",))
 # here or in your code; then "Birds:root=/data/birds:split=val" is Birds(root="/data/birds", split="val").
 DATASETS: dict[str, Entry] = {
@@ -72,18 +72,18 @@ DATASETS: dict[str, Entry] = {
 
 
 def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
-    """Takes a dataset string, `Name(:key=value)*`, apart.
+    """Parse a dataset string, `Name(:key=value)*`.
 
-    A `:` begins a new key only before one of the dataset's own keys and `=`, so a value may hold both `:` and `=`.
+    A `:` begins a new key only before a key of the dataset and `=`, so values may contain both `:` and `=`.
 
     Args:
-        dataset_str: for instance `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-extra`.
+        dataset_str: Dataset string such as `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-extra`.
 
     Returns:
-        The name and the keyword arguments; `split` as a member of the dataset's enum if it has one, else as text.
+        The name and the keyword arguments; `split` as a member of the enum of the dataset if it has one, else as text.
 
     Raises:
-        ValueError: unknown name, key or split; missing, empty or repeated key.
+        ValueError: A name, key or split is unknown, or a key is missing, empty or repeated.
     """
     name, _, rest = dataset_str.partition(":")
     if name not in DATASETS:
@@ -106,7 +106,7 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     missing = [key for key in entry.required if not arguments.get(key)]
     if missing:
         raise ValueError(f"missing {' and '.join(missing)} in {dataset_str!r}; write {_usage(name)}")
-    if empty := [key for key, value in arguments.items() if not value]:  # as of a variable of the shell that is not set
+    if empty := [key for key, value in arguments.items() if not value]:  # for example from an unset shell variable
         raise ValueError(f"{' and '.join(empty)} empty in {dataset_str!r}; write {_usage(name)}")
     if entry.splits is not None and "split" in arguments:
         arguments["split"] = _known_split(entry.known_splits, arguments["split"], dataset_str)
@@ -128,21 +128,21 @@ def make_dataset(
     target_transform: Callable[[Any], Any] | None = None,
     image_options: ImageOptions | None = None,
 ) -> Any:
-    """Makes the dataset that a dataset string describes.
+    """Build a dataset from a dataset string.
 
     Args:
-        dataset_str: see `parse_dataset_str`; `~` at the beginning of a path is the home folder.
-        transform: applied to the images.
-        target_transform: applied to the targets.
-        image_options: how image files are read, see `ImageOptions`; without a value range one is measured where there
-            are images of more than 8 bits, and is then in `image_options` of the dataset.
+        dataset_str: Dataset string, see `parse_dataset_str`; `~` at the beginning of a path is the home folder.
+        transform: Function of the images.
+        target_transform: Function of the targets.
+        image_options: Options of reading image files. Without a value range, it is measured if there are images of more
+            than 8 bits, and is then in `image_options` of the dataset.
 
     Returns:
-        The dataset; what it has, see `ImageDataset`.
+        The dataset, see `ImageDataset`.
 
     Raises:
-        ValueError: the string is wrong.
-        FileNotFoundError: the files are not there.
+        ValueError: The string is invalid.
+        FileNotFoundError: The files are missing.
     """
     logger.info("using dataset %r", dataset_str)
     name, arguments = parse_dataset_str(dataset_str)
@@ -163,7 +163,7 @@ def make_dataset(
 
 
 def _key_inside(value: str) -> str | None:
-    """The `key` of a value like `/data:key=text`, which may be a misspelled one."""
+    """The `key` in a value like `/data:key=text`, which may be misspelled."""
     match = re.search(r":(\w+)=", value)
     return None if match is None else match[1]
 
@@ -174,7 +174,7 @@ def _unknown_key(key: str, dataset_str: str) -> ValueError:
 
 
 def _quote(text: str, known: Iterable[str]) -> str:
-    """The text in quotes and, if it resembles a known one, the question whether that was meant."""
+    """Quote a text; suggest the nearest known one if they are similar."""
     lowered = {choice.lower(): choice for choice in known}
     near = difflib.get_close_matches(text.lower(), lowered, n=1)
     return f"{text!r} (did you mean {lowered[near[0]]}?)" if near else repr(text)

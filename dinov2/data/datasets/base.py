@@ -1,4 +1,4 @@
-"""What every dataset of images has in common."""
+"""The base class of all image datasets."""
 
 import hashlib
 import logging
@@ -18,11 +18,11 @@ from dinov2.data.images.survey import ImageSurvey, survey_images
 logger = logging.getLogger(__name__)
 
 NAMES_HASHED = 10_000
-"""Names that `ImageDataset.fingerprint` looks at."""
+"""Maximum number of names that `ImageDataset.fingerprint` hashes."""
 
 
 def label_table(lists: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
-    """Lists of class indices, the shorter ones filled up with -1: (len(lists), width or the longest's length) int64."""
+    """Pad lists of class indices with -1: table (len(lists), width or the maximum length) int64."""
     table = np.full((len(lists), width or max(1, *map(len, lists))), -1, np.int64)
     for row, labels in zip(table, lists, strict=True):
         row[: len(labels)] = labels
@@ -30,18 +30,18 @@ def label_table(lists: Sequence[Sequence[int]], width: int | None = None) -> np.
 
 
 class ImageDataset(Dataset, ABC):
-    """A dataset of (encoded, target) pairs that are read from bytes.
+    """A map-style dataset of (image, target) pairs, whose images are decoded from bytes.
 
-    A dataset of one's own derives from it, implements `__len__`, `get_image_data` and `get_target`, better also
-    `get_targets` and `describe`, and is made known to dataset strings by a line in `dinov2.data.datasets.DATASETS`.
+    To add a dataset, derive from this class, implement `__len__`, `get_image_data` and `get_target`, preferably also
+    `get_targets` and `describe`, and register it for dataset strings in `dinov2.data.datasets.DATASETS`.
 
     Args:
-        transforms: applied to (encoded, target), returns both; excludes the other two.
-        transform: applied to the encoded (PIL, RGB).
-        target_transform: applied to the target.
+        transforms: Function (image, target) -> (image, target); excludes the other two.
+        transform: Function of the image (PIL, RGB).
+        target_transform: Function of the target.
 
     Attributes:
-        image_options: How image files are read, with the value range once it is known; `make_dataset` sets it.
+        image_options: Options of reading image files, with the value range once it is known; set by `make_dataset`.
     """
 
     image_options: ImageOptions = DEFAULT_OPTIONS
@@ -56,7 +56,7 @@ class ImageDataset(Dataset, ABC):
         target_transform: Callable[[Any], Any] | None = None,
     ) -> None:
         if transforms is not None and (transform is not None or target_transform is not None):
-            raise ValueError("give either transforms, for encoded and target together, or transform/target_transform")
+            raise ValueError("give either transforms, for image and target together, or transform/target_transform")
         self.transforms = transforms
         self.transform = transform
         self.target_transform = target_transform
@@ -66,23 +66,23 @@ class ImageDataset(Dataset, ABC):
 
     @abstractmethod
     def get_image_data(self, index: int) -> bytes:
-        """The image file of sample `index`."""
+        """Returns the content of the image file of sample `index`."""
 
     @abstractmethod
     def get_target(self, index: int) -> int | list[int] | None:
-        """The class index of sample `index`, a list in datasets with several, None when there are no labels."""
+        """Returns the class index of sample `index`, a list for multi-label datasets, None without labels."""
 
     def image_files(self) -> Iterator[str]:
-        """The file that each image is read from, its own one or an archive; one that does not exist if there is none.
+        """The file that each image is read from, its own one or an archive; a nonexistent name if there is none.
 
-        By its size and time of change one notices that images were replaced. By default what `describe` names.
+        Its size and modification time show whether images were replaced. The default is the path from `describe`.
         """
         return map(self.describe, range(len(self)))
 
     def get_targets(self) -> np.ndarray | None:
-        """The class indices of all samples, (len(self),) int64, None when the dataset has no labels.
+        """Returns the class indices of all samples, (len(self),) int64; None if the dataset has no labels.
 
-        Lists are a table with a row for each sample, see `label_table`.
+        Multi-label targets are a table with a row per sample, see `label_table`.
         """
         targets: list[Any] = [self.get_target(index) for index in range(len(self))]
         if None in targets:
@@ -90,14 +90,14 @@ class ImageDataset(Dataset, ABC):
         return label_table(targets) if targets and isinstance(targets[0], list) else np.array(targets, dtype=np.int64)
 
     def describe(self, index: int) -> str:
-        """Where the encoded of sample `index` comes from, for messages."""
+        """Describe the source of sample `index`, such as its path, for messages."""
         return f"{type(self).__name__} sample {index}"
 
     def fingerprint(self) -> str:
-        """A hash of the number of samples and of their names in order: whether a list of images is still the same.
+        """Hash the number of samples and their names in order, to detect changes of the dataset.
 
-        Of more than `NAMES_HASHED` samples so many are taken, evenly spread; of each name the last two parts, so that
-        the files may move together. A dataset that can hash all names quickly overrides it.
+        At most `NAMES_HASHED` names are hashed, evenly spaced, and of each the last two parts of the path, so that the
+        dataset may be moved. A dataset that can hash all names quickly overrides this method.
 
         Returns:
             16 hexadecimal digits.
@@ -108,11 +108,12 @@ class ImageDataset(Dataset, ABC):
         return digest.hexdigest()
 
     def open_image(self, index: int) -> EncodedImage:
-        """The encoded of sample `index`, decoded as late as possible, not transformed. What it takes to read it fails
-        here or when it is loaded.
+        """Open the image of sample `index` without decoding or transforming it.
+
+        Errors in its data are raised here or when it is decoded.
 
         Raises:
-            BadImageError: it cannot be read; names the index and the file, the cause is chained.
+            BadImageError: The image cannot be read; names the index and the file, the cause is chained.
         """
         with self._naming(index):
             encoded = open_image(self.get_image_data(index), self.image_options)
@@ -122,9 +123,9 @@ class ImageDataset(Dataset, ABC):
             return encoded
 
     def survey(self) -> ImageSurvey:
-        """What is in a sample of the images, and the value range for all of them; measured once.
+        """Inspect a random sample of the images and measure the value range for all of them; done once.
 
-        Images of more than 8 bits are mapped to 8 bits by this range.
+        The range maps images of more than 8 bits to 8 bits.
         """
         if self._survey is None:
             self._survey = survey_images(self.get_image_data, self.describe, len(self), self.image_options)
@@ -132,39 +133,39 @@ class ImageDataset(Dataset, ABC):
         return self._survey
 
     def notes(self) -> list[tuple[int, str]]:
-        """What a person should know of files and images, each with its level of logging; see `ImageSurvey.notes`."""
+        """Messages about files and images for the user, each with its logging level; see `ImageSurvey.notes`."""
         return [(logging.INFO, note) for note in self.notes_on_files()] + self.survey().notes()
 
     def notes_on_files(self) -> list[str]:
-        """Files that were found but are no samples, in words, for log and dry run."""
+        """Messages about files that were found but are not samples, for log and dry run."""
         return []
 
     def _warn_of_own_range(self, index: int) -> None:
-        """Once, if an image has more than 8 bits and the sample had none to measure a range on."""
+        """Warn once if an image has more than 8 bits but the inspected sample had none to measure a range on."""
         if self.image_options.value_range is None and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "%s has more than 8 bits, and the sample had no such image to measure a range on: each is mapped to 8 "
-                "bits by its own values; images.value_range=[low,high] sets one range for all",
+                "%s has more than 8 bits, but the inspected sample had no such image to measure a range on: each is "
+                "mapped to 8 bits by its own range; images.value_range=[low,high] sets one range for all",
                 self.describe(index),
             )
 
     def get_image(self, index: int) -> Image.Image:
-        """The encoded of sample `index`, RGB, not transformed.
+        """Decode the image of sample `index`, RGB, not transformed.
 
         Raises:
-            BadImageError: it cannot be read or decoded; names the index and the file, the cause is chained.
+            BadImageError: The image cannot be read or decoded; names the index and the file, the cause is chained.
         """
         encoded = self.open_image(index)
         with self._naming(index):
             return encoded.load()
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """EncodedImage and target of sample `index`, both transformed.
+        """Returns image and target of sample `index`, both transformed.
 
         Raises:
-            IndexError: no such sample.
-            BadImageError: see `get_image`.
+            IndexError: There is no such sample.
+            BadImageError: See `get_image`.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a dataset of {len(self)}")
@@ -179,7 +180,7 @@ class ImageDataset(Dataset, ABC):
 
     @contextmanager
     def _naming(self, index: int) -> Iterator[None]:
-        """Turns any error into one that says which sample it was."""
+        """Turn any error into a BadImageError that names the sample."""
         path = ""
         try:
             path = self.describe(index)

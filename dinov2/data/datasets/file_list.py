@@ -1,4 +1,4 @@
-"""The images under a folder: found quickly, stored compactly, remembered between runs."""
+"""The list of images under a folder: compact in memory and cached between runs."""
 
 import hashlib
 import logging
@@ -20,20 +20,20 @@ IMAGE_SUFFIXES = (
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg",
     ".jpx", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
-# What changes a folder within this time of reading it may not show in the folder's time of change.
+# Changes of a folder within this time before it is read may not change its modification time.
 SETTLED_NS = 2 * 10**9
-_FORMAT = "2"  # of the stored list; part of its name
-_MAX_VISITS = 1000  # of one folder, through links
-_REPORT_SECONDS = 30.0  # between lines of the log while a large folder is listed
-_MOST_KINDS = 12  # of other files, in a message
+_FORMAT = "2"  # version of the cached list; part of its name
+_MAX_VISITS = 1000  # visits of one folder through links
+_REPORT_SECONDS = 30.0  # between log lines while a large folder is listed
+_MOST_KINDS = 12  # kinds of other files in a message
 
 
 class PathTable:
-    """A read-only sequence of paths in two flat arrays; of millions of `str`, every worker process would get a copy.
+    """A read-only sequence of paths in two flat arrays, which worker processes share, unlike millions of `str`.
 
     Args:
-        data: (bytes of all paths,) uint8, the paths end to end, encoded as for the file system.
-        ends: (number of paths,) int64, where each path ends.
+        data: (bytes of all paths,) uint8: the concatenated paths, encoded as in the file system.
+        ends: (number of paths,) int64: end of each path in `data`.
     """
 
     def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
@@ -55,7 +55,7 @@ class PathTable:
         return os.fsdecode(self.data[start : self.ends[index]].tobytes())
 
     def fingerprint(self) -> str:
-        """A hash of all paths in their order: 16 hexadecimal digits. A gigabyte of paths takes about a second."""
+        """Hash all paths in order: 16 hexadecimal digits. A gigabyte of paths takes about a second."""
         digest = hashlib.blake2b(np.ascontiguousarray(self.ends).data, digest_size=8)
         digest.update(np.ascontiguousarray(self.data).data)
         return digest.hexdigest()
@@ -65,29 +65,29 @@ class PathTable:
 
 
 class FileList(NamedTuple):
-    """What lies under a folder."""
+    """The files under a folder."""
 
     images: PathTable  # relative to the folder, with "/" between the parts, sorted
-    others: dict[str, int]  # kind of what was passed over, such as ".txt" or "named pipe" -> number
+    others: dict[str, int]  # kind of ignored files, such as ".txt" or "named pipe" -> number
 
     def note_on_others(self) -> str | None:
-        """What was passed over, in words."""
+        """Message about ignored files."""
         if not self.others:
             return None
-        return f"passed over {sum(self.others.values()):,} other file(s): {_in_words(self.others)}"
+        return f"ignored {sum(self.others.values()):,} other file(s): {_summary(self.others)}"
 
 
 def list_images(root: Path) -> FileList:
-    """Finds all images under a folder, at any depth and through links; hidden files and folders are passed over.
+    """List all images under a folder, at any depth and through links; hidden files and folders are ignored.
 
-    Only regular files count, and links to them. A link to nothing or to itself counts too, as an image that cannot be
-    read. The list is kept in the user's cache folder, where it is valid as long as no folder under `root` has changed.
+    Only regular files and links to them are listed. A broken link is listed too, as an unreadable image. The list is
+    cached in the user's cache folder; the cache is valid until a folder under `root` changes.
 
     Args:
         root: The folder.
 
     Raises:
-        FileNotFoundError: There is no image, or no such folder.
+        FileNotFoundError: The folder or images in it are missing.
         OSError: A folder cannot be read.
     """
     cache = _cache_path(root)
@@ -100,7 +100,7 @@ def list_images(root: Path) -> FileList:
     names, folders, folder_times, others = _scan(root)
     if not names:
         raise FileNotFoundError(
-            f"no images under {root}: looked into {len(folders)} folder(s) with {sum(others.values())} file(s)"
+            f"no images under {root}: searched {len(folders)} folder(s) with {sum(others.values())} file(s)"
             f" for names that end in {', '.join(IMAGE_SUFFIXES)}{_found_instead(others)}"
         )
     files = FileList(PathTable.of(sorted(names)), others)
@@ -111,23 +111,23 @@ def list_images(root: Path) -> FileList:
 
 
 def check_folder(folder: Path, *, given_as: str = "root") -> None:
-    """Says what something is that should be a folder and is none.
+    """Check that a path is a readable folder.
 
     Args:
-        folder: The path that was given.
-        given_as: The key that it was given as.
+        folder: The path.
+        given_as: Key of the path, for messages.
 
     Raises:
-        FileNotFoundError: There is no such folder; names the part of the path that is missing.
-        NotADirectoryError: It is a file; says of which kind, and what to do.
-        PermissionError: It may not be read.
+        FileNotFoundError: There is no such folder; the message names the folders that exist.
+        NotADirectoryError: It is a file; the message names its kind and a remedy.
+        PermissionError: The user may not read it.
     """
     if folder.is_dir():
         if not os.access(folder, os.R_OK | os.X_OK):
-            raise PermissionError(f"{given_as}={folder} is a folder that this user may not read")
+            raise PermissionError(f"{given_as}={folder} is a folder without read permission")
         return
     if folder.exists():
-        raise NotADirectoryError(f"{given_as}={folder} is {_what_file_is(folder)}")
+        raise NotADirectoryError(f"{given_as}={folder} is {_describe_file(folder)}")
     if set("*?[") & set(str(folder)):
         raise FileNotFoundError(
             f"no folder {_shown(folder)}: patterns are not expanded in {given_as}=; give a folder above the files, "
@@ -138,7 +138,7 @@ def check_folder(folder: Path, *, given_as: str = "root") -> None:
 
 
 def _shown(path: Path) -> str:
-    """A path as it is, or in quotes if one would not see what it is: with spaces at its ends, or unprintable."""
+    """A path, in quotes if it has spaces at its ends or is unprintable."""
     is_plain = str(path).isprintable() and all(part == part.strip() for part in path.parts)
     return str(path) if is_plain else repr(str(path))
 
@@ -166,11 +166,11 @@ _FILE_KINDS = {
     ".npz": "a NumPy archive: export its images to a folder",
     ".npy": "a NumPy array: export its images to a folder",
     "without suffix": "if they are images, list them: ImageList:file=... reads files of any name",
-} | dict.fromkeys(IMAGE_SUFFIXES, "a single image: give the folder that it lies in")
+} | dict.fromkeys(IMAGE_SUFFIXES, "a single image: give its folder")
 
 
-def _what_file_is(path: Path) -> str:
-    """Kind of a file that should be a folder, and what to do."""
+def _describe_file(path: Path) -> str:
+    """Kind of a file that should be a folder, and a remedy."""
     if not path.is_file():
         return f"{kind_of_file(path.stat().st_mode)}, not a folder"
     kinds = (kind for suffix, kind in _FILE_KINDS.items() if path.name.lower().endswith(suffix))
@@ -188,7 +188,7 @@ _CONTENT_KINDS = {b"PK\x03\x04": _FILE_KINDS[".zip"], b"\x1f\x8b": _FILE_KINDS["
 
 
 def _folders_in(folder: Path) -> str:
-    """The folders in a folder, for the message about a missing one."""
+    """List the folders in a folder, for the message about a missing one."""
     try:
         names = sorted(path.name for path in folder.iterdir() if path.is_dir())[:20]
     except OSError as error:
@@ -196,26 +196,26 @@ def _folders_in(folder: Path) -> str:
     return f"folders in {folder}: {', '.join(names) or 'none'}"
 
 
-def _in_words(others: Mapping[str, int]) -> str:
-    """The most frequent kinds first."""
+def _summary(others: Mapping[str, int]) -> str:
+    """Number of files by kind, the most frequent kinds first."""
     kinds = sorted(others.items(), key=lambda item: (-item[1], item[0]))
     more = [f"{sum(count for _, count in kinds[_MOST_KINDS:]):,} of other kinds"] if len(kinds) > _MOST_KINDS else []
     return ", ".join([f"{count:,} {kind}" for kind, count in kinds[:_MOST_KINDS]] + more)
 
 
 def _found_instead(others: Mapping[str, int]) -> str:
-    """What there is in place of images, and what to do about the most frequent kind."""
+    """What was found instead of images, with a remedy for the most frequent kind."""
     if not others:
         return ""
     most = max(others, key=lambda kind: others[kind])
-    return f"; found {_in_words(others)}{f' ({_FILE_KINDS[most]})' if most in _FILE_KINDS else ''}"
+    return f"; found {_summary(others)}{f' ({_FILE_KINDS[most]})' if most in _FILE_KINDS else ''}"
 
 
 def _scan(root: Path) -> tuple[list[str], list[str], list[int], dict[str, int]]:
-    """Images, folders with their times of change, and the number of other files by kind, under a folder.
+    """List images, folders with their modification times, and the number of other files by kind, under a folder.
 
     Raises:
-        OSError: A folder cannot be read, or links lead to one again and again.
+        OSError: A folder cannot be read, or links lead to one too often.
     """
     names: list[str] = []
     folders: list[str] = []
@@ -223,13 +223,13 @@ def _scan(root: Path) -> tuple[list[str], list[str], list[int], dict[str, int]]:
     others: Counter[str] = Counter()
     visits: Counter[tuple[int, int]] = Counter()
     next_report = time.monotonic() + _REPORT_SECONDS
-    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # a folder, the identities of those above it
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # a folder, the identities of its parents
     while pending:
         folder, above = pending.pop()
         status = os.stat(root / folder)
         identity = (status.st_dev, status.st_ino)
         if identity in above:
-            continue  # a link that leads back up
+            continue  # a link to a parent
         visits[identity] += 1
         if visits[identity] > _MAX_VISITS:
             raise OSError(
@@ -294,7 +294,7 @@ def _load(cache: Path, root: Path) -> FileList | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # a damaged file raises nearly anything
-        logger.info("the list of images in %s is damaged and is made anew: %s", cache, error)
+        logger.info("the list of images in %s is damaged and is rebuilt: %s", cache, error)
         return None
 
 
@@ -329,4 +329,4 @@ def _store(cache: Path, files: FileList, folders: PathTable, folder_times: Seque
                 kind_counts=np.array(list(files.others.values()), np.int64),
             )
     except OSError as error:
-        logger.info("the list of images is not kept for the next run: %s", error)
+        logger.info("the list of images is not cached for the next run: %s", error)

@@ -1,4 +1,4 @@
-"""Any folder of images."""
+"""A folder of images, with or without class folders."""
 
 import logging
 from bisect import bisect_left
@@ -20,19 +20,19 @@ SPLIT_FOLDERS = {"test", "train", "val", "valid", "validation"}
 class ImageFolder(ImageDataset):
     """All images under a folder, at any depth, in the order of their paths.
 
-    When every image lies in some folder below `root`, the sorted names of the folders of the first level are the
-    classes (as in `torchvision.datasets.ImageFolder`); when some lie in `root` itself there are no labels, and training
-    needs none. A folder beside one called `train`, as `val` usually is, may lack some of its classes: the indices are
-    those of `train` when it has all of them. Links are followed, hidden files passed over. The list of files is kept
-    between runs and made anew when a folder has changed.
+    If every image is in some folder below `root`, the sorted names of the first-level folders are the classes (as in
+    `torchvision.datasets.ImageFolder`). If some images are in `root` itself, there are no labels; training needs none.
+    A folder next to one called `train`, such as `val`, may lack some of its classes: if `train` has all of them, its
+    class indices are used. Links are followed, hidden files are ignored. The list of files is cached between runs and
+    rebuilt when a folder has changed.
 
     Args:
-        root: the folder.
-        split: a folder below `root` to read instead, such as `val`.
-        transforms, transform, target_transform: see `ImageDataset`.
+        root: Folder of the images.
+        split: Subfolder of `root` to read instead, such as `val`.
+        transforms, transform, target_transform: See `ImageDataset`.
 
     Raises:
-        OSError: the folder is missing, cannot be read, is a file or has no images.
+        OSError: The folder is missing, unreadable, a file, or has no images.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class ImageFolder(ImageDataset):
         logger.info("%s: %s", self.root, f"{len(self.classes)} classes" if self.classes else "no labels")
         if self.classes and SPLIT_FOLDERS.issuperset(self.classes):
             logger.warning(
-                "%s: the folders %s count as classes; to read one of them, with the classes below it, add :split=%s",
+                "%s: the folders %s are used as classes; to read one of them, with the classes below it, add :split=%s",
                 self.root,
                 ", ".join(self.classes),
                 self.classes[0],
@@ -69,7 +69,7 @@ class ImageFolder(ImageDataset):
         return str(self.root / self._files[index])
 
     def fingerprint(self) -> str:
-        """A hash of the paths of all images below `root`."""
+        """Hash the paths of all images below `root`."""
         return self._files.fingerprint()
 
     def get_image_data(self, index: int) -> bytes:
@@ -85,13 +85,13 @@ class ImageFolder(ImageDataset):
         return self._targets
 
     def get_class_name(self, index: int) -> str | None:
-        """The folder that gives sample `index` its label, None without labels."""
+        """Returns the class folder of sample `index`; None without labels."""
         return None if self._targets is None else self.classes[self._targets[index]]
 
 
 def _class_ranges(files: PathTable) -> dict[str, slice]:
-    """Each folder of the first level and which of the files lie in it; none when a file lies in no folder."""
-    ranges: dict[str, slice] = {}  # files are sorted, so those of a folder follow one another
+    """First-level folder -> range of its files; empty if a file is in no folder."""
+    ranges: dict[str, slice] = {}  # files are sorted, so those of a folder are consecutive
     start = 0
     while start < len(files):
         name, slash, _ = files[start].partition("/")
@@ -104,7 +104,7 @@ def _class_ranges(files: PathTable) -> dict[str, slice]:
 
 
 def _complete(classes: list[str], train: Path) -> list[str]:
-    """The classes of the folder `train` if they are all of `classes` and more, else `classes`."""
+    """The classes of the folder `train` if they are a superset of `classes`, else `classes`."""
     if classes and train.is_dir() and set(classes) < {path.name for path in train.iterdir()}:
         train_classes = _class_ranges(list_images(train).images)
         if set(classes) < set(train_classes):

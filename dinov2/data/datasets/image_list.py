@@ -1,4 +1,4 @@
-"""Images and their labels as a text file names them."""
+"""Images and labels listed in a text file."""
 
 import csv
 import logging
@@ -17,30 +17,30 @@ from dinov2.data.images import kind_of_file, read_image_file
 
 logger = logging.getLogger(__name__)
 
-_MAX_DIGITS = 9  # of a class index
+_MAX_DIGITS = 9  # digits of a class index
 
 
 class ImageList(ImageDataset):
-    """The images of a list, in its order, with the labels that stand beside them.
+    """The images of a list, in its order, with their labels.
 
-    A line of the list is `path<TAB>label`, in a file that ends in `.csv` `path,label` with the usual quotes; with paths
-    alone there are no labels. Further columns are fine if the first line names them all, two of them `path` and
-    `label`. Empty lines are passed over.
+    A line of the list is `path<TAB>label`, or in a `.csv` file `path,label` with the usual quotes; without labels it is
+    just the path. Further columns are allowed if the first line names all columns, among them `path` and `label`. Empty
+    lines are ignored.
 
-    Labels that are all whole numbers are class indices. Others are names, and their sorted order is that of the
-    classes. Of lists that belong together, to train and to test, one may not name all classes: give both the same
-    `classes`, such as the training list. With it, labels that are all among the classes are names.
+    Labels that are all integers are class indices. Other labels are class names, which are indexed in sorted order. If
+    one of several lists, for training and testing, lacks some classes, give all of them the same `classes`, such as the
+    training list. Labels that are all among these classes are then names.
 
     Args:
-        file: the list, UTF-8.
-        root: folder that the paths start from; without it the folder of the list.
-        classes: a file with the names of the classes, one a line in the order of their indices; or a list like `file`,
-            whose labels in sorted order are the names.
-        transforms, transform, target_transform: see `ImageDataset`.
+        file: The list, UTF-8.
+        root: Folder that paths are relative to; default: the folder of the list.
+        classes: File with the class names, one per line in the order of their indices; or a list like `file`, whose
+            sorted labels are the names.
+        transforms, transform, target_transform: See `ImageDataset`.
 
     Raises:
-        FileNotFoundError: a list is missing, or the first image of `file`.
-        ValueError: a list is empty or a line is not as it should be; a label is not among the classes.
+        FileNotFoundError: A list, or the first image of `file`, is missing.
+        ValueError: A list is empty, a line is malformed, or a label is not among the classes.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class ImageList(ImageDataset):
         self._paths = PathTable.of(paths)
         if not Path(self.describe(0)).is_file():
             raise FileNotFoundError(
-                f"no file {self.describe(0)}, which {self.file} names first; paths start from {self.root}, and columns "
-                f"are separated by {'commas' if self.file.suffix.lower() == '.csv' else 'tabs'}"
+                f"no file {self.describe(0)}, the first image in {self.file}; paths are relative to {self.root}, and "
+                f"columns are separated by {'commas' if self.file.suffix.lower() == '.csv' else 'tabs'}"
             )
         known = None if classes is None else read_class_names(Path(classes))
         self.classes, self._targets = _classes_and_targets(labels, known, self.file)
@@ -75,7 +75,7 @@ class ImageList(ImageDataset):
         return os.path.join(self.root, self._paths[index])
 
     def fingerprint(self) -> str:
-        """A hash of the paths of all images below `root`."""
+        """Hash the paths of all images below `root`."""
         return self._paths.fingerprint()
 
     def get_image_data(self, index: int) -> bytes:
@@ -89,11 +89,11 @@ class ImageList(ImageDataset):
 
 
 def read_list(file: Path) -> tuple[list[str], list[str] | None]:
-    """First and second column of a list, or its columns `path` and `label`; None for labels if there are none.
+    """Read the paths of a list and its labels, None if there are none.
 
     Raises:
-        FileNotFoundError: the list is missing.
-        ValueError: it is empty, or a line has not as many columns as the others.
+        FileNotFoundError: The list is missing.
+        ValueError: The list is empty, or its lines differ in their number of columns.
     """
     lines = _lines(file)
     number, first = next(lines, (0, None))
@@ -117,23 +117,23 @@ def read_list(file: Path) -> tuple[list[str], list[str] | None]:
         if "" in (cell.strip() for cell in rows[-1]):
             raise ValueError(f"line {number} of {file} has an empty path or label: {row}")
     if not rows:
-        raise ValueError(f"{file} names no image")
+        raise ValueError(f"{file} lists no image")
     return [row[0] for row in rows], [row[1].strip() for row in rows] if len(columns) == 2 else None
 
 
 def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """Number and columns of the lines that are not empty."""
+    """Number and columns of each line that is not empty."""
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder, not a list; for its images write ImageFolder:root={file}")
     if file.exists() and not file.is_file():
         raise OSError(f"{file} is {kind_of_file(file.stat().st_mode)}, not a list")
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:  # as paths are decoded
+    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:  # like paths
         if file.suffix.lower() == ".csv":
             reader = csv.reader(_without_nul(text, file), skipinitialspace=True)
             try:
                 yield from ((reader.line_num, row) for row in reader if row)
             except csv.Error as error:
-                raise ValueError(f"line {reader.line_num} of {file} is not as it should be: {error}") from error
+                raise ValueError(f"line {reader.line_num} of {file} is malformed: {error}") from error
         else:
             for number, line in enumerate(_without_nul(text, file), start=1):
                 if line := line.rstrip("\r\n"):
@@ -143,16 +143,16 @@ def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
 def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
-            raise ValueError(f"line {number} of {file} has bytes of zero: it is no text file, or not in UTF-8")
+            raise ValueError(f"line {number} of {file} has zero bytes: it is not a text file, or not in UTF-8")
         yield line
 
 
 def read_class_names(file: Path) -> list[str] | None:
-    """Names of the classes in the order of their indices, see `ImageList`; None when a list has class indices instead.
+    """Read the class names in the order of their indices, see `ImageList`; None if the list has class indices instead.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is empty, or names a class twice.
+        FileNotFoundError: The file is missing.
+        ValueError: The file is empty, or a class appears twice.
     """
     names, labels = read_list(file)
     if labels is not None:
@@ -165,7 +165,7 @@ def read_class_names(file: Path) -> list[str] | None:
 def _classes_and_targets(
     labels: Sequence[str] | None, known: list[str] | None, file: Path
 ) -> tuple[list[str], np.ndarray | None]:
-    """Names of the classes, if they have names, and class index of each image."""
+    """Class names, if there are any, and class index of each image."""
     if labels is None:
         return known or [], None
     unknown = sorted(set(labels) - set(known or []))

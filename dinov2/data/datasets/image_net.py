@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 
 JPEG_SUFFIXES = (".jpeg", ".jpg")
 _FIELDS = {"actual_index": INTEGERS, "class_index": INTEGERS, "class_id": TEXT, "class_name": TEXT}
-_NUM_CHECKED = 100  # entries, when the tables are opened: to read all of them takes a while
-_AT_ONCE = 2**18  # entries that are compared at once; bounds the memory
+_NUM_CHECKED = 100  # entries checked when the tables are opened, as checking all of them is slow
+_AT_ONCE = 2**18  # entries compared at once; bounds the memory
 NO_CLASS = 2**32 - 1  # class_index of the test images, whose labels are not public
 
 
 class ImageNetSplit(Enum):
-    """A split; the value is its folder."""
+    """A split; its value is the name of its folder."""
 
     TRAIN = "train"
     VAL = "val"
@@ -37,7 +37,7 @@ class ImageNetSplit(Enum):
         return {"TRAIN": 1_281_167, "VAL": 50_000, "TEST": 100_000}[self.name]
 
     def image_path(self, actual_index: int, class_id: str) -> str:
-        """Path of an image relative to the root, from the number in its name and its class ("n01440764")."""
+        """Path of an image relative to the root, from the number in its name and its class id ("n01440764")."""
         if self is ImageNetSplit.TRAIN:
             return f"train/{class_id}/{class_id}_{actual_index}.JPEG"
         if self is ImageNetSplit.VAL:
@@ -48,7 +48,7 @@ class ImageNetSplit(Enum):
         """The number in the name of an image.
 
         Raises:
-            ValueError: it is not named like the images of this split.
+            ValueError: The path does not match the images of this split.
         """
         number = re.search(r"_(\d+)$", path.stem)
         if number is None or not path.as_posix().endswith(self.image_path(int(number[1]), path.parent.name)):
@@ -61,20 +61,20 @@ class ImageNet(ImageDataset):
     """ImageNet-1k (ILSVRC 2012).
 
     Expects `<root>/train/<wnid>/<wnid>_<n>.JPEG`, `<root>/val/<wnid>/ILSVRC2012_val_<n>.JPEG`,
-    `<root>/test/ILSVRC2012_test_<n>.JPEG`, and in `extra` the tables that `dump_extra` makes once per split, which
-    needs `<root>/labels.txt` (lines `n01440764,tench`). `root` and `extra` may be one folder. A part of ImageNet is
-    fine: a number of images other than the official one is only logged.
+    `<root>/test/ILSVRC2012_test_<n>.JPEG`, and in `extra` the tables that `dump_extra` writes once per split, which
+    needs `<root>/labels.txt` (lines `n01440764,tench`). `root` and `extra` may be the same folder. A subset of ImageNet
+    is accepted: an unofficial number of images is only logged.
 
     Args:
-        split: an `ImageNet.Split`.
-        root: folder of the images.
-        extra: folder of the tables.
-        real: file of the reassessed labels of VAL, the `real.json` of ImageNet-ReaL (Beyer et al. 2020, arXiv
-            2006.07159). With it targets are lists of all classes that are right, some of them empty.
-        transforms, transform, target_transform: see `ImageDataset`.
+        split: An `ImageNet.Split`.
+        root: Folder of the images.
+        extra: Folder of the tables.
+        real: File of the reassessed labels of VAL, `real.json` of ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159).
+            Targets are then lists of all correct classes, some of them empty.
+        transforms, transform, target_transform: See `ImageDataset`.
 
     Raises:
-        ValueError: `real` for another split.
+        ValueError: `real` is given for another split.
     """
 
     Split = ImageNetSplit
@@ -94,7 +94,7 @@ class ImageNet(ImageDataset):
         self.root = Path(root)
         self.split = split
         if real is not None and split is not ImageNetSplit.VAL:
-            raise ValueError(f"real={str(real)!r}: there are reassessed labels of split VAL only, not of {split.name}")
+            raise ValueError(f"real={str(real)!r}: reassessed labels exist for split VAL only, not for {split.name}")
         self._real_file = None if real is None else Path(real)
         creation = (
             "from dinov2.data.datasets import ImageNet; "
@@ -116,7 +116,7 @@ class ImageNet(ImageDataset):
         return length
 
     def _check_tables(self) -> None:
-        """Raises a `ValueError` if the tables do not belong together; only of some entries it is checked here."""
+        """Raise a `ValueError` if the tables are inconsistent; checks only some of the entries."""
         if self.split is ImageNetSplit.TEST:
             return
         num_ids, num_names = len(self._class_ids.array), len(self._class_names.array)
@@ -153,8 +153,8 @@ class ImageNet(ImageDataset):
 
     @cached_property
     def _real_labels(self) -> list[list[int]]:
-        """The reassessed labels of each sample."""
-        assert self._real_file is not None, "only asked for with such a file"
+        """Reassessed labels of each sample."""
+        assert self._real_file is not None, "read only if a file is given"
         by_number = _read_real(self._real_file, self.split.official_length, len(self._class_ids.array))
         numbers = self._entries.array["actual_index"]
         if not 1 <= numbers.min() <= numbers.max() <= len(by_number):
@@ -162,20 +162,20 @@ class ImageNet(ImageDataset):
         return [by_number[number - 1] for number in numbers.tolist()]
 
     def get_class_id(self, index: int) -> str | None:
-        """WordNet id of the class of sample `index`, None for TEST."""
+        """Returns the WordNet id of the class of sample `index`, None for TEST."""
         return None if self.split is ImageNetSplit.TEST else str(self._entries.array[index]["class_id"])
 
     def get_class_name(self, index: int) -> str | None:
-        """Name of the class of sample `index`, None for TEST."""
+        """Returns the class name of sample `index`, None for TEST."""
         return None if self.split is ImageNetSplit.TEST else str(self._entries.array[index]["class_name"])
 
     def find_class_id(self, class_index: int) -> str:
-        """WordNet id of a class."""
+        """Returns the WordNet id of a class."""
         self._require_classes()
         return str(self._class_ids.array[class_index])
 
     def find_class_name(self, class_index: int) -> str:
-        """Name of a class."""
+        """Returns the name of a class."""
         self._require_classes()
         return str(self._class_names.array[class_index])
 
@@ -184,12 +184,12 @@ class ImageNet(ImageDataset):
             raise ValueError("the TEST split of ImageNet has no classes; TRAIN and VAL have")
 
     def dump_extra(self) -> None:
-        """Makes the extra files of this split from the images and `<root>/labels.txt` (TEST needs neither).
+        """Write the extra files of this split from the images and `<root>/labels.txt` (TEST needs neither).
 
         Raises:
             RuntimeError: `labels.txt` cannot be read.
-            ValueError: a line of it, a class folder or the name of an image is not as it should be.
-            FileNotFoundError: the folder of the split is missing or has no class folders with images.
+            ValueError: A line of `labels.txt`, a class folder or the name of an image is invalid.
+            FileNotFoundError: The folder of the split is missing or has no class folders with images.
         """
         if self.split is ImageNetSplit.TEST:
             self._dump_test()
@@ -210,7 +210,7 @@ class ImageNet(ImageDataset):
         class_ids = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
         unlabeled = [class_id for class_id in class_ids if class_id not in name_of_class]
         if unlabeled:
-            raise ValueError(f"{self.root / 'labels.txt'} does not name these class folders of {folder}: {unlabeled}")
+            raise ValueError(f"{self.root / 'labels.txt'} lacks these class folders of {folder}: {unlabeled}")
         class_names = [name_of_class[class_id] for class_id in class_ids]
         actual_indices, class_indices = self._list_images(folder, class_ids)
 
@@ -224,7 +224,7 @@ class ImageNet(ImageDataset):
         self._entries.save(entries)
 
     def _list_images(self, folder: Path, class_ids: list[str]) -> tuple[list[int], list[int]]:
-        """Number in its name and class index of every image in the class folders."""
+        """List the number in the name and the class index of each image in the class folders."""
         actual_indices: list[int] = []
         class_indices: list[int] = []
         for class_index, class_id in enumerate(class_ids):
@@ -235,7 +235,7 @@ class ImageNet(ImageDataset):
             if percent != percent_before:
                 logger.info("listing %s: %d %%", folder, percent)
         if not actual_indices:
-            raise FileNotFoundError(f"no images in folders like {folder}/n01440764; they should be sorted by class")
+            raise FileNotFoundError(f"no images in folders like {folder}/n01440764; expected one folder per class")
         return actual_indices, class_indices
 
 
@@ -251,14 +251,14 @@ def _entry_dtype(longest_class_id: str, longest_class_name: str) -> np.dtype:
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """`labels.txt`, lines `wnid,name` -> name of each wnid."""
+    """Read `labels.txt`, lines `wnid,name`: wnid -> name."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
     except OSError as error:
         raise RuntimeError(f"cannot read the class names from {path}: {error}") from error
     except csv.Error as error:
-        raise ValueError(f"{path} is no table of classes and their names: {error}") from error
+        raise ValueError(f"{path} is not a table of classes and their names: {error}") from error
     for number, row in enumerate(rows, start=1):
         if len(row) not in (0, 2):  # 0: an empty line
             raise ValueError(f"{path}, row {number}: {row} should be a class and its name, like n01440764,tench")
@@ -266,19 +266,19 @@ def _read_labels(path: Path) -> dict[str, str]:
 
 
 def _read_real(path: Path, length: int, num_classes: int) -> list[list[int]]:
-    """The reassessed labels of the validation images, in the order of the numbers in their names.
+    """Read the reassessed labels of the validation images, in the order of the numbers in their names.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a JSON list of `length` lists of class indices.
+        FileNotFoundError: The file is missing.
+        ValueError: It is not a JSON list of `length` lists of class indices.
     """
     try:
         lists = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON file: {error}") from error
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(lists, list) or len(lists) != length:
         found = f"a list of {len(lists)}" if isinstance(lists, list) else f"a {type(lists).__name__}"
-        raise ValueError(f"{path} holds {found}, not a list of {length} lists of class indices, one for each image")
+        raise ValueError(f"{path} contains {found}, not a list of {length} lists of class indices, one per image")
     for number, labels in enumerate(lists, start=1):
         if not isinstance(labels, list) or not all(type(label) is int and 0 <= label < num_classes for label in labels):
             raise ValueError(

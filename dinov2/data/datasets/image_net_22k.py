@@ -1,4 +1,4 @@
-"""ImageNet-22k as one tarball per class, read in place through memory maps."""
+"""ImageNet-22k as one tarball per class, read through memory maps without unpacking."""
 
 import gzip
 import io
@@ -19,8 +19,8 @@ from dinov2.data.datasets.index_files import INTEGERS, TEXT, ExtraFile, check_cl
 
 logger = logging.getLogger(__name__)
 
-TAR_BLOCK = 512  # bytes; every member of a tarball has one such block of header, then its data in whole blocks
-END_OF_ARCHIVE = "** Block of NULs **"  # how tar lists it
+TAR_BLOCK = 512  # bytes; each member of a tarball is a header of one block, then data in whole blocks
+END_OF_ARCHIVE = "** Block of NULs **"  # in the listing of tar
 _FIELDS = {
     "class_index": INTEGERS,
     "class_id": TEXT,
@@ -28,24 +28,25 @@ _FIELDS = {
     "end_offset": INTEGERS,
     "filename": TEXT,
 }
-_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # members whose data lies in one piece
-_NUM_CHECKED = 100  # entries, when the tables are opened
-_AT_ONCE = 2**18  # entries that are compared at once; bounds the memory
-_MAX_EXPANSION = 100  # of a zipped image; photographs hardly shrink, and a megabyte of zeros is a kilobyte
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # members with contiguous data
+_NUM_CHECKED = 100  # entries checked when the tables are opened
+_AT_ONCE = 2**18  # entries compared at once; bounds the memory
+_MAX_EXPANSION = 100  # of a gzipped image; images hardly shrink, whereas zeros shrink a thousandfold
 UNDECODABLE = {"n06470073_47249.JPEG"}
 
 
 class ImageNet22k(ImageDataset):
     """ImageNet-22k (all of ImageNet, 21841 classes).
 
-    Expects one uncompressed tarball `<root>/<wnid>.tar` per class, and in `extra` the tables that `dump_extra` makes
-    once. `root` and `extra` may be one folder. Unpacked into folders, the same images are read by `ImageFolder`.
+    Expects one uncompressed tarball `<root>/<wnid>.tar` per class, and in `extra` the tables that `dump_extra`
+    writes once. `root` and `extra` may be the same folder. Unpacked into folders, the same images are read by
+    `ImageFolder`.
 
     Args:
-        root: folder of the tarballs.
-        extra: folder of the tables.
-        transforms, transform, target_transform: see `ImageDataset`.
-        mmap_cache_size: number of tarballs that stay mapped into memory.
+        root: Folder of the tarballs.
+        extra: Folder of the tables.
+        transforms, transform, target_transform: See `ImageDataset`.
+        mmap_cache_size: Number of tarballs that stay memory-mapped.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ImageNet22k(ImageDataset):
     ) -> None:
         super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
         if mmap_cache_size < 1:
-            raise ValueError(f"mmap_cache_size is {mmap_cache_size}, should be at least 1")
+            raise ValueError(f"mmap_cache_size is {mmap_cache_size}, must be at least 1")
         self.root = Path(root)
         creation = (
             "from dinov2.data.datasets import ImageNet22k; "
@@ -70,10 +71,10 @@ class ImageNet22k(ImageDataset):
         self._class_ids = ExtraFile(Path(extra, "class-ids.npy"), creation)
         self._is_checked = False
         self._mmap_cache_size = mmap_cache_size
-        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()  # by class, the least recently used one first
+        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()  # by class, least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": OrderedDict()}  # a spawned worker makes its own
+        return self.__dict__ | {"_maps": OrderedDict()}  # a spawned worker opens its own
 
     def __len__(self) -> int:
         if not self._is_checked:
@@ -93,7 +94,7 @@ class ImageNet22k(ImageDataset):
         return (str(self._tarball(str(class_id))) for class_id in self._entries.array["class_id"])
 
     def get_image_data(self, index: int) -> bytes:
-        """The image file of sample `index`, with the zeros that fill its last block in the tarball."""
+        """Returns the image file of sample `index`, with the zero padding of its last block in the tarball."""
         entry = self._entries.array[index]
         tarball = self._map(str(entry["class_id"]))
         start, end = int(entry["start_offset"]), int(entry["end_offset"])
@@ -106,16 +107,16 @@ class ImageNet22k(ImageDataset):
         return _unzipped(data, self.image_options.max_bytes) if data.startswith(b"\x1f\x8b") else data
 
     def _check_member(self, index: int, tarball: mmap.mmap, start: int, end: int) -> None:
-        """Raises a `ValueError` if a regular file of a tarball does not lie exactly there."""
-        room = end - start - TAR_BLOCK
+        """Raise a `ValueError` if there is no regular file at exactly these bytes of a tarball."""
+        size = end - start - TAR_BLOCK
         try:
             member = tarfile.TarInfo.frombuf(tarball[start : start + TAR_BLOCK], "utf-8", "surrogateescape")
-            fits = member.type in _REGULAR and room - TAR_BLOCK < member.size <= room and end <= len(tarball)
+            fits = member.type in _REGULAR and size - TAR_BLOCK < member.size <= size and end <= len(tarball)
         except (tarfile.TarError, ValueError, OverflowError):
             fits = False
         if not fits:
             raise self._entries.damaged(
-                f"entry {index} says that {self.describe(index)} lies at bytes {start} to {end}, where it does not"
+                f"entry {index} is wrong: {self.describe(index)} is not at bytes {start} to {end}"
             )
 
     def get_target(self, index: int) -> int:
@@ -128,15 +129,15 @@ class ImageNet22k(ImageDataset):
         return self._entries.array["class_index"].astype(np.int64)
 
     def get_class_id(self, index: int) -> str:
-        """WordNet id of the class of sample `index`."""
+        """Returns the WordNet id of the class of sample `index`."""
         return str(self._entries.array[index]["class_id"])
 
     def get_class_ids(self) -> np.ndarray:
-        """WordNet ids of the classes of all samples, (len(self),) unicode."""
+        """Returns the WordNet ids of the classes of all samples, (len(self),) unicode."""
         return np.array(self._entries.array["class_id"])
 
     def find_class_id(self, class_index: int) -> str:
-        """WordNet id of a class."""
+        """Returns the WordNet id of a class."""
         return str(self._class_ids.array[class_index])
 
     def _tarball(self, class_id: str) -> Path:
@@ -155,15 +156,14 @@ class ImageNet22k(ImageDataset):
         return self._maps[class_id]
 
     def dump_extra(self) -> None:
-        """Makes the extra files.
+        """Write the extra files.
 
-        The positions of the images come from `<root>/blocks/<wnid>.log`, the listing that `tar --list --block-number`
-        prints, or where there is none from the headers in the tarball itself. The rank of a tarball among the sorted
-        names is its class index.
+        The offsets of the images come from `<root>/blocks/<wnid>.log`, the output of `tar --list --block-number`, or
+        without it from the headers in the tarball. Class indices are those of the sorted tarballs.
 
         Raises:
-            FileNotFoundError: no tarballs.
-            ValueError: a listing or a tarball is cut off or not as it should be.
+            FileNotFoundError: There are no tarballs.
+            ValueError: A listing or a tarball is truncated or malformed.
         """
         check_folder(self.root)
         class_ids = sorted(path.stem for path in self.root.glob("*.tar") if path.is_file())
@@ -179,10 +179,10 @@ class ImageNet22k(ImageDataset):
         logger.info("wrote the extra files of %d classes to %s", len(class_ids), self._entries.path.parent)
 
     def _list_class(self, class_index: int, class_id: str) -> np.ndarray:
-        """Table of the images in one tarball."""
+        """The table of the images in one tarball."""
         log = self.root / "blocks" / f"{class_id}.log"
         members = _members_in_log(log) if log.exists() else _members_in_tarball(self._tarball(class_id))
-        # Folders and links, which a listing names too, have no data.
+        # Folders and links are listed too, but have no data.
         rows = [
             (class_index, class_id, *member)
             for member in members
@@ -199,17 +199,17 @@ class ImageNet22k(ImageDataset):
 
 
 def _unzipped(data: bytes, max_bytes: int) -> bytes:
-    """The content of a gzip file, which a few images are stored as; zeros may follow it.
+    """Decompress a gzip file, as which a few images are stored; zeros may follow it.
 
     Raises:
-        OSError, EOFError, zlib.error: It is damaged.
-        ValueError: It is larger than ``max_bytes``, or out of all proportion to the file.
+        OSError, EOFError, zlib.error: The file is damaged.
+        ValueError: The content exceeds ``max_bytes``, or its compression ratio is implausible.
     """
     limit = min(max_bytes, 2**20 + _MAX_EXPANSION * len(data))
     with gzip.open(io.BytesIO(data)) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise ValueError(f"{len(data):,} zipped bytes expand to more than {limit:,}")
+        raise ValueError(f"{len(data):,} gzipped bytes expand to more than {limit:,}")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The `.npy` tables that lie beside a dataset: written once, checked and mapped into memory when first used."""
+"""Index tables of a dataset in `.npy` files: written once, checked and memory-mapped on first use."""
 
 import shlex
 import warnings
@@ -16,13 +16,13 @@ INTEGERS, TEXT = "iu", "U"  # kinds of NumPy types, for the fields of a table
 class ExtraFile:
     """One array in an `.npy` file.
 
-    Opened read-only and memory-mapped on first use. A pickled copy (for a worker process that is spawned) opens its
-    own map instead of carrying the array, which for ImageNet is some 600 MB.
+    It is memory-mapped read-only on first use. A pickled copy (in a spawned worker process) maps the file itself
+    instead of carrying the array, which for ImageNet has about 600 MB.
 
     Args:
-        path: The file, which need not exist yet.
+        path: The file, which may not exist yet.
         creation: Python statements that create it, for messages.
-        fields: Name of each field of the table -> kinds of NumPy types it may have; None for a list of texts.
+        fields: Name of each field of the table -> allowed kinds of NumPy types; None for a list of texts.
     """
 
     def __init__(self, path: Path, creation: str, fields: Mapping[str, str] | None = None) -> None:
@@ -36,50 +36,52 @@ class ExtraFile:
 
     @property
     def array(self) -> np.ndarray:
-        """The content, one-dimensional.
+        """The one-dimensional content.
 
         Raises:
-            FileNotFoundError: The file is missing; says how to create it.
-            ValueError: It is damaged or something else; says how to create it anew.
+            FileNotFoundError: The file is missing; the message has the command that creates it.
+            ValueError: The file is damaged or of another kind; the message has the command that recreates it.
         """
         if self._array is None:
             try:
                 self._array = self._read()
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise FileNotFoundError(
-                    f"missing {self.path}; create the extra files, once, with:\n{self._command}"
+                    f"missing {self.path}; create the extra files once, with:\n{self._command}"
                 ) from error
             except OSError:
                 raise
-            except Exception as error:  # a damaged file raises nearly anything
+            except Exception as error:  # damaged files raise exceptions of any type
                 raise self.damaged(str(error)) from error
         return self._array
 
     def damaged(self, what: str) -> ValueError:
-        """An error that says what is wrong with the file, and how to create it anew."""
-        return ValueError(f"{self.path} is damaged or of something else: {what}; create it anew with:\n{self._command}")
+        """The error for a damaged file, with the command that recreates it."""
+        return ValueError(f"{self.path} is damaged or of another kind: {what}; recreate it with:\n{self._command}")
 
     def _read(self) -> np.ndarray:
         if self.path.exists() and not self.path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a regular file")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what NumPy remarks on strange headers
+            warnings.simplefilter("ignore")  # NumPy warns of unusual headers
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         if not isinstance(array, np.memmap):
-            raise ValueError("it is no .npy file")
+            raise ValueError("it is not an .npy file")
         if array.ndim != 1 or not len(array):
-            raise ValueError(f"its shape is {array.shape}, not that of a list")
+            raise ValueError(f"its shape is {array.shape}, not one-dimensional")
         if self._fields is None:
             if array.dtype.kind != TEXT:
                 raise ValueError(f"its type is {array.dtype}, not text")
         elif wrong := [name for name, kinds in self._fields.items() if not _has_field(array.dtype, name, kinds)]:
             raise ValueError(f"it has no field {', '.join(wrong)} of the right type, but {array.dtype}")
         if self.path.stat().st_size != array.offset + array.nbytes:
-            raise ValueError(f"it has {self.path.stat().st_size} bytes, its header says {array.offset + array.nbytes}")
+            raise ValueError(
+                f"it has {self.path.stat().st_size} bytes, its header declares {array.offset + array.nbytes}"
+            )
         return array
 
     def save(self, array: np.ndarray) -> None:
-        """Writes the file, and its folder if needed."""
+        """Write the file, and create its folder if needed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.path) as file:
             np.save(file, array)
@@ -91,15 +93,15 @@ def _has_field(dtype: np.dtype, name: str, kinds: str) -> bool:
 
 
 def check_classes(entries: ExtraFile, class_ids: ExtraFile, index: int | slice = slice(None)) -> None:
-    """Checks that the classes of entries are those of the list of classes.
+    """Check that the classes of entries match the list of classes.
 
     Args:
-        entries: A table with the fields `class_index` and `class_id`.
+        entries: Table with the fields `class_index` and `class_id`.
         class_ids: Id of each class.
-        index: Which entries.
+        index: Index or slice of the entries to check.
 
     Raises:
-        ValueError: Naming the file and the first entry that does not fit.
+        ValueError: An entry does not match; the message names the file and the first such entry.
     """
     first = index if isinstance(index, int) else index.start or 0
     rows = np.atleast_1d(entries.array[index])
@@ -110,6 +112,6 @@ def check_classes(entries: ExtraFile, class_ids: ExtraFile, index: int | slice =
         wrong = int(outside.argmax())
         row = rows[wrong]
         raise entries.damaged(
-            f"entry {first + wrong} is of class {row['class_index']}, {str(row['class_id'])!r}, which is not so in "
-            f"{class_ids.path} of {len(class_ids.array)} classes"
+            f"entry {first + wrong} is of class {row['class_index']}, {str(row['class_id'])!r}, which does not "
+            f"match {class_ids.path} of {len(class_ids.array)} classes"
         )

@@ -1,4 +1,4 @@
-"""The classification sets of torchvision, by name: `CIFAR10:split=TRAIN:root=/data`."""
+"""The classification datasets of torchvision by name, such as `CIFAR10:split=TRAIN:root=/data`."""
 
 import inspect
 import logging
@@ -20,32 +20,32 @@ from dinov2.data.images import EncodedImage, encode_png, read_image_file
 
 logger = logging.getLogger(__name__)
 
-OWN_TRAIN_SHARE = 0.8  # of each class of a set that is published undivided
+TRAIN_SHARE = 0.8  # of each class, for datasets without published splits
 
 
 class TorchvisionSet(ImageDataset):
-    """A classification set in the files that torchvision expects: it finds and checks them, and knows the labels.
+    """A classification dataset of torchvision, which locates and checks the files and gives the labels.
 
-    Images are read and decoded as those of any other dataset. Files are in the order of their paths; labels are
-    torchvision's. Nothing is downloaded unless asked for.
+    Images are read and decoded like those of other datasets. Files are in the order of their paths; labels are those of
+    torchvision. Nothing is downloaded by default.
 
-    Caltech101, Caltech256, EuroSAT, SEMEION and SUN397 are published undivided: without `split` this is the whole set.
-    Their TRAIN is 80 % of each class and TEST the rest, a division of our own that depends only on the names of the
-    files and the seed; results on it cannot be compared with published ones that divide otherwise.
+    Caltech101, Caltech256, EuroSAT, SEMEION and SUN397 have no published splits: without `split` the whole dataset is
+    read. For them TRAIN is 80 % of each class and TEST the rest, by a split of this package that depends on the names
+    of the files and the seed only; results are not comparable to published ones with other splits.
 
     Args:
-        name: one of `SOURCES`.
-        root: the folder that torchvision calls root; holds for instance `cifar-10-batches-py`.
-        split: one of `SOURCES[name].split_names`.
-        download: get what is missing; "true" or "false" may be text. Several processes may ask at once.
-        seed: of our division of a set that is published undivided, 0 when None.
-        transforms, transform, target_transform: see `ImageDataset`.
-        options: those in `SOURCES[name].options`, such as `partition` of DTD.
+        name: Name of the dataset, a key of `SOURCES`.
+        root: Folder that torchvision calls root; contains for instance `cifar-10-batches-py`.
+        split: One of `SOURCES[name].split_names`.
+        download: Whether to download missing files; may be the text "true" or "false". Safe with several processes.
+        seed: Seed of the split of datasets without published splits; None means 0.
+        transforms, transform, target_transform: See `ImageDataset`.
+        options: Options from `SOURCES[name].options`, such as `partition` of DTD.
 
     Raises:
-        FileNotFoundError: the files are not there, or not those that torchvision knows.
-        OSError: they cannot be downloaded.
-        ValueError: no such split; an option or a file is not as it should be; a package is missing that reads them.
+        FileNotFoundError: The files are missing, or not those that torchvision expects.
+        OSError: The files cannot be downloaded.
+        ValueError: The split or an option is invalid, a file is malformed, or a package for reading it is missing.
     """
 
     def __init__(
@@ -63,38 +63,38 @@ class TorchvisionSet(ImageDataset):
     ) -> None:
         super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
         if name not in SOURCES:
-            raise ValueError(f"no dataset {name!r}; known: {', '.join(SOURCES)}")
+            raise ValueError(f"unknown dataset {name!r}; known: {', '.join(SOURCES)}")
         source = SOURCES[name]
         if split not in source.split_names and (source.splits or split is not None):
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(source.split_names)}")
         if unknown := options.keys() - source.options.keys():
             raise ValueError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(source.options) or 'none'}")
         if seed is not None and (source.splits or split is None):
-            raise ValueError(f"seed={seed}: there is nothing to divide without a split, or with published ones")
+            raise ValueError(f"seed={seed} needs a split of a dataset without published splits")
         self.name, self.root, self.split = name, Path(root), split
         self._options = options
         arguments = source.splits.get(split or "", {}) | {
             key: _converted(key, value, source.options[key]) for key, value in options.items()
         }
-        self.classes, samples = self._find(source, arguments, _converted("download", download, bool))
-        self._keep(samples, None if source.splits or split is None else _converted("seed", seed or 0, int))
+        self.classes, samples = self._open(source, arguments, _converted("download", download, bool))
+        self._store(samples, None if source.splits or split is None else _converted("seed", seed or 0, int))
 
     def __len__(self) -> int:
         return len(self._images)
 
     def describe(self, index: int) -> str:
-        """The path of the image, or its number where there is no file for each."""
+        """The path of the image, or its index if images have no files of their own."""
         if isinstance(self._images, PathTable):
             return os.path.join(self.root, self._images[index])
         return f"{self.name} {self.split or ''} image {index}".replace("  ", " ")
 
     def open_image(self, index: int) -> EncodedImage:
-        if isinstance(self._images, np.ndarray):  # no detour over a file, several times slower
+        if isinstance(self._images, np.ndarray):  # several times faster than by an encoded file
             return EncodedImage(Image.fromarray(self._images[index]).convert("RGB"))
         return super().open_image(index)
 
     def get_image_data(self, index: int) -> bytes:
-        """The file of sample `index`; where there is none, the image as a PNG file."""
+        """Returns the file of sample `index`, or the image as a PNG file if it has none."""
         image = self._images[index]
         if isinstance(image, str):
             return read_image_file(os.path.join(self.root, image), self.image_options)
@@ -106,8 +106,8 @@ class TorchvisionSet(ImageDataset):
     def get_targets(self) -> np.ndarray | None:
         return self._targets
 
-    def _keep(self, samples: Pairs | Arrays, seed: int | None) -> None:
-        """Keeps the samples, files in the order of their paths; with a seed, our own division of them."""
+    def _store(self, samples: Pairs | Arrays, seed: int | None) -> None:
+        """Store the samples, files in the order of their paths; with a seed, only those of the split."""
         if isinstance(samples, Arrays):
             pixels, targets = samples
             names = [str(index) for index in range(len(pixels))]
@@ -117,55 +117,55 @@ class TorchvisionSet(ImageDataset):
             names = [path.removeprefix(f"{self.root}{os.sep}") for path, _ in pairs]
         labels = np.array([-1 if target is None else target for target in targets], np.int64)
         if seed is not None:
-            chosen = own_division(names, labels, self.split, seed)
+            chosen = split_samples(names, labels, self.split, seed)
             names, labels = [names[index] for index in chosen], labels[chosen]
             pixels = pixels[chosen] if isinstance(pixels, np.ndarray) else None
-        # Not a list: of that, every worker process would get a copy.
+        # Not a list, of which each worker process would get a copy.
         self._images = PathTable.of(names) if pixels is None else pixels
         self._targets = None if (labels < 0).any() else labels
 
-    def _find(self, source: Source, arguments: dict[str, Any], download: bool) -> tuple[list[str], Pairs | Arrays]:
-        """Names of the classes, and the samples; downloaded if need be and if that is wanted."""
-        # OSError or RuntimeError: what torchvision raises when files are missing or not the right ones.
+    def _open(self, source: Source, arguments: dict[str, Any], download: bool) -> tuple[list[str], Pairs | Arrays]:
+        """Read class names and samples; download them if missing and `download`."""
+        # torchvision raises OSError or RuntimeError for missing or wrong files.
         if not download:
             try:
-                return self._look(source, arguments)
+                return self._read_existing(source, arguments)
             except (OSError, RuntimeError) as error:
                 reason = str(error).partition(" You can")[0].rstrip(".")  # "You can use download=True"
                 raise FileNotFoundError(f"no {self.name} in {self.root}: {reason}; {self._advice(source)}") from error
         try:
             with _one_process_at_a_time(self.root):
                 try:
-                    return self._look(source, arguments)
+                    return self._read_existing(source, arguments)
                 except (OSError, RuntimeError):
                     logger.info("downloading %s to %s", self.name, self.root)
-                    return self._ask(source, arguments | {"download": True})
+                    return self._read(source, arguments | {"download": True})
         except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())  # may have several lines
+            reason = " ".join(str(error).split())  # can have several lines
             raise OSError(f"cannot download {self.name} to {self.root}: {reason}") from error
 
-    def _look(self, source: Source, arguments: dict[str, Any]) -> tuple[list[str], Pairs | Arrays]:
-        """`_ask` if there is something to ask about: some classes of torchvision make the folders that they miss."""
+    def _read_existing(self, source: Source, arguments: dict[str, Any]) -> tuple[list[str], Pairs | Arrays]:
+        """Read the samples if their folders exist; some classes of torchvision would create them."""
         if self.root.exists():
             check_folder(self.root)
-        for place in (self.root, self.root / source.place):
-            if not place.exists():
-                raise FileNotFoundError(f"there is no {place}")
-        return self._ask(source, arguments)
+        for path in (self.root, self.root / source.content):
+            if not path.exists():
+                raise FileNotFoundError(f"{path} does not exist")
+        return self._read(source, arguments)
 
-    def _ask(self, source: Source, arguments: dict[str, Any]) -> tuple[list[str], Pairs | Arrays]:
-        """What torchvision makes of the files.
+    def _read(self, source: Source, arguments: dict[str, Any]) -> tuple[list[str], Pairs | Arrays]:
+        """Read class names and samples by torchvision.
 
         Raises:
-            OSError, RuntimeError: they are missing or not the right ones.
-            ValueError: anything else.
+            OSError, RuntimeError: Files are missing or wrong.
+            ValueError: Reading fails for any other reason.
         """
         defaults: dict[str, Any] = {"download": False} if source.can_download else {}
-        if "loader" in inspect.signature(source.theirs).parameters:
+        if "loader" in inspect.signature(source.dataset_class).parameters:
             defaults["loader"] = os.fspath
         try:
-            theirs = source.theirs(str(self.root), **(defaults | arguments))
-            samples = source.read(theirs)
+            dataset = source.dataset_class(str(self.root), **(defaults | arguments))
+            samples = source.read(dataset)
         except ImportError as error:
             package = str(error.name).partition(".")[0]
             raise ValueError(f"{self.name} needs the package {package}: pip install {package}") from error
@@ -179,10 +179,10 @@ class TorchvisionSet(ImageDataset):
             folder = Path(samples[0][0]).parent if samples else self.root
             if not (samples and folder.is_dir()):
                 raise FileNotFoundError(f"no images in {folder}")
-        return _class_names(theirs), samples
+        return _class_names(dataset), samples
 
     def _advice(self, source: Source) -> str:
-        """What to do when files are missing."""
+        """A remedy for missing files."""
         if not source.can_download:
             return "torchvision cannot download it"
         given = {"split": self.split, "root": self.root, **self._options, "download": "true"}
@@ -190,11 +190,11 @@ class TorchvisionSet(ImageDataset):
         return f"to download it: {self.name}{keys}"
 
 
-def own_division(names: Sequence[str], labels: np.ndarray, split: str | None, seed: int) -> list[int]:
-    """The samples of a split of a set that is published undivided, in ascending order.
+def split_samples(names: Sequence[str], labels: np.ndarray, split: str | None, seed: int) -> list[int]:
+    """Indices of the samples in a split of a dataset without published splits, in ascending order.
 
-    In each class the samples are put in the order of a hash of seed and name; the first `OWN_TRAIN_SHARE`, at least
-    one, are TRAIN, the others TEST. This is the same everywhere and in future.
+    The samples of each class are sorted by a hash of seed and name; the first `TRAIN_SHARE` of them, at least one, are
+    TRAIN, the others TEST. The split is the same on all machines.
     """
     order = sorted(range(len(names)), key=lambda index: sha256(os.fsencode(f"{seed} {names[index]}")).digest())
     by_class: dict[int, list[int]] = {}
@@ -202,39 +202,39 @@ def own_division(names: Sequence[str], labels: np.ndarray, split: str | None, se
         by_class.setdefault(labels[index], []).append(index)
     chosen: list[int] = []
     for members in by_class.values():
-        num_train = max(1, int(OWN_TRAIN_SHARE * len(members)))
+        num_train = max(1, int(TRAIN_SHARE * len(members)))
         chosen += members[:num_train] if split == "TRAIN" else members[num_train:]
     return sorted(chosen)
 
 
-def _class_names(theirs: Any) -> list[str]:
-    """Names of the classes in the order of their indices; none if torchvision has none."""
+def _class_names(dataset: Any) -> list[str]:
+    """Class names in the order of their indices; empty if torchvision has none."""
     for attribute in ("classes", "categories", "all_categories"):
-        if names := getattr(theirs, attribute, None):
-            return [name if isinstance(name, str) else name[0] for name in names]  # the first of several synonyms
+        if names := getattr(dataset, attribute, None):
+            return [name if isinstance(name, str) else name[0] for name in names]  # the first of the synonyms
     return []
 
 
 def _converted(key: str, value: Any, to: type) -> Any:
-    """The value of a key of a dataset string, which is text.
+    """Convert the text of a key of a dataset string to a type.
 
     Raises:
-        ValueError: it is none of that type.
+        ValueError: The text cannot be converted.
     """
     try:
         return {"true": True, "false": False}[str(value).lower()] if to is bool else to(value)
     except (KeyError, ValueError):
-        kind = "true or false" if to is bool else "a whole number"
+        kind = "true or false" if to is bool else "an integer"
         raise ValueError(f"{key} must be {kind}, got {value!r}") from None
 
 
 @contextmanager
 def _one_process_at_a_time(root: Path) -> Iterator[None]:
-    """The processes of a distributed run all ask for a download; the first one does it, the others find it done."""
+    """Lock a folder during a download: one process of a distributed run downloads, the others wait for it."""
     import fcntl
 
     root.mkdir(parents=True, exist_ok=True)
-    if not os.access(root, os.W_OK):  # nobody can download to it, but the files may be there
+    if not os.access(root, os.W_OK):  # downloads are impossible, but the files may exist
         yield
         return
     with (root / ".download.lock").open("w") as file:

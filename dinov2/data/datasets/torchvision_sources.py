@@ -1,4 +1,4 @@
-"""Which classification sets torchvision reads, what their splits are called, how to take the samples out of them."""
+"""The classification datasets of torchvision: their splits, and functions that read their samples."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from torchvision import datasets
 
-# --- Readers: from an object of torchvision to where its images are, none of which is opened, and their classes ---
+# --- Readers: torchvision dataset -> paths or arrays of its images, and their classes; no image is decoded ---------
 
 
 class HDF5Images:
-    """The images `x` of an HDF5 file, opened for each: an open file survives neither a fork nor pickling."""
+    """The images `x` of an HDF5 file, which is opened for each image: open files survive neither fork nor pickling."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class HDF5Images:
 
 
 class Arrays(NamedTuple):
-    """Images that do not lie in files of their own."""
+    """Images without files of their own."""
 
     images: np.ndarray | HDF5Images  # (N, H, W) or (N, H, W, 3) uint8
     targets: np.ndarray | Sequence[int | None]
@@ -40,45 +40,45 @@ class Arrays(NamedTuple):
 Pairs = list[tuple[Any, int | None]]  # (path of the image, class)
 
 
-def read_pairs(theirs: Any) -> Pairs:
-    """Of a dataset whose class takes a loader: with one that returns the path, that is what its items are."""
-    return [theirs[index] for index in range(len(theirs))]
+def read_pairs(dataset: Any) -> Pairs:
+    """Read a dataset that was given a loader which returns the path: its items are pairs (path, class)."""
+    return [dataset[index] for index in range(len(dataset))]
 
 
-def read_arrays(theirs: Any) -> Arrays:
-    """Of a dataset that torchvision holds in memory."""
-    images = np.asarray(theirs.data)
-    targets = np.asarray(theirs.targets if hasattr(theirs, "targets") else theirs.labels)
+def read_arrays(dataset: Any) -> Arrays:
+    """Read a dataset that torchvision keeps in memory."""
+    images = np.asarray(dataset.data)
+    targets = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels)
     if images.ndim == 4 and images.shape[1] == 3:  # SVHN and STL10: channels before rows and columns
         images = images.transpose(0, 2, 3, 1)
-    if targets.ndim == 2:  # QMNIST: the class, then the writer and the like
+    if targets.ndim == 2:  # QMNIST: the class, followed by metadata
         targets = targets[:, 0]
     return Arrays(images, targets)
 
 
-def _read_pets(theirs: Any) -> Pairs:
-    return list(zip(theirs._images, theirs._labels, strict=True))
+def _read_pets(dataset: Any) -> Pairs:
+    return list(zip(dataset._images, dataset._labels, strict=True))
 
 
-def _read_gtsrb(theirs: Any) -> Pairs:
-    return theirs._samples
+def _read_gtsrb(dataset: Any) -> Pairs:
+    return dataset._samples
 
 
-def _read_caltech(theirs: Any, pattern: str) -> Pairs:
-    names = [pattern.format(name=name, order=order) for order, name in enumerate(theirs.categories, start=1)]
-    places = zip(theirs.y, theirs.index, strict=True)
-    return [(Path(theirs.root, f"{names[target]}{number:04d}.jpg"), target) for target, number in places]
+def _read_caltech(dataset: Any, pattern: str) -> Pairs:
+    names = [pattern.format(name=name, order=order) for order, name in enumerate(dataset.categories, start=1)]
+    numbered = zip(dataset.y, dataset.index, strict=True)
+    return [(Path(dataset.root, f"{names[target]}{number:04d}.jpg"), target) for target, number in numbered]
 
 
-def _read_fer2013(theirs: Any) -> Arrays:
+def _read_fer2013(dataset: Any) -> Arrays:
     return Arrays(
-        np.stack([pixels.numpy() for pixels, _ in theirs._samples]), [target for _, target in theirs._samples]
+        np.stack([pixels.numpy() for pixels, _ in dataset._samples]), [target for _, target in dataset._samples]
     )
 
 
-def _read_pcam(theirs: Any) -> Arrays:
-    files = {kind: theirs._base_folder / name for kind, (name, *_) in theirs._FILES[theirs._split].items()}
-    with theirs.h5py.File(files["targets"]) as file:
+def _read_pcam(dataset: Any) -> Arrays:
+    files = {kind: dataset._base_folder / name for kind, (name, *_) in dataset._FILES[dataset._split].items()}
+    with dataset.h5py.File(files["targets"]) as file:
         return Arrays(HDF5Images(files["images"]), file["y"][:].reshape(-1))
 
 
@@ -86,15 +86,15 @@ def _read_pcam(theirs: Any) -> Arrays:
 
 
 class Source(NamedTuple):
-    """Where the samples of a dataset come from."""
+    """A dataset of torchvision."""
 
-    theirs: Callable[..., Any]  # the class of torchvision
-    # Split in a dataset string -> what the class is told. Where the published set has no validation split there is no
-    # VAL, so that nobody selects on its test set unknowingly. Empty: the published set is not divided.
+    dataset_class: Callable[..., Any]
+    # Split in a dataset string -> arguments of the class. There is no VAL if no validation split is published, so that
+    # models are not selected on the test split by accident. Empty: there are no published splits.
     splits: dict[str, dict[str, Any]]
-    place: str = ""  # what is below the root when the dataset is there, if that is the same for all splits
+    content: str = ""  # path below the root that exists if the dataset does, the same for all splits
     read: Callable[[Any], Pairs | Arrays] = read_pairs
-    options: dict[str, type] = {}  # further keys of a dataset string that torchvision is told, and their types
+    options: dict[str, type] = {}  # further keys of a dataset string that are passed to torchvision, and their types
     can_download: bool = True
 
     @property
@@ -103,12 +103,12 @@ class Source(NamedTuple):
 
     @property
     def required(self) -> tuple[str, ...]:
-        """Keys that a dataset string must have."""
+        """Required keys of a dataset string."""
         return ("split", "root") if self.splits else ("root",)
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Keys that it may have."""
+        """Optional keys of a dataset string."""
         division = () if self.splits else ("split", "seed")
         return (*division, *self.options, *(("download",) if self.can_download else ()))
 
@@ -117,9 +117,9 @@ _FLAG: dict[str, dict[str, Any]] = {"TRAIN": {"train": True}, "TEST": {"train": 
 _TRAIN_TEST: dict[str, dict[str, Any]] = {"TRAIN": {"split": "train"}, "TEST": {"split": "test"}}
 _TRAIN_VAL_TEST: dict[str, dict[str, Any]] = {name.upper(): {"split": name} for name in ("train", "val", "test")}
 
-# Not here: ImageNet and Fashion-MNIST, which have classes of their own; sets whose images have several classes or
-# none (CelebA, captions, segmentation, videos); those that test on other classes than they train on (Omniglot, LFW);
-# LSUN, whose files are data bases.
+# Excluded: ImageNet and Fashion-MNIST, which have their own modules; datasets whose images have several classes or none
+# (CelebA, captions, segmentation, videos); those with other classes for testing than for training (Omniglot, LFW);
+# LSUN, which is stored in databases.
 SOURCES: dict[str, Source] = {
     "CIFAR10": Source(datasets.CIFAR10, _FLAG, "cifar-10-batches-py", read_arrays),
     "CIFAR100": Source(datasets.CIFAR100, _FLAG, "cifar-100-python", read_arrays),
@@ -127,7 +127,7 @@ SOURCES: dict[str, Source] = {
     "Caltech101": Source(
         datasets.Caltech101,
         {},
-        "caltech101/101_ObjectCategories/BACKGROUND_Google",  # which it looks for only to leave it out
+        "caltech101/101_ObjectCategories/BACKGROUND_Google",  # which torchvision requires, but does not read
         partial(_read_caltech, pattern="101_ObjectCategories/{name}/image_"),
     ),
     "Caltech256": Source(
@@ -155,7 +155,7 @@ SOURCES: dict[str, Source] = {
     "Flowers102": Source(datasets.Flowers102, _TRAIN_VAL_TEST, "flowers-102"),
     "Food101": Source(datasets.Food101, _TRAIN_TEST, "food-101"),
     "GTSRB": Source(datasets.GTSRB, _TRAIN_TEST, "gtsrb", _read_gtsrb),
-    "INaturalist": Source(  # that of 2021; torchvision reads those of earlier years undivided
+    "INaturalist": Source(  # of 2021; torchvision has no splits of earlier years
         datasets.INaturalist,
         {
             "TRAIN": {"version": "2021_train"},
@@ -170,7 +170,7 @@ SOURCES: dict[str, Source] = {
     "MNIST": Source(datasets.MNIST, _FLAG, "MNIST", read_arrays),
     "OxfordIIITPet": Source(
         datasets.OxfordIIITPet,
-        {"TRAIN": {"split": "trainval"}, "TEST": {"split": "test"}},  # trainval is published in one piece
+        {"TRAIN": {"split": "trainval"}, "TEST": {"split": "test"}},  # trainval is published as one split
         "oxford-iiit-pet",
         _read_pets,
     ),

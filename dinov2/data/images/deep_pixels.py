@@ -1,4 +1,4 @@
-"""Pixels of more than 8 bits, or of bands that Pillow does not know: from a file to values, from values to RGB."""
+"""Pixels of more than 8 bits, or with bands that Pillow does not support: read from files and mapped to RGB."""
 
 import math
 from typing import NamedTuple
@@ -11,74 +11,74 @@ from dinov2.data.images.limits import check_pixels
 from dinov2.data.images.tiff import TiffHeader, read_stored
 from dinov2.data.images.value_range import ValueRange, measure_range, to_8_bit
 
-_MAX_BYTES_PER_PIXEL = 8  # of all samples, decoded; with the limit on pixels it bounds the memory
+_MAX_BYTES_PER_PIXEL = 8  # decoded, of all samples; bounds the memory together with the limit on pixels
 
 
 class Samples(NamedTuple):
-    """Pixels as they are stored; H and W may still lie sideways."""
+    """Pixels as stored; they may still need rotation."""
 
     values: np.ndarray  # (H, W, 1) or (H, W, 3), any real type; NaN where there is no data
     alpha: np.ndarray | None  # (H, W), integers of the full range of their type or fractions from 0 to 1
-    is_turned: bool = False  # whether the orientation in the file has been applied
+    is_upright: bool = False  # whether the orientation in the file has been applied
 
     @property
     def opaque(self) -> float:
-        """The alpha of an opaque pixel."""
+        """Alpha of an opaque pixel."""
         if self.alpha is None or self.alpha.dtype.kind == "f":
             return 1.0
         return float(np.iinfo(self.alpha.dtype).max)
 
     @property
     def is_transparent(self) -> bool:
-        """Whether a pixel is not opaque."""
+        """Whether any pixel is not opaque."""
         return self.alpha is not None and float(self.alpha.min()) < self.opaque
 
 
 def check_usable(tiff: TiffHeader) -> None:
-    """Refuses samples that are no gray, nor red, green and blue.
+    """Reject samples that are neither grayscale nor RGB.
 
     Raises:
-        ValueError: Saying what the file is.
+        ValueError: The samples are something else; the message describes the file.
     """
     if tiff.kind == "c" or tiff.photometric not in (0, 1, 2):
         raise ValueError(f"{tiff}, color model {tiff.photometric}, which cannot be used; convert it to gray or RGB")
 
 
 def read_samples(data: bytes, tiff: TiffHeader | None, max_pixels: int) -> Samples:
-    """Reads the first band of an image file, or the first three, and its alpha.
+    """Read the first band of an image file, or the first three, and its alpha.
 
     Args:
         data: Content of the file.
-        tiff: Its header, if it is TIFF; else it is PNG of 16 bits, or of one band.
-        max_pixels: Limit on the pixels of an image, see `ImageOptions`.
+        tiff: Header of a TIFF file; None for other files, which have 16 bits (PNG, PPM) or one band.
+        max_pixels: Maximum number of pixels of an image, see `ImageOptions`.
 
     Raises:
-        Exception: Nearly any, for a damaged file; of a TIFF file that cannot be used the error says what it is.
+        Exception: Of any type, for a damaged file; the message describes a TIFF file that cannot be used.
     """
-    is_turned = False
+    is_upright = False
     if tiff is None:
         stored = _read_by_pillow(data, None)
-        assert stored is not None, "this layout is always read"
+        assert stored is not None, "Pillow reads all layouts of other formats"
         num_bands = stored.shape[2] - (stored.shape[2] in (2, 4))
         alpha = num_bands if num_bands < stored.shape[2] else None
     else:
-        stored, is_turned = _read_tiff(data, tiff, max_pixels)
+        stored, is_upright = _read_tiff(data, tiff, max_pixels)
         num_bands, alpha = tiff.num_bands, tiff.alpha
     bands = np.delete(stored, alpha, axis=2) if alpha is not None and alpha < min(num_bands, 3) else stored
     values = bands[..., : 3 if num_bands >= 3 else 1]
-    return Samples(values, None if alpha is None else stored[..., alpha], is_turned)
+    return Samples(values, None if alpha is None else stored[..., alpha], is_upright)
 
 
 def map_to_rgb(samples: Samples, tiff: TiffHeader | None, value_range: ValueRange | None) -> Image.Image:
-    """Maps samples to 8 bits.
+    """Map samples to 8 bits.
 
     Args:
-        samples: Pixels as they are stored.
-        tiff: Header of the file, if it is TIFF.
-        value_range: Becomes 0 to 255; None: as these values alone suggest, see `RangeMeasurement`.
+        samples: Pixels as stored.
+        tiff: Header of the file if it is TIFF, else None.
+        value_range: Range that is mapped to 0..255; None: measured on these values alone, see `RangeMeasurement`.
 
     Returns:
-        An image in mode RGB, or RGBA where there is alpha.
+        An image in mode RGB, or RGBA if there is alpha.
     """
     if tiff is not None and not tiff.is_deep:
         value_range = (0.0, float(2**tiff.bits - 1))
@@ -92,10 +92,10 @@ def map_to_rgb(samples: Samples, tiff: TiffHeader | None, value_range: ValueRang
 
 
 def _read_tiff(data: bytes, tiff: TiffHeader, max_pixels: int) -> tuple[np.ndarray, bool]:
-    """All samples of a TIFF file, (H, W, S), and whether they have been turned upright."""
+    """Read all samples of a TIFF file, (H, W, S), and whether their orientation has been applied."""
     if tiff.samples * tiff.bits > 8 * max(_MAX_BYTES_PER_PIXEL, len(data) // max(math.prod(tiff.size), 1)):
         check_pixels((tiff.size[0] * tiff.samples, tiff.size[1]), max_pixels)
-    is_turned = False
+    is_upright = False
     try:
         stored = read_stored(data, tiff)
     except Exception as error:
@@ -105,16 +105,16 @@ def _read_tiff(data: bytes, tiff: TiffHeader, max_pixels: int) -> tuple[np.ndarr
                 f"{tiff}, which cannot be read ({error}); convert it to Deflate or no compression, for instance "
                 "with gdal_translate -co COMPRESS=DEFLATE"
             ) from error
-        stored, is_turned = found, True
+        stored, is_upright = found, True
     if tiff.nodata is not None and (tiff.kind != "u" or tiff.nodata > 0):
         empty = stored == tiff.nodata
         if empty.any():
             stored = np.where(empty, np.nan, stored)
-    return stored, is_turned
+    return stored, is_upright
 
 
 def _read_by_pillow(data: bytes, tiff: TiffHeader | None) -> np.ndarray | None:
-    """All samples, (H, W, S), of an image of which Pillow knows them; those of TIFF files are upright."""
+    """Read all samples by Pillow, (H, W, S), None if it does not support them; those of TIFF files are upright."""
     try:
         image = open_header(data)
     except Exception:

@@ -1,4 +1,4 @@
-"""Which image formats are read, decided by content, and what is refused before anything is decoded."""
+"""The supported image formats, which are detected by content."""
 
 import importlib
 import io
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-# Format -> the module of Pillow that reads it. None of them starts a program, as those of EPS and the like do.
+# Format -> the module of Pillow that reads it. None of them starts another program, unlike that of EPS.
 FORMATS = {
     "JPEG": "Jpeg",
     "PNG": "Png",
@@ -25,7 +25,7 @@ FORMATS = {
     "AVIF": "Avif",
 }
 
-# How files begin that are often among images but are none that is read -> what they are.
+# First bytes of other files that are often found among images -> their kind.
 _OTHERS = {
     b"%!PS": "PostScript",
     b"\xc5\xd0\xd3\xc6": "PostScript",
@@ -45,27 +45,27 @@ _OTHERS = {
 
 
 class UnknownFormatError(ValueError):
-    """A file of a format that is not read; the message says what it is."""
+    """A file of an unsupported format; the message names its kind."""
 
 
 @cache
 def _openers() -> list[tuple[Callable[[bytes], bool | str], Callable[..., Any]]]:
-    """Of each format that this Pillow reads: a test of how the file begins, and the class that reads it."""
+    """For each format that this Pillow supports: a test of the first bytes, and the class that reads the file."""
     for name in FORMATS.values():
-        with suppress(ImportError):  # AVIF came with Pillow 11.3
+        with suppress(ImportError):  # AVIF needs Pillow 11.3
             importlib.import_module(f"PIL.{name}ImagePlugin")
     found = [Image.OPEN[name] for name in FORMATS if name in Image.OPEN]
     return [(accept, factory) for factory, accept in found if accept is not None]
 
 
 def open_header(data: bytes) -> Image.Image:
-    """Opens an image file of a format in `FORMATS` by its content, without decoding its pixels.
+    """Open an image file of a format in `FORMATS`, detected by its content, without decoding its pixels.
 
-    Pillow's own `Image.open` is not used because of its limit on pixels, which cannot be set for one image.
+    `Image.open` of Pillow is not used because its limit on pixels cannot be set per image.
 
     Raises:
-        UnknownFormatError: It has another format.
-        Exception: Nearly any, for a damaged file.
+        UnknownFormatError: The file has another format.
+        Exception: Of any type, for a damaged file.
     """
     prefix = data[:16]
     for accept, factory in _openers():
@@ -75,14 +75,14 @@ def open_header(data: bytes) -> Image.Image:
         if accepted:
             return factory(io.BytesIO(data), "")
     known = ", ".join(name for name in FORMATS if name in Image.OPEN)
-    raise UnknownFormatError(f"in no image format that is read ({known}); {_what_it_is(data)}")
+    raise UnknownFormatError(f"in no supported image format ({known}); {_describe(data)}")
 
 
-def _what_it_is(data: bytes) -> str:
+def _describe(data: bytes) -> str:
     if not data:
         return "the file is empty"
     if not data.strip(b"\0"):
-        return "it holds only zeros"
+        return "it has only zero bytes"
     if data[128:132] == b"DICM":
         return "it is DICOM: convert it to PNG or TIFF of 16 bits"
     if data[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1"):
@@ -98,14 +98,14 @@ def _what_it_is(data: bytes) -> str:
 
 
 def is_cut_to_8_bits(image: Image.Image) -> bool:
-    """Whether Pillow keeps only the upper 8 of 16 bits of an image whose header is open."""
+    """Whether Pillow keeps only the upper 8 of 16 bits of an opened image."""
     if image.format == "PPM":
-        return _largest_of_ppm(image) > 255 and not is_deep(image)
+        return _ppm_maximum(image) > 255 and not is_deep(image)
     return image.format in ("PNG", "TIFF") and ";16" in _raw_mode(image) and not is_deep(image)
 
 
 def bits_of_jpeg2000(data: bytes) -> int:
-    """Bits of the first sample, as the header of a JPEG 2000 file says; 8 for other files."""
+    """Bits of the first sample, from the header of a JPEG 2000 file; 8 for other files."""
     if data[:4] != b"\xff\x4f\xff\x51" and data[4:8] != b"jP  ":
         return 8
     start = data.find(b"\xff\x4f\xff\x51")
@@ -113,24 +113,24 @@ def bits_of_jpeg2000(data: bytes) -> int:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether Pillow reads the image, of one band, in more than 8 bits."""
+    """Whether Pillow reads the image, which then has one band, in more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def read_16_bits(image: Image.Image, again: Image.Image) -> np.ndarray | None:
-    """All 16 bits of an image of several samples per pixel, of which Pillow keeps 8: it decodes each half in turn.
+    """Read all 16 bits of an image with several samples per pixel, of which Pillow keeps 8: decodes each half in turn.
 
     Args:
-        image: Opened, not loaded.
-        again: The same.
+        image: Image, opened but not loaded.
+        again: The same image, opened a second time.
 
     Returns:
-        The samples, (H, W, S) uint16; None for a layout in which that is not possible.
+        Samples (H, W, S) uint16; None for a layout that is not supported.
     """
     if image.format == "PPM":
         return _read_ppm(image)
     mode, _, order = _raw_mode(image).partition(";16")
-    if mode == "LA":  # two samples of 16 bits are taken for four of 8
+    if mode == "LA":  # read two samples of 16 bits as four of 8
         _set_raw_mode(image, "RGBA")
         halves = np.asarray(image).astype(np.uint16)
         return halves[..., 0::2] << 8 | halves[..., 1::2]
@@ -142,16 +142,16 @@ def read_16_bits(image: Image.Image, again: Image.Image) -> np.ndarray | None:
     return np.asarray(image).astype(np.uint16) << 8 | np.asarray(again)
 
 
-def _largest_of_ppm(image: Any) -> int:
-    """The number that the header of a PNM file gives to white; 1 where there is none."""
+def _ppm_maximum(image: Any) -> int:
+    """Maximum value in the header of a PNM file; 1 if there is none."""
     arguments = image.tile[0][3]
     return int(arguments[-1]) if isinstance(arguments, tuple) else 1
 
 
 def _read_ppm(image: Any) -> np.ndarray:
-    """Red, green and blue of a PPM file, (H, W, 3) uint16, of which 65535 is white, as Pillow gives gray ones."""
+    """Read a PPM file, (H, W, 3) uint16, scaled so that white is 65535 as in grayscale images of Pillow."""
     decoder, _, offset, _ = image.tile[0]
-    shape, white = (image.height, image.width, 3), _largest_of_ppm(image)
+    shape, white = (image.height, image.width, 3), _ppm_maximum(image)
     file = image.fp
     file.seek(offset)
     if decoder == "ppm_plain":
@@ -160,12 +160,12 @@ def _read_ppm(image: Any) -> np.ndarray:
     else:
         values = np.frombuffer(file.read(2 * math.prod(shape)), ">u2")
     if values.size < math.prod(shape):
-        raise ValueError(f"its pixels are cut off: {values.size:,} of {math.prod(shape):,} samples")
+        raise ValueError(f"its pixels are truncated: {values.size:,} of {math.prod(shape):,} samples")
     return np.minimum(np.rint(values * (65535 / white)), 65535).astype(np.uint16).reshape(shape)
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How samples are stored, in the words of Pillow's decoders."""
+    """The raw mode of Pillow's decoder: the layout of stored samples."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0][3] if tiles else ""
     return str(arguments[0]) if isinstance(arguments, tuple) and arguments else str(arguments)

@@ -1,24 +1,24 @@
-"""Image files that would take minutes or all memory, recognized in their first bytes before a library reads them.
+"""Limits that reject image files which would take minutes or all memory, before a library decodes them.
 
-Libraries go through the parts of a header one by one, some of them in Python, and through all scans of a JPEG: a few
-megabytes, made for it or by a broken program, then hold up a run. The limits are far above what real files have.
+Libraries read the parts of a header one by one, some of them in Python, and all scans of a JPEG. A few megabytes,
+malicious or from a broken program, can thus block a run. The limits are far above those of real files.
 """
 
 import struct
 from collections.abc import Callable, Iterator
 
-_MAX_PARTS = 10_000  # of the header of a JPEG or GIF file
-_MAX_CHUNKS = 200_000  # of a PNG file; pixels come in chunks of 8 KiB and more
-_MAX_SCANS = 100  # of a JPEG file; progressive ones have about ten
-_MAX_SCANNED_PIXELS = 4 * 10**9  # of all scans together; each goes over the whole image
-_MAX_SLOW_BYTES = 2**25  # of formats that Pillow decodes in Python, half a second a megabyte
+_MAX_PARTS = 10_000  # parts of the header of a JPEG or GIF file
+_MAX_CHUNKS = 200_000  # chunks of a PNG file; those of pixels have 8 KiB or more
+_MAX_SCANS = 100  # scans of a JPEG file; progressive files have about ten
+_MAX_SCANNED_PIXELS = 4 * 10**9  # pixels of all scans together, each of which covers the whole image
+_MAX_SLOW_BYTES = 2**25  # bytes in formats that Pillow decodes in Python, at about half a second per megabyte
 
 
 def check_header(data: bytes) -> None:
-    """Refuses a file whose header has absurdly many parts.
+    """Reject a file whose header has too many parts.
 
     Raises:
-        ValueError: Saying what there is too much of.
+        ValueError: A limit is exceeded; the message names it.
     """
     for begin, check in _CHECKS.items():
         if data.startswith(begin):
@@ -26,28 +26,28 @@ def check_header(data: bytes) -> None:
 
 
 def check_pixels(size: tuple[int, int], limit: int) -> None:
-    """Refuses an image of more pixels than ``limit``.
+    """Reject an image of more pixels than ``limit``.
 
     Raises:
-        ValueError: Naming both, and the key.
+        ValueError: The limit is exceeded; the message names the size, the limit and its key.
     """
     if (pixels := size[0] * size[1]) > limit:
         raise ValueError(f"{pixels:,} pixels ({size[0]} x {size[1]}), limit {limit:,} (images.max_pixels)")
 
 
 def check_jpeg_scans(data: bytes, size: tuple[int, int]) -> None:
-    """Refuses a JPEG file of so many scans that decoding it would take minutes.
+    """Reject a JPEG file with so many scans that decoding it would take minutes.
 
     Raises:
-        ValueError: Naming their number.
+        ValueError: The limit is exceeded; the message names the number of scans.
     """
-    scans = data.count(b"\xff\xda")  # also those of a thumbnail; in coded pixels these bytes do not occur
+    scans = data.count(b"\xff\xda")  # includes those of a thumbnail; compressed pixels never contain these bytes
     if scans > _MAX_SCANS or scans * size[0] * size[1] > _MAX_SCANNED_PIXELS:
         raise ValueError(f"a JPEG of {size[0]} x {size[1]} pixels in {scans:,} scans, which would take too long")
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
-    """Type of each chunk of a PNG file, and where its content begins."""
+    """Type of each chunk of a PNG file and offset of its content."""
     position = 8
     while position + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, position)
@@ -59,7 +59,7 @@ def _check_jpeg(data: bytes) -> None:
     position = 2
     for _ in range(_MAX_PARTS):
         if position + 4 > len(data) or data[position] != 0xFF or data[position + 1] == 0xDA:
-            return  # the first scan, or what a library will complain of
+            return  # the first scan, or an error that the decoder reports
         is_padding = data[position + 1] == 0xFF
         position += 1 if is_padding else 2 + int.from_bytes(data[position + 2 : position + 4], "big")
     raise ValueError(f"a JPEG with more than {_MAX_PARTS:,} segments before its pixels")

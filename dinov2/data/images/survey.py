@@ -1,6 +1,6 @@
-"""What is in a dataset, from a sample of its images: their value range, and what of them is not used.
+"""Inspection of a sample of the images in a dataset: their value range, and content that is not used.
 
-Headers are read of all images of the sample, pixels only of those with more than 8 bits or with transparency.
+Headers are read for all images of the sample, pixels only for those with more than 8 bits or transparency.
 """
 
 import logging
@@ -13,21 +13,21 @@ import numpy as np
 from dinov2.data.images import ImageOptions, open_image
 from dinov2.data.images.value_range import RangeMeasurement, num_levels, share_outside, to_8_bit
 
-NUM_SAMPLED = 64  # images, evenly spread over the dataset
-LARGE = 100 * 10**6  # pixels of an image that slows the loading down
-FEW_LEVELS = 32  # gray levels of 256
-_MAX_DECODED = 64 * 10**6  # pixels of images that are decoded, of more than 8 bits and of transparent ones each
-_MUCH_CLIPPED = 0.01  # share of the values
-_MANY_POOR = 0.1  # share of the images; some are nearly empty in any dataset, such as slices above a head
-_MOST_NAMED = 5
+NUM_SAMPLED = 64  # images, evenly spaced in the dataset
+LARGE = 100 * 10**6  # pixels from which an image slows down loading
+FEW_LEVELS = 32  # of 256 gray levels
+_MAX_DECODED = 64 * 10**6  # total pixels of decoded images, of more than 8 bits and of transparent ones each
+_MUCH_CLIPPED = 0.01  # fraction of the values
+_MANY_POOR = 0.1  # fraction of the images; any dataset may have some nearly empty ones, such as slices above a head
+_MOST_NAMED = 5  # unreadable images in a message
 
 
 @dataclass
 class ImageSurvey:
-    """Counts over the sampled images of a dataset.
+    """Statistics of the sampled images of a dataset.
 
     Attributes:
-        options: The options that were given, with the value range if one was measured.
+        options: Options of reading images, with the value range if one was measured.
         num_sampled: Number of images in the sample.
         unreadable: Path and reason of each image that cannot be opened.
         num_deep: Images of more than 8 bits.
@@ -35,7 +35,7 @@ class ImageSurvey:
         num_transparent: Images with transparent pixels.
         num_more_frames: Images with more than one page or frame.
         num_large: Images of more than 100 megapixels.
-        num_lost_bits: Images whose format is read in 8 bits only, although they have more.
+        num_lost_bits: Images of more than 8 bits in a format of which only 8 are read.
         measurement: Pixel values of images of more than 8 bits.
     """
 
@@ -51,17 +51,20 @@ class ImageSurvey:
     measurement: RangeMeasurement = field(default_factory=RangeMeasurement)
 
     def notes(self) -> list[tuple[int, str]]:
-        """What a person should know, each with its level of logging; none for a dataset of plain 8-bit images."""
+        """Messages for the user, each with its logging level; none for a dataset of plain 8-bit images."""
         sample = f"of {self.num_sampled:,} images sampled"
         background = self.options.background
-        drop = "dropped, so that what lies under it shows (images.background sets a color instead)"
+        drop = "dropped, which shows the colors under it (images.background sets a color instead)"
         alpha = drop if background is None else f"composited on {list(background)}"
         counts = [
-            (self.num_extra_bands, "have more bands than are used: bands beyond three are left out, of two the second"),
+            (
+                self.num_extra_bands,
+                "have more bands than are used: those beyond the third, or of two the second, are dropped",
+            ),
             (self.num_transparent, f"are transparent: transparency is {alpha}"),
             (self.num_more_frames, "have more pages or frames than one: the first is used"),
             (self.num_lost_bits, "have more than 8 bits in a format of which only the upper 8 are read"),
-            (self.num_large, f"have more than {LARGE // 10**6} megapixels, which slows the loading down"),
+            (self.num_large, f"have more than {LARGE // 10**6} megapixels, which slows down loading"),
         ]
         notes = self._notes_on_values()
         notes += [(logging.INFO, f"{count:,} {sample} {what}") for count, what in counts if count]
@@ -75,7 +78,7 @@ class ImageSurvey:
     def _notes_on_values(self) -> list[tuple[int, str]]:
         value_range, measured = self.options.value_range, self.measurement
         empty = measured.num_images - len(measured.samples)
-        text = f"{empty} of {measured.num_images} images of more than 8 bits have no finite value: they become black"
+        text = f"{empty} of {measured.num_images} images of more than 8 bits have no finite value and become black"
         notes = [(logging.WARNING, text)] if empty else []
         if value_range is None or not measured.samples:
             return notes
@@ -89,7 +92,7 @@ class ImageSurvey:
         notes.append((logging.INFO, f"{text} from {found}; {mapped}"))
         clipped = float(np.mean([share_outside(values, value_range) for values in measured.samples]))
         if clipped > _MUCH_CLIPPED:
-            text = f"{100 * clipped:.1f} % of the pixel values lie outside of {low} to {high} and are clipped"
+            text = f"{100 * clipped:.1f} % of the pixel values are outside {low} to {high} and are clipped"
             notes.append((logging.WARNING, f"{text} (images.value_range)"))
         poor = sum(
             num_levels(to_8_bit(values, value_range)) < min(FEW_LEVELS, num_levels(values))
@@ -100,20 +103,20 @@ class ImageSurvey:
                 f"{poor} of {len(measured.samples)} images of more than 8 bits keep fewer than {FEW_LEVELS} gray levels"
             )
             level = logging.WARNING if poor > _MANY_POOR * len(measured.samples) else logging.INFO
-            notes.append((level, f"{text} of 256: {low} to {high} is a wide range for them (images.value_range)"))
+            notes.append((level, f"{text} of 256: {low} to {high} is too wide a range for them (images.value_range)"))
         return notes
 
 
 def survey_images(
     read: Callable[[int], bytes], describe: Callable[[int], str], length: int, options: ImageOptions
 ) -> ImageSurvey:
-    """Opens some images of a dataset, evenly spread.
+    """Inspect some images of a dataset, evenly spaced.
 
     Args:
-        read: Content of the image file of a sample.
-        describe: Path of a sample.
+        read: Index of a sample -> content of its image file.
+        describe: Index of a sample -> its path.
         length: Number of samples.
-        options: How images are read; without a value range, one is measured if there are images of more than 8 bits.
+        options: Options of reading; a missing value range is measured if there are images of more than 8 bits.
     """
     survey = ImageSurvey(options)
     count = min(NUM_SAMPLED, length)
@@ -133,7 +136,7 @@ def survey_images(
             elif image.has_alpha and decoded < _MAX_DECODED:
                 decoded += pixels
                 survey.num_transparent += image.is_transparent()
-        except Exception as error:  # broken files raise nearly anything
+        except Exception as error:  # damaged files raise errors of any type
             survey.unreadable.append((describe(index), str(error)))
     survey.num_deep = len(deep)
     _measure(survey, read, describe, deep)
@@ -143,7 +146,7 @@ def survey_images(
 def _measure(
     survey: ImageSurvey, read: Callable[[int], bytes], describe: Callable[[int], str], deep: Sequence[tuple[int, int]]
 ) -> None:
-    """Measures the value range on the images of more than 8 bits, on fewer if they are large."""
+    """Measure the value range on the images of more than 8 bits, or on fewer of them if they are large."""
     step = max(math.ceil(sum(pixels for _, pixels in deep) / _MAX_DECODED), 1)
     for index, _ in deep[::step]:
         try:

@@ -1,6 +1,6 @@
-"""TIFF files, which hold anything: their header without a library, and the samples that Pillow does not read.
+"""TIFF files: their header, read without a library, and samples that Pillow does not support.
 
-Shapes: H, W height and width; S samples per pixel, that is bands and alpha.
+Shapes: H, W height and width; S samples per pixel: bands and alpha.
 """
 
 import io
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-_MAX_ENTRIES = 4096  # tags of a page; files of microscopes have some dozens
+_MAX_ENTRIES = 4096  # tags of a page; files from microscopes have dozens
 _MAX_TAG_BYTES = 2**26
-_MAX_STRIPS = 100_000  # strips or tiles; an image of 50,000 rows has as many strips at most
+_MAX_STRIPS = 100_000  # strips or tiles; an image of 50,000 rows has at most 50,000 strips
 
 _SIZE_OF_TYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _INTEGERS = {1: "B", 3: "H", 4: "I", 16: "Q"}
@@ -23,23 +23,23 @@ _COMPRESSION = {
     32773: "PackBits", 32946: "Deflate", 33003: "JPEG 2000", 33005: "JPEG 2000", 34712: "JPEG 2000", 34887: "LERC",
     34925: "LZMA", 50000: "Zstandard", 50001: "WebP", 50002: "JPEG XL",
 }  # fmt: skip
-_KIND = {1: "u", 2: "i", 3: "f", 4: "u"}  # of the samples, by their format; 4: not said
+_KIND = {1: "u", 2: "i", 3: "f", 4: "u"}  # type of the samples by their format; 4: unspecified
 _KIND_NAME = {"u": "unsigned integers", "i": "signed integers", "f": "floating-point numbers", "c": "complex numbers"}
 
 
 class TiffHeader(NamedTuple):
-    """What the first page of a TIFF file says of itself.
+    """The header of the first page of a TIFF file.
 
     Attributes:
         size: Stored (width, height) in pixels.
-        bits: Largest number of bits of a sample.
+        bits: Maximum number of bits per sample.
         samples: Samples per pixel.
-        kind: Type of the samples as a letter of NumPy: "u", "i", "f" or "c".
-        photometric: 0: white is 0; 1: black is 0; 2: RGB; 3: palette; others see the TIFF specification.
-        extra: What the samples after the colors mean: 0 not said, 1 and 2 alpha.
+        kind: Type of the samples as a NumPy kind: "u", "i", "f" or "c".
+        photometric: Color model: 0: white is 0; 1: black is 0; 2: RGB; 3: palette; others as in the TIFF specification.
+        extra: Meaning of the samples after the colors: 0: unspecified; 1 and 2: alpha.
         compression: Number of the compression scheme.
-        orientation: As in EXIF.
-        nodata: Value of pixels without data, as GDAL writes it.
+        orientation: Orientation as in EXIF.
+        nodata: Value of pixels without data, as written by GDAL.
         has_more_pages: Whether another page follows.
     """
 
@@ -56,18 +56,18 @@ class TiffHeader(NamedTuple):
 
     @property
     def alpha(self) -> int | None:
-        """Position of the alpha sample, None without one."""
+        """Index of the alpha sample; None without alpha."""
         first = self.samples - len(self.extra)
         return next((first + i for i, meaning in enumerate(self.extra) if meaning in (1, 2)), None)
 
     @property
     def num_bands(self) -> int:
-        """Samples per pixel without alpha."""
+        """Samples per pixel, not counting alpha."""
         return self.samples - (self.alpha is not None)
 
     @property
     def is_deep(self) -> bool:
-        """Whether samples are anything else than unsigned integers of up to 8 bits."""
+        """Whether samples are not unsigned integers of up to 8 bits."""
         return self.bits > 8 or self.kind != "u"
 
     def __str__(self) -> str:
@@ -77,21 +77,21 @@ class TiffHeader(NamedTuple):
 
 
 def is_tiff(data: bytes) -> bool:
-    """Whether the bytes begin as a TIFF or BigTIFF file."""
+    """Whether the first bytes are those of a TIFF or BigTIFF file."""
     return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def read_tiff_header(data: bytes) -> TiffHeader:
-    """Reads the tags of the first page, and refuses those that would eat memory or time in a library.
+    """Read the tags of the first page, and reject those that would take too much memory or time in a library.
 
     Raises:
-        ValueError: Tags are missing, cut off or absurd.
+        ValueError: Tags are missing, truncated or too large.
     """
     order, is_big = "<" if data[:2] == b"II" else ">", data[2 if data[:2] == b"II" else 3] == 43
     try:
         tags, following = _read_tags(data, order, is_big)
     except struct.error as error:
-        raise ValueError(f"a TIFF whose tags are cut off or damaged: {error}") from error
+        raise ValueError(f"a TIFF whose tags are truncated or damaged: {error}") from error
     if 256 not in tags or 257 not in tags:
         raise ValueError("a TIFF without width and height")
     samples = tags.get(277, (1,))[0]
@@ -112,7 +112,7 @@ def read_tiff_header(data: bytes) -> TiffHeader:
 
 
 def _read_tags(data: bytes, order: str, is_big: bool) -> tuple[dict[int, tuple[int, ...]], int]:
-    """Integer tags of the first page that matter here, and where the next page begins (0: there is none)."""
+    """Read the relevant integer tags of the first page, and the offset of the next page (0: none)."""
     start = struct.unpack_from(f"{order}Q", data, 8)[0] if is_big else struct.unpack_from(f"{order}I", data, 4)[0]
     count_format, entry_format, offset_format = ("Q", "HHQ", "Q") if is_big else ("H", "HHI", "I")
     (num_entries,) = struct.unpack_from(order + count_format, data, start)
@@ -150,17 +150,17 @@ def _nodata(text: tuple[int, ...]) -> float | None:
 
 
 def read_stored(data: bytes, header: TiffHeader) -> np.ndarray:
-    """Reads the first page with `tifffile`, which knows all numbers of bands and bits, but not all compressions.
+    """Read the first page with `tifffile`, which supports all numbers of bands and bits, but not all compressions.
 
     Returns:
-        The samples as they are stored, (H, W, S).
+        Samples as stored, (H, W, S).
 
     Raises:
-        ValueError: The file is damaged, or its compression or layout needs what is not there.
+        ValueError: The file is damaged, or its compression or layout is not supported.
     """
     import tifffile
 
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # its remarks on broken metadata, once per image
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs broken metadata once per image
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         page = file.pages[0]
         samples, axes = page.asarray(), page.axes
@@ -169,5 +169,5 @@ def read_stored(data: bytes, header: TiffHeader) -> np.ndarray:
     samples = samples[..., None] if axes == "YX" else samples
     samples = np.moveaxis(samples, 0, -1) if axes == "SYX" else samples
     if math.prod(samples.shape) != math.prod(header.size) * header.samples:
-        raise ValueError(f"its samples are {samples.shape}")
+        raise ValueError(f"its samples have shape {samples.shape}")
     return samples

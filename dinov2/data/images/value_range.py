@@ -1,6 +1,6 @@
-"""Pixel values of any type -> 8 bits, by one range [low, high] for all images of a dataset.
+"""Mapping of pixel values of any type to 8 bits, by one range [low, high] for all images of a dataset.
 
-A range is measured on some images and holds for all: equal values become equal gray levels in every image.
+The range is measured on some images and used for all, so that equal values have equal gray levels in all images.
 """
 
 from collections.abc import Iterable
@@ -9,28 +9,28 @@ import numpy as np
 
 ValueRange = tuple[float, float]
 
-_POOLED = 2**16  # values of an image that take part in percentiles, evenly spaced
-_OUTLIERS = 0.1  # percent of the values at either end that do not decide alone, if they lie far away
-_FAR = 8  # times the width of all others
-_AT_ONCE = 2**20  # values that are converted at once; bounds the memory
+_POOLED = 2**16  # values per image that enter percentiles, evenly spaced
+_OUTLIERS = 0.1  # percent of the values at either end that are ignored if they are far from the others
+_FAR = 8  # ratio of the range with outliers to the range without
+_AT_ONCE = 2**20  # values converted at once; bounds the memory
 
 
 class RangeMeasurement:
-    """Collects pixel values of some images, and chooses the range that they are mapped to 8 bits by.
+    """Collects pixel values of some images and chooses the range that is mapped to 8 bits.
 
-    - Whole numbers from 0 on (sensors, counts) get [0, 2^n - 1] with the smallest n that holds the largest one, such as
-      4095 for 12 bits: other images of the dataset may be a little brighter than those measured.
-    - Fractions from 0 to 1 of which some are above 0.5 get [0, 1].
-    - Others (signed, floating point) get the smallest and largest value.
+    - Nonnegative integers (sensors, counts) get [0, 2^n - 1] with the smallest n that covers the maximum, such as 4095
+      for 12 bits, because other images of the dataset may be brighter than those measured.
+    - Fractions from 0 to 1 with a maximum above 0.5 get [0, 1].
+    - Others (signed, floating point) get their minimum and maximum.
 
-    Outliers, less than 0.1 % of the values, do not count if the range would be more than 8 times as wide with them.
-    Values that are not finite never count.
+    Outliers, less than 0.1 % of the values, are ignored if the range with them would be more than 8 times as wide.
+    Values that are not finite are always ignored.
 
     Attributes:
-        types: NumPy's name of each type -> number of images.
-        smallest: Smallest value of all.
-        largest: Largest value of all.
-        samples: Of each image up to some 65,536 finite values, float64.
+        types: NumPy name of each type -> number of images.
+        smallest: Minimum of all values.
+        largest: Maximum of all values.
+        samples: For each image about 65,536 finite values at most, float64.
     """
 
     def __init__(self) -> None:
@@ -41,11 +41,11 @@ class RangeMeasurement:
 
     @property
     def num_images(self) -> int:
-        """Number of images that were measured."""
+        """Number of images measured."""
         return sum(self.types.values())
 
     def add(self, values: np.ndarray) -> None:
-        """Takes the values of an image into account, any shape and real type."""
+        """Add the values of an image, of any shape and real type."""
         name = values.dtype.name
         self.types[name] = self.types.get(name, 0) + 1
         flat = values.reshape(-1)
@@ -62,7 +62,7 @@ class RangeMeasurement:
             self._whole = self._whole and high > low and bool((pooled == np.rint(pooled)).all())
 
     def range(self) -> ValueRange | None:
-        """The range, None if there were no finite values."""
+        """Returns the range; None without finite values."""
         if not self.samples:
             return None
         pooled = np.concatenate(self.samples)
@@ -79,12 +79,12 @@ class RangeMeasurement:
 
 
 def _largest_of_bits(value: float) -> float:
-    """2^n - 1 for the smallest n of at least 1 for which it is not below ``value``."""
+    """The smallest 2^n - 1 with n >= 1 that is not below ``value``."""
     return float(2 ** max(int(value).bit_length(), 1) - 1)
 
 
 def measure_range(images: Iterable[np.ndarray]) -> ValueRange | None:
-    """The range for some images, see `RangeMeasurement`."""
+    """Measure the range of some images, see `RangeMeasurement`."""
     measurement = RangeMeasurement()
     for values in images:
         measurement.add(values)
@@ -92,19 +92,18 @@ def measure_range(images: Iterable[np.ndarray]) -> ValueRange | None:
 
 
 def to_8_bit(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
-    """Maps ``value_range`` to 0..255; values outside are clipped, NaN is black.
+    """Map ``value_range`` to 0..255; values outside are clipped, NaN becomes black.
 
-    Of [0, 2^n - 1] with n >= 8 the upper 8 bits are kept, the usual meaning of such numbers; other ranges are scaled
-    and rounded.
+    For [0, 2^n - 1] with n >= 8 the upper 8 bits are kept, as usual for such data; other ranges are scaled and rounded.
 
     Args:
-        values: Any shape, any real type.
-        value_range: (low, high); equal ones map everything to black.
+        values: Values of any shape and real type.
+        value_range: (low, high); equal numbers map everything to black.
 
     Returns:
-        The same shape, uint8.
+        Levels of the same shape, uint8.
     """
-    if values.dtype.itemsize == 2 and values.dtype.kind in "ui":  # a table is ten times faster than arithmetic
+    if values.dtype.itemsize == 2 and values.dtype.kind in "ui":  # a lookup table is ten times faster than arithmetic
         native = values.astype(values.dtype.newbyteorder("="), copy=False)
         table = _scaled(np.arange(2**16, dtype=np.uint16).view(native.dtype), value_range)
         return table[native.view(np.uint16)]
@@ -125,12 +124,12 @@ def _scaled(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
 
 
 def share_outside(values: np.ndarray, value_range: ValueRange) -> float:
-    """Share of the values that `to_8_bit` clips, from 0 to 1; values that are not finite do not count."""
+    """Fraction of the values that `to_8_bit` clips, from 0 to 1; values that are not finite do not count."""
     low, high = value_range
     outside = (values < low) | (values > high)
     return float((outside & np.isfinite(values)).mean()) if values.size else 0.0
 
 
 def num_levels(values: np.ndarray) -> int:
-    """Number of different values."""
+    """Number of distinct values."""
     return int(np.unique(values).size)

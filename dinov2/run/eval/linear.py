@@ -1,4 +1,4 @@
-"""Launch a linear evaluation: on SLURM where there is one, else on this machine.
+"""Launch a linear evaluation: on SLURM if available, else on this machine.
 
     python dinov2/run/eval/linear.py --config-file OUT/config.yaml \\
         --output-dir OUT/eval/training_24999/linear \\

@@ -1,4 +1,4 @@
-"""Launch a training: on SLURM where there is one, else on this machine.
+"""Launch a training: on SLURM if available, else on this machine.
 
     python dinov2/run/train/train.py --nodes 4 --config-file dinov2/configs/train/vitl16_short.yaml \\
         --output-dir OUT train.dataset_path=ImageNet:split=TRAIN:root=ROOT:extra=EXTRA

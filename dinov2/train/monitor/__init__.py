@@ -1,1 +1,1 @@
-"""What watches a training run: statistics of targets, measurements of the teacher, alarms, the best teacher."""
+"""Monitoring of a training run: statistics of targets, measurements of features, alarms, the best teacher."""

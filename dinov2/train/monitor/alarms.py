@@ -1,364 +1,276 @@
-"""What a run's numbers mean: alarms in plain words, each with what to do about it.
+"""Alarms: signs in a run's metrics that it fails, each with advice.
 
-Every rule hears the records of `training_metrics.json` one after the other and finds something or not. An alarm begins
-when it has found something in `patience` records in a row that it could judge, and is over with the first one in which
-it does not. Rules compare a run with itself: what numbers are normal depends on recipe, data and size. The limits were
-chosen on small runs, healthy ones and such made to fail in known ways (`tests/train/monitor`). A number that
-cannot inform, such as an effective rank of two images or a k-NN accuracy that guessing reaches, raises none.
+The table `RULES` lists all of them. Every rule reads the records of `training_metrics.json` in order. An alarm is
+raised when `patience` consecutive records that have the rule's metrics show its sign, and is over with the first one
+that does not. A value that cannot inform, such as an effective rank of two images or a k-NN accuracy that guessing
+reaches, raises none. A new alarm is a class in `alarm_rules.py` and a row here.
 """
 
 import logging
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from enum import StrEnum
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from dinov2.train.monitor import alarm_rules as rules
+from dinov2.train.monitor.alarm_rules import Record
 
 logger = logging.getLogger(__name__)
 
-Record = Mapping[str, float]
+MIN_STEPS = 10  # from the first to the last record that an alarm is raised by, as single steps scatter
+
+
+class AlarmKind(StrEnum):
+    """How a run fails. The value is the name in logs and reports."""
+
+    COLLAPSE = "collapse"
+    DIVERGENCE = "divergence"
+    DENSE_DECAY = "decay of dense features"
+    DATA_STARVATION = "data starvation"
+
+    @property
+    def concerns_network(self) -> bool:
+        """Whether the network is affected, and not only the speed of training."""
+        return self is not AlarmKind.DATA_STARVATION
+
+
+class Check(Protocol):
+    """The state of one rule in one run."""
+
+    def __call__(self, record: Record, *, warm: bool) -> str | None:
+        """Describe the sign of a failure.
+
+        Args:
+            record: A record that has all metrics of the rule.
+            warm: Whether the warm-up of the learning rate is over.
+
+        Returns:
+            What was found; "" if nothing was, None if the record cannot tell.
+        """
+        ...
+
+
+class Rule(NamedTuple):
+    """One sign of one kind of failure.
+
+    Attributes:
+        kind: Kind of the alarm.
+        metrics: Metrics that a record must have.
+        patience: Consecutive records with the sign that raise the alarm.
+        new_check: Makes the check of a run.
+        advice: What to do.
+        applies: Whether the values of a record are meaningful.
+    """
+
+    kind: AlarmKind
+    metrics: tuple[str, ...]
+    patience: int
+    new_check: Callable[[], Check]
+    advice: str
+    applies: Callable[[Record], bool] = rules.always
+
+
+_FEW_PROTOTYPES = (
+    "The targets hardly distinguish images. Usual causes: the teacher's outputs are not centered or balanced (try "
+    "train.centering=sinkhorn_knopp), teacher.teacher_temp is too low, or optim.base_lr is too high."
+)
+_ALIKE_TARGETS = (
+    "Different images get the same target, so that there is nothing to learn. Check the data first (is it one image "
+    "repeated?), then lower optim.base_lr, raise optim.warmup_epochs, and check that there are not many more "
+    "prototypes (dino.head_n_prototypes) than rows in a batch."
+)
+_ONE_IMAGE = (
+    "Nothing can be learned from one image. Check what train.dataset_path reads: a wrong folder, empty or black "
+    "files, links that all point to one file?"
+)
+_ALIKE_FEATURES = (
+    "Features of different images become alike. Go back to eval/best or to an earlier checkpoint, with a lower "
+    "optim.base_lr or a higher teacher momentum (teacher.momentum_teacher); check that dino.koleo_loss_weight is not 0 "
+    "and that the images are not near duplicates."
+)
+_DIVERGENCE = (
+    "The optimization diverges. Lower optim.base_lr (by 3 to 10) or raise optim.warmup_epochs, check that "
+    "optim.scaling_rule fits your batch, set optim.clip_grad, prefer bf16 to fp16; go back to an earlier checkpoint."
+)
+_DENSE_DECAY = (
+    "Class tokens may still get better, but segmentation, depth and matching will get worse. Known of long runs of "
+    "large models. Use an earlier teacher for dense tasks; a higher ibot.loss_weight, registers "
+    "(student.num_register_tokens=4) or a shorter schedule help."
+)
+_DATA_STARVATION = (
+    "Use more loader processes (train.num_workers) or cores, put the images on a faster disk or store them "
+    "smaller, or augment on the device (train.augment_on=device)."
+)
+
+RULES = (
+    Rule(
+        AlarmKind.COLLAPSE,
+        ("cls_target_perplexity", "cls_target_capacity"),
+        patience=5,
+        new_check=partial(rules.FewPrototypes, "cls"),
+        advice=_FEW_PROTOTYPES,
+        applies=rules.has_enough_rows,
+    ),
+    Rule(
+        AlarmKind.COLLAPSE,
+        ("patch_target_perplexity", "patch_target_capacity"),
+        patience=5,
+        new_check=partial(rules.FewPrototypes, "patch"),
+        advice=_FEW_PROTOTYPES,
+        applies=rules.has_enough_rows,
+    ),
+    Rule(
+        AlarmKind.COLLAPSE,
+        ("cls_target_information", "cls_target_capacity"),
+        patience=5,
+        new_check=rules.UninformativeTargets,
+        advice=_ALIKE_TARGETS,
+        applies=rules.has_enough_rows,
+    ),
+    Rule(
+        AlarmKind.COLLAPSE,
+        ("probe_distinct_images",),
+        patience=1,
+        new_check=rules.OneImage,
+        advice=_ONE_IMAGE,
+    ),
+    Rule(
+        AlarmKind.COLLAPSE,
+        ("probe_cls_rank_me",),
+        patience=3,
+        new_check=rules.LostRank,
+        advice=_ALIKE_FEATURES,
+        applies=rules.has_enough_images,
+    ),
+    Rule(
+        AlarmKind.COLLAPSE,
+        ("knn",),
+        patience=2,
+        new_check=rules.LostAccuracy,
+        advice=_ALIKE_FEATURES,
+    ),
+    Rule(
+        AlarmKind.DIVERGENCE,
+        ("total_loss", "cls_target_information"),
+        patience=5,
+        new_check=rules.LostLoss,
+        advice=_DIVERGENCE,
+        applies=rules.has_enough_rows,
+    ),
+    Rule(
+        AlarmKind.DIVERGENCE,
+        ("probe_patch_norm", "probe_patch_rank_me"),
+        patience=2,
+        new_check=rules.GrowingNorms,
+        advice=_DIVERGENCE,
+    ),
+    Rule(
+        AlarmKind.DENSE_DECAY,
+        ("probe_patch_similarity", "probe_cls_rank_me"),
+        patience=3,
+        new_check=rules.SimilarPatches,
+        advice=_DENSE_DECAY,
+        applies=rules.has_enough_images,
+    ),
+    Rule(
+        AlarmKind.DATA_STARVATION,
+        ("data_wait", "data_time"),
+        patience=5,
+        new_check=rules.WaitingForData,
+        advice=_DATA_STARVATION,
+    ),
+)
+
+
+def monitored_kinds(metrics: Collection[str]) -> list[AlarmKind]:
+    """The kinds of alarms that can be raised if these metrics are logged."""
+    found = {rule.kind for rule in RULES if set(rule.metrics) <= set(metrics)}
+    return [kind for kind in AlarmKind if kind in found]
 
 
 class Alarm(NamedTuple):
-    """Something is wrong with a run, or was."""
+    """A failure of a run, current or past.
 
-    kind: str  # collapse | diverging | starved by data | dense features decaying
-    first: int  # iteration of the first record that says so
-    last: int  # and of the last one
-    over: bool  # whether a later record no longer does
-    finding: str  # what was seen
-    advice: str  # what to do
-
-
-class Rule(ABC):
-    """One sign of one kind of failure. `judge` may keep what it needs of former records."""
+    Attributes:
+        kind: An `AlarmKind`.
+        first: Iteration of the first record with the sign.
+        last: Iteration of the last one.
+        over: Whether a later record no longer has it.
+        finding: What was found.
+        advice: What to do.
+    """
 
     kind: str
+    first: int
+    last: int
+    over: bool
+    finding: str
     advice: str
-    patience: int
-
-    @abstractmethod
-    def judge(self, record: Record) -> str | None:
-        """What is wrong, in words; '' if nothing is, None if this record cannot tell."""
-
-
-class FewPrototypes(Rule):
-    """All images of a batch are assigned to very few prototypes."""
-
-    kind = "collapse"
-    advice = (
-        "The targets hardly tell images apart. Usual causes: the teacher's outputs are not centered or balanced (try "
-        "train.centering=sinkhorn_knopp), teacher.teacher_temp too low, or optim.base_lr too high."
-    )
-    patience = 5
-    LIMIT = 0.25  # of the entropy that there could be; two of 128 prototypes: 0.14
-
-    def __init__(self, targets: str) -> None:
-        self.targets = targets
-
-    def judge(self, record: Record) -> str | None:
-        perplexity, capacity = (record.get(f"{self.targets}_target_{name}") for name in ("perplexity", "capacity"))
-        if perplexity is None or capacity is None or has_few_rows(record) or capacity < math.log(MIN_ROWS):
-            return None
-        if math.log(max(perplexity, 1.0)) >= self.LIMIT * capacity:
-            return ""
-        share = record.get(f"{self.targets}_largest_prototype", math.nan)
-        return (
-            f"the {WORDS[self.targets]} targets of a whole batch are spread over {perplexity:.1f} prototypes; "
-            f"{share:.0%} of the rows have the same largest one"
-        )
-
-
-class AlikeTargets(Rule):
-    """Targets say next to nothing about their image, though they did, or though the warm-up is over."""
-
-    kind = "collapse"
-    advice = (
-        "Different images get the same target, so that there is nothing to learn. Look at the data first (is it one "
-        "image over and over?), then lower optim.base_lr, raise optim.warmup_epochs, and check that there are not many "
-        "more prototypes (dino.head_n_prototypes) than rows in a batch."
-    )
-    patience = 5
-    LIMIT = 0.01  # of the information that there could be
-
-    def __init__(self) -> None:
-        self.warm_up = WarmUp()
-        self.most = 0.0
-
-    def judge(self, record: Record) -> str | None:
-        information, capacity = record.get("cls_target_information"), record.get("cls_target_capacity")
-        warm = self.warm_up.is_over(record)
-        if information is None or capacity is None or has_few_rows(record):
-            return None
-        share = information / capacity
-        self.most = max(self.most, share)
-        if share >= self.LIMIT or not (warm or self.most > 5 * self.LIMIT):
-            return ""
-        return f"the targets tell {information:.3f} of at most {capacity:.1f} nats about which image they are of"
-
-
-class OneImage(Rule):
-    """There is but one image."""
-
-    kind = "collapse"
-    advice = (
-        "Nothing can be learnt from one image over and over. Look at what train.dataset_path reads: a wrong folder, "
-        "empty or black files, links that all point to one file?"
-    )
-    patience = 1
-
-    def judge(self, record: Record) -> str | None:
-        distinct = record.get("probe_distinct_images")
-        if distinct is None:
-            return None
-        return "" if distinct > 1 else "all images that were looked at, evenly spread over the dataset, are the same"
-
-
-class LostRank(Rule):
-    """The features of different images lie in ever fewer directions."""
-
-    kind = "collapse"
-    advice = (
-        "Features of different images become alike. Go back to eval/best or to a checkpoint before this began, with a "
-        "lower optim.base_lr or a higher teacher momentum (teacher.momentum_teacher); check that "
-        "dino.koleo_loss_weight is not 0 and that the images are not near duplicates."
-    )
-    patience = 3
-    LOST, ALL_ALIKE = 0.4, 1.1
-
-    def __init__(self) -> None:
-        self.warm_up = WarmUp()
-        self.highest = 0.0
-
-    def judge(self, record: Record) -> str | None:
-        warm, rank = self.warm_up.is_over(record), record.get("probe_cls_rank_me")
-        if rank is None or has_few_images(record):
-            return None
-        self.highest = max(self.highest, rank)
-        if rank < self.LOST * self.highest:
-            return f"the effective rank of the class tokens (RankMe) fell from {self.highest:.1f} to {rank:.1f}"
-        if warm and rank < self.ALL_ALIKE:
-            return f"the class tokens of different images are all but the same: effective rank (RankMe) {rank:.2f}"
-        return ""
-
-
-class LostAccuracy(Rule):
-    """k-NN gets worse."""
-
-    kind = "collapse"
-    advice = LostRank.advice
-    patience = 2
-    LOST = 0.75
-
-    def __init__(self) -> None:
-        self.highest = 0.0
-
-    def judge(self, record: Record) -> str | None:
-        accuracy = record.get("knn")
-        if accuracy is None:
-            return None
-        self.highest = max(self.highest, accuracy)
-        if accuracy > self.LOST * self.highest or self.highest <= record.get("knn_chance", 0.0):
-            return ""  # or never was more than guessing
-        return f"the k-NN accuracy fell from {self.highest:.0f} to {accuracy:.0f} %"
-
-
-class LostLoss(Rule):
-    """The loss goes back up, and not because targets get richer, which is what centering does to them at first."""
-
-    kind = "diverging"
-    advice = (
-        "The optimization runs away. Lower optim.base_lr (by 3 to 10) or raise optim.warmup_epochs, mind that "
-        "optim.scaling_rule fits your batch, set optim.clip_grad, prefer bf16 to fp16; go back to a checkpoint."
-    )
-    patience = 5
-    LOST, WON = 0.5, 0.02
-    INFORMATION_LOST = 0.6
-
-    def __init__(self) -> None:
-        self.first: float | None = None
-        self.lowest = math.inf
-        self.most = 0.0
-
-    def judge(self, record: Record) -> str | None:
-        loss, information = record.get("total_loss"), record.get("cls_target_information")
-        if loss is None or information is None or has_few_rows(record):
-            return None
-        self.first = loss if self.first is None else self.first
-        self.lowest, self.most = min(self.lowest, loss), max(self.most, information)
-        won, lost = self.first - self.lowest, loss - self.lowest
-        if (
-            won < self.WON * abs(self.first)
-            or lost < self.LOST * won
-            or information > self.INFORMATION_LOST * self.most
-        ):
-            return ""
-        return (
-            f"the loss fell from {self.first:.2f} to {self.lowest:.2f} and is at {loss:.2f} again, while targets tell "
-            f"ever less about their images"
-        )
-
-
-class Exploding(Rule):
-    """Tokens grow without becoming better."""
-
-    kind = "diverging"
-    advice = LostLoss.advice
-    patience = 2
-    GROWN, LOST = 5.0, 0.6
-
-    def __init__(self) -> None:
-        self.smallest, self.highest = math.inf, 0.0
-
-    def judge(self, record: Record) -> str | None:
-        norm, rank = record.get("probe_patch_norm"), record.get("probe_patch_rank_me")
-        if norm is None or rank is None:
-            return None
-        self.smallest, self.highest = min(self.smallest, norm), max(self.highest, rank)
-        if norm < self.GROWN * self.smallest or rank > self.LOST * self.highest:
-            return ""
-        return (
-            f"patch tokens grew from a length of {self.smallest:.0f} to {norm:.0f} while their effective rank fell "
-            f"from {self.highest:.0f} to {rank:.0f}"
-        )
-
-
-class DecayingPatches(Rule):
-    """Patches of an image become alike while its class token stays good."""
-
-    kind = "dense features decaying"
-    advice = (
-        "Class tokens may still get better, but segmentation, depth and matching will get worse. Known of long runs of "
-        "large models. Use an earlier teacher for dense tasks; a higher ibot.loss_weight, registers "
-        "(student.num_register_tokens=4) or a shorter schedule help."
-    )
-    patience = 3
-    RISEN = 0.25  # of the way from its lowest value to 1
-    CLASS_RANK_KEPT = 0.8  # else everything decays, which is another alarm
-
-    def __init__(self) -> None:
-        self.lowest, self.highest_rank = 1.0, 0.0
-
-    def judge(self, record: Record) -> str | None:
-        similarity, rank = record.get("probe_patch_similarity"), record.get("probe_cls_rank_me")
-        if similarity is None or rank is None or has_few_images(record):
-            return None
-        self.lowest, self.highest_rank = min(self.lowest, similarity), max(self.highest_rank, rank)
-        rising = similarity > self.lowest + self.RISEN * (1 - self.lowest)
-        if not rising or rank < self.CLASS_RANK_KEPT * self.highest_rank:
-            return ""
-        return f"the mean similarity of two patches of an image rose from {self.lowest:.2f} to {similarity:.2f}"
-
-
-class Starved(Rule):
-    """Steps wait for their images."""
-
-    kind = "starved by data"
-    advice = (
-        "Give the loading more processes (train.num_workers) or cores, put the images on a faster disk or store them "
-        "smaller, or let the device cut the crops (train.augment_on=device)."
-    )
-    patience = 5
-    LIMIT, BEGINNING = 0.4, 40  # steps, in which loading gets under way
-    MIN_SECONDS = 0.005  # a step; less is no loss
-
-    def __init__(self) -> None:
-        self.first: float | None = None
-
-    def judge(self, record: Record) -> str | None:
-        self.first = record["iteration"] if self.first is None else self.first
-        share, seconds = record.get("data_wait"), record.get("data_time")
-        if share is None or seconds is None or record["iteration"] < self.first + self.BEGINNING:
-            return None
-        if share < self.LIMIT or seconds < self.MIN_SECONDS:
-            return ""
-        return f"{share:.0%} of the time goes into waiting for images ({seconds:.2f} s a step)"
-
-
-class WarmUp:
-    """Whether the learning rate has begun to fall: before that a network may not have learnt a thing yet."""
-
-    def __init__(self) -> None:
-        self.highest = 0.0
-
-    def is_over(self, record: Record) -> bool:
-        lr = record.get("lr", 0.0)
-        self.highest = max(self.highest, lr)
-        return lr < self.highest
-
-
-MIN_ROWS = 16  # of targets; fewer can be alike by chance
-MIN_IMAGES = 8  # whose features make a rank; fewer can be alike by chance
-MIN_STEPS = 10  # from the first to the last record that an alarm is raised by, as single steps scatter
-WORDS = {"cls": "class", "patch": "patch"}
-
-
-def has_few_rows(record: Record) -> bool:
-    """Whether the images of a step, or the prototypes, are too few for their targets to say anything."""
-    return record.get("cls_target_capacity", math.inf) < math.log(MIN_ROWS)
-
-
-def has_few_images(record: Record) -> bool:
-    """Whether the images of the probe are too few for the rank of their features to say anything."""
-    return min(record.get(f"probe_{kind}images", math.inf) for kind in ("", "distinct_")) < MIN_IMAGES
 
 
 class AlarmMonitor:
-    """Hears the records of a run and tells of alarms that begin or end.
+    """Reads the records of a run and logs the alarms that are raised or end.
 
     Args:
-        history: the records so far, of which nothing is told; alarms that have begun there go on.
+        history: The records so far, of which nothing is logged; alarms raised there continue.
     """
 
     def __init__(self, history: Sequence[Record] = ()) -> None:
         self.alarms: list[Alarm] = []
-        self._rules = [
-            *(FewPrototypes("cls"), FewPrototypes("patch"), AlikeTargets(), OneImage(), LostRank(), LostAccuracy()),
-            *(LostLoss(), Exploding(), DecayingPatches(), Starved()),
-        ]
-        self._began: dict[Rule, list[int]] = {}  # iterations of the records in a row, until there is an alarm
-        self._ringing: dict[Rule, int] = {}  # the position of the alarm
+        self._checks = [(rule, rule.new_check()) for rule in RULES]
+        self._signs: dict[Rule, list[int]] = {}  # iterations of consecutive records, until an alarm is raised
+        self._active: dict[Rule, int] = {}  # the index of the alarm
+        self._highest_lr = 0.0
         for record in history:
-            self._take(record)
+            self._apply_all(record)
 
-    def hear(self, record: Record) -> None:
-        """Take in a record; what begins or ends with it is logged."""
-        for alarm in self._take(record):
+    def update(self, record: Record) -> None:
+        """Read a record and log the alarms that it raises or ends."""
+        for alarm in self._apply_all(record):
             if alarm.over:
                 logger.info("alarm over, since step %d: %s", int(record["iteration"]), alarm.kind)
             else:
                 logger.warning("ALARM, %s: since step %d %s. %s", alarm.kind, alarm.first, alarm.finding, alarm.advice)
 
     def summary(self) -> str:
-        """What to say of the run at its end."""
+        """The kinds of all alarms of the run, for its last log line."""
         kinds = list(dict.fromkeys(f"{alarm.kind}{' (over)' if alarm.over else ''}" for alarm in self.alarms))
         return f"ALARMS were raised: {', '.join(kinds)}" if kinds else "no alarms"
 
-    def _take(self, record: Record) -> list[Alarm]:
-        return [alarm for rule in self._rules for alarm in self._apply(rule, record)]
+    def _apply_all(self, record: Record) -> list[Alarm]:
+        """The alarms that begin or end with a record."""
+        lr = record.get("lr", 0.0)
+        self._highest_lr = max(self._highest_lr, lr)
+        warm = lr < self._highest_lr  # before the learning rate falls a network may not have learned anything yet
+        found = [
+            self._apply(rule, check(record, warm=warm), int(record["iteration"]))
+            for rule, check in self._checks
+            if rule.applies(record) and all(name in record for name in rule.metrics)
+        ]
+        return [alarm for alarm in found if alarm is not None]
 
-    def _apply(self, rule: Rule, record: Record) -> list[Alarm]:
-        """The alarm of a rule, if it begins or ends with this record."""
-        finding, step = rule.judge(record), int(record["iteration"])
+    def _apply(self, rule: Rule, finding: str | None, step: int) -> Alarm | None:
+        """The alarm of a rule, if it begins or ends with this finding."""
         if finding is None:
-            return []
-        position = self._ringing.get(rule)
+            return None
+        index = self._active.get(rule)
         if not finding:
-            self._began.pop(rule, None)
-            if position is None:
-                return []
-            del self._ringing[rule]
-            self.alarms[position] = self.alarms[position]._replace(over=True)
-            return [self.alarms[position]]
-        if position is not None:
-            self.alarms[position] = self.alarms[position]._replace(last=step, finding=finding)
-            return []
-        steps = self._began.setdefault(rule, [])
+            self._signs.pop(rule, None)
+            if index is None:
+                return None
+            del self._active[rule]
+            self.alarms[index] = self.alarms[index]._replace(over=True)
+            return self.alarms[index]
+        if index is not None:
+            self.alarms[index] = self.alarms[index]._replace(last=step, finding=finding)
+            return None
+        steps = self._signs.setdefault(rule, [])
         steps.append(step)
         if len(steps) < rule.patience or (rule.patience > 1 and step - steps[0] < MIN_STEPS):
-            return []
-        self._ringing[rule] = len(self.alarms)
+            return None
+        self._active[rule] = len(self.alarms)
         self.alarms.append(Alarm(rule.kind, steps[0], step, False, finding, rule.advice))
-        return self.alarms[-1:]
+        return self.alarms[-1]
 
 
 def find_alarms(records: Sequence[Record]) -> list[Alarm]:

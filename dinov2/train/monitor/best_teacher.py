@@ -1,8 +1,8 @@
-"""Which of a run's teachers to use: `eval/best` is a link to the best of the folders `eval/training_<iteration>`.
+"""The best teacher of a run: `eval/best` links to the best of the folders `eval/training_<iteration>`.
 
-Each has a `health.json` that says by what it is judged: by default k-NN accuracy where the run has labels, else RankMe
-of class tokens, which goes along with accuracy on many datasets (Garrido et al. 2022, arXiv 2210.02885) but is no
-measurement of it. A k-NN accuracy that guessing reaches says nothing: such a teacher is rated by the next measure.
+Each folder has a `health.json` with the rating of its teacher: by default k-NN accuracy where the run has labels, else
+RankMe of class tokens, which correlates with accuracy on many datasets (Garrido et al. 2022, arXiv 2210.02885) but does
+not measure it. A k-NN accuracy that guessing reaches is not informative: then the next metric is used.
 """
 
 import json
@@ -23,13 +23,19 @@ SIGNALS = {
     "cls_rank_me": ("probe_cls_rank_me",),
     "patch_rank_me": ("probe_patch_rank_me",),
 }
-"""What teachers are judged by, for each choice of `health.best_by`: the first that was measured."""
+"""Metrics that rate a teacher, for each choice of `health.best_by`; the first informative one is used."""
 
 _ALL_SIGNALS = {signal for signals in SIGNALS.values() for signal in signals}
 
 
 class Rating(NamedTuple):
-    """How good a teacher is; larger is better."""
+    """The rating of a teacher.
+
+    Attributes:
+        iteration: Iteration after which the teacher was saved.
+        signal: Name of the metric.
+        value: Its value; larger is better.
+    """
 
     iteration: int
     signal: str
@@ -37,42 +43,42 @@ class Rating(NamedTuple):
 
 
 def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], best_by: str = "auto") -> None:
-    """Write the rating of the teacher in `eval/training_<iteration>`, and let `eval/best` point to the best so far.
+    """Write the rating of the teacher in `eval/training_<iteration>`, and link `eval/best` to the best so far.
 
     Args:
-        folder: that of the teacher.
-        iteration: after which it was written.
-        measured: of that iteration; without one of the signals that says something there is no rating.
-        best_by: a key of `SIGNALS`.
+        folder: Folder of the teacher.
+        iteration: Iteration after which it was saved.
+        measured: Metrics of that iteration; without an informative signal there is no rating.
+        best_by: A key of `SIGNALS`.
 
     Raises:
-        OSError: if the rating cannot be written. Where there are no links that is only said.
+        OSError: The rating cannot be written. If links are not supported, a warning is logged instead.
     """
     signal = next((name for name in SIGNALS[best_by] if _is_informative(name, measured)), None)
     if signal is None:
         if measured:
-            logger.info("the teacher of step %d is not rated: no measure of %s says anything", iteration, best_by)
+            logger.info("the teacher of step %d is not rated: no metric of %s is informative", iteration, best_by)
         return
     with atomic_write(folder / "health.json") as file:
         file.write(json.dumps(Rating(iteration, signal, measured[signal])._asdict()).encode())
     rated = {path.parent: _read(path) for path in folder.parent.glob("training_*/health.json")}
     signal = next(name for name in SIGNALS[best_by] if name in {rating.signal for rating in rated.values() if rating})
-    comparable = {place: rating for place, rating in rated.items() if rating and rating.signal == signal}
-    best = max(comparable, key=lambda place: (round(comparable[place].value, 3), comparable[place].iteration))
-    link, made = folder.parent / "best", folder.parent / ".best"
+    comparable = {path: rating for path, rating in rated.items() if rating and rating.signal == signal}
+    best = max(comparable, key=lambda path: (round(comparable[path].value, 3), comparable[path].iteration))
+    link, new_link = folder.parent / "best", folder.parent / ".best"
     try:
-        made.unlink(missing_ok=True)
-        made.symlink_to(best.name, target_is_directory=True)
-        os.replace(made, link)
+        new_link.unlink(missing_ok=True)
+        new_link.symlink_to(best.name, target_is_directory=True)
+        os.replace(new_link, link)
     except OSError as error:
-        logger.warning("cannot make the link %s to %s: %s", link, best.name, error)
+        logger.warning("cannot create the link %s to %s: %s", link, best.name, error)
     logger.info("best teacher so far: %s (%s %.4g)", best, signal, comparable[best].value)
 
 
 def _is_informative(signal: str, measured: Mapping[str, float]) -> bool:
-    """Whether a value was measured, and is one that training rather than chance can have brought about."""
+    """Whether a value was measured, and is better than chance."""
     if signal != "knn" and measured.get("probe_distinct_images", math.inf) < 2:
-        return False  # there is no rank of the features of one image
+        return False  # the features of one image have no rank
     least = measured.get("knn_chance", 0.0) if signal == "knn" else 0.0
     value = measured.get(signal, math.nan)
     return math.isfinite(value) and value > least
@@ -83,16 +89,16 @@ def _read(path: Path) -> Rating | None:
     try:
         return read_rating(path)
     except (OSError, ValueError) as error:
-        logger.warning("the teacher beside it is left out: %s", error)
+        logger.warning("the teacher in that folder is left out: %s", error)
         return None
 
 
 def read_rating(path: Path) -> Rating:
-    """The rating of a teacher, `health.json` in its folder `eval/training_<iteration>`.
+    """Read the rating of a teacher, `health.json` in its folder `eval/training_<iteration>`.
 
     Raises:
-        OSError: naming the file, if it cannot be read.
-        ValueError: naming the file, if it is damaged.
+        OSError: The file cannot be read; the message names it.
+        ValueError: The file is damaged; the message names it.
     """
     match content := read_json(path):
         case {"iteration": int(iteration), "signal": str(signal), "value": int() | float() as value}:
@@ -100,4 +106,4 @@ def read_rating(path: Path) -> Rating:
             folder = path.resolve().parent.name
             if signal in _ALL_SIGNALS and math.isfinite(number) and folder in (f"training_{iteration}", "best"):
                 return Rating(iteration, signal, number)
-    raise ValueError(f"{path} is damaged: it is no rating of the teacher in its folder: {str(content)[:100]}")
+    raise ValueError(f"{path} is damaged: not a rating of the teacher in its folder: {str(content)[:100]}")

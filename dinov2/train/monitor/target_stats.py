@@ -1,9 +1,9 @@
-"""How a run is, without labels: numbers that the loss does not tell.
+"""Health metrics of a run, without labels.
 
-What the teacher asks for, and what a step did, at every line of the log. What the features of fixed images are like is
-looked at less often, see `probe.py`. What all this means is said by `alarms.py`.
+Statistics of the teacher's targets and of the step are measured at every logged step, features of fixed images less
+often (`probe.py`). `dinov2.metric_names` describes all metrics, `alarms.py` interprets them.
 
-Legend: R rows of targets (class or masked patch tokens of all processes), K prototypes, D width.
+Shapes: R rows of targets (class or masked patch tokens of all processes), K prototypes, D feature width.
 """
 
 import logging
@@ -25,41 +25,46 @@ from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, Predictions, SSLMetaArc
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 1024  # of one kind, micro-batch and process; more would cost time and tell nothing new
+MAX_ROWS = 1024  # of one kind of targets, micro-batch and process; more would only cost time
 ROWS_AT_ONCE = 64
 
 
 class TargetStats:
-    """Sums over the targets and features of a step, micro-batch by micro-batch."""
+    """Statistics of the targets and features of a step, accumulated over its micro-batches."""
 
     def __init__(self) -> None:
-        self._of_kinds: dict[str, list[Tensor]] = {}
+        self._sums_of: dict[str, list[Tensor]] = {}
         self._distances: list[Tensor] = []
 
     @torch.no_grad()
     def add(self, targets: Targets, predictions: Predictions) -> None:
-        """Take in what one micro-batch gave."""
+        """Add the targets and predictions of one micro-batch."""
         kinds = {"cls": None if targets.cls is None else targets.cls.flatten(0, 1), "patch": targets.patch}
         for kind, rows in kinds.items():
             if rows is not None:
-                self._of_kinds.setdefault(kind, []).append(_sums(rows))
+                self._sums_of.setdefault(kind, []).append(_sums(rows))
         one_crop = predictions.features.detach().chunk(NUM_GLOBAL_CROPS)[0]
         if len(one_crop) > 1:
             self._distances.append(nearest_distance(one_crop))
 
-    def measured(self) -> dict[str, Tensor | float]:
-        """The numbers by name, those of the targets over the rows of all processes; all processes must ask.
+    def compute(self) -> dict[str, Tensor | float]:
+        """Compute the metrics by name; all processes must call it together.
 
-        `<kind>_target_entropy`: the mean entropy of a row, nats. `<kind>_target_information`: the entropy of the mean
-        row less that, nats: what targets tell about their images, 0 if they are all alike.
-        `<kind>_target_capacity`: ln min(R, K), nats: how much they could tell.
-        `<kind>_target_perplexity`: the exponential of the former: how many prototypes the batch is spread over.
-        `<kind>_prototypes_used`: how many are the largest of some row; `<kind>_largest_prototype`: the share of rows
-        whose largest is the most frequent one. `koleo_distance`: from a class token of the student to the nearest one
-        in its process's batch, at unit length.
+        For `<kind>` in cls, patch, over the rows of all processes:
+
+        - `<kind>_target_entropy`: mean entropy of a row, nats.
+        - `<kind>_target_information`: entropy of the mean row less that, nats: the mutual information of targets and
+          images, 0 if all targets are equal.
+        - `<kind>_target_capacity`: ln min(R, K), nats, its maximum.
+        - `<kind>_target_perplexity`: exponential of the entropy of the mean row, the effective number of prototypes.
+        - `<kind>_prototypes_used`: number of prototypes that are the largest entry of some row.
+        - `<kind>_largest_prototype`: share of rows whose largest entry is the most frequent one.
+
+        And `koleo_distance`: mean distance of a normalized class token of the student to the nearest one in the batch
+        of its process.
         """
         measured: dict[str, Tensor | float] = {}
-        for kind, parts in self._of_kinds.items():
+        for kind, parts in self._sums_of.items():
             sums = distributed.all_reduce_sum(torch.stack(parts).sum(dim=0))
             (total, entropies), by_prototype = sums[:2], sums[2:].unflatten(0, (2, -1))
             total = total.clamp_min(1)  # masks may be missing in a batch
@@ -80,7 +85,7 @@ class TargetStats:
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """Of targets (R, K): their number, the sum of their entropies, their sum (K,), how many are largest where (K,)."""
+    """Sums over targets (R, K): count, entropies, targets (K,), and how often each entry is the largest (K,)."""
     rows = rows[:: math.ceil(len(rows) / MAX_ROWS)] if len(rows) else rows
     entropies = rows.new_zeros(())
     for part in rows.split(ROWS_AT_ONCE):
@@ -92,13 +97,13 @@ def _sums(rows: Tensor) -> Tensor:
 
 
 class HealthPanel:
-    """When what is measured: at every line of the log, every `health.period` steps, and with every teacher dump.
+    """Measures health metrics: at every logged step, every `health.period` steps, and with every saved teacher.
 
     Args:
-        cfg: of the run; `health.period` = 0 measures nothing, ever.
-        model: has `student` and `teacher`.
-        dataset: that is trained on.
-        last_step: of the run.
+        cfg: Configuration of the run; nothing is measured if `health.period` is 0.
+        model: Model with `student` and `teacher`.
+        dataset: Training dataset.
+        last_step: Last step of the run.
     """
 
     def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, last_step: int) -> None:
@@ -110,52 +115,55 @@ class HealthPanel:
         self.knn_period = (cfg.health.knn_period or 0) if has_labels else 0
         self.folder = Path(cfg.train.output_dir)
 
-    def watch(self, step: int, *, line_is_due: bool) -> TargetStats | None:
-        """What is to see the targets of a step, if anything is measured in it."""
-        looked_at = self._is_due(step, self.period, self.dump_period, self.knn_period)
-        return TargetStats() if self.probe and (line_is_due or looked_at) else None
+    def target_stats(self, step: int, *, line_is_due: bool) -> TargetStats | None:
+        """New statistics for the targets of a step; None if nothing is measured in it."""
+        probe_is_due = self._is_due(step, self.period, self.dump_period, self.knn_period)
+        return TargetStats() if self.probe and (line_is_due or probe_is_due) else None
 
     def _is_due(self, step: int, *periods: int) -> bool:
-        """Whether one of the periods ends with a step, or the run begins or ends with it."""
+        """Whether a step is the first or last of the run, or the last of one of the periods."""
         return step == 0 or any(is_due(step, period, self.last_step) for period in periods)
 
-    def measured(self, step: int, watch: TargetStats | None, norms: Mapping[str, Tensor]) -> dict[str, float]:
-        """What is known of a step when it is done, by name; see `TargetStats.measured` and `Probe`.
+    def measure(self, step: int, stats: TargetStats | None, norms: Mapping[str, Tensor]) -> dict[str, float]:
+        """Compute the metrics of a finished step, see `TargetStats.compute` and `Probe`.
 
-        And `grad_norm_<sub-module>` before clipping, `student_teacher_distance` (`relative_distance`).
+        Args:
+            step: The step.
+            stats: Its statistics, from `target_stats`.
+            norms: Gradient norms before clipping by sub-module, logged as `grad_norm_<sub-module>`.
+
+        Returns:
+            Metrics by name, with `student_teacher_distance` (`relative_distance`); empty if nothing is measured.
         """
-        if watch is None or self.probe is None:
+        if stats is None or self.probe is None:
             return {}
-        values = watch.measured()
+        values = stats.compute()
         values |= {f"grad_norm_{name}": norm for name, norm in norms.items()}
         values["student_teacher_distance"] = relative_distance(self.model.student, self.model.teacher)
         if self._is_due(step, self.period, self.dump_period, self.knn_period):
-            looked = self.probe.look()
+            measured = self.probe.measure()
             if self._is_due(step, self.dump_period, self.knn_period):
-                looked |= self.probe.knn()
-            logger.info("health at step %d: %s", step, _in_words(looked))
-            values |= looked
+                measured |= self.probe.knn()
+            logger.info("health at step %d: %s", step, _summary(measured))
+            values |= measured
             if self._is_due(step, self.dump_period):
                 self.probe.save_patch_features(self.folder / "health", step)
         return {name: float(value) for name, value in values.items()}
 
 
-def _in_words(looked: Mapping[str, float]) -> str:
-    """The numbers of a look that a person follows."""
-    cls, patch = looked["probe_cls_rank_me"], looked["probe_patch_rank_me"]
-    words = [
-        f"effective rank {cls:.1f} (class tokens), {patch:.1f} (patches)",
-        f"patch similarity {looked['probe_patch_similarity']:.2f}",
-    ]
-    return ", ".join([*words, *([f"k-NN {looked['knn']:.1f} %"] if "knn" in looked else [])])
+def _summary(measured: Mapping[str, float]) -> str:
+    """The most important metrics of the probe, for the log."""
+    ranks = f"effective rank {measured['probe_cls_rank_me']:.1f} (class tokens), {measured['probe_patch_rank_me']:.1f}"
+    knn = f", k-NN {measured['knn']:.1f} %" if "knn" in measured else ""
+    return f"{ranks} (patches), patch similarity {measured['probe_patch_similarity']:.2f}{knn}"
 
 
 @torch.no_grad()
 def relative_distance(student: nn.Module, teacher: nn.Module) -> Tensor:
-    """|student - teacher| / |teacher| over all parameters, wherever their shards are; a scalar on all processes."""
+    """|student - teacher| / |teacher| over all parameters, sharded or not; a scalar, equal on all processes."""
     sums = []
-    for mine, average in zip(student.parameters(), teacher.parameters(), strict=True):
-        difference, size = (t.to_local() if isinstance(t, DTensor) else t for t in (mine - average, average))
+    for local, average in zip(student.parameters(), teacher.parameters(), strict=True):
+        difference, size = (t.to_local() if isinstance(t, DTensor) else t for t in (local - average, average))
         copies = distributed.world_size() / _num_shards(average)
         sums.append(torch.stack([difference.square().sum(), size.square().sum()]).float() / copies)
     difference, size = distributed.all_reduce_sum(torch.stack(sums).sum(dim=0))
@@ -163,7 +171,7 @@ def relative_distance(student: nn.Module, teacher: nn.Module) -> Tensor:
 
 
 def _num_shards(tensor: Tensor) -> int:
-    """How many different parts of a tensor there are on all processes."""
+    """The number of different shards of a tensor over all processes."""
     if not isinstance(tensor, DTensor):
         return 1
     mesh = tensor.device_mesh

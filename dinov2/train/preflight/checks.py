@@ -1,7 +1,7 @@
-"""Settings that go together badly: each is allowed by itself, and no run is any good with them.
+"""Checks for combinations of valid settings that make a training run useless or questionable.
 
-What can teach nothing is an error, what works but is hardly wanted a warning. Unlike what `config.load` refuses, this
-is asked before a training only: what an earlier run made with such settings can still be evaluated.
+Settings with which nothing can be learned are errors, questionable ones are warnings. Unlike the checks of
+`config.load`, these are done before training only, so that results of earlier runs can still be evaluated.
 """
 
 import math
@@ -16,54 +16,54 @@ from dinov2.train.schedules import build_schedules, global_batch_size, scale_lr
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS
 
 MAX_PROTOTYPES_PER_ROW = 64
-"""Of Sinkhorn-Knopp. The published recipes have 21; with 512 all targets are nearly uniform and nothing is learned."""
+"""Limit for Sinkhorn-Knopp. Published recipes have 21; with 512, targets are nearly uniform and nothing is learned."""
 
 MAX_LEARNING_RATE = 0.1
-"""Of AdamW, which moves every weight by about the rate in a step; the published recipes have 0.006 at most."""
+"""Limit for AdamW, which changes weights by about the rate per step; published recipes have at most 0.006."""
 
 MAX_DECAY_PER_STEP = 0.02
-"""Share of a weight that decay may take in a step; the published recipes take 0.002 at most."""
+"""Maximum weight decay per step, as a fraction of the weight; published recipes have at most 0.002."""
 
 MIN_MOMENTUM = 0.5
-"""Of the teacher; below it the teacher is hardly more than a copy of the student."""
+"""Minimum momentum of the teacher; below it the teacher is almost a copy of the student."""
 
 MAX_INITIAL_SHARE = 0.5
-"""Of the initial weights in the teacher at the end of a run; it is below 0.01 in all recipes."""
+"""Maximum fraction of initial weights in the teacher at the end of a run; below 0.01 in all recipes."""
 
 MAX_DROP_PATH = 0.75
-"""Share of the blocks that an image may skip; the published recipes have 0.4 at most."""
+"""Maximum fraction of blocks that an image skips; published recipes have at most 0.4."""
 
 MIN_LAYERWISE_DECAY = 0.5
-"""At which the learning rate ten blocks below the last one is a thousandth; the published recipes have 0.9 at least."""
+"""With it the learning rate ten blocks below the last one is a thousandth; published recipes have at least 0.9."""
 
 MIN_CLIP_GRAD = 1e-3
-"""At which gradients of 100 million weights are near AdamW's epsilon of 1e-8; the published recipes have 3."""
+"""With it gradients of 100 million weights are near AdamW's epsilon of 1e-8; published recipes have 3."""
 
 MAX_MASK_RATIO = 0.9
-"""Share of a crop's patches that are masked in every masked crop; the published recipes have 0.1 to 0.5."""
+"""Maximum fraction of masked patches common to all masked crops; published recipes have 0.1 to 0.5."""
 
 MAX_JITTER = 1.0
-"""Of brightness, contrast and saturation; the published recipes have 0.4 at most."""
+"""Maximum jitter of brightness, contrast and saturation; published recipes have at most 0.4."""
 
 MIN_STD = 0.01
-"""Of pixels in [0, 1], which are divided by it; a step of 8-bit gray levels is 0.004."""
+"""Minimum standard deviation of pixels in [0, 1]; 8-bit levels differ by 0.004."""
 
 MIN_SCALE = 0.001
-"""Share of an image that a crop shows; of 224 x 224 pixels it is 7 x 7."""
+"""Minimum area of a crop as a fraction of the image: 7 x 7 of 224 x 224 pixels."""
 
 
 def check_settings(cfg: Config, world_size: int) -> list[str]:
-    """What is wrong with settings that are each allowed.
+    """Check the combinations of settings.
 
     Args:
-        cfg: Config of the run.
+        cfg: Configuration of the run.
         world_size: Number of processes of the run.
 
     Returns:
-        Warnings, each a line that names keys and values.
+        Warnings, one line each, with keys and values.
 
     Raises:
-        ConfigError: If nothing can be learned, naming all settings that prevent it.
+        ConfigError: Nothing can be learned; the message names all settings that prevent it.
     """
     lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
     cfg = replace(cfg, optim=replace(cfg.optim, lr=lr))
@@ -84,7 +84,7 @@ def check_settings(cfg: Config, world_size: int) -> list[str]:
 
 
 def _set(cfg: Config, *keys: str) -> str:
-    """The settings as in `optim.epochs = 10, optim.warmup_epochs = 2`."""
+    """Format settings, such as `optim.epochs = 10, optim.warmup_epochs = 2`."""
 
     def text(value: object) -> str:
         if isinstance(value, tuple):
@@ -95,7 +95,7 @@ def _set(cfg: Config, *keys: str) -> str:
 
 
 def _heads(cfg: Config) -> dict[str, Dino | Ibot]:
-    """The sections whose heads are trained."""
+    """Config sections of the heads that are trained."""
     separate = cfg.ibot.loss_weight > 0 and cfg.ibot.separate_head
     heads: dict[str, Dino | Ibot] = {"ibot": cfg.ibot} if separate else {}
     return heads if separate and cfg.dino.loss_weight <= 0 else {"dino": cfg.dino, **heads}
@@ -126,7 +126,7 @@ def _no_masks(cfg: Config) -> Iterator[str]:
         yield f"{_set(cfg, 'ibot.mask_ratio_min_max')} of {patches} patches of a global crop ({of}) {consequence}"
 
 
-# --- What is hardly wanted -------------------------------------------------------------------------------------------
+# --- Questionable settings -------------------------------------------------------------------------------------------
 
 
 def _longer_than_the_run(cfg: Config) -> Iterator[str]:
@@ -153,7 +153,7 @@ def _longer_than_the_run(cfg: Config) -> Iterator[str]:
     period, kept = cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.train.checkpoint_keep_every
     if kept % period and kept <= steps:
         every = f"only the checkpoints of every {math.lcm(kept, period)} steps are kept for good"
-        yield f"{_set(cfg, 'train.checkpoint_keep_every')} is no multiple of the period of {period} steps: {every}"
+        yield f"{_set(cfg, 'train.checkpoint_keep_every')} is not a multiple of the period of {period} steps: {every}"
 
 
 def _peak(cfg: Config) -> str:
@@ -181,7 +181,7 @@ def _optimizer(cfg: Config) -> Iterator[str]:
         keys = _set(cfg, "optim.weight_decay", "optim.weight_decay_end")
         yield f"{keys}: at {_peak(cfg)} a step takes up to {decayed:.1%} of every weight"
     if 0 < (optim.clip_grad or 0) < MIN_CLIP_GRAD:
-        yield f"{_set(cfg, 'optim.clip_grad')}: gradients are cut to where AdamW takes them for zero; 0 = no limit"
+        yield f"{_set(cfg, 'optim.clip_grad')}: gradients are clipped to the level of AdamW's epsilon; 0 = no limit"
     if optim.adamw_beta1 > optim.adamw_beta2:
         yield f"{_set(cfg, 'optim.adamw_beta1')} is above {_set(cfg, 'optim.adamw_beta2')}: swapped?"
     precision = "compute_precision.student.backbone.mixed_precision.param_dtype"
@@ -196,8 +196,8 @@ def _teacher_average(cfg: Config) -> Iterator[str]:
     if final < first:
         yield f"{keys}: the teacher moves more at the end than at the start; swapped?"
     if min(first, final) < MIN_MOMENTUM:
-        yield f"{keys}: below {MIN_MOMENTUM} the teacher is hardly more than a copy of the student"
-    initial_share = ((first + final) / 2) ** steps  # of a cosine from one to the other the mean decides
+        yield f"{keys}: below {MIN_MOMENTUM} the teacher is almost a copy of the student"
+    initial_share = ((first + final) / 2) ** steps  # the mean of the cosine schedule
     if initial_share > MAX_INITIAL_SHARE:
         yield f"{keys}: after the {steps} steps of the run the teacher is still {initial_share:.0%} its initial weights"
 
@@ -209,7 +209,7 @@ def _temperature(cfg: Config) -> Iterator[str]:
         yield f"{keys}: the temperature falls during its warm-up; swapped?"
     of_student = DINOLoss(out_dim=1).student_temp
     if max(first, teacher.teacher_temp) >= of_student:
-        yield f"{keys}: targets must be sharper than predictions (temperature {of_student:g}), or all become alike"
+        yield f"{keys}: targets must be sharper than predictions (temperature {of_student:g}), or all become equal"
 
 
 def _batch(cfg: Config, world_size: int) -> Iterator[str]:
@@ -217,7 +217,7 @@ def _batch(cfg: Config, world_size: int) -> Iterator[str]:
     if cfg.dino.koleo_loss_weight > 0 and cfg.train.batch_size_per_gpu < 2:
         yield f"{_set(cfg, 'dino.koleo_loss_weight')} has no effect: with {per_process} an image has no neighbor"
     if batch < 2:
-        yield f"a step is of one image ({per_process}, 1 process), which is compared with no other"
+        yield f"a step has one image ({per_process}, 1 process), without others to compare with"
     if cfg.train.centering != "sinkhorn_knopp":
         return
     rows: dict[str, tuple[str, float]] = {}
@@ -238,7 +238,7 @@ def _batch(cfg: Config, world_size: int) -> Iterator[str]:
 def _network(cfg: Config) -> Iterator[str]:
     for section, head in _heads(cfg).items():
         if head.head_hidden_dim == 1 and head.head_nlayers > 1:
-            yield f"{_set(cfg, f'{section}.head_hidden_dim')}: one number of an image reaches the prototypes"
+            yield f"{_set(cfg, f'{section}.head_hidden_dim')}: only one number per image reaches the prototypes"
     if (rate := cfg.student.drop_path_rate) > MAX_DROP_PATH:
         mean = rate if cfg.student.drop_path_uniform else rate / 2
         yield f"{_set(cfg, 'student.drop_path_rate')}: an image skips {mean:.0%} of the blocks"
@@ -251,7 +251,7 @@ def _health(cfg: Config) -> Iterator[str]:
         needed |= {"health.knn_period": health.knn_period == 0, "health.knn_dataset": health.knn_dataset == "none"}
     missing = [key for key, is_off in needed.items() if is_off]
     if health.best_by != "auto" and missing:
-        yield f"{_set(cfg, 'health.best_by', *missing)}: that is not measured, so that no teacher is called the best"
+        yield f"{_set(cfg, 'health.best_by', *missing)}: this is not measured, so no best teacher is selected"
 
 
 def _pixels(cfg: Config) -> Iterator[str]:
@@ -260,7 +260,7 @@ def _pixels(cfg: Config) -> Iterator[str]:
     if max(cfg.augmentation.color_jitter) > MAX_JITTER:
         yield f"{_set(cfg, 'augmentation.color_jitter')}: above {MAX_JITTER:g} many crops are black, white or garish"
     if cfg.ibot.loss_weight > 0 and min(cfg.ibot.mask_ratio_min_max) > MAX_MASK_RATIO:
-        yield f"{_set(cfg, 'ibot.mask_ratio_min_max')}: a masked crop shows hardly anything to predict the rest from"
+        yield f"{_set(cfg, 'ibot.mask_ratio_min_max')}: masked crops show too little to predict the rest from"
 
 
 def _crops(cfg: Config) -> Iterator[str]:
@@ -270,11 +270,11 @@ def _crops(cfg: Config) -> Iterator[str]:
         if attrgetter(size)(cfg) == cfg.student.patch_size:
             yield f"{_set(cfg, size)} is one patch ({_set(cfg, 'student.patch_size')})"
         if min(attrgetter(scale)(cfg)) < MIN_SCALE:
-            yield f"{_set(cfg, scale)}: a crop of less than {MIN_SCALE} of an image is of a few pixels"
+            yield f"{_set(cfg, scale)}: a crop of less than {MIN_SCALE} of an image has only a few pixels"
     if crops.local_crops_number == 0:
         return
     if cfg.dino.loss_weight <= 0:
-        yield f"{number} has no effect with {_set(cfg, 'dino.loss_weight')}: local crops cost time and teach nothing"
+        yield f"{number} has no effect with {_set(cfg, 'dino.loss_weight')}: local crops take time without any effect"
     if crops.local_crops_size > crops.global_crops_size:
         keys = "crops.local_crops_size", "crops.global_crops_size"
         yield f"{_set(cfg, *keys)}: local crops are larger than global ones; swapped?"

@@ -1,4 +1,4 @@
-"""A run without the training: checks everything that could go wrong later and prints what the run would be."""
+"""Dry run: checks everything that could fail later, and prints the plan of the run, without training."""
 
 import logging
 import sys
@@ -19,25 +19,25 @@ from dinov2.trackers import check_trackers
 from dinov2.train.checkpoint import load_initial_weights
 from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
-from dinov2.train.monitor.probe import NoLabels, labeled_dataset
+from dinov2.train.monitor.probe_images import NoLabels, labeled_dataset
 from dinov2.train.preflight.checks import check_settings
 from dinov2.train.preflight.memory import estimate, masked_patches_per_image
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
-from dinov2.train.training_data import open_dataset
+from dinov2.train.training_run import open_dataset
 
 PROCESSES_PER_MACHINE = 8
-"""Assumed where the processes are yet to be started."""
+"""Assumed if the processes are not started yet."""
 
 IMAGES_TRIED = 20
-"""How many images are read to see whether the dataset can be."""
+"""Number of images that are read to check the dataset."""
 
 
 def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     """Check config, dataset, output folder, and checkpoint or weights to start from, and print the plan of the run.
 
     Raises:
-        OSError, ValueError: whatever would have stopped the run.
+        OSError, ValueError: The run would have failed with this error.
     """
     findings = check_settings(cfg, world_size)
     _check_writable(Path(cfg.train.output_dir))
@@ -52,17 +52,17 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     if latest is None:
         load_initial_weights(model, cfg)
     plan = _start(latest, cfg, model) | _plan(cfg, model, len(dataset), world_size)
-    watched = f"every {cfg.health.period} steps" if cfg.health.period else "not measured (health.period=0)"
-    plan |= {"health": watched, "k-NN while training": knn}
+    health = f"every {cfg.health.period} steps" if cfg.health.period else "not measured (health.period=0)"
+    plan |= {"health": health, "k-NN while training": knn}
     lines = [f"{name:32} {value}" for name, value in plan.items()]
     if (batch := global_batch_size(cfg, world_size)) > len(dataset):
         lines += [
             "",
-            f"mind: a step takes {batch:,} images, and the dataset has {len(dataset):,}: they repeat within it",
+            f"note: a step takes {batch:,} images, but the dataset has {len(dataset):,}: images repeat within a step",
         ]
     known = {path for path, _ in dataset.survey().unreadable}
-    notes = [f"{'warning' if level > logging.INFO else 'mind'}: {note}" for level, note in dataset.notes()]
-    notes += [f"mind: {error}" for error in unreadable if error.path not in known]
+    notes = [f"{'warning' if level > logging.INFO else 'note'}: {note}" for level, note in dataset.notes()]
+    notes += [f"note: {error}" for error in unreadable if error.path not in known]
     lines += ["", *notes] if notes else []
     lines += ["", *(f"warning: {warning}" for warning in findings)] if findings else []
     but = f" but for {len(findings)} warning(s)" if findings else ""
@@ -71,10 +71,10 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
 
 
 def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
-    """Where the run begins; the checkpoint that it resumes from is looked at, but for the numbers in its tensors.
+    """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors.
 
     Raises:
-        OSError, ValueError: if it is damaged, cannot be read, or is of another model.
+        OSError, ValueError: The checkpoint is damaged, unreadable, or of another model.
     """
     if latest is None:
         weights = filter(None, (cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS))
@@ -99,10 +99,10 @@ def _knn(cfg: Config, dataset: ImageDataset) -> str:
 
 
 def _check_readable(dataset: ImageDataset, max_bad_share: float) -> list[BadImageError]:
-    """Read some images, evenly spread; returns why some cannot be: one, or the share that the run bears, may be broken.
+    """Read some images, evenly spaced; returns the errors, of which one, or the tolerated fraction, is accepted.
 
     Raises:
-        OSError: More cannot be read.
+        OSError: More images are unreadable.
     """
     sample = range(0, len(dataset), max(len(dataset) // IMAGES_TRIED, 1))[:IMAGES_TRIED]
     broken = []
@@ -117,7 +117,7 @@ def _check_readable(dataset: ImageDataset, max_bad_share: float) -> list[BadImag
 
 
 def _check_writable(folder: Path) -> None:
-    """Try to write into the folder, or into the nearest existing parent of one that is still to be made."""
+    """Check write access to the folder, or to its nearest existing parent."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=existing):
@@ -127,7 +127,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> dict[str, str]:
-    """What a person wants to know before starting: name -> value with its unit."""
+    """The plan of the run: name -> value with its unit."""
     batch = global_batch_size(cfg, world_size)
     accumulated = f" x {cfg.train.accumulate_steps} micro-batches" if cfg.train.accumulate_steps > 1 else ""
     steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
@@ -151,12 +151,12 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
 
 
 def _how_often(period: int, steps: int) -> str:
-    """What is written every `period` steps and at the end of a run of `steps`."""
+    """Describe an output that is written every `period` steps and at the end of a run of `steps`."""
     return f"{num_due(period, steps):,}: every {period:,} steps and after the last one" if period > 0 else "none"
 
 
 def _costs(cfg: Config, model: SSLMetaArch, world_size: int) -> dict[str, str]:
-    """What a process will hold and send."""
+    """Estimated memory and communication of a process."""
     here = distributed.detect_process()
     per_machine = here.local_world_size if here.world_size == world_size else min(PROCESSES_PER_MACHINE, world_size)
     costs = estimate(cfg, model, world_size, per_machine)
@@ -181,11 +181,11 @@ def _num_parameters(module: nn.Module) -> int:
 
 
 def training_flops_per_image(cfg: Config, model: SSLMetaArch) -> float:
-    """Floating-point operations of one image in one step; a multiply-add counts two, a backward pass two forwards.
+    """FLOPs of one image in one step; a multiply-add counts as two, a backward pass as two forward passes.
 
-    fvcore counts one block and the rest of the backbone on the CPU; depth, crops and heads multiply that.
+    fvcore counts one block and the rest of the backbone on the CPU, which is scaled by depth, crops and heads.
     """
-    with warnings.catch_warnings():  # importing it uses what PyTorch has deprecated
+    with warnings.catch_warnings():  # its import uses deprecated parts of PyTorch
         warnings.simplefilter("ignore", FutureWarning)
         from fvcore.nn import FlopCountAnalysis
 
@@ -219,6 +219,6 @@ def training_flops_per_image(cfg: Config, model: SSLMetaArch) -> float:
 
 
 def _attention_multiply_adds(inputs: list[Any], outputs: list[Any]) -> float:
-    """Of scores and of the weighted sum, for queries (b, H, n, d) and as many keys."""
+    """Multiply-adds of scores and weighted sum, for queries (b, H, n, d) and as many keys."""
     batch, heads, length, width = inputs[0].type().sizes()
     return 2.0 * batch * heads * length * length * width

@@ -1,21 +1,21 @@
-"""What one process holds and sends: bytes by sharding strategy, from the sizes of the networks alone.
+"""Estimate of the memory and communication of one process by sharding strategy, from the networks alone.
 
-How `parallelize` and `fully_shard` treat them, as far as bytes are concerned:
+The model of `parallelize` and `fully_shard`:
 
 - A parameter is split along its first dimension over n processes and padded to equal shards. Weights of student and
-  teacher, gradients and the two moments of AdamW are float32: 5 x 4 bytes of every shard, all the time.
-- A unit (a block or several; the rest of a backbone; a head) is gathered before it runs, in `param_dtype`: a buffer
-  for what arrives, then the whole parameters. What is freed after use leaves the rest of the backbone, one unit and the
-  buffer of the next. What is kept adds up until the backward pass frees it unit by unit.
-- The whole gradients of a unit, in `param_dtype`, go to a buffer in `reduce_dtype`, are summed, and become shards.
-  Each network keeps the buffer of its last unit until the backward pass ends, and with replicas those in which they
-  sum their shards, which count where they are not the gradients themselves nor in the place of freed weights.
-- In a ring of n processes each sends (n - 1) / n of the whole to gather it or to sum it to shards, and twice that to
-  sum it everywhere. Each micro-batch gathers the teacher once, the student once or, if freed in between, twice, and
+  teacher, gradients and the two moments of AdamW are float32: 5 x 4 bytes per element of every shard, permanently.
+- A unit (a block or several; the rest of a backbone; a head) is gathered before it runs, in `param_dtype`: a receive
+  buffer, then the whole parameters. If freed after use, the peak is the rest of the backbone, one unit and the buffer
+  of the next. Otherwise units add up until the backward pass frees them one by one.
+- The whole gradients of a unit, in `param_dtype`, are copied to a buffer in `reduce_dtype`, summed, and sharded. Each
+  network keeps the buffer of its last unit until the backward pass ends, and with replicas those in which shards are
+  summed, which count unless they are the gradients themselves or reuse the memory of freed weights.
+- In a ring of n processes each sends (n - 1) / n of the total for an all-gather or reduce-scatter, and twice that for
+  an all-reduce. Each micro-batch gathers the teacher once, the student once or, if freed in between, twice, and
   sums the gradients once; replicas of shards then sum theirs.
 
 One process alone gathers nothing, but autocast keeps the student's weights in `param_dtype` until the backward pass.
-Not counted: what the optimizer and the kernels need for a moment, and the buffers of communication libraries.
+Not counted: temporary memory of the optimizer and kernels, and buffers of communication libraries.
 """
 
 import math
@@ -34,39 +34,41 @@ STRATEGIES: tuple[str, ...] = get_args(get_type_hints(ModulePrecision)["sharding
 
 FLOAT32 = 4  # bytes
 COPIES_OF_STUDENT = 4
-"""Weight, gradient and two AdamW moments. The teacher has only weights."""
+"""Weights, gradients and two AdamW moments. The teacher has weights only."""
 
 SAVED_PER_TOKEN_AND_BLOCK = 17
 """Activations kept for the backward pass, in units of the width: 2 norms (3), qkv and attention (5), MLP (9)."""
 
 _SAVED = {"none": (0, SAVED_PER_TOKEN_AND_BLOCK), "selective": (1, 10), "full": (1, 0)}
-"""By activation checkpointing, for all tokens: the input of the block; for those that stochastic depth leaves: the
-results of matrix products (qkv 3, projection 1, MLP 5) and attention (1), or everything."""
+"""By activation checkpointing: (for all tokens: the input of the block; for tokens kept by stochastic depth: the
+outputs of matrix products (qkv 3, projection 1, MLP 5) and attention (1), or everything)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one process; of the one that holds most, where parameters cannot be divided evenly."""
+    """Bytes of one process, the one with the most if parameters cannot be divided evenly."""
 
-    state: float  # shards of weights, gradients and moments, all the time
+    state: float  # shards of weights, gradients and moments, permanent
     gathered: float  # whole weights, at the peak
-    reducing: float  # whole gradients on their way to shards, at the peak
-    activations: float  # rough
-    sent: float  # in an optimizer step
-    sent_by_machine: float  # to other machines in an optimizer step, by all processes of a machine
+    reducing: float  # whole gradients before they are sharded, at the peak
+    activations: float  # approximate
+    sent: float  # per optimizer step
+    sent_by_machine: float  # to other machines per optimizer step, by all processes of a machine
 
     @property
     def memory(self) -> float:
-        """All that may be there at one time."""
+        """Peak memory in bytes."""
         return self.state + self.gathered + self.reducing + self.activations
 
 
 def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_machine: int) -> Estimate:
-    """What a process of a run holds and sends; the model may be on the meta device.
+    """Estimate memory and communication of one process of a run.
 
     Args:
-        num_processes: of the run.
-        processes_per_machine: with so many or fewer there is one machine.
+        cfg: Configuration of the run.
+        model: The networks; may be on the meta device.
+        num_processes: Number of processes of the run.
+        processes_per_machine: Maximum number of processes per machine.
     """
     per_machine = min(processes_per_machine, num_processes)
     networks = []
@@ -84,8 +86,8 @@ def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_
     )
 
 
-def held_bytes(model: SSLMetaArch, optimizer: torch.optim.Optimizer) -> int:
-    """What this process holds between a step and the next `zero_grad`: the `state` of an `Estimate`, counted."""
+def allocated_bytes(model: SSLMetaArch, optimizer: torch.optim.Optimizer) -> int:
+    """Measured bytes of weights, gradients and moments after a step: the `state` of an `Estimate`."""
     student = list(model.student.parameters())
     gradients = [param.grad for param in student if param.grad is not None]
     moments = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
@@ -106,12 +108,12 @@ def sharding_units(network: nn.Module, block_chunks: int) -> list[list[Tensor]]:
 
 
 class _Network:
-    """One network of the student, its teacher, and how they are shared.
+    """One network of the student, its teacher, and their sharding.
 
     Attributes:
-        units: elements of each unit, padded; that outside of blocks comes first.
-        shard: elements of all units that a process holds.
-        kept: whether the student keeps what it has gathered until the backward pass.
+        units: Elements of each unit, padded; the unit outside of blocks comes first.
+        shard: Elements of the shards of one process.
+        kept: Whether gathered weights of the student are kept until the backward pass.
     """
 
     def __init__(
@@ -142,7 +144,7 @@ class _Network:
         return sum(self.units) * self.param_bytes
 
     def passing(self, itemsize: int) -> int:
-        """Bytes of weights that are freed after use, at the peak: the rest, and a unit and the buffer of the next."""
+        """Peak bytes of weights that are freed after use: the rest, a unit and the buffer of the next."""
         if self.alone:
             return 0  # one matrix at a time
         rest, block = self.units[0], max(self.units[1:], default=0)
@@ -151,18 +153,18 @@ class _Network:
 
     @property
     def sent_around_shards(self) -> float:
-        """Bytes by each process and micro-batch among the processes that share a copy: weights and gradients."""
+        """Bytes sent per process and micro-batch among the shards of a copy: weights and gradients."""
         gathers = (1 if self.kept else 2) * self.param_bytes + self.teacher_bytes
         return (self.num_shards - 1) * self.shard * (gathers + self.reduce_bytes)
 
     @property
     def sent_around_replicas(self) -> float:
-        """Bytes by each process and micro-batch to those that hold the same shard: gradients."""
+        """Bytes sent per process and micro-batch among replicas of a shard: gradients."""
         return 2 * (self.replicas - 1) / self.replicas * self.shard * self.reduce_bytes
 
     @property
     def sent_by_machine(self) -> float:
-        """Bytes of a micro-batch that leave a machine. A ring over all machines leaves each of them once."""
+        """Bytes per micro-batch sent to other machines. A ring over all machines leaves each of them once."""
         if self.machines == 1:
             return 0.0
         rings_of_shards = 1 if self.replicas == 1 else 0  # else they stay within machines
@@ -170,14 +172,14 @@ class _Network:
 
 
 def _gathered(networks: Sequence[_Network]) -> float:
-    """Teacher and student take turns, and so do the networks, but for what is kept."""
+    """Peak bytes of gathered weights: teacher and student, and their networks, alternate except for kept weights."""
     teacher = max(network.passing(network.teacher_bytes) for network in networks)
     kept = sum(network.all_gathered for network in networks if network.kept)
     return max(teacher, kept + max((n.passing(n.param_bytes) for n in networks if not n.kept), default=0))
 
 
 def _reducing(networks: Sequence[_Network], accumulate_steps: int) -> float:
-    """The gradients of the largest unit, and buffers of each network."""
+    """Peak bytes of whole gradients: those of the largest unit, and buffers of each network."""
     if any(network.alone for network in networks):
         return 0.0
     gradients = max(max(network.units) * network.param_bytes for network in networks)
@@ -203,7 +205,7 @@ def _itemsize(dtype: str) -> int:
 
 
 def _activations(cfg: Config, model: SSLMetaArch) -> float:
-    """Rough bytes for the backward pass of a micro-batch, and the teacher's targets for all micro-batches of a step."""
+    """Approximate bytes for the backward pass of a micro-batch, and for the targets of all micro-batches of a step."""
     arch, crops, backbone, masked = cfg.student, cfg.crops, model.student_backbone, masked_patches_per_image(cfg)
     value_bytes = _itemsize(cfg.compute_precision.student.backbone.mixed_precision.param_dtype)
     extra = 1 + arch.num_register_tokens
@@ -212,9 +214,9 @@ def _activations(cfg: Config, model: SSLMetaArch) -> float:
     of_all, of_kept = _SAVED[cfg.train.activation_checkpointing]
     not_dropped = 1 - arch.drop_path_rate
     per_token = backbone.n_blocks * (of_all + of_kept * not_dropped)
-    if cfg.train.activation_checkpointing != "none":  # the block that is computed again has everything
+    if cfg.train.activation_checkpointing != "none":  # the recomputed block has all activations
         per_token += (SAVED_PER_TOKEN_AND_BLOCK - of_kept) * not_dropped
-    rows = (  # of scores for the prototypes: student's, teacher's, how many prototypes
+    rows = (  # scores: rows of the student, rows of the teacher, prototypes
         (NUM_GLOBAL_CROPS + crops.local_crops_number, NUM_GLOBAL_CROPS, cfg.dino.head_n_prototypes),
         (masked, masked, (cfg.ibot if cfg.ibot.separate_head else cfg.dino).head_n_prototypes),
     )
@@ -224,7 +226,7 @@ def _activations(cfg: Config, model: SSLMetaArch) -> float:
 
 
 def masked_patches_per_image(cfg: Config) -> float:
-    """Of all global crops of an image, on average."""
+    """Mean number of masked patches in all global crops of an image."""
     if cfg.ibot.loss_weight <= 0:
         return 0.0
     patches = (cfg.crops.global_crops_size // cfg.student.patch_size) ** 2

@@ -1,4 +1,4 @@
-"""Alarms: each kind of failure raises its own, on recorded and on real runs; healthy runs raise none."""
+"""Alarms: each kind of failure raises its own, and healthy runs raise none; on made-up records."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ NUM_LINES = 40
 
 
 def healthy(index: int) -> dict[str, float]:
-    """A line of a run in which all is well, 20 steps apart."""
+    """A record of a healthy run; records are 20 steps apart."""
     progress = index / NUM_LINES
     return {
         "iteration": 20 * index,
@@ -34,7 +34,7 @@ def healthy(index: int) -> dict[str, float]:
 
 
 def run(start: int = NUM_LINES, **changed: float) -> list[Record]:
-    """A run that is healthy up to a line, and has other numbers from then on."""
+    """The records of a run that is healthy up to a record and has other values from then on."""
     return [{**healthy(index), **(changed if index >= start else {})} for index in range(NUM_LINES)]
 
 
@@ -59,10 +59,10 @@ def test_an_empty_run_and_one_without_health_raise_none() -> None:
         ("collapse", {"probe_cls_rank_me": 3.0}),
         ("collapse", {"probe_distinct_images": 1.0}),
         ("collapse", {"knn": 36.0}),
-        ("diverging", {"total_loss": 7.5, "cls_target_information": 0.2}),
-        ("diverging", {"probe_patch_norm": 900.0, "probe_patch_rank_me": 30.0}),
-        ("dense features decaying", {"probe_patch_similarity": 0.7}),
-        ("starved by data", {"data_wait": 0.6}),
+        ("divergence", {"total_loss": 7.5, "cls_target_information": 0.2}),
+        ("divergence", {"probe_patch_norm": 900.0, "probe_patch_rank_me": 30.0}),
+        ("decay of dense features", {"probe_patch_similarity": 0.7}),
+        ("data starvation", {"data_wait": 0.6}),
     ],
 )
 def test_each_sign_raises_its_alarm_and_no_other(kind: str, changed: dict[str, float]) -> None:
@@ -101,26 +101,26 @@ def test_an_alarm_is_over_when_its_sign_is_gone_and_may_come_again() -> None:
     assert [(a.first, a.last, a.over) for a in find_alarms(records)] == [(100, 240, True), (400, 540, True)]
 
 
-def test_the_bell_tells_once_and_goes_on_where_a_resumed_run_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_alarm_is_logged_once_and_continues_in_a_resumed_run(caplog: pytest.LogCaptureFixture) -> None:
     records = run(20, data_wait=0.6)
     first = AlarmMonitor()
     with caplog.at_level("INFO", "dinov2.train.monitor.alarms"):
         for record in records[:30]:
-            first.hear(record)
+            first.update(record)
         assert [r.levelname for r in caplog.records] == ["WARNING"]
-        assert "starved by data" in caplog.text and "train.num_workers" in caplog.text
+        assert "data starvation" in caplog.text and "train.num_workers" in caplog.text
         caplog.clear()
         resumed = AlarmMonitor(records[:30])
         for record in records[30:]:
-            resumed.hear(record)
-        assert not caplog.records, "it rings already"
-        resumed.hear({**healthy(NUM_LINES), "iteration": 800})
+            resumed.update(record)
+        assert not caplog.records, "the alarm is active already"
+        resumed.update({**healthy(NUM_LINES), "iteration": 800})
         assert "over" in caplog.text
     assert resumed.alarms == [find_alarms(records)[0]._replace(over=True)]
     assert isinstance(resumed.alarms[0], Alarm)
 
 
-# --- Numbers that cannot inform --------------------------------------------------------------------------------------
+# --- Values that cannot inform --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_the_bell_tells_once_and_goes_on_where_a_resumed_run_was(caplog: pytest.
         {"cls_target_capacity": math.log(2), "cls_target_information": 0.0, "total_loss": 9.0},
     ],
 )
-def test_a_number_that_cannot_inform_raises_no_alarm(changed: dict[str, float]) -> None:
+def test_a_value_that_cannot_inform_raises_no_alarm(changed: dict[str, float]) -> None:
     start = 0 if "knn" in changed and changed["knn"] == 0 else 20
     assert find_alarms(run(start, **changed)) == []
 

@@ -1,4 +1,4 @@
-"""What is measured of a run: the numbers are right, and measuring changes nothing."""
+"""Health metrics of a run: the values are right, and measuring changes nothing."""
 
 import json
 import math
@@ -12,21 +12,22 @@ from torch import Tensor, nn
 
 from dinov2.data import make_dataset
 from dinov2.train.monitor.best_teacher import rate_teacher
-from dinov2.train.monitor.probe import LabeledImages, Probe
+from dinov2.train.monitor.probe import Probe
+from dinov2.train.monitor.probe_images import LabeledImages
 from dinov2.train.monitor.target_stats import TargetStats, relative_distance
 from dinov2.train.ssl_meta_arch import Predictions, Targets
 
 
-def watch(cls: Tensor, patch: Tensor, features: Tensor) -> dict[str, float]:
-    """What a watch measures of one micro-batch."""
-    seen = TargetStats()
-    seen.add(Targets(cls, patch), Predictions(None, None, None, features))
-    return {name: float(value) for name, value in seen.measured().items()}
+def stats_of(cls: Tensor, patch: Tensor, features: Tensor) -> dict[str, float]:
+    """The statistics of one micro-batch."""
+    stats = TargetStats()
+    stats.add(Targets(cls, patch), Predictions(None, None, None, features))
+    return {name: float(value) for name, value in stats.compute().items()}
 
 
 def test_targets_are_measured_as_defined() -> None:
     rows = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)).softmax(dim=1)
-    found = watch(rows.view(2, 6, 6), rows[:5], torch.eye(4))
+    found = stats_of(rows.view(2, 6, 6), rows[:5], torch.eye(4))
     entropies = -(rows * rows.log()).sum(dim=1)
     mean = rows.mean(dim=0)
     of_mean = -(mean * mean.log()).sum()
@@ -42,12 +43,12 @@ def test_targets_are_measured_as_defined() -> None:
 
 
 @pytest.mark.parametrize("alike", [torch.full((2, 20, 8), 1 / 8), torch.eye(8)[0].repeat(2, 20, 1)])
-def test_equal_targets_tell_nothing_whether_flat_or_sharp(alike: Tensor) -> None:
-    assert watch(alike, alike[0], torch.eye(4))["cls_target_information"] == pytest.approx(0, abs=1e-5)
+def test_equal_targets_have_no_information_whether_flat_or_sharp(alike: Tensor) -> None:
+    assert stats_of(alike, alike[0], torch.eye(4))["cls_target_information"] == pytest.approx(0, abs=1e-5)
 
 
 def test_a_batch_without_masked_patches_can_be_measured() -> None:
-    found = watch(torch.eye(4).view(2, 2, 4), torch.empty(0, 4), torch.eye(2))
+    found = stats_of(torch.eye(4).view(2, 2, 4), torch.empty(0, 4), torch.eye(2))
     assert found["patch_prototypes_used"] == 0
 
 
@@ -67,7 +68,7 @@ def test_measuring_changes_no_weight(tmp_path: Path) -> None:
     assert not any(name.startswith(("probe", "cls", "grad")) for name in metrics(tmp_path / "without")[0])
 
 
-def test_a_run_leaves_what_its_report_needs(tmp_path: Path) -> None:
+def test_a_run_writes_what_its_report_needs(tmp_path: Path) -> None:
     run_train(tmp_path, "health.knn_period=3")
     lines = {line["iteration"]: line for line in metrics(tmp_path)}
     assert [step for step in lines if "probe_cls_rank_me" in lines[step]] == [0, 2, 3, 5, 7]
@@ -91,19 +92,19 @@ def test_a_run_leaves_what_its_report_needs(tmp_path: Path) -> None:
     torch.testing.assert_close(saved[:, 3::7, 3::7], tokens, atol=5e-3, rtol=1e-2)
 
 
-def test_the_line_of_a_look_is_written_even_between_log_periods(tmp_path: Path) -> None:
+def test_the_record_of_a_measurement_is_written_even_between_log_periods(tmp_path: Path) -> None:
     run_train(tmp_path, "train.log_period=5", "health.period=100")
     assert [line["iteration"] for line in metrics(tmp_path)] == [0, 3, 5, 7]
 
 
-def test_a_data_set_without_labels_is_judged_by_rank(tmp_path: Path) -> None:
+def test_without_labels_the_teacher_is_rated_by_rank(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 10)
     run_train(tmp_path / "run", f"train.dataset_path=ImageFolder:root={images}", "optim.epochs=2")
     rating = json.loads((tmp_path / "run" / "eval" / "best" / "health.json").read_text())
     assert rating["signal"] == "probe_cls_rank_me"
 
 
-def test_labels_may_come_from_another_data_set_and_must_be_there(tmp_path: Path) -> None:
+def test_labels_may_come_from_another_dataset_and_must_exist(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", 10)
     data = f"train.dataset_path=ImageFolder:root={images}"
     run_train(tmp_path / "run", data, "optim.epochs=1", "health.knn_dataset=FashionMNIST:split=VAL")
@@ -113,7 +114,7 @@ def test_labels_may_come_from_another_data_set_and_must_be_there(tmp_path: Path)
             run_train(tmp_path / "other", data, f"health.knn_dataset={wrong}")
 
 
-def test_without_labels_no_look_is_made_for_their_sake(tmp_path: Path) -> None:
+def test_without_labels_nothing_is_measured_every_knn_period(tmp_path: Path) -> None:
     run_train(tmp_path, "health.knn_dataset=none", "health.knn_period=2", "evaluation.eval_period_iterations=0")
     assert [line["iteration"] for line in metrics(tmp_path) if "probe_cls_rank_me" in line] == [0, 3, 7]
 
@@ -139,14 +140,14 @@ def test_best_is_a_link_to_the_teacher_with_the_highest_value(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 torn", b"no such thing"])
-def test_damaged_images_of_former_looks_do_not_stop_a_run(content: bytes, tmp_path: Path) -> None:
+def test_damaged_images_of_earlier_measurements_do_not_stop_a_run(content: bytes, tmp_path: Path) -> None:
     run_train(tmp_path, "optim.epochs=2")
     (tmp_path / "health" / "images.npz").write_bytes(content)
     run_train(tmp_path)
     assert np.load(tmp_path / "health" / "images.npz")["images"].shape == (8, 3, 28, 28)
 
 
-def test_one_may_choose_what_the_best_teacher_is_best_in(tmp_path: Path) -> None:
+def test_the_metric_that_rates_teachers_is_configurable(tmp_path: Path) -> None:
     run_train(tmp_path, "health.best_by=patch_rank_me")
     ranks = {
         line["iteration"]: line["probe_patch_rank_me"] for line in metrics(tmp_path) if line["iteration"] in (3, 7)
@@ -155,17 +156,17 @@ def test_one_may_choose_what_the_best_teacher_is_best_in(tmp_path: Path) -> None
     assert (tmp_path / "eval" / "best").resolve().name == f"training_{best}"
 
 
-def test_gradients_do_not_flow_through_what_is_watched() -> None:
+def test_no_gradient_flows_through_the_statistics() -> None:
     model = tiny_model()
     batch = random_batch()
     [targets] = model.targets([batch], 0.05)
     predictions = model.predictions(batch)
-    seen = TargetStats()
-    seen.add(targets, predictions)
-    assert not any(isinstance(value, Tensor) and value.requires_grad for value in seen.measured().values())
+    stats = TargetStats()
+    stats.add(targets, predictions)
+    assert not any(isinstance(value, Tensor) and value.requires_grad for value in stats.compute().values())
 
 
-# --- Measures that say nothing ---------------------------------------------------------------------------------------
+# --- Metrics that are not informative --------------------------------------------------------------------------------
 
 
 def write_classes(folder: Path, sizes: dict[str, int]) -> str:
@@ -242,7 +243,7 @@ def test_chance_is_what_guessing_reaches() -> None:
         ({"knn": 40.0, "knn_chance": 35.0}, "knn"),
     ],
 )
-def test_the_best_teacher_is_not_chosen_by_a_measure_that_says_nothing(
+def test_the_best_teacher_is_not_chosen_by_an_uninformative_metric(
     useless: dict[str, float], by: str, tmp_path: Path
 ) -> None:
     for iteration, rank in ((3, 9.0), (7, 5.0), (11, 5.0)):

@@ -1,5 +1,6 @@
-"""Every form of a checkpoint holds what the model held, to the last bit; `inspect` says what that is."""
+"""`python -m dinov2.tools` with checkpoints: every form holds the tensors of the model to the last bit."""
 
+import json
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from dinov2 import config
 from dinov2.models import build_model
 from dinov2.models.weights import chunk_block_names, load_backbone, read_state_dict
-from dinov2.tools.checkpoints import main
+from dinov2.tools.__main__ import main
 from dinov2.train.checkpoint_metadata import read_metadata
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
@@ -105,7 +106,7 @@ def convert(source: Path, output: Path, form: str, *words: str) -> Path:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """The one line that a command says when it fails."""
+    """The one line that a failing command prints."""
     capsys.readouterr()
     assert main([str(word) for word in words]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -113,8 +114,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return lines[0]
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, str]:
-    """What `inspect` says: title -> value; the first line is the source."""
+def described(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, str]:
+    """The output of `inspect`: {title: value}; the first line is the source."""
     capsys.readouterr()
     assert main(["inspect", *map(str, words)]) == 0
     source, *lines = capsys.readouterr().out.splitlines()
@@ -127,7 +128,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, str]:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("writers", ["one_process", "two_processes"])
-def test_every_form_holds_what_the_model_held(
+def test_every_form_has_the_tensors_of_the_model(
     form: str, suffix: str, writers: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     folder, tensors = request.getfixturevalue(writers)
@@ -169,7 +170,7 @@ def test_every_form_can_be_evaluated(
         assert_equal(read_state_dict(output), part(tensors, f"model.{network}."))
 
 
-def test_the_teacher_of_a_run_is_the_one_that_the_run_dumped(run: Path, tmp_path: Path) -> None:
+def test_the_teacher_of_a_run_is_the_one_that_the_run_exported(run: Path, tmp_path: Path) -> None:
     (dump,) = run.glob("eval/training_1/*.pth")
     for source in (run, run / "checkpoints", run / "checkpoints" / "model_0000001"):
         content = content_of(convert(source, tmp_path / "teacher.pth", "teacher", "--force"))
@@ -201,7 +202,7 @@ def assert_same_content(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-def test_what_is_no_tensor_comes_along(one_process: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+def test_other_entries_are_kept(one_process: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     content = content_of(convert(one_process[0], tmp_path / "full.pth", "full"))
     assert list(content) == ["model", "optimizer", "iteration", "scaler", "images_seen", "metrics"]
     assert (content["scaler"]["scale"], content["images_seen"], content["metrics"]) == (1024.0, 1234567, METRICS)
@@ -228,7 +229,7 @@ def test_a_released_backbone_can_be_converted(tmp_path: Path) -> None:
     assert_equal(content_of(convert(tmp_path / "released.pth", tmp_path / "b.safetensors", "backbone")), state)
 
 
-def test_tensors_that_share_memory_are_parted(tmp_path: Path) -> None:
+def test_tensors_that_share_memory_are_copied(tmp_path: Path) -> None:
     large = torch.randn(1000, 32)
     state = {"patch_embed.proj.weight": large[:4], "tied": large[:4], "transposed": large[4:8].t()}
     torch.save(state, tmp_path / "views.pth")
@@ -259,13 +260,17 @@ def test_a_file_can_replace_itself(one_process: tuple[Path, dict[str, Tensor]], 
 @pytest.mark.parametrize(
     ("output", "words", "message"),
     [
-        ("weights", [], "the suffix of .*weights says no format; known: .pth, .pt, .safetensors"),
-        ("weights.bin", ["--format", "safetensors"], "the suffix of .*weights.bin says no format"),
-        ("weights.pth", ["--format", "safetensors"], "--format safetensors but the suffix of .*weights.pth says torch"),
+        ("weights", [], "the suffix of .*weights indicates no format; known: .pth, .pt, .safetensors"),
+        ("weights.bin", ["--format", "safetensors"], "the suffix of .*weights.bin indicates no format"),
+        (
+            "weights.pth",
+            ["--format", "safetensors"],
+            "--format safetensors but the suffix of .*.pth indicates torch",
+        ),
         ("folder.pth", [], "folder.pth is a folder: give the name of a file in it"),
     ],
 )
-def test_a_file_that_readers_would_not_know_is_not_written(
+def test_a_suffix_that_readers_do_not_recognize_is_an_error(
     output: str,
     words: list[str],
     message: str,
@@ -287,7 +292,7 @@ def test_torch_files_may_have_any_other_suffix(one_process: tuple[Path, dict[str
 @pytest.mark.parametrize(
     ("held", "asked"), [("teacher", "student"), ("teacher", "full"), ("backbone", "teacher"), ("student", "teacher")]
 )
-def test_what_a_checkpoint_does_not_hold_cannot_be_had(
+def test_a_form_that_the_checkpoint_does_not_contain_is_an_error(
     held: str,
     asked: str,
     one_process: tuple[Path, dict[str, Tensor]],
@@ -297,11 +302,11 @@ def test_what_a_checkpoint_does_not_hold_cannot_be_had(
     source = convert(one_process[0], tmp_path / "source.safetensors", held)
     error = error_of(capsys, "convert", source, tmp_path / "output.pth", "--to", asked)
     name = "backbone" if held == "backbone" else f"{held} backbone"
-    assert error.startswith(f"error: {source} does not hold what --to {asked} asks for; it holds: {name}")
+    assert error.startswith(f"error: {source} does not hold what --to {asked} needs; it holds: {name}")
     assert not (tmp_path / "output.pth").exists()
 
 
-def test_without_safetensors_it_says_what_to_install(
+def test_without_safetensors_the_error_says_what_to_install(
     one_process: tuple[Path, dict[str, Tensor]],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -314,7 +319,7 @@ def test_without_safetensors_it_says_what_to_install(
     convert(one_process[0], tmp_path / "weights.pth", "teacher")
 
 
-def test_it_says_how_to_evaluate_the_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_prints_how_to_evaluate_the_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "my weights.pth"
     expected = f"--config-file {run}/config.yaml --pretrained-weights '{output}' --train-dataset TRAIN"
     for source in (run, next(run.glob("eval/*/*.pth"))):
@@ -322,55 +327,92 @@ def test_it_says_how_to_evaluate_the_file(run: Path, tmp_path: Path, capsys: pyt
         assert f"python dinov2/run/eval/knn.py {expected}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_the_backbone_of_a_run_is_converted_for_other_libraries(
+    network: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also with two heads in 32 channels, which the config of the run determines."""
+    backbone = content_of(convert(run, tmp_path / f"{network}.pth", network))[network]
+    expected = part(backbone, "backbone.")
+    output = convert(run, tmp_path / "hf", "hf", "--checkpoint-key", network)
+    assert "28 x 28 pixels: largest difference" in capsys.readouterr().out
+    assert json.loads((output / "config.json").read_text())["num_attention_heads"] == 2
+    assert_equal(read_state_dict(output), expected)
+
+
+def test_a_flag_that_does_not_apply_to_the_form_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("convert", tmp_path, tmp_path / "weights.pth", "--to")
+    error = error_of(capsys, *words, "teacher", "--num-heads", "2")
+    assert error.startswith("error: --num-heads does not apply to --to teacher, only to --to hf, timm, ")
+    error = error_of(capsys, *words, "timm", "--format", "torch")
+    assert error == "error: --format does not apply to --to timm, only to --to full, teacher, student, backbone"
+
+
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_tells_what_is_in_a_checkpoint(
+def test_inspect_prints_what_is_in_a_checkpoint(
     one_process: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = one_process
     model = model_of_a_run()
-    said = told(capsys, folder.parent)
-    assert (said["source"], said["iteration"], said["images seen"]) == (str(folder), "7", "1,234,567")
-    assert (said["gradient scale"], said["last losses"]) == ("1024.0", "total_loss 8.5")
-    assert said["written by"] == "1 process(es)"
+    found = described(capsys, folder.parent)
+    assert (found["source"], found["iteration"], found["images seen"]) == (str(folder), "7", "1,234,567")
+    assert (found["gradient scale"], found["last losses"]) == ("1024.0", "total_loss 8.5")
+    assert found["written by"] == "1 process(es)"
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-    assert said["size on disk"].startswith(f"{num_bytes / 1e6:.1f} MB in 3 file(s)")
+    assert found["size on disk"].startswith(f"{num_bytes / 1e6:.1f} MB in 3 file(s)")
     for network in ("student", "teacher"):
         for name, module in model.get_submodule(network).items():
             count = sum(value.numel() for value in module.state_dict().values())
-            assert said[f"{network} {name}"] == f"{count:,} parameters, float32"
-    assert said["centers of the losses"] == "dino_loss.center 1 x 16, ibot_patch_loss.center 1 x 1 x 16"
+            assert found[f"{network} {name}"] == f"{count:,} parameters, float32"
+    assert found["centers of the losses"] == "dino_loss.center 1 x 16, ibot_patch_loss.center 1 x 1 x 16"
     num_parameters = len(list(model.student.parameters()))
-    assert said["optimizer state"] == f"exp_avg, exp_avg_sq, step of {num_parameters} tensors, float32"
+    assert found["optimizer state"] == f"exp_avg, exp_avg_sq, step of {num_parameters} tensors, float32"
 
 
-def test_it_tells_how_many_processes_wrote(
+def test_inspect_prints_the_architecture_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = described(capsys, run)
+    assert (found["network"], found["width"]) == ("none of the published ones", "32, 2 blocks, 2 heads")
+    assert found["positions"] == "4 x 4 patches, images of 28 pixels"
+
+
+def test_inspect_prints_how_many_processes_wrote(
     two_processes: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told(capsys, two_processes[0])["written by"] == "2 process(es)"
+    assert described(capsys, two_processes[0])["written by"] == "2 process(es)"
+
+
+@pytest.mark.parametrize("module", ["dinov2.tools", "dinov2.train.checkpoint", "dinov2.models.weights"])
+def test_the_former_names_of_the_command_work(module: str, one_process: tuple[Path, dict[str, Tensor]]) -> None:
+    command = [sys.executable, "-m", module, "inspect", str(one_process[0])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and "student backbone" in done.stdout
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_it_tells_what_is_in_a_file(
+def test_inspect_prints_what_is_in_a_file(
     suffix: str, one_process: tuple[Path, dict[str, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = told(capsys, one_process[0])
+    whole = described(capsys, one_process[0])
     about_all = {"source", "size on disk", "written by"}
-    full = told(capsys, convert(one_process[0], tmp_path / f"full{suffix}", "full"))
+    full = described(capsys, convert(one_process[0], tmp_path / f"full{suffix}", "full"))
     assert {title: full[title] for title in full.keys() - about_all} == {
         title: whole[title] for title in whole.keys() - about_all
     }
-    teacher = told(capsys, convert(one_process[0], tmp_path / f"teacher{suffix}", "teacher"))
+    teacher = described(capsys, convert(one_process[0], tmp_path / f"teacher{suffix}", "teacher"))
     assert teacher.keys() - {"iteration"} == {"source", "size on disk", "teacher backbone", "teacher dino_head"} | {
-        "optimizer state"
+        "optimizer state",
+        "network",
     }
     assert teacher["teacher backbone"] == whole["teacher backbone"] and teacher["optimizer state"] == "none"
-    backbone = told(capsys, convert(one_process[0], tmp_path / f"backbone{suffix}", "backbone"))
+    backbone = described(capsys, convert(one_process[0], tmp_path / f"backbone{suffix}", "backbone"))
     assert backbone["backbone"] == whole["teacher backbone"]
 
 
-def test_it_lists_every_tensor(one_process: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_lists_every_tensor(
+    one_process: tuple[Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["inspect", "--names", str(one_process[0])]) == 0
     listed = capsys.readouterr().out.partition("\n\n")[2].splitlines()
     assert {line.split()[0] for line in listed} == set(one_process[1])
@@ -378,11 +420,11 @@ def test_it_lists_every_tensor(one_process: tuple[Path, dict[str, Tensor]], caps
     assert "optimizer.student.backbone.norm.weight.step  scalar  float32" in listed
 
 
-def test_any_file_of_tensors_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_any_file_of_tensors_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = {"fc": {"weight": torch.zeros(3, 2), "bias": torch.zeros(3).half()}, "epoch": 5, "metrics": [1.0]}
     torch.save(content, tmp_path / "other.pt")
-    said = told(capsys, tmp_path / "other.pt")
-    assert (said["epoch"], said["other tensors"]) == ("5", "2")
+    found = described(capsys, tmp_path / "other.pt")
+    assert (found["epoch"], found["other tensors"]) == ("5", "2: fc")
 
 
 def test_what_is_no_checkpoint_is_an_error_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -391,7 +433,7 @@ def test_what_is_no_checkpoint_is_an_error_in_one_line(tmp_path: Path, capsys: p
     (tmp_path / "text.safetensors").write_text("no tensors")
     assert "empty.pth holds no tensors; it holds: epoch" in error_of(capsys, "inspect", tmp_path / "empty.pth")
     assert f"no checkpoint in {tmp_path}" in error_of(capsys, "inspect", tmp_path)
-    assert f"no checkpoint at {tmp_path}/absent" in error_of(capsys, "inspect", tmp_path / "absent")
+    assert f"no weights at {tmp_path}/absent" in error_of(capsys, "inspect", tmp_path / "absent")
     assert "text.safetensors is no checkpoint" in error_of(capsys, "inspect", tmp_path / "text.safetensors")
     assert main(["inspect", str(tmp_path / "unsafe.pth")]) == 1
     assert not (tmp_path / "made").exists()
@@ -408,10 +450,10 @@ def test_a_damaged_checkpoint_is_an_error_in_one_line_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["model_0000007"]
 
 
-def test_the_command_bears_a_reader_that_stops_reading(one_process: tuple[Path, dict[str, Tensor]]) -> None:
+def test_a_closed_pipe_is_no_error(one_process: tuple[Path, dict[str, Tensor]]) -> None:
     reading, writing = os.pipe()
     os.close(reading)  # as `head` does when it has its lines
-    command = [sys.executable, "-m", "dinov2.tools.checkpoints", "inspect", str(one_process[0])]
+    command = [sys.executable, "-m", "dinov2.tools", "inspect", str(one_process[0])]
     try:
         done = subprocess.run(command, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
     finally:

@@ -1,7 +1,7 @@
-"""The files that images lie in: whether they are still the same ones, and which of them are equal.
+"""Identity of image files: whether a dataset has changed, and which of its images are copies.
 
-A file is known by its path, size and time of change: one that is replaced by another of the same size, with the time
-set back, is not noticed. Shapes: n images of a dataset.
+A file is identified by its path, size and modification time; a replacement with the same size and time is not
+detected. Shapes: n images of a dataset.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ from dinov2.data.datasets.base import ImageDataset
 
 logger = logging.getLogger(__name__)
 
-THREADS = 16  # network file systems answer many questions at once
+THREADS = 16  # network file systems serve many requests at once
 STATS_AT_ONCE = 4096
-MOST_FILES, MOST_BYTES = 100_000, 2 * 2**30  # read to find equal images; of larger sets a share is compared
+MOST_FILES, MOST_BYTES = 100_000, 2 * 2**30  # read to find equal images; larger datasets are compared in part
 
 MISSING = (-1, -1)
 
 
 def image_identity(dataset: ImageDataset) -> str:
-    """A digest of the names, sizes and times of change of the image files, of how they are read, and of the labels.
+    """Digest of the names, sizes and modification times of the image files, of the reading options and of the labels.
 
-    It differs for datasets with other images, another order or other labels. Images without files on disk, such as
-    those of an array, have a name only. All processes must call it together; rank 0 looks at the files.
+    It differs for datasets with other images, order or labels. Images without files, such as those of an array, have a
+    name only. All processes must call it together; rank 0 reads the file system.
     """
     return str(distributed.all_gather_object(_identity(dataset) if distributed.is_main() else None)[0])
 
@@ -47,7 +47,7 @@ def _identity(dataset: ImageDataset) -> str:
     digest.update(file_stats(hashed(dataset.image_files()), len(dataset)).tobytes())
     if not _have_own_files(dataset):
         deque(hashed(map(dataset.describe, range(len(dataset)))), maxlen=0)
-    digest.update(repr(dataset.image_options).encode())  # with a range measured on other images
+    digest.update(repr(dataset.image_options).encode())  # includes a range measured on other images
     targets = dataset.get_targets()
     if targets is not None:
         digest.update(str(targets.shape).encode() + targets.tobytes())
@@ -55,12 +55,12 @@ def _identity(dataset: ImageDataset) -> str:
 
 
 def _have_own_files(dataset: ImageDataset) -> bool:
-    """Whether `describe` names the file of each image, rather than an archive and what is in it."""
+    """Whether `describe` names the file of each image, rather than an archive and its member."""
     return len(dataset) > 0 and dataset.describe(0) == next(iter(dataset.image_files()))
 
 
 def file_stats(paths: Iterable[str], count: int) -> np.ndarray:
-    """Size in bytes and time of change in ns of files, (count, 2) int64; -1 where there is no such file."""
+    """Size in bytes and modification time in ns of files, (count, 2) int64; -1 for missing files."""
     stats, remaining = np.empty((count, 2), np.int64), iter(paths)
     chunks = iter(lambda: list(islice(remaining, STATS_AT_ONCE)), [])
     with ThreadPoolExecutor(THREADS) as pool:
@@ -76,7 +76,7 @@ def _stat_all(paths: list[str]) -> list[tuple[int, int]]:
 def _stat(path: str) -> tuple[int, int]:
     try:
         status = os.stat(path)
-    except (OSError, ValueError):  # a name that is no path
+    except (OSError, ValueError):  # a name that is not a path
         return MISSING
     return status.st_size, status.st_mtime_ns
 
@@ -85,7 +85,7 @@ def _stat(path: str) -> tuple[int, int]:
 
 
 class LabeledDataset(NamedTuple):
-    """A dataset in which equal images are looked for, and its labels in terms of the training classes."""
+    """A dataset to search for copies, and its labels as training classes."""
 
     dataset: ImageDataset
     labels: np.ndarray | None  # (n,) int64, or (n, L) padded with -1; None: not comparable
@@ -95,40 +95,40 @@ class LabeledDataset(NamedTuple):
         return cls(dataset, dataset.get_targets())
 
     def own_sizes(self) -> np.ndarray:
-        """Size in bytes of each image that has a file of its own, -1 for the others: (n,) int64."""
+        """File size in bytes of each image, -1 for images without their own files: (n,) int64."""
         if not _have_own_files(self.dataset):
             return np.full(len(self.dataset), -1)
         return file_stats(self.dataset.image_files(), len(self.dataset))[:, 0]
 
     def labels_at(self, index: int) -> set[int]:
-        """The labels of an image, none if they are not comparable."""
+        """Labels of an image; empty if they are not comparable."""
         return set() if self.labels is None else set(np.atleast_1d(self.labels[index]).tolist()) - {-1}
 
 
 def report_equal_images(
     train_name: str, train: LabeledDataset, others: Mapping[str, LabeledDataset]
 ) -> dict[str, dict[str, int]]:
-    """Count, on rank 0, the images of which the training set has a copy, byte for byte, and warn of them.
+    """Count, on rank 0, the images with an identical copy (the same bytes) in the training set, and warn of them.
 
-    Only files of one size are read. Images in archives and arrays are not compared.
+    Only files of equal size are read. Images in archives and arrays are not compared.
 
     Args:
-        train_name: dataset string.
-        train: the training set, in which copies under different labels are counted, too.
-        others: validation and test sets by dataset string.
+        train_name: Dataset string of the training set.
+        train: The training set, whose own copies with different labels are counted too.
+        others: Validation and test sets by dataset string.
 
     Returns:
-        By dataset string: `compared` images, those `equal` to a training image (in the training set: to another one),
-        and those of them `with_other_labels` than a copy has.
+        For each dataset string the number of `compared` images, of those `equal` to a (in the training set: another)
+        training image, and of the latter `with_other_labels` than a copy.
     """
     if not distributed.is_main():
         return {}
     if train_name in others:
-        logger.warning("%s: the images that are tested on are the training images", train_name)
+        logger.warning("%s is both training and test set", train_name)
     sets = {train_name: train} | {name: other for name, other in others.items() if name != train_name}
     found = dict(zip(sets, _count_equal(list(sets.values())), strict=True))
     for name, counts in found.items():
-        role = "there more than once" if name == train_name else "training images, too"
+        role = "duplicates" if name == train_name else "also training images"
         equal, compared = counts["equal"], counts["compared"]
         if equal and (name != train_name or counts["with_other_labels"]):
             logger.warning(
@@ -141,40 +141,40 @@ def report_equal_images(
 
 
 def _count_equal(sets: list[LabeledDataset]) -> list[dict[str, int]]:
-    """See `report_equal_images`; the training set comes first."""
+    """Counts for `report_equal_images`; the training set comes first."""
     sizes = [each.own_sizes() for each in sets]
-    chosen, left_out = _sizes_to_read(sizes)
-    copies: defaultdict[bytes, list[set[int]]] = defaultdict(list)  # of a training image -> labels of each
+    chosen, skipped = _sizes_to_read(sizes)
+    copies: defaultdict[bytes, list[set[int]]] = defaultdict(list)  # digest of training images -> labels of each
     results = []
-    for number, (each, its_sizes) in enumerate(zip(sets, sizes, strict=True)):
-        digests = _digests(each.dataset, np.flatnonzero(np.isin(its_sizes, chosen)).tolist())
+    for number, (each, own_sizes) in enumerate(zip(sets, sizes, strict=True)):
+        digests = _digests(each.dataset, np.flatnonzero(np.isin(own_sizes, chosen)).tolist())
         if number == 0:
             for index, digest in digests.items():
                 copies[digest].append(each.labels_at(index))
-        needed = 1 if number else 2  # an image of the training set is a copy of itself
+        needed = 1 if number else 2  # a training image equals itself
         equal = [index for index, digest in digests.items() if len(copies.get(digest, ())) >= needed]
         other = [index for index in equal if _contradict(each.labels_at(index), copies[digests[index]])]
-        compared = int((its_sizes >= 0).sum() - np.isin(its_sizes, left_out).sum())
+        compared = int((own_sizes >= 0).sum() - np.isin(own_sizes, skipped).sum())
         results.append({"compared": compared, "equal": len(equal), "with_other_labels": len(other)})
     return results
 
 
 def _sizes_to_read(sizes: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes of several files, one of them to train on: those to compare, and those that are too many."""
+    """File sizes that several files share, one of them for training: those to compare, and those beyond the limits."""
     values, counts = np.unique(np.concatenate(sizes), return_counts=True)
     several = (values >= 0) & (counts > 1) & np.isin(values, sizes[0])
-    order = np.random.default_rng(0).permutation(np.flatnonzero(several))  # a fair share, whatever the sizes
+    order = np.random.default_rng(0).permutation(np.flatnonzero(several))  # random, whatever the sizes
     fits = (np.cumsum(counts[order]) <= MOST_FILES) & (np.cumsum(counts[order] * values[order]) <= MOST_BYTES)
     return values[order[fits]], values[order[~fits]]
 
 
 def _digests(dataset: ImageDataset, indices: list[int]) -> dict[int, bytes]:
-    """SHA-256 of the bytes of some images, without those that cannot be read."""
+    """SHA-256 of the files of some images, without unreadable ones."""
 
     def digest(index: int) -> bytes | None:
         try:
             return hashlib.sha256(dataset.get_image_data(index)).digest()
-        except Exception:  # the extraction of features names it
+        except Exception:  # feature extraction reports it
             return None
 
     with ThreadPoolExecutor(THREADS) as pool:
@@ -183,5 +183,5 @@ def _digests(dataset: ImageDataset, indices: list[int]) -> dict[int, bytes]:
 
 
 def _contradict(labels: set[int], others: list[set[int]]) -> bool:
-    """Whether one of the copies has labels, and none of them is among these."""
+    """Whether a copy has labels, and none in common with these."""
     return bool(labels) and any(other and not labels & other for other in others)

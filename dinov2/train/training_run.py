@@ -1,0 +1,270 @@
+"""What a training run consists of besides its networks: dataset, loader, optimizer, metrics and checkpoints.
+
+All of it is opened, built or restored here, before the first step.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dinov2 import config, distributed
+from dinov2.config import DTYPES, Config, ConfigError
+from dinov2.data import DataAugmentationDINO, MaskingGenerator, make_dataset
+from dinov2.data.collate import Batch
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.device_augment import RawBatch
+from dinov2.data.images import ImageOptions
+from dinov2.data.loader import SamplerType, make_train_loader
+from dinov2.data.masking import published_max_num_patches
+from dinov2.files import remove_leftovers
+from dinov2.log import MetricLogger, truncate_metrics
+from dinov2.trackers import Tracker, open_trackers
+from dinov2.train.checkpoint import OUTPUTS, Checkpointer, archive_run, has_lost_checkpoints, load_initial_weights
+from dinov2.train.checkpoint_folder import latest_checkpoint
+from dinov2.train.checkpoint_state import Setup
+from dinov2.train.environment import record_environment
+from dinov2.train.optim import build_optimizer
+from dinov2.train.parallel import parallelize
+from dinov2.train.schedules import global_batch_size, num_steps
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE = "training_metrics.json"
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def open_dataset(cfg: Config, *, resume: bool) -> tuple[Config, ImageDataset]:
+    """Open the dataset of a training run.
+
+    Args:
+        cfg: Configuration of the run, with its output folder.
+        resume: Whether to reuse the range of pixel values that an earlier run in the same folder measured on the same
+            dataset.
+
+    Returns:
+        The configuration with the range of pixel values, if there are images of more than 8 bits, and the dataset. All
+        processes have the same range.
+
+    Raises:
+        OSError, ValueError: The dataset cannot be opened.
+    """
+    options = ImageOptions(**vars(cfg.images))
+    if resume and options.value_range is None and (former := _former_range(cfg)):
+        logger.info(
+            "pixel values from %g to %g are mapped to 0..255, as in the run so far (images.value_range)", *former
+        )
+        options = options.with_range(former)
+    dataset = make_dataset(dataset_str=cfg.train.dataset_path, image_options=options)
+    value_range = distributed.all_gather_object(dataset.image_options.value_range)[0]
+    dataset.image_options = dataset.image_options.with_range(value_range)
+    return replace(cfg, images=replace(cfg.images, value_range=value_range)), dataset
+
+
+def _former_range(cfg: Config) -> tuple[float, float] | None:
+    """Returns the range of pixel values of the run in the output folder; None without checkpoints on this dataset.
+
+    Raises:
+        OSError: The folder of the checkpoints cannot be read.
+    """
+    output = Path(cfg.train.output_dir)
+    if latest_checkpoint(output / "checkpoints") is None:
+        return None
+    try:
+        former = config.load(output / "config.yaml")
+    except (ConfigError, OSError):  # resuming reports a damaged one
+        return None
+    return former.images.value_range if former.train.dataset_path == cfg.train.dataset_path else None
+
+
+def build_loader(
+    cfg: Config, dataset: ImageDataset, images_seen: int, while_waiting: Callable[[], object] | None = None
+) -> Iterable[Batch] | Iterable[RawBatch]:
+    """Build the loader of endless micro-batches of this process after `images_seen` images; for `to_device`."""
+    crops, patch_size = cfg.crops, cfg.student.patch_size
+    augmentation = DataAugmentationDINO(
+        crops.global_crops_scale,
+        crops.local_crops_scale,
+        crops.local_crops_number,
+        crops.global_crops_size,
+        crops.local_crops_size,
+        **asdict(cfg.augmentation),
+    )
+    side = crops.global_crops_size // patch_size
+    return make_train_loader(
+        dataset,
+        augmentation=augmentation,
+        batch_size=cfg.train.batch_size_per_gpu,
+        num_workers=cfg.train.num_workers,
+        augment_on=cfg.train.augment_on,
+        sampler=SamplerType[cfg.train.sampler],
+        seed=cfg.train.seed,
+        start_position=images_seen,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        patience=cfg.train.data_timeout,
+        while_waiting=while_waiting,
+        mask_generator=MaskingGenerator(
+            (side, side), max_num_patches=published_max_num_patches(crops.global_crops_size, patch_size)
+        ),
+        mask_ratio_tuple=cfg.ibot.mask_ratio_min_max,
+        mask_probability=cfg.ibot.mask_sample_probability if cfg.ibot.loss_weight > 0 else 0.0,
+        dtype=DTYPES[cfg.compute_precision.student.backbone.mixed_precision.param_dtype],
+    )
+
+
+# --- State -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainingRun:
+    """The state of a run besides its networks: what steps update and checkpoints restore.
+
+    Attributes:
+        setup: Processes and data of the run.
+        step: Last finished step; -1 before the first one.
+        images_seen: Images that all processes have used so far.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    metrics: MetricLogger
+    checkpointer: Checkpointer
+    setup: Setup
+    step: int
+    images_seen: int
+
+    def save(self, *, wait: bool) -> None:
+        """Write a checkpoint of the last finished step.
+
+        Args:
+            wait: Whether to wait until it is complete; otherwise it is written in the background.
+        """
+        progress = {"images_seen": self.images_seen, "metrics": self.metrics.state_dict()}
+        self.checkpointer.save(self.step, progress | self.setup._asdict())
+        self.checkpointer.finish(wait=wait)
+
+
+def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: bool) -> TrainingRun:
+    """Prepare training from the latest checkpoint if there is one and `resume`, else from the initial weights.
+
+    The networks are parallelized. Outputs of an earlier run that is not resumed are archived.
+    """
+    output_dir = Path(cfg.train.output_dir)
+    if distributed.is_main():
+        remove_leftovers(output_dir, OUTPUTS)
+    latest = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
+    checkpoint_period = cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH
+    if latest is None:
+        load_initial_weights(model, cfg)
+        if not resume or distributed.from_main(lambda: has_lost_checkpoints(output_dir, checkpoint_period)):
+            archive_run(output_dir)
+    optimizer = parallelize_and_build_optimizer(cfg, model.train())
+    scaler = torch.amp.GradScaler(distributed.device().type, enabled=uses_fp16(cfg))
+    checkpointer = Checkpointer(
+        output_dir / "checkpoints",
+        model,
+        optimizer,
+        scaler,
+        period=checkpoint_period,
+        last_step=num_steps(cfg) - 1,
+        keep=cfg.train.checkpoint_keep,
+        keep_every=cfg.train.checkpoint_keep_every,
+    )
+    metrics = MetricLogger(
+        "  ",
+        output_dir / METRICS_FILE,
+        is_main=distributed.is_main(),
+        mean_over_processes=distributed.all_reduce_mean,
+        hidden=("wd", "mom", "last_layer_lr", "current_batch_size", "teacher_temp"),
+    )
+    global_batch = global_batch_size(cfg, distributed.world_size())
+    setup = Setup(distributed.world_size(), global_batch, len(dataset), dataset.fingerprint())
+    first_step, images_seen = resume_run(cfg, latest, checkpointer, metrics, setup)
+    if distributed.is_main() and first_step < num_steps(cfg):
+        record_environment(output_dir, first_step, data=cfg.train.dataset_path)
+    logger.info("%d of %d steps are done; %d images each", first_step, num_steps(cfg), global_batch)
+    return TrainingRun(optimizer, scaler, metrics, checkpointer, setup, first_step - 1, images_seen)
+
+
+def parallelize_and_build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.optim.AdamW:
+    """Parallelize student and teacher in place, and build the optimizer of the student's then sharded parameters."""
+    parallelize(
+        model.student,
+        model.teacher,
+        cfg.compute_precision,
+        block_chunks=cfg.student.block_chunks,
+        activation_checkpointing=cfg.train.activation_checkpointing,
+        compile_blocks=cfg.train.compile,
+    )
+    return build_optimizer(
+        model.student,
+        betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2),
+        lr_decay_rate=cfg.optim.layerwise_decay,
+        patch_embed_lr_mult=cfg.optim.patch_embed_lr_mult,
+    )
+
+
+def open_run_trackers(cfg: Config, *, first_step: int) -> AbstractContextManager[list[Tracker] | None]:
+    """The experiment trackers of a run, on rank 0."""
+    return distributed.on_main(
+        open_trackers(
+            **asdict(cfg.tracking), output_dir=Path(cfg.train.output_dir), start=first_step, config=config.to_dict(cfg)
+        )
+    )
+
+
+def resume_run(
+    cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger, setup: Setup
+) -> tuple[int, int]:
+    """Restore the latest checkpoint, if there is one.
+
+    Changed settings, data and processes are logged as warnings. Config and metrics on disk are replaced only after that
+    succeeded.
+
+    Returns:
+        The next step, and the number of images seen before it.
+    """
+    config_file = Path(cfg.train.output_dir) / "config.yaml"
+    start = images_seen = 0
+    if latest is not None:
+        state = checkpointer.load(latest, needed=("images_seen", "metrics"))
+        for title, changed in (
+            ("with other settings than before", changed_settings(config_file, cfg)),
+            ("on other data or processes than before", setup.changes_since(state)),
+        ):
+            if changed:
+                logger.warning("resuming %s: %s", title, "; ".join(changed))
+        metrics.load_state_dict(state["metrics"])
+        start, images_seen = state["iteration"] + 1, state["images_seen"]
+    if distributed.is_main():
+        config.save(cfg, config_file)
+        truncate_metrics(config_file.with_name(METRICS_FILE), start)
+    return start, images_seen
+
+
+def changed_settings(former: Path, cfg: Config) -> list[str]:
+    """Settings that differ from those in the config file of a run; empty, with a warning, if it cannot be read.
+
+    Returns:
+        Texts such as "optim.epochs: 2 -> 4".
+    """
+    if not former.exists():
+        return []
+    try:
+        return config.differences(config.load(former), cfg)
+    except (ValueError, OSError) as error:
+        logger.warning("cannot compare settings, %s is replaced: %s", former, error)
+        return []
+
+
+def uses_fp16(cfg: Config) -> bool:
+    """Whether gradients need scaling, which only fp16 with its small range does."""
+    student = cfg.compute_precision.student
+    dtypes = {module.mixed_precision.param_dtype for module in (student.backbone, student.dino_head, student.ibot_head)}
+    return cfg.compute_precision.grad_scaler and "fp16" in dtypes
