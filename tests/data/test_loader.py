@@ -19,9 +19,10 @@ from dinov2.data.augment import DataAugmentationDINO
 from dinov2.data.collate import Batch
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import BadImageError
-from dinov2.data.loader import SamplerType, make_data_loader, make_train_loader, to_device
+from dinov2.data.loader import make_data_loader, make_train_loader, to_device
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.sample_stream import AugmentedDataset, StreamCollate
+from dinov2.data.sampler_types import SamplerType
 from dinov2.data.workers import LoadingError
 
 # Fewer cores than workers, and forking beside threads: both are fine here.
@@ -287,7 +288,7 @@ def test_what_cannot_be_left_to_the_device_is_refused() -> None:
     pil = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, 16, 8, implementation="pil")
     with pytest.raises(ValueError, match="not pil"):
         train_batches(1, augmentation=pil, augment_on="device")
-    with pytest.raises(ValueError, match="cpu or device"):
+    with pytest.raises(ValueError, match="known: cpu, device"):
         train_batches(1, augment_on="gpu")
 
 
