@@ -3,9 +3,9 @@
 
 The plain version is the simplest implementation: eager, two forward passes of the backbone and three of the head,
 residuals masked instead of skipped, a cross-entropy per pair of crops, Sinkhorn-Knopp that rewrites its matrix, AdamW
-and the moving average parameter by parameter. Both start from the same weights and must agree on the first loss (where nothing
-is dropped: they draw that differently). Steps of both sides alternate, so that what else the machine does hits both
-alike; the ratio is the figure to quote, not the seconds.
+and the moving average parameter by parameter. Both start from the same weights and must agree on the first loss (unless
+drop path is on, which they draw differently). Steps of both sides alternate, so that disturbances affect both alike;
+the figure to quote is the ratio, not the seconds.
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python scripts/bench_step.py --batch-size 4
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python scripts/bench_step.py --batch-size 16 --precision bf16

@@ -116,7 +116,7 @@ def test_a_folder_is_occupied_as_long_as_the_process_lives(tmp_path: Path) -> No
     assert (tmp_path / ".lock").read_text() == before
 
 
-def test_without_locks_nobody_can_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_the_state_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(37, "No locks available")
 
