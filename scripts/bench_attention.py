@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The ways to attend over packed sequences of two lengths, forward and backward, in one run; prints JSON.
+"""Benchmark of attention over packed sequences of two lengths, forward and backward; prints JSON.
 
     OMP_NUM_THREADS=1 python scripts/bench_attention.py [--arch vit_small] [--images 4] [--precision fp32,bf16]
 
@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = get_args_parser().parse_args()
     device = torch.device(args.device)
-    # What a prototype says of itself; not what it computes.
+    # Warnings about prototype features.
     warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype stage", UserWarning)
     segments = ((2 * args.images, args.global_tokens), (8 * args.images, args.local_tokens))
     with torch.device("meta"):
@@ -104,7 +104,7 @@ def compare(
             difference = max(float((a - b).abs().max()) for a, b in zip(run(way), expected, strict=True))
             if device.type == "cuda":
                 memory[name] = peak_memory(partial(run, way), device)
-        except Exception as error:  # any failure at all means: does not run here
+        except Exception as error:  # any failure means that it does not run here
             not_run[name] = f"{type(error).__name__}: {error}".strip().partition("\n")[0][:160]
             continue
         if difference > TOLERANCE[dtype]:
@@ -122,7 +122,7 @@ def compare(
 
 
 def peak_memory(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes on the GPU above those that are taken already."""
+    """Peak bytes on the GPU above those allocated before."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()

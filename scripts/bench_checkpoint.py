@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What a checkpoint costs the training, and how long resuming takes, against `torch.save` in the same run; prints JSON.
+"""Benchmark of checkpoints during training, and of resuming, against `torch.save` in the same run; prints JSON.
 
 Starts its processes itself: ViT-B/14 with the published heads on crops so small that two CPU cores do a step in a few
 seconds. That is the hard case: a checkpoint costs the same whatever the step, and here the thread that writes it takes
@@ -135,7 +135,7 @@ class Bench:
         self.saved = 0
 
     def round(self) -> dict[str, float]:
-        """Seconds of everything once; processes take part in step."""
+        """Time everything once, in seconds; all processes call it together."""
         steps = [self.seconds(self.step) for _ in range(self.num_steps)]
         stands_still, overlapped = self.seconds(self.save), 0.0
         num_overlapped = 0
@@ -154,7 +154,7 @@ class Bench:
         }
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """From when all processes begin until all are done."""
+        """Seconds from the common start until all processes are done."""
         distributed.barrier()
         started = time.perf_counter()
         work()
@@ -176,7 +176,7 @@ class Bench:
         self.checkpointer.finish()
 
     def is_complete(self) -> bool:
-        """Whether the latest checkpoint has its final name, as the first process sees it."""
+        """Whether the first process sees the final name of the latest checkpoint."""
         found = latest_checkpoint(self.checkpointer.directory)
         return distributed.all_gather_object(found is not None and found.name.endswith(f"_{self.saved:07d}"))[0]
 
@@ -185,7 +185,7 @@ class Bench:
         self.checkpointer.load(folder)
 
     def plain_save(self) -> None:
-        """What one would write without a library: a file with everything, while all wait."""
+        """The simplest implementation: one file with everything, while all processes wait."""
         parts = {"model": self.run.model.state_dict(), **self.run.optimizer.state_dict()["state"]}
         state: dict[Any, dict[str, Tensor]] = {part: {} for part in parts}
         for part, tensors in parts.items():

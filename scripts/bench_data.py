@@ -1,4 +1,4 @@
-"""How fast do crops come from JPEG files? Plain torchvision on PIL against ours, sides alternating; prints JSON.
+"""Benchmark of crops from JPEG files: torchvision on PIL against this package, sides alternating; prints JSON.
 
     python scripts/bench_data.py [--images FOLDER] [--size 500 375] [--repeats 15] [--workers 0 1 2]
 
@@ -9,7 +9,7 @@ Each image gives 2 global and 8 local crops with the published augmentations, no
 - tensor: ours, the default
 - device worker: what a worker does with train.augment_on=device: read, header, draw, decode, pack
 
-The images are those of scikit-learn, or all in --images, cut and scaled to --size and saved as JPEG.
+The images are those of scikit-learn, or all in --images, cropped and scaled to --size and saved as JPEG.
 """
 
 import argparse
@@ -78,7 +78,7 @@ OPERATIONS: dict[str, dict[str, Any]] = {
 
 
 class Plain:
-    """The published augmentation as one writes it with torchvision: PIL image -> MultiCrop."""
+    """The published augmentation written with torchvision: PIL image -> MultiCrop."""
 
     def __init__(self, global_size: int, local_size: int) -> None:
         def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> transforms.Compose:
@@ -104,7 +104,7 @@ class Plain:
 
 
 class Files(ImageDataset):
-    """JPEG files in memory, again and again."""
+    """JPEG files in memory, in an endless loop."""
 
     def __init__(self, files: list[bytes]) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def stacked(crops: MultiCrop) -> tuple[Tensor, Tensor]:
 
 
 def make_sides(global_size: int, local_size: int) -> dict[str, Callable[[bytes], Any]]:
-    """File -> crops, or what a worker hands over."""
+    """Sides by name: file -> crops, or the output of a worker."""
 
     def ours(implementation: str) -> DataAugmentationDINO:
         return DataAugmentationDINO(
@@ -184,7 +184,7 @@ def time_sides(sides: dict[str, Callable[[bytes], Any]], files: list[bytes], rep
 
 
 def time_loader(files: list[bytes], args: argparse.Namespace, num_workers: int) -> dict[str, Any]:
-    """Through the loader of training, with masks, sides alternating."""
+    """Time the loader of training, with masks, sides alternating."""
     ours = DataAugmentationDINO(GLOBAL_SCALE, LOCAL_SCALE, LOCALS, args.global_size, args.local_size)
     plain = Plain(args.global_size, args.local_size)
     sides: dict[str, dict[str, Any]] = {
@@ -231,7 +231,7 @@ def time_loader(files: list[bytes], args: argparse.Namespace, num_workers: int) 
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of the workers it has now."""
+    """CPU seconds of this process and of its current workers."""
     seconds = time.process_time()
     for worker in multiprocessing.active_children():
         fields = Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()
@@ -239,8 +239,8 @@ def _cpu_seconds() -> float:
     return seconds
 
 
-def time_cutting(files: list[bytes], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What the device does for a batch that the workers packed."""
+def time_device_augmentation(files: list[bytes], args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Time the augmentation on the device for a packed batch."""
     raw = DeviceAugmentation(DataAugmentationDINO(GLOBAL_SCALE, LOCAL_SCALE, LOCALS, args.global_size, args.local_size))
     images = [raw(open_image(data)) for data in itertools.islice(itertools.cycle(files), args.batch_size)]
     packed = pack_raw_batch(images, NO_CROPS, raw.crop_format(torch.float32))
@@ -260,7 +260,7 @@ def time_cutting(files: list[bytes], args: argparse.Namespace, device: torch.dev
 
 
 def compare_pixels(files: list[bytes], args: argparse.Namespace, draws: int = 4) -> dict[str, Any]:
-    """Mean and greatest difference in levels, of the same draws carried out in two ways."""
+    """Mean and maximum difference in levels between two implementations with the same parameters."""
     result = {}
     for name, settings in OPERATIONS.items():
         made: dict[str, list[Tensor]] = {"pil": [], "tensor": [], "device": []}
@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument(
         "--images",
         type=Path,
-        help="folder of one's own images; default: scikit-learn's",
+        help="folder of images (default: those of scikit-learn)",
     )
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375), help="width and height of the files")
     parser.add_argument(
@@ -325,7 +325,7 @@ def main() -> None:
         large = make_files(args.images, tuple(args.large_size))
         record["large"] = {"size": args.large_size, **time_sides(sides, large, max(2, args.repeats // 3))}
     record["loader"] = {f"{workers} workers": time_loader(files, args, workers) for workers in args.workers}
-    record["cutting"] = time_cutting(files, args, device)
+    record["cutting"] = time_device_augmentation(files, args, device)
     record["differences"] = compare_pixels(files, args)
     record |= {
         "processor": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, one thread a process",

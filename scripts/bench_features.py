@@ -1,4 +1,4 @@
-"""How fast are features? Our extraction against timm's and transformers' DINOv2, sides alternating; prints JSON.
+"""Benchmark of feature extraction against DINOv2 of timm and transformers, sides alternating; prints JSON.
 
     python scripts/bench_features.py [--arch vit_small] [--size 224] [--batch-size 32] [--precision fp32] [--rounds 7]
 

@@ -1,4 +1,4 @@
-"""How fast is k-NN? Our classifier against other searches of the nearest, sides alternating; prints JSON.
+"""Benchmark of the k-NN classifier against other nearest-neighbor searches, sides alternating; prints JSON.
 
     python scripts/bench_knn.py [--bank 200000] [--queries 2000] [--width 384] [--rounds 5]
 

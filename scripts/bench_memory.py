@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What processes on this machine hold and send by sharding strategy, measured and as predicted; prints JSON.
+"""Memory and communication of processes by sharding strategy, measured and predicted; prints JSON.
 
 Starts its processes itself (gloo, CPU, Linux): ViT-B in fp32 on crops so small that weights matter and activations do
 not, two micro-batches per step, so that gradients are there already when weights are gathered. Takes 10 GB of memory
@@ -8,7 +8,7 @@ and, on two busy cores, ten minutes.
     python scripts/bench_memory.py
     python scripts/bench_memory.py --processes 2 --strategies FULL_SHARD,NO_SHARD student.arch=vit_small
 
-Figures are bytes of the process that holds most:
+Figures are bytes of the process with the most:
 
     state   weights, gradients and AdamW moments after a step, as `preflight/memory.py` counts them: tracked tensors
     peak    peak resident memory of two steps less that of the same process before the model was built; predicted are
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def strategies_for(num_processes: int, args: argparse.Namespace) -> list[str]:
-    """One process shares nothing; on one machine the hybrid strategies are the others."""
+    """Distinct strategies: one process shards nothing, and on one machine hybrid strategies equal the others."""
     several_machines = num_processes > args.processes_per_machine
     chosen = [name for name in args.strategies.split(",") if several_machines or not name.startswith("HYBRID")]
     return chosen[:1] if num_processes == 1 else chosen
@@ -114,7 +114,7 @@ def run(num_processes: int, strategy: str, args: argparse.Namespace) -> dict[str
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Train a few steps and look; the first process writes what all found."""
+    """Train a few steps and measure; the first process writes the results of all."""
     pretend_machines(args.processes_per_machine)
     with distributed.session() as place:
         Run(make_config(args, args.strategies, *TINY)).train(steps=1)  # loads what is loaded on first use
@@ -141,13 +141,13 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def figures(predicted: Estimate) -> dict[str, float]:
-    """What can be compared with a measurement."""
+    """Predictions that can be compared with measurements."""
     peak = predicted.state + predicted.gathered + predicted.reducing
     return {"state": predicted.state, "peak": peak, "sent": predicted.sent}
 
 
 def pretend_machines(num_processes: int) -> None:
-    """Let this process believe that it shares its machine with so many at most."""
+    """Simulate machines with at most this number of processes."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     num_processes = min(num_processes, world_size)
     os.environ |= {"LOCAL_RANK": str(rank % num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
@@ -177,7 +177,7 @@ class Run:
         self.batches = [*to_device([make_batch(cfg)], distributed.device())] * cfg.train.accumulate_steps
 
     def train(self, steps: int) -> None:
-        """All that a step of the training does with weights and gradients."""
+        """Run the parts of training steps that involve weights and gradients."""
         scaler, guard = torch.amp.GradScaler("cpu", enabled=False), NonFiniteGuard(1)
         for step in range(steps):
             set_hyperparameters(self.optimizer, NOW)
@@ -187,7 +187,7 @@ class Run:
 
 
 def make_batch(cfg: Config) -> Batch:
-    """Noise with masks."""
+    """A batch of noise with masks."""
     crops, side = cfg.crops, cfg.crops.global_crops_size // cfg.student.patch_size
 
     def noise(size: int) -> torch.Tensor:
@@ -231,13 +231,13 @@ class Traffic(TorchDispatchMode):
 
 
 def reset_peak() -> int:
-    """Forget the peak so far; resident bytes now, which are the new peak."""
+    """Reset the peak; returns the resident bytes, which are the new peak."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak()
 
 
 def peak() -> int:
-    """Most bytes that were resident at one time."""
+    """Peak resident bytes."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found, "Linux says so"
     return int(found[1]) * 1024

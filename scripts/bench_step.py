@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Time of a whole training step, phase by phase, against a plain version of the same step in one run; prints JSON.
 
-The plain version is what one writes first: eager, two forward passes of the backbone and three of the head, residuals
-masked instead of skipped, a cross-entropy per pair of crops, Sinkhorn-Knopp that rewrites its matrix, AdamW and the
-moving average parameter by parameter. Both start from the same weights and must agree on the first loss (where nothing
-is dropped: they draw that differently). Steps of both sides alternate, so that what else the machine does hits both
-alike; the ratio is the figure to quote, not the seconds.
+The plain version is the simplest implementation: eager, two forward passes of the backbone and three of the head,
+residuals masked instead of skipped, a cross-entropy per pair of crops, Sinkhorn-Knopp that rewrites its matrix, AdamW
+and the moving average parameter by parameter. Both start from the same weights and must agree on the first loss (unless
+drop path is on, which they draw differently). Steps of both sides alternate, so that disturbances affect both alike;
+the figure to quote is the ratio, not the seconds.
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python scripts/bench_step.py --batch-size 4
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python scripts/bench_step.py --batch-size 16 --precision bf16
@@ -67,8 +67,8 @@ PHASES = ("data", "teacher", "student forward", "losses", "backward", "optimizer
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", help="recipe to time; default: 2 x 224 + 8 x 98 crops, no stochastic depth")
-    parser.add_argument("--arch", help="student.arch; default vit_small where no --config-file is given")
-    parser.add_argument("--patch-size", type=int, help="student.patch_size; default 14 where no --config-file is given")
+    parser.add_argument("--arch", help="student.arch; default vit_small without --config-file")
+    parser.add_argument("--patch-size", type=int, help="student.patch_size; default 14 without --config-file")
     parser.add_argument("--batch-size", type=int, help="train.batch_size_per_gpu; default 4 without --config-file")
     parser.add_argument("--drop-path", type=float, help="student.drop_path_rate; default 0 without --config-file")
     parser.add_argument("--precision", choices=sorted(config.DTYPES), default="fp32", help="of our side")
@@ -84,8 +84,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def make_config(args: argparse.Namespace, precision: str) -> Config:
-    """The recipe at one precision."""
-    alone = args.config_file is None  # the defaults that the project's figures are quoted for
+    """Load the recipe at one precision."""
+    alone = args.config_file is None  # the defaults of the published figures
     values = {
         "student.arch": args.arch or (alone and "vit_small"),
         "student.patch_size": args.patch_size or (alone and 14),
@@ -106,7 +106,7 @@ def make_config(args: argparse.Namespace, precision: str) -> Config:
 
 
 class PlainArch(SSLMetaArch):
-    """The same objective, written down without a thought for speed."""
+    """The same objective, without optimizations for speed."""
 
     def predictions(self, batch: Batch) -> Predictions:
         backbone, head = self.student["backbone"], self.student["dino_head"]
@@ -237,7 +237,7 @@ class Side:
 
     @contextlib.contextmanager
     def _way_of_dropping(self) -> Iterator[None]:
-        """The plain side masks residuals at any rate."""
+        """Makes the plain side mask residuals at any rate of stochastic depth."""
         threshold = block.SUBSET_THRESHOLD
         block.SUBSET_THRESHOLD = 1.0 if self.plain else threshold
         yield
@@ -249,7 +249,7 @@ class Side:
 
 
 def make_batch(cfg: Config, device: str = "cpu") -> Batch:
-    """Random pixels with real masks."""
+    """A batch of random pixels with real masks."""
     size, patch = cfg.crops.global_crops_size, cfg.student.patch_size
 
     def noise(side: int) -> Tensor:
@@ -277,7 +277,7 @@ def make_batch(cfg: Config, device: str = "cpu") -> Batch:
 
 
 class _WithoutNumbers(SSLMetaArch):
-    """For the meta device, which knows no autocast."""
+    """A model for the meta device, which does not support autocast."""
 
     @contextlib.contextmanager
     def _precision(self, side: str, module: str) -> Iterator[torch.dtype]:
@@ -317,7 +317,7 @@ def product_flops(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def phases_of(side: Side, batches: Iterator[Batch]) -> dict[str, float]:
-    """Milliseconds of each phase in one step, which waits for the device after each."""
+    """Milliseconds of each phase in one step, which synchronizes the device after each phase."""
     times = dict.fromkeys(PHASES, 0.0)
     last = time.perf_counter()
 

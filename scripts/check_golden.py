@@ -2,7 +2,7 @@
 
     python scripts/check_golden.py DIR [--only NAME ...] [--verbose]
 
-DIR holds pairs of ``NAME.json`` and ``NAME.safetensors``; what a set is follows from the key ``set`` of its JSON, and
+DIR contains pairs of ``NAME.json`` and ``NAME.safetensors``; the kind of a set is the key ``set`` of its JSON, and
 sizes, options and seeds are read from it. One line is printed per set: its name, the number of comparisons, the largest
 absolute and relative error (norm of the difference / norm), the tolerance, and whether it is ok. Statistics of random
 draws are judged in standard errors. The exit status is 1 if anything is off, a set is unknown, or nothing was found.

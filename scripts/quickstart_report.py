@@ -1,4 +1,4 @@
-"""What a quickstart run has learned: an image of patch features, k-NN accuracies, and a page about all of the run.
+"""Results of a quickstart run: a figure of patch features, k-NN accuracies, and a report of the run.
 
     python scripts/quickstart_report.py OUT
 
@@ -38,7 +38,7 @@ Accuracies = dict[str, dict[int, float]]  # features -> {k: top-1 in percent}
 
 
 def latest_teacher(folder: Path) -> Path:
-    """The teacher of the last step that has one.
+    """Find the teacher dump of the last step.
 
     Raises:
         FileNotFoundError: There is none.
@@ -70,7 +70,7 @@ def compare(features: Mapping[str, nn.Module], cfg: Config, train_dataset: str, 
 
 
 def as_table(accuracies: Accuracies) -> str:
-    """Markdown that is readable as it is."""
+    """Format the accuracies as a Markdown table."""
     width = max(map(len, accuracies))
     lines = [f"| {'top-1 in %':<{width}} |" + "".join(f" k = {k} |" for k in NUM_NEIGHBORS)]
     lines.append(f"| {'-' * width} |" + " -----: |" * len(NUM_NEIGHBORS))
@@ -80,7 +80,7 @@ def as_table(accuracies: Accuracies) -> str:
 
 
 def draw_features(networks: Mapping[str, DinoVisionTransformer], cfg: Config, val_dataset: str, output: Path) -> None:
-    """Images of every class, and below each its patch features in the eyes of the networks."""
+    """Draw images of every class, and below each its patch features by the networks."""
     dataset = make_dataset(dataset_str=val_dataset)
     targets = dataset.get_targets()
     of_class = [np.flatnonzero(targets == target)[:IMAGES_PER_CLASS] for target in range(len(dataset.classes))]
@@ -122,6 +122,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="EncodedImage and measure what a quickstart run has learned")
+    parser = argparse.ArgumentParser(description="evaluate a quickstart run and draw its features")
     parser.add_argument("folder", type=Path, help="output folder of the training")
     sys.exit(main(parser.parse_args()))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What each sharding strategy costs: memory and communication of a process, by size of the backbone.
+"""Table of memory and communication of a process by sharding strategy and backbone.
 
 Computed from the sizes of the networks (see `train/preflight/memory.py`), with the heads, precisions and units of a
 recipe; activations are not in it. Prints JSON in bytes, or with --markdown two tables in GiB.
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def strategies_for(num_processes: int, processes_per_machine: int) -> list[str]:
-    """Those that differ: one process shares nothing, and one machine has no other to be a replica of."""
+    """Distinct strategies: one process shards nothing, and one machine has no replicas."""
     if num_processes == 1:
         return ["NO_SHARD"]
     return [name for name in STRATEGIES if num_processes > processes_per_machine or not name.startswith("HYBRID")]
@@ -75,7 +75,7 @@ def row(args: argparse.Namespace, arch: str, num_processes: int, strategy: str) 
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of what is held and one of what is sent: a line by processes and strategy, a column by backbone."""
+    """Format tables of memory and communication: rows by processes and strategy, columns by backbone."""
     several = [row for row in rows if row["processes"] > 1]
     return "\n".join(
         [

@@ -1,8 +1,8 @@
-"""Timing several sides in one run, for benchmarks on machines that do other things too.
+"""Timing of several implementations in one run, for benchmarks on machines with other load.
 
-Every round runs each side once, each time beginning with another one, so that a disturbance hits all alike; what to
-quote is the ratio of two sides in the same round, its median over the rounds and between what it lies. On a CPU that is
-busy with other programs even that scatters; the time that the process itself was at work then says more.
+Each round runs every side once, in rotating order, so that disturbances affect all sides alike. The figure to quote is
+the ratio of two sides in the same round: its median, minimum and maximum over the rounds. On a busy CPU the process
+time is more reliable than the wall time.
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 
 
 class Seconds(NamedTuple):
-    """Of every round, by side."""
+    """Seconds of every round, by side."""
 
     wall: dict[str, list[float]]
     work: dict[str, list[float]]  # of all CPUs for this process, waiting in a loop for another thread included
@@ -50,7 +50,7 @@ def spread(values: Sequence[float]) -> list[float]:
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
-    """On what, for the record."""
+    """Describe the hardware, for the record."""
     cpu = f"{os.cpu_count()} CPU cores, {platform.machine()}"
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,

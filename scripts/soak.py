@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Whether memory grows in a long training: trains from JPEG files with workers and fits the growth; prints JSON.
+"""Memory growth in a long training: trains from JPEG files with workers and fits the growth; prints JSON.
 
-A small network is trained from photographs-like JPEG files that are made first, with log lines, health measurements,
+A small network is trained on generated, photograph-like JPEG files, with log lines, health measurements,
 teacher dumps and checkpoints as often as in a real run per unit of time. Every few seconds the memory of the training
 process and of each worker is sampled: its proportional set size (PSS), which shares out common pages, and its anonymous
 part. Lines are fitted to what comes after the first minutes, when caches and pools have filled; a leak is a slope that
@@ -105,7 +105,7 @@ def slope(seconds: Sequence[float], megabytes: Sequence[float]) -> list[float]:
 
 
 def growth(samples: Iterable[Sample], settle: float) -> dict[str, Any]:
-    """Of each process: slopes after `settle` seconds, and the curve in a few points."""
+    """For each process: slopes after `settle` seconds, and a few points of the curve."""
     samples = list(samples)
     record: dict[str, Any] = {}
     for name in samples[-1].pss:
@@ -127,7 +127,7 @@ def steps_done(metrics: Path) -> int:
 
 
 def train_and_sample(folder: Path, args: argparse.Namespace) -> tuple[list[Sample], int]:
-    """Samples from the first step on, and the number of steps."""
+    """Train and sample memory from the first step on; returns the samples and the number of steps."""
     metrics = folder / "out" / "training_metrics.json"
     words = ["--config-file", "train/quickstart", "--output-dir", str(folder / "out"), *SETTINGS]
     words += [f"train.dataset_path=ImageFolder:root={folder / 'images'}", f"train.num_workers={args.workers}"]
@@ -143,7 +143,7 @@ def train_and_sample(folder: Path, args: argparse.Namespace) -> tuple[list[Sampl
                 samples.append(take_sample(process.pid, started))
                 time.sleep(args.interval)
             if process.poll() is not None:
-                raise RuntimeError(f"the training ended by itself: {(folder / 'log.txt').read_text()[-2000:]}")
+                raise RuntimeError(f"the training ended: {(folder / 'log.txt').read_text()[-2000:]}")
             process.send_signal(signal.SIGTERM)
             process.wait(120)
         finally:

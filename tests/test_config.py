@@ -217,7 +217,7 @@ def test_every_published_recipe_is_packaged():
 
 
 @pytest.mark.parametrize("name", PUBLISHED_RECIPES)
-def test_header_says_how_long_what_to_expect_and_the_command(name):
+def test_the_header_has_duration_expected_results_and_command(name):
     header = (files("dinov2") / "configs" / f"{name}.yaml").read_text(encoding="utf-8").split("\n\n")[0]
     assert all(f"# {word}:" in header for word in ("How long", "Expect", "Command"))
     assert f"dinov2/configs/{name}.yaml" in header
@@ -462,7 +462,7 @@ def save_to(path, cfg):
 
 
 @pytest.mark.parametrize("word", ["train.output_dir='a b'", 'train.output_dir=""', "train.centering='centering'"])
-def test_quotes_around_a_text_are_an_error_that_shows_how_it_goes_without(word):
+def test_quotes_around_a_text_are_an_error_that_shows_the_override_without_them(word):
     """They were needed while overrides were YAML, and would silently be part of the name now."""
     with pytest.raises(ConfigError) as error:
         load(None, [word])
@@ -470,7 +470,7 @@ def test_quotes_around_a_text_are_an_error_that_shows_how_it_goes_without(word):
 
 
 @pytest.mark.parametrize("value", ["${oc.env:HOME}/x", "a${b"])
-def test_text_that_looks_as_if_it_was_to_be_expanded_is_not_and_says_so(value, tmp_path, caplog):
+def test_interpolations_are_not_expanded_and_a_warning_is_logged(value, tmp_path, caplog):
     words = [f"train.output_dir={value}"]
     cfg = load(None, words)
     assert cfg.train.output_dir == value
@@ -597,7 +597,7 @@ def test_all_problems_of_a_file_are_reported_at_once_with_its_name(tmp_path):
         ("optim.weight_decay=" + "9" * 400, "at least 0", "9" * 400),
     ],
 )
-def test_an_unusable_value_is_an_error_that_says_what_is_wanted_and_where_it_was_set(word, wanted, got):
+def test_an_invalid_value_is_an_error_that_names_the_expected_type_and_its_source(word, wanted, got):
     with pytest.raises(ConfigError) as error:
         load(None, [word])
     message = str(error.value)
@@ -708,7 +708,7 @@ def test_a_loaded_configuration_cannot_be_written_to():
     hash(cfg)  # no lists or dicts anywhere inside
 
 
-def test_to_dict_is_plain_and_goes_back():
+def test_to_dict_is_plain_and_reversible():
     cfg = load("train/vitl14")
     assert json.loads(json.dumps(to_dict(cfg))) == to_dict(cfg)
     assert from_dict(to_dict(cfg)) == cfg

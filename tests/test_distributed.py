@@ -212,7 +212,7 @@ def test_three_processes_sum_gather_and_broadcast(free_port: int) -> None:
     assert [process.returncode for process in processes] == [0, 0, 0], "\n".join(outputs)
 
 
-def test_a_failing_process_says_so_and_takes_the_others_down(free_port: int) -> None:
+def test_a_failing_process_is_reported_and_ends_the_others(free_port: int) -> None:
     processes = [start(FAILS_ON_ONE, rank, 2, free_port) for rank in range(2)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]  # the group's own time-out is 30 minutes
     assert all(process.returncode != 0 for process in processes)

@@ -176,7 +176,7 @@ def test_a_recorded_tensor_that_is_not_replayed_gives_exit_status_1(
     assert "1 recorded tensors were not replayed: ['n9.y']" in capsys.readouterr().out
 
 
-def test_an_empty_folder_ends_the_command_and_says_so(tmp_path: Path) -> None:
+def test_an_empty_folder_ends_the_command_with_an_error(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"no recordings in {tmp_path}"):
         check.main([str(tmp_path)])
 

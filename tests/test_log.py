@@ -145,7 +145,7 @@ def test_warnings_are_logged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "expected"), [({}, "interrupted"), ({"after_interrupt": "go on"}, "interrupted; go on")]
 )
-def test_an_interrupted_command_says_only_what_is_true_of_it(
+def test_an_interrupted_command_reports_only_what_applies_to_it(
     said: dict[str, str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted() -> None:
@@ -219,7 +219,7 @@ def test_tensors_meet_those_of_other_processes_once_and_only_when_a_number_is_ne
     assert text == "loss: 4 (4)\tnorm: 5 (5)\tlr: 0.2 (0.2)"
 
 
-def test_values_that_are_not_finite_are_left_out_where_that_is_asked_for() -> None:
+def test_values_that_are_not_finite_are_ignored_on_request() -> None:
     meters = MetricLogger()
     for value in (1.0, math.nan, math.inf, 3.0):
         meters.update(loss=torch.tensor(value), only_finite=True)

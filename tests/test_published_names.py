@@ -28,21 +28,21 @@ def imported(module: str, name: str) -> object:
 
 
 @pytest.mark.parametrize(("module", "name", "entry"), HERE, ids=lambda text: text)
-def test_a_name_is_the_thing_that_the_table_says(module: str, name: str, entry: str) -> None:
+def test_a_name_is_the_object_in_the_table(module: str, name: str, entry: str) -> None:
     home, _, attribute = entry.partition(":")
     assert imported(module, name) is getattr(importlib.import_module(home), attribute)
     assert getattr(importlib.import_module(module), name) is imported(module, name)
 
 
 @pytest.mark.parametrize(("module", "name", "entry"), ELSEWHERE, ids=lambda text: text)
-def test_a_name_that_is_not_here_says_what_is_instead(module: str, name: str, entry: str) -> None:
+def test_the_error_for_a_missing_name_names_its_replacement(module: str, name: str, entry: str) -> None:
     with pytest.raises(ImportError, match=f"^there is no {module}.{name} here: ") as caught:
         imported(module, name)
     assert entry in str(caught.value)
 
 
 @pytest.mark.parametrize("module", [module for module, names in TABLE.items() if "" in names])
-def test_a_module_that_is_not_here_says_why(module: str) -> None:
+def test_the_error_for_a_missing_module_has_the_reason(module: str) -> None:
     for name in (module, f"{module}.models"):
         with pytest.raises(ModuleNotFoundError, match=f"^there is no {module} here: {TABLE[module]['']}"):
             importlib.import_module(name)
@@ -59,7 +59,7 @@ def test_what_a_message_names_exists(place: str) -> None:
                 assert hasattr(importlib.import_module(".".join(parts[:-1])), parts[-1]), word
 
 
-def test_names_that_nobody_published_are_missing_as_ever() -> None:
+def test_unpublished_names_are_missing() -> None:
     with pytest.raises(ImportError, match="cannot import name 'Attention' from 'dinov2.layers.mlp'"):
         imported("dinov2.layers.mlp", "Attention")
     with pytest.raises(ModuleNotFoundError, match="No module named 'dinov2.layers.mlps'"):
@@ -111,7 +111,7 @@ def test_what_is_made_here_does_what_the_published_did(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", ["hubconf", "dinov2", "dinov2.hub.backbones"])
-def test_an_old_python_is_refused_in_words(module: str) -> None:
+def test_an_old_python_is_rejected_with_a_clear_error(module: str) -> None:
     program = f"import sys; sys.version_info = (3, 9, 18, 'final', 0); import {module}"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.stderr.splitlines()[-1] == "ImportError: DINOv2 needs Python 3.11 or newer, this is 3.9"

@@ -1,4 +1,4 @@
-"""The house rules of the package, checked in the source of every file and in a fresh interpreter."""
+"""The structure rules of the package, checked in the source of every file and in a fresh interpreter."""
 
 import ast
 import subprocess
@@ -121,9 +121,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         raise AssertionError(" -> ".join(error.args[1])) from error
 
 
-def test_a_room_has_at_most_15_files() -> None:
-    rooms = Counter(str(path.parent.relative_to(ROOT)) for path in FILES)
-    assert {room: count for room, count in rooms.items() if count > 15} == {}
+def test_a_folder_has_at_most_15_files() -> None:
+    counts = Counter(str(path.parent.relative_to(ROOT)) for path in FILES)
+    assert {folder: count for folder, count in counts.items() if count > 15} == {}
 
 
 def test_helpers_live_beside_their_users() -> None:

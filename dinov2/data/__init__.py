@@ -4,8 +4,9 @@ from dinov2.data.adapters import DatasetWithEnumeratedTargets
 from dinov2.data.augment import DataAugmentationDINO
 from dinov2.data.collate import Batch, collate_data_and_cast
 from dinov2.data.datasets import make_dataset
-from dinov2.data.loader import SamplerType, make_data_loader
+from dinov2.data.loader import make_data_loader
 from dinov2.data.masking import MaskingGenerator
+from dinov2.data.sampler_types import SamplerType
 
 __all__ = [
     "Batch",

@@ -2,43 +2,21 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterable
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.augment import DataAugmentationDINO, MultiCrop
 from dinov2.data.collate import Batch
 from dinov2.data.device_augment import DeviceAugmentation, RawBatch, make_crops
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.sample_stream import AugmentedDataset, PositionBatches, StreamCollate
-from dinov2.data.samplers import (
-    EndlessEpochs,
-    EpochSampler,
-    GlobalOrderSampler,
-    InfiniteSampler,
-    ShardedInfiniteSampler,
-)
+from dinov2.data.sampler_types import FINITE, SamplerType, make_endless_sampler, make_sampler
 from dinov2.data.workers import DEFAULT_TIMEOUT, SupervisedLoader
 
 logger = logging.getLogger(__name__)
-
-
-class SamplerType(Enum):
-    """Order of the samples, see `dinov2.data.samplers`."""
-
-    DISTRIBUTED = 0
-    EPOCH = 1
-    INFINITE = 2
-    SHARDED_INFINITE = 3
-    SHARDED_INFINITE_NEW = 4
-    GLOBAL_ORDER = 5
-
-
-_FINITE = (SamplerType.DISTRIBUTED, SamplerType.EPOCH)
 
 
 def make_data_loader(
@@ -79,15 +57,10 @@ def make_data_loader(
     Raises:
         ValueError: An option does not apply to the sampler type.
     """
-    if sampler_size > 0 and sampler_type is not SamplerType.EPOCH:
-        raise ValueError(f"sampler_size={sampler_size} is for the sampler EPOCH only, not for {sampler_type}")
-    if sampler_advance > 0 and (sampler_type is None or sampler_type in _FINITE):
-        raise ValueError(f"sampler_advance={sampler_advance} is for infinite samplers only, not for {sampler_type}")
-    if sampler_type is SamplerType.GLOBAL_ORDER and not shuffle:
-        raise ValueError("the sampler GLOBAL_ORDER always shuffles: not with shuffle=False")
+    _check_sampler_options(sampler_type, shuffle=shuffle, size=sampler_size, advance=sampler_advance)
     sampler = None
     if sampler_type is not None:
-        sampler = _make_sampler(
+        sampler = make_sampler(
             sampler_type,
             sample_count=_num_samples(dataset),
             batch_size=batch_size,
@@ -110,9 +83,18 @@ def make_data_loader(
         persistent_workers=persistent_workers and num_workers > 0,
         generator=torch.Generator().manual_seed(seed),  # otherwise it draws from the global one
     )
-    infinite = sampler_type is not None and sampler_type not in _FINITE
+    infinite = sampler_type is not None and sampler_type not in FINITE
     logger.info("%s batches of %d samples", "endless" if infinite else len(loader), batch_size)
     return loader
+
+
+def _check_sampler_options(sampler_type: SamplerType | None, *, shuffle: bool, size: int, advance: int) -> None:
+    if size > 0 and sampler_type is not SamplerType.EPOCH:
+        raise ValueError(f"sampler_size={size} is for the sampler EPOCH only, not for {sampler_type}")
+    if advance > 0 and (sampler_type is None or sampler_type in FINITE):
+        raise ValueError(f"sampler_advance={advance} is for infinite samplers only, not for {sampler_type}")
+    if sampler_type is SamplerType.GLOBAL_ORDER and not shuffle:
+        raise ValueError("the sampler GLOBAL_ORDER always shuffles: not with shuffle=False")
 
 
 def make_train_loader(
@@ -162,19 +144,15 @@ def make_train_loader(
     if augment_on not in ("cpu", "device"):
         raise ValueError(f"unknown augment_on {augment_on!r}; known: cpu, device")
     raw = _device_augmentation(augmentation) if augment_on == "device" else None
-    indices = _make_sampler(
+    indices = make_endless_sampler(
         sampler,
         sample_count=_num_samples(dataset),
         batch_size=batch_size,
-        shuffle=True,
         seed=seed,
-        size=_num_samples(dataset),
         start_position=start_position,
         rank=rank,
         world_size=world_size,
     )
-    if isinstance(indices, EpochSampler | DistributedSampler):
-        indices = EndlessEpochs(indices, advance=start_position // world_size)
     collate = StreamCollate(
         seed=seed,
         mask_generator=mask_generator,
@@ -247,57 +225,3 @@ def _hand_over(batch: Batch, copies: torch.cuda.Stream, compute: torch.cuda.Stre
 
 def _num_samples(dataset: Dataset) -> int:
     return len(dataset)  # type: ignore[arg-type]  # torch's Dataset does not declare it
-
-
-def _make_sampler(
-    sampler_type: SamplerType,
-    *,
-    sample_count: int,
-    batch_size: int,
-    shuffle: bool,
-    seed: int,
-    size: int,
-    start_position: int,
-    rank: int,
-    world_size: int,
-) -> Sampler[int]:
-    """Build a sampler; arguments as in `make_train_loader`. Finite samplers ignore ``start_position``."""
-    advance = start_position // world_size
-    match sampler_type:
-        case SamplerType.GLOBAL_ORDER:
-            return GlobalOrderSampler(
-                sample_count=sample_count,
-                batch_size=batch_size,
-                seed=seed,
-                rank=rank,
-                world_size=world_size,
-                start_position=start_position,
-            )
-        case SamplerType.EPOCH:
-            return EpochSampler(
-                size=size,
-                sample_count=sample_count,
-                shuffle=shuffle,
-                seed=seed,
-                start=rank,
-                step=world_size,
-                published=False,
-            )
-        case SamplerType.DISTRIBUTED:
-            counted: Any = range(sample_count)  # it only reads the length
-            return DistributedSampler(counted, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
-        case SamplerType.INFINITE:
-            return InfiniteSampler(
-                sample_count=sample_count, shuffle=shuffle, seed=seed, start=rank, step=world_size, advance=advance
-            )
-        case SamplerType.SHARDED_INFINITE | SamplerType.SHARDED_INFINITE_NEW:
-            return ShardedInfiniteSampler(
-                sample_count=sample_count,
-                shuffle=shuffle,
-                seed=seed,
-                start=rank,
-                step=world_size,
-                advance=advance,
-                use_new_shuffle_tensor_slice=sampler_type is SamplerType.SHARDED_INFINITE_NEW,
-                published=False,
-            )

@@ -7,7 +7,7 @@ import argparse
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -233,21 +233,26 @@ def eval_knn_on_features(
         if n < 0:
             name, tries = "full", [score(train_features, train_labels, nb_knn)]
         else:
-            name, tries = f"{n} per class", []
-            fewest = int(train_labels.bincount().min())
-            if fewest < n:
-                logger.warning(
-                    "%d images per class: the smallest class has only %d, all of which are used",
-                    n,
-                    fewest,
-                )
             ks = sorted(k for k in {*nb_knn, n} if k <= n)
-            for seed in range(n_tries):
-                index = few_shot_index(train_labels, n, seed).to(train_features.device)
-                tries.append(score(train_features[index], train_labels[index], ks))
+            banks = _few_shot_banks(train_features, train_labels, n, n_tries)
+            name, tries = f"{n} per class", [score(features, labels, ks) for features, labels in banks]
         for k in tries[0]:
             scores[name, k] = {top: sum(t[k][top] for t in tries) / len(tries) for top in tries[0][k]}
     return scores
+
+
+def _few_shot_banks(
+    features: Tensor, labels: Tensor, n_per_class: int, n_tries: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features and labels of `n_tries` random banks, see `few_shot_index`."""
+    fewest = int(labels.bincount().min())
+    if fewest < n_per_class:
+        logger.warning(
+            "%d images per class: the smallest class has only %d, all of which are used", n_per_class, fewest
+        )
+    for seed in range(n_tries):
+        index = few_shot_index(labels, n_per_class, seed).to(features.device)
+        yield features[index], labels[index]
 
 
 def _score_bank(

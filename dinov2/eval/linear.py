@@ -250,13 +250,18 @@ def eval_linear(
         finished = iteration + 1
         if finished % periods.eval_period == 0 and finished < periods.max_iter:
             history.append(validation_record(finished, validate()))
-        if finished % periods.kept_checkpoint_period == 0:
-            checkpointer.save(f"model_{iteration:07d}", iteration, history)
-        if finished == periods.max_iter:
-            checkpointer.save(FINAL, iteration, history)
-        elif finished % periods.checkpoint_period == 0:
-            checkpointer.save(RUNNING, iteration, history)
+        for name in _due_checkpoints(iteration, periods):
+            checkpointer.save(name, iteration, history)
     return history
+
+
+def _due_checkpoints(iteration: int, periods: Periods) -> list[str]:
+    """Names of the checkpoints to write after an iteration."""
+    finished = iteration + 1
+    kept = [f"model_{iteration:07d}"] if finished % periods.kept_checkpoint_period == 0 else []
+    if finished == periods.max_iter:
+        return [*kept, FINAL]
+    return [*kept, RUNNING] if finished % periods.checkpoint_period == 0 else kept
 
 
 def validation_record(iteration: int, scores: Mapping[str, Accuracies]) -> dict[str, Any]:

@@ -12,11 +12,9 @@ Legend: B images of H x W pixels, n patches, R registers, D width.
 """
 
 import contextlib
-import importlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +24,8 @@ from dinov2.models.checksums import CHECKSUM_KEY, NO_CHECKSUM, with_checksum
 from dinov2.models.infer_architecture import exact_ratio, infer_arguments
 from dinov2.models.key_mapping import StateDict, to_hf, to_timm
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weights import import_safetensors, load_backbone, read_file
+from dinov2.models.weight_files import import_optional, import_safetensors, read_file
+from dinov2.models.weights import load_backbone
 
 Tokens = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) -> class token and patch tokens after the last norm, (B, 1 + n, D)."""
@@ -107,22 +106,6 @@ def _attributes(model: DinoVisionTransformer, values: dict[str, Any]) -> Iterato
         vars(model).update(before)
 
 
-def need(package: str, purpose: str) -> ModuleType:
-    """Import an optional package.
-
-    Args:
-        package: Its name.
-        purpose: Use of the package, for the message.
-
-    Raises:
-        ValueError: If it is missing; the message has the command that installs it.
-    """
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ValueError(f"{purpose} needs a package that is missing: pip install {package}") from error
-
-
 # --- Published key names ---------------------------------------------------------------------------------------------
 
 
@@ -188,7 +171,7 @@ def hf_config(model: DinoVisionTransformer) -> dict[str, Any]:
 
 
 def _read_hf(model: DinoVisionTransformer, folder: Path) -> Tokens:
-    transformers = need("transformers", "comparing with transformers")
+    transformers = import_optional("transformers", "comparing with transformers")
     registers = model.num_register_tokens
     network = transformers.Dinov2WithRegistersModel if registers else transformers.Dinov2Model
     theirs, report = network.from_pretrained(folder, output_loading_info=True)
@@ -231,7 +214,7 @@ def timm_arguments(model: DinoVisionTransformer) -> tuple[str, dict[str, Any]]:
 
 
 def _read_timm(model: DinoVisionTransformer, path: Path) -> Tokens:
-    timm = need("timm", "comparing with timm")
+    timm = import_optional("timm", "comparing with timm")
     name, keywords = timm_arguments(model)
     theirs = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **keywords)
     content: Any = read_file(path)
@@ -258,7 +241,7 @@ def _example(model: DinoVisionTransformer) -> tuple[tuple[Tensor], Any]:
 
 def _write_onnx(model: DinoVisionTransformer, path: Path) -> None:
     for package in ("onnx", "onnxscript"):
-        need(package, "writing ONNX")
+        import_optional(package, "writing ONNX")
     images, dynamic_shapes = _example(model)
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     torch.onnx.export(
@@ -275,7 +258,9 @@ def _write_onnx(model: DinoVisionTransformer, path: Path) -> None:
 
 
 def _read_onnx(model: DinoVisionTransformer, path: Path) -> Tokens:
-    session = need("onnxruntime", "comparing with ONNX").InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = import_optional("onnxruntime", "comparing with ONNX").InferenceSession(
+        path, providers=["CPUExecutionProvider"]
+    )
     return tokens_of(lambda images: map(torch.from_numpy, session.run(_OUTPUTS, {"images": images.numpy()})))
 
 

@@ -52,7 +52,8 @@ def convert_backbone(
     """
     _check_output(output, form, force)
     model = _load(source, model_name, num_heads, checkpoint_key)
-    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # it warns of what it did not optimize
+    for library in ("onnxscript", "onnx_ir"):  # they log every optimization, and warn of those that they skip
+        logging.getLogger(library).setLevel(logging.ERROR)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as folder:
         unfinished = Path(folder) / output.name

@@ -95,13 +95,14 @@ def _add_command(
     number = None if is_search else NUM_IMAGES
     number_help = "maximum number of images of each folder, glob, dataset or video, evenly spaced (default: "
     parser.add_argument("--num-images", type=positive_int, default=number, help=f"{number_help}{number or 'all'})")
-    size_help = (
-        "shorter side of the model inputs in pixels; both sides are rounded to multiples of the patch size; original: "
-        f"only rounded (default: {PUBLISHED_CROP_SIZE if is_search else DEFAULT_SIDE}, or the size of the global crops "
-        "of a model trained on small images)"
-    )
-    crop_help = ". Images are center-cropped to a square, as for the k-NN evaluation" if is_search else ""
-    parser.add_argument("--size", type=_size, help=size_help + crop_help)
+    if is_search:
+        size_help = "side of the center crop in pixels, as for the k-NN evaluation; rounded to a multiple of the patch"
+    else:
+        size_help = "shorter side of the model inputs in pixels; both sides are rounded to multiples of the patch; "
+        size_help += "original: only rounded"
+    side = PUBLISHED_CROP_SIZE if is_search else DEFAULT_SIDE
+    size_help += f" (default: {side}, or the size of the global crops of a model trained on small images)"
+    parser.add_argument("--size", type=_size, help=size_help)
     default = "pca.png, of one video pca.mp4" if name == "pca" else f"{name}.png"
     parser.add_argument("--output", type=Path, help=f"file to write: {', '.join(suffixes)} (default: {default})")
     parser.add_argument("--npy", action="store_true", help="also write the numbers to .npy files beside it")

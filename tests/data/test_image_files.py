@@ -144,7 +144,7 @@ def test_an_eps_file_named_jpg_starts_no_program(root, tmp_path, monkeypatch):
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ],
 )
-def test_what_is_no_image_is_called_what_it_is(data, what):
+def test_the_error_names_the_kind_of_a_file_that_is_not_an_image(data, what):
     with pytest.raises(ImageDecodeError, match=what):
         decode_image(data)
 
@@ -261,7 +261,7 @@ def make_tar(path):
         ("pipe", os.mkfifo, "a named pipe, not a folder"),
     ],
 )
-def test_a_root_that_is_no_folder_is_called_what_it_is(tmp_path, name, make, what):
+def test_the_error_names_the_kind_of_a_root_that_is_not_a_folder(tmp_path, name, make, what):
     make(tmp_path / name)
     with pytest.raises(NotADirectoryError, match=f"root={tmp_path / name} is .*{what}"):
         make_dataset(dataset_str=f"ImageFolder:root={tmp_path / name}")
@@ -283,7 +283,7 @@ def test_the_missing_part_of_a_path_is_named(root):
         make_dataset(dataset_str=f"ImageFolder:root={root}x/y")
 
 
-def test_a_folder_of_tars_says_what_to_do(tmp_path):
+def test_a_folder_of_tars_raises_an_error_with_a_remedy(tmp_path):
     for index in range(4):
         (tmp_path / f"{index}.tar").touch()
     with pytest.raises(FileNotFoundError, match=r"found 4 \.tar \(a tar archive: unpack it .*ImageNet22k"):

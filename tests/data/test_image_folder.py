@@ -127,7 +127,7 @@ def test_splits_that_are_taken_for_classes_are_pointed_out(root, caplog):
                             "below it, add :split=train")  # fmt: skip
 
 
-def test_an_empty_folder_says_what_was_looked_for(root):
+def test_the_error_for_an_empty_folder_names_the_suffixes(root):
     (root / "sub").mkdir()
     (root / "sub" / "x.npy").touch()
     message = rf"no images under {root}: searched 2 folder\(s\) with 1 file\(s\) for names that end in .*\.jpg, "

@@ -108,7 +108,7 @@ def test_the_command_in_the_error_creates_the_missing_tables(root):
     assert len(dataset) == 2
 
 
-def test_another_than_the_official_length_is_said_once(root, caplog):
+def test_an_unofficial_length_is_logged_once(root, caplog):
     dataset = dumped(root, TRAIN)
     with caplog.at_level(logging.WARNING):
         assert len(dataset) == len(dataset) == 4
@@ -132,7 +132,7 @@ def test_transforms_apply_to_image_and_target(root):
         ImageNet(split=VAL, root=root, extra=root, transforms=max, transform=gray)
 
 
-def test_dataset_string_makes_the_data_set(root):
+def test_dataset_string_makes_the_dataset(root):
     dumped(root, VAL)
     dataset = make_dataset(dataset_str=f"ImageNet:split=VAL:root={root}:extra={root.parent / 'extra'}", transform=gray)
     assert dataset[0] == ([50] * 3, 0)

@@ -136,7 +136,7 @@ def test_a_worker_reads_the_same(root, method):
     assert [tuple(sample) for sample in loader] == list(zip(GREYS, TARGETS, strict=True))
 
 
-def test_missing_tables_say_the_command(root):
+def test_the_error_for_missing_tables_names_the_command(root):
     with pytest.raises(FileNotFoundError, match=r"(?s)entries.npy; create .*python -c .*ImageNet22k.*dump_extra\(\)"):
         make_dataset(dataset_str=f"ImageNet22k:root={root}:extra={root}")
 

@@ -172,7 +172,7 @@ def test_a_damaged_installation_is_named(monkeypatch, tmp_path):
         FashionMNIST(split=FashionMNIST.Split.VAL)
 
 
-def test_random_dataset_strings_are_datasets_or_errors_in_words(tmp_path, monkeypatch):
+def test_random_dataset_strings_give_datasets_or_clear_errors(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("images").mkdir()
     Path("images/0.png").write_bytes(png(1))

@@ -19,9 +19,10 @@ from dinov2.data.augment import DataAugmentationDINO
 from dinov2.data.collate import Batch
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import BadImageError
-from dinov2.data.loader import SamplerType, make_data_loader, make_train_loader, to_device
+from dinov2.data.loader import make_data_loader, make_train_loader, to_device
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.sample_stream import AugmentedDataset, StreamCollate
+from dinov2.data.sampler_types import SamplerType
 from dinov2.data.workers import LoadingError
 
 # Fewer cores than workers, and forking beside threads: both are fine here.
@@ -95,7 +96,7 @@ def test_batches_depend_neither_on_workers_nor_on_restarts() -> None:
 
 
 @pytest.mark.parametrize("sampler", SamplerType)
-def test_every_sampler_goes_on_where_a_run_was_stopped(sampler: SamplerType) -> None:
+def test_every_sampler_continues_where_a_run_was_stopped(sampler: SamplerType) -> None:
     whole = train_batches(12, sampler=sampler, rank=1, world_size=2)
     for start_step in (1, 4, 7):
         rest = train_batches(12 - start_step, sampler=sampler, rank=1, world_size=2, start_position=start_step * 2 * 3)
@@ -148,11 +149,11 @@ def test_masks_belong_to_the_position_and_can_be_off() -> None:
     assert not train_batches(1, mask_probability=0.0)[0].masks.any()
 
 
-def test_crops_come_in_the_dtype_asked_for() -> None:
+def test_crops_have_the_requested_dtype() -> None:
     assert train_batches(1, dtype=torch.float16)[0].global_crops.dtype == torch.float16
 
 
-def test_what_goes_to_workers_can_be_pickled() -> None:
+def test_objects_sent_to_workers_can_be_pickled() -> None:
     dataset = AugmentedDataset(ImageSet(), AUGMENTATION, seed=0)
     collate = StreamCollate(
         seed=0,
@@ -287,7 +288,7 @@ def test_what_cannot_be_left_to_the_device_is_refused() -> None:
     pil = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, 16, 8, implementation="pil")
     with pytest.raises(ValueError, match="not pil"):
         train_batches(1, augmentation=pil, augment_on="device")
-    with pytest.raises(ValueError, match="cpu or device"):
+    with pytest.raises(ValueError, match="known: cpu, device"):
         train_batches(1, augment_on="gpu")
 
 
@@ -301,7 +302,7 @@ def test_on_the_cpu_batches_pass_without_a_copy() -> None:
     assert all(a.global_crops.data_ptr() == b.global_crops.data_ptr() for a, b in zip(passed, batches, strict=True))
 
 
-def test_batches_are_taken_from_the_loader_when_they_are_asked_for() -> None:
+def test_batches_are_taken_from_the_loader_on_demand() -> None:
     taken = []
     stream = (taken.append(step) or batch for step, batch in enumerate(train_batches(3)))  # type: ignore[func-returns-value]
     next(to_device(stream, torch.device("cpu")))
@@ -392,7 +393,7 @@ def test_options_that_a_sampler_does_not_have_are_refused(options: dict[str, Any
         plain_batches(**options)
 
 
-def test_the_log_says_how_many_batches(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_number_of_batches_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="dinov2.data.loader"):
         plain_batches(1)
         plain_batches(sampler_type=None)

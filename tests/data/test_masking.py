@@ -43,7 +43,7 @@ def test_masks_of_real_grids_are_the_recorded_ones(
     smallest=st.integers(1, 8),
     seed=st.integers(0, 2**32),
 )
-def test_a_mask_never_has_more_patches_than_asked_for(
+def test_a_mask_never_has_more_patches_than_requested(
     height: int, width: int, share: float, smallest: int, seed: int
 ) -> None:
     target = int(share * height * width)

@@ -108,7 +108,7 @@ def test_epochs_in_order() -> None:
 
 @pytest.mark.parametrize("new_shuffle", [False, True])
 @pytest.mark.parametrize("advance", [0, 3, 5, 23, 50])
-def test_mended_sharded_order_advances_by_exactly_that_many(advance: int, new_shuffle: bool) -> None:
+def test_the_fixed_sharded_order_advances_by_exactly_that_many(advance: int, new_shuffle: bool) -> None:
     def sampler(advance: int) -> ShardedInfiniteSampler:
         return ShardedInfiniteSampler(
             sample_count=23,
@@ -124,7 +124,7 @@ def test_mended_sharded_order_advances_by_exactly_that_many(advance: int, new_sh
     assert take(sampler(advance), 30) == take(sampler(0), advance + 30)[advance:]
 
 
-def test_mended_epochs_depend_on_the_seed_from_the_first() -> None:
+def test_fixed_epochs_depend_on_the_seed_from_the_first() -> None:
     def order(seed: int, epoch: int, published: bool) -> list[int]:
         sampler = EpochSampler(size=50, sample_count=50, shuffle=True, seed=seed, published=published)
         sampler.set_epoch(epoch)
@@ -219,7 +219,7 @@ def test_global_order_can_be_entered_at_any_step(count: int, start_step: int, wo
 
 
 @given(count=st.integers(1, 40), batch_size=st.integers(1, 5))
-def test_another_number_of_ranks_goes_on_where_the_former_ones_stopped(count: int, batch_size: int) -> None:
+def test_another_number_of_ranks_continues_where_the_former_ones_stopped(count: int, batch_size: int) -> None:
     sequence: list[int] = []
     for world_size in (2, 1, 3):
         batches = global_batches(count, batch_size * world_size, world_size, 3, start_position=len(sequence))

@@ -113,7 +113,7 @@ def test_a_published_division_must_be_chosen_from():
 # --- Missing, broken, downloaded -------------------------------------------------------------------------------------
 
 
-def test_a_missing_set_is_answered_with_the_string_that_downloads_it(tmp_path):
+def test_the_error_for_a_missing_dataset_has_the_string_that_downloads_it(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         make_dataset(dataset_str=dataset_str("DTD", tmp_path, "VAL", partition=3))
     message, _, download = str(caught.value).partition("; to download it: ")
@@ -123,7 +123,7 @@ def test_a_missing_set_is_answered_with_the_string_that_downloads_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_torchvision_cannot_download_says_so(tmp_path):
+def test_the_error_names_datasets_that_torchvision_cannot_download(tmp_path):
     with pytest.raises(FileNotFoundError, match="stanford_cars does not exist; torchvision cannot download it"):
         make_dataset(dataset_str=dataset_str("StanfordCars", tmp_path, "TRAIN"))
     with pytest.raises(ValueError, match="unknown key 'download'"):
@@ -203,7 +203,7 @@ def mirror(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_a_download_happens_once_and_only_when_asked_for(tmp_path, mirror):
+def test_a_download_happens_once_and_only_on_request(tmp_path, mirror):
     root = tmp_path / "data"
     with pytest.raises(
         FileNotFoundError, match=f"{root} does not exist; to download it: KMNIST:split=TRAIN:root={root}:"
@@ -224,7 +224,7 @@ def test_a_download_happens_once_and_only_when_asked_for(tmp_path, mirror):
     assert len(mirror) == num_requests
 
 
-def test_no_network_is_said(tmp_path, monkeypatch):
+def test_a_missing_network_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(OSError, match=f"cannot download MNIST to {tmp_path}: .*refused"):

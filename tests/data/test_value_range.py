@@ -219,7 +219,7 @@ def test_a_few_dark_images_among_many_are_nothing_to_warn_of(tmp_path, caplog):
     assert {record.levelname for record in caplog.records} == {"INFO"}
 
 
-def test_a_deep_image_that_the_sample_missed_is_warned_of_once(tmp_path, caplog, monkeypatch):
+def test_a_deep_image_missing_in_the_sample_is_warned_of_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("dinov2.data.images.survey.NUM_SAMPLED", 1)
     plain = io.BytesIO()
     Image.new("L", (4, 4)).save(plain, "PNG")
@@ -287,7 +287,7 @@ def test_what_is_dropped_is_counted(tmp_path, caplog):
     assert dataset.survey() is dataset.survey() and "8 bits" not in caplog.text
 
 
-def test_plain_images_are_nothing_to_speak_of(tmp_path):
+def test_plain_images_give_no_notes(tmp_path):
     root = folder(
         tmp_path / "x", {"a.png": encode(Image.new("RGB", (8, 8))), "b.jpg": encode(Image.new("L", (8, 8)), "JPEG")}
     )

@@ -173,7 +173,7 @@ def test_errors_of_a_dataset_name_the_sample_in_one_line(error: Exception, messa
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_errors_of_a_collate_function_are_told_apart(num_workers: int) -> None:
+def test_errors_of_a_collate_function_are_distinguished(num_workers: int) -> None:
     def refuse(samples: list[int]) -> None:
         raise ValueError("not one can be read")
 

@@ -64,7 +64,7 @@ def test_replaced_images_are_others(folder: Path, change: Callable[[Path], None]
     assert image_identity(dataset(folder)) != before
 
 
-def test_files_of_any_number_are_asked_in_order_and_may_be_missing(
+def test_any_number_of_files_is_read_in_order_and_some_may_be_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(file_identity, "STATS_AT_ONCE", 3)
@@ -93,7 +93,7 @@ def test_copies_of_training_images_are_counted(folder: Path, tmp_path: Path, cap
     assert "train:" not in caplog.text
 
 
-def test_contradictions_in_the_training_set_are_warned_of_and_mere_copies_are_not(
+def test_copies_in_the_training_set_are_warned_of_if_their_labels_differ(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -107,7 +107,7 @@ def test_contradictions_in_the_training_set_are_warned_of_and_mere_copies_are_no
     assert "3 of 8 images are duplicates (the same bytes), 3 of them with another label" in caplog.text
 
 
-def test_the_same_set_for_both_is_noticed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_same_set_for_training_and_test_is_reported(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     both = LabeledDataset.of(dataset(folder))
     report_equal_images("set", both, {"set": both})
     assert "set is both training and test set" in caplog.text

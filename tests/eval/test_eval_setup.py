@@ -122,7 +122,7 @@ def test_a_config_of_another_network_is_an_error(small: Path, tmp_path: Path, ov
         setup.build_model_for_eval(config.load(small, overrides), str(weights))
 
 
-def test_positions_of_another_image_size_are_resampled_and_said_so(
+def test_positions_of_another_image_size_are_resampled_and_logged(
     small: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights = tmp_path / "weights.pth"

@@ -135,7 +135,7 @@ def test_a_file_is_used_only_if_it_is_right(
     assert re.search(reason, warning)
 
 
-def test_a_file_without_some_images_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_without_some_images_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, cache, some_broken = Counting(), FeatureCache(tmp_path, {}), ImageSet(200, broken=[7])
     extract(model, cache, some_broken)
     caplog.clear()

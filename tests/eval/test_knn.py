@@ -72,7 +72,7 @@ def test_autocast_does_not_reach_the_similarities() -> None:
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-def test_features_that_are_close_to_each_other_are_still_told_apart() -> None:
+def test_features_that_are_close_to_each_other_are_distinguished() -> None:
     """As those of an untrained network with a small LayerScale, whose cosines are all 1 in float32."""
     bank, labels = features_and_labels(200, seed=0, spread=2e-4)
     queries, _ = features_and_labels(40, seed=1, spread=2e-4)

@@ -164,7 +164,7 @@ def test_augmentation_depends_on_the_position_alone() -> None:
     assert len({images.numpy().tobytes() for images, _ in here}) == 6
 
 
-def test_names_are_the_published_ones_and_tell_all_rates_apart() -> None:
+def test_names_are_the_published_ones_and_distinguish_all_rates() -> None:
     assert scale_lr(1e-3, 128, 8) == pytest.approx(4e-3)
     assert classifier_names(4, True, [4e-3]) == ["classifier_4_blocks_avgpool_True_lr_0_00400"]
     halved = [rate / 2 for rate in linear.LEARNING_RATES]  # one process with batches of 128
@@ -251,7 +251,7 @@ class Code:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_nobody_is_advised_to_run_the_code_in_a_checkpoint(zipped: bool, tmp_path: Path) -> None:
+def test_the_error_does_not_advise_to_run_the_code_in_a_checkpoint(zipped: bool, tmp_path: Path) -> None:
     Experiment().train(tmp_path)
     torch.save({"model": Code()}, tmp_path / "model_final.pth", _use_new_zipfile_serialization=zipped)
     with pytest.raises(ValueError, match=r"model_final\.pth is no checkpoint of plain tensors.*Code") as refusal:

@@ -140,7 +140,7 @@ def test_a_rare_class_does_not_end_the_command(tmp_path: Path) -> None:
     assert results["sets"][words[words.index("--train-dataset") + 1]] == {"images": 21, "classes": 3}
 
 
-def test_images_of_one_class_are_an_error_in_the_words_of_the_user(tmp_path: Path) -> None:
+def test_images_of_one_class_are_an_error_that_names_the_dataset_string(tmp_path: Path) -> None:
     words = command(tmp_path)
     shutil.rmtree(tmp_path / "train" / "b")
     shutil.rmtree(tmp_path / "train" / "g")

@@ -65,7 +65,7 @@ def test_a_side_that_is_no_multiple_is_named(height: int, width: int, side: str)
         ([torch.zeros(3, 28, 28)], r"images are a tensor \(B, 3, H, W\), not list"),
     ],
 )
-def test_what_are_no_images_for_the_model_is_refused_in_words(images: Any, message: str) -> None:
+def test_invalid_images_are_rejected_with_a_clear_error(images: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PatchEmbed(img_size=28, patch_size=14, embed_dim=8)(images)
 

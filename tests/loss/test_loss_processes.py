@@ -152,6 +152,6 @@ def test_the_patch_loss_is_the_mean_over_processes_with_unequal_masks(results: l
     torch.testing.assert_close(torch.cat([part for _, part in ours]) / 2, gradient)
 
 
-def test_koleo_looks_at_its_own_process_only(results: list[Results]) -> None:
+def test_koleo_compares_within_its_own_process_only(results: list[Results]) -> None:
     for result, share in zip(results, shares("unequal"), strict=True):
         assert torch.equal(result["koleo"], KoLeoLoss()(share))

@@ -48,7 +48,7 @@ def test_both_losses_use_three_iterations() -> None:
     assert not torch.allclose(DINOLoss(10).sinkhorn_knopp_teacher(scores, 0.07, n_iterations=1), expected)
 
 
-def test_a_count_of_masked_patches_as_published_is_not_taken_for_iterations() -> None:
+def test_a_published_count_of_masked_patches_is_not_taken_for_iterations() -> None:
     with pytest.raises(TypeError, match="positional"):
         iBOTPatchLoss(10).sinkhorn_knopp_teacher(scores_of(6, 10), 0.07, torch.tensor([6]))
 

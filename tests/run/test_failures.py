@@ -35,19 +35,19 @@ def write(folder: Path, *failures: Failure) -> list[Path]:
     return paths
 
 
-def test_the_error_that_led_to_the_others_is_told(tmp_path: Path) -> None:
+def test_the_original_error_is_reported(tmp_path: Path) -> None:
     later = dataclasses.replace(OWN, time=6.0, rank=3)
     words = error_message(read_failures(write(tmp_path, *LOST, later, OWN)))
     assert words == "error: no folder /x (process 2 of 4 on n1; log: /out/logs/log.txt.rank2)"
 
 
-def test_processes_that_say_nothing_were_killed(tmp_path: Path) -> None:
+def test_processes_without_a_record_were_killed(tmp_path: Path) -> None:
     words = error_message(read_failures(write(tmp_path, *LOST)))
     assert words.startswith("error: process 2, 3 of 4 ended without an error: killed")
     assert words.endswith("log: /out/logs/log.txt.rank2")
 
 
-def test_if_all_lost_a_connection_the_first_is_told_with_its_traceback(tmp_path: Path) -> None:
+def test_if_all_lost_a_connection_the_first_is_reported_with_its_traceback(tmp_path: Path) -> None:
     both = [dataclasses.replace(failure, world_size=2) for failure in LOST]
     words = error_message(read_failures(write(tmp_path, *both)))
     assert words == f"Tracebackerror: {GLOO} (process 1 of 2 on n1; log: /out/logs/log.txt.rank1)"
@@ -70,7 +70,7 @@ def fail(error: Exception, cause: Exception | None = None) -> Failure:
         (fail(OSError("no checkpoint"), RuntimeError(GLOO)), "no checkpoint", False, True),
     ],
 )
-def test_what_an_error_says_of_its_process(failure: Failure, message: str, has_trace: bool, lost_peer: bool) -> None:
+def test_the_record_of_an_error(failure: Failure, message: str, has_trace: bool, lost_peer: bool) -> None:
     assert (failure.message, failure.lost_peer) == (message, lost_peer)
     assert ("Traceback (most recent call last)" in failure.trace) == has_trace
 
@@ -80,7 +80,7 @@ def test_a_note_that_cannot_be_written_is_no_second_error(tmp_path: Path) -> Non
     OWN.write(tmp_path / "file" / "note.json")
 
 
-def test_the_end_of_a_job_script_tells_and_removes_the_notes(tmp_path: Path) -> None:
+def test_the_end_of_a_job_script_reports_and_removes_the_records(tmp_path: Path) -> None:
     notes = write(tmp_path, *LOST, OWN)
     command = [sys.executable, "-m", "dinov2.run.failures", *map(str, notes)]
     first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60) for _ in range(2))

@@ -221,7 +221,7 @@ def test_without_gpus_any_number_of_processes_and_no_gpu_is_seen(script: Path, t
         ("leaves", r"error: process 1 of 2 ended with status 3; log: LOG"),
     ],
 )
-def test_a_failing_process_ends_the_launch_which_tells_why_once(
+def test_a_failing_process_ends_the_launch_which_reports_it_once(
     script: Path, tmp_path: Path, fate: str, last_line: str
 ) -> None:
     out, started = tmp_path / "out", time.monotonic()
@@ -253,7 +253,7 @@ def test_without_an_output_folder_the_root_is_configurable(script: Path, tmp_pat
         (["--partitoin", "x"], "unrecognized arguments: --partitoin"),
     ],
 )
-def test_wrong_commands_are_usage_errors_that_say_what_to_do(
+def test_wrong_commands_are_usage_errors_with_a_remedy(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
@@ -289,7 +289,7 @@ def test_number_of_local_processes(
     assert num_local_processes(submission, num_gpus) == expected
 
 
-def test_more_processes_than_gpus_are_an_error_when_asked_for_explicitly() -> None:
+def test_more_processes_than_gpus_are_an_error_when_requested_explicitly() -> None:
     with pytest.raises(LaunchError, match="--ngpus 8: this machine has 3"):
         num_local_processes(dataclasses.replace(DEFAULT, launcher="local", ngpus=8), 3)
     with pytest.raises(LaunchError, match="--tasks-per-node 4: this machine has 3.*--ngpus 0"):
@@ -389,7 +389,7 @@ def test_the_limits_of_a_partition_are_read_from_sinfo(
     assert partition.limits(asked_for) == expected
 
 
-def test_what_is_not_asked_for_is_the_published_value_within_the_limits() -> None:
+def test_defaults_are_the_published_values_within_the_limits() -> None:
     small = Limits(minutes=60, cpus=12)
     eight = dataclasses.replace(DEFAULT, timeout=90, cpus_per_task=3)
     assert (partition.timeout(DEFAULT, small), partition.cpus_per_task(DEFAULT, small)) == (60, 1)
@@ -406,7 +406,7 @@ def test_the_output_folder_is_absolute_and_knows_the_job(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == [], "no folder named %j is made"
 
 
-def test_a_requeued_job_resumes_even_if_the_first_was_told_not_to() -> None:
+def test_a_requeued_job_resumes_even_after_no_resume() -> None:
     job = Job(Task("tell:main", argparse.Namespace(output_dir="x", no_resume=True)))
     again = pickle.loads(pickle.dumps(job)).checkpoint().function
     assert isinstance(again, Job)

@@ -183,7 +183,7 @@ def test_what_is_no_file_is_not_waited_for(instead: str, kind: str, run: Path) -
 @pytest.mark.parametrize(
     "name", ["training_metrics.json", "logs/log.txt", ".lock", "checkpoints/model_0000003/.metadata"]
 )
-def test_a_run_that_needs_a_file_there_says_so(name: str, instead: str, run: Path) -> None:
+def test_a_run_that_needs_a_missing_file_raises_a_clear_error(name: str, instead: str, run: Path) -> None:
     (run / name).unlink()
     NO_FILES[instead](run / name)
     with pytest.raises((ValueError, OSError), match=name):

@@ -28,7 +28,7 @@ def test_every_start_adds_a_session_and_a_new_run_forgets_those_of_a_former_one(
     assert [path.name for path in tmp_path.iterdir()] == [ENVIRONMENT_FILE]
 
 
-def test_a_session_says_what_it_takes_to_make_the_run_again(tmp_path: Path) -> None:
+def test_a_session_records_how_to_reproduce_the_run(tmp_path: Path) -> None:
     record_environment(tmp_path)
     text = (tmp_path / ENVIRONMENT_FILE).read_text()
     (facts,) = json.loads(text)["sessions"]
@@ -56,7 +56,7 @@ def test_the_command_runs_from_the_top_folder_of_the_clone(monkeypatch: pytest.M
     assert reproducing_command(["/lib/submitit/core/_submit.py", "/folder/of/jobs"]) is None
 
 
-def test_the_commit_is_told_within_a_clone_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_recorded_in_a_clone_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> str:
         names = ("-c", "user.name=a", "-c", "user.email=a@b.c")
         return subprocess.run(

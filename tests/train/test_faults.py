@@ -160,7 +160,7 @@ def test_other_files_that_cannot_be_written_are_named_and_the_run_continues(file
 
 
 @pytest.mark.slow
-def test_for_a_person_a_full_disk_is_one_line_and_an_exit_status(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_an_exit_status_for_the_user(tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
 

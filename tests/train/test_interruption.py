@@ -140,7 +140,7 @@ def test_a_signal_while_no_images_come_writes_no_checkpoint_twice(
     assert checkpoints(tmp_path) == ([1] if num_images > 8 else [])
 
 
-def test_images_that_do_not_come_end_the_run_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_images_end_the_run_with_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     message = (
         r"no batch of images arrived for train.data_timeout=1 seconds: this process is reading sample \d+ \(Fashion"
     )
@@ -182,7 +182,7 @@ def test_ctrl_c_that_another_process_got_first_is_no_second_one(monkeypatch: pyt
         signal.raise_signal(signal.SIGINT)  # here it comes later, while the checkpoint is being written
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_which_nobody_sees_before_it_is_whole(
+def test_training_continues_while_a_checkpoint_is_written_which_appears_when_complete(
     straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk_is_slow, seen_while_writing = threading.Event(), []
@@ -210,7 +210,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_nobody_sees_before
     assert_same_end(tmp_path, straight, 7)
 
 
-def test_a_disk_that_fills_up_while_training_goes_on_stops_the_run_with_a_clear_error(
+def test_a_disk_that_fills_up_during_training_stops_the_run_with_a_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_data, calls = dcp.FileSystemWriter.write_data, itertools.count()

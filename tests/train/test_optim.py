@@ -174,7 +174,7 @@ def test_a_head_that_gets_no_gradient_is_not_measured() -> None:
     assert set(clip_gradients(model.student, 3.0)) == {"backbone", "ibot_head"}
 
 
-def test_a_refused_step_changes_nothing_and_the_next_one_goes_on_as_if_it_had_not_been() -> None:
+def test_a_skipped_step_changes_nothing_and_does_not_affect_the_next_one() -> None:
     def run(*refusals: float) -> list[torch.Tensor]:
         torch.manual_seed(0)
         layer = nn.ModuleDict({"head": nn.Linear(3, 2)})

@@ -99,7 +99,7 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(("overrides", "text"), HARDLY_WANTED)
-def test_what_is_hardly_wanted_is_a_warning_with_keys_and_numbers(overrides: list[str], text: str) -> None:
+def test_questionable_settings_are_warnings_with_keys_and_numbers(overrides: list[str], text: str) -> None:
     assert any(text in warning for warning in warnings(*overrides)), warnings(*overrides)
 
 

@@ -313,7 +313,7 @@ def unreadable(path: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/model_0000005", "checkpoints/model_0000005/state.json"])
-def test_a_run_that_cannot_look_for_its_checkpoint_stops_and_changes_nothing(
+def test_a_run_that_cannot_read_its_checkpoint_folder_stops_and_changes_nothing(
     place: str, straight: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(straight, tmp_path / "out")
@@ -430,7 +430,7 @@ def test_the_metrics_have_the_published_keys(straight: Path) -> None:
     assert list(lines[-1])[: len(published)] == published, "and ours after them"
 
 
-def test_writing_a_checkpoint_says_nothing_of_missing_process_groups(
+def test_writing_a_checkpoint_does_not_warn_of_missing_process_groups(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):

@@ -66,7 +66,7 @@ def test_freezing_warming_up_and_cooling_down() -> None:
     ends=st.tuples(st.floats(0, 10), st.floats(0, 10)),
     lengths=st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 30)),
 )
-def test_a_schedule_is_as_long_as_asked_and_then_keeps_its_final_value(
+def test_a_schedule_has_the_requested_length_and_then_keeps_its_final_value(
     ends: tuple[float, float], lengths: tuple[int, int, int]
 ) -> None:
     total = sum(lengths)

@@ -86,7 +86,7 @@ def test_weights_of_another_model_are_refused_by_name(change: str, source: objec
         load_training_weights(tiny_model(change), path)
 
 
-def test_a_backbone_alone_is_no_model_and_the_error_says_where_it_belongs(tmp_path: Path) -> None:
+def test_a_backbone_alone_is_no_model_and_the_error_names_its_key(tmp_path: Path) -> None:
     path = tmp_path / "backbone.pth"
     torch.save(tiny_model().student_backbone.state_dict(), path)
     with pytest.raises(ValueError, match="for a backbone alone use student.pretrained_weights"):

@@ -124,7 +124,7 @@ def test_the_command_by_path_with_flags_and_overrides_in_any_order(script: str, 
         (TRAIN, ["--outptu-dir", "x"], 2, "unrecognized arguments: --outptu-dir"),
     ],
 )
-def test_a_mistake_of_a_person_is_told_without_a_traceback(
+def test_a_user_error_is_reported_without_a_traceback(
     script: str, words: list[str], status: int, message: str, tmp_path: Path
 ) -> None:
     result = run_script(script, "--config-file", str(CONFIG_FILE), "--output-dir", str(tmp_path), *words)

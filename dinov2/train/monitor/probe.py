@@ -219,7 +219,7 @@ class Probe:
 
 
 def _archive_features_of_other_images(folder: Path, images: np.ndarray) -> None:
-    """Move a folder with features of other images away: the run has been given other data."""
+    """Archive a folder with features of other images, as after a change of the dataset."""
     try:
         same = np.array_equal(read_array(folder / "images.npz", "images"), images)
     except FileNotFoundError:
@@ -229,6 +229,4 @@ def _archive_features_of_other_images(folder: Path, images: np.ndarray) -> None:
         return
     if not same:
         archive = folder.rename(numbered_path(folder.with_name(f"{folder.name}.earlier")))
-        logger.warning(
-            "the images that are looked at are others than before: what was in %s is now in %s", folder, archive
-        )
+        logger.warning("the probe images have changed: the earlier content of %s is now in %s", folder, archive)
