@@ -24,14 +24,15 @@ _WEB = ("http", "https")
 _FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", TEACHER_FILE)
 
 
-def read_file(path_or_url: str | Path, *, mapped: bool = False, verified: bool = True) -> object:
+def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
     """Read a file, folder or URL without running code that may be in it; tensors are on the CPU.
+
+    Checksums are compared with the content first, see `checksums`.
 
     Args:
         path_or_url: A file of `torch.save`, one that ends in `.safetensors`, or a folder of transformers or of a
             run's teacher.
         mapped: Map tensors from the file until they are used; it must not change meanwhile.
-        verified: Whether checksums are compared, see `checksums`. This reads all of the file.
 
     Returns:
         The content as it was saved.
@@ -45,13 +46,12 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False, verified: bool =
     downloaded = urlparse(str(path_or_url)).scheme in _WEB
     remedy = f" (from {path_or_url}; delete it to download it again)" if downloaded else ""
     if path.is_dir():
-        return _read_folder(path, mapped, verified)
+        return _read_folder(path, mapped)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     safetensors = import_safetensors() if path.suffix == ".safetensors" else None
     try:
-        if verified:
-            _check(path)
+        _check(path)
         if safetensors:
             return safetensors.load_file(path)
         can_be_mapped = mapped and zipfile.is_zipfile(path)  # unlike files of torch before 1.6
@@ -90,14 +90,14 @@ def _check(path: Path) -> None:
         logger.info("%s is of torch before 1.6 and has no checksums: damage to its numbers is not detected", path)
 
 
-def _read_folder(folder: Path, mapped: bool, verified: bool) -> object:
+def _read_folder(folder: Path, mapped: bool) -> object:
     """Read the weights in a folder, in one file or in several with an index."""
     files = files_in(folder)
     if len(files) == 1:
-        return read_file(files[0], mapped=mapped, verified=verified)
+        return read_file(files[0], mapped=mapped)
     content: dict[str, object] = {}
     for file in files:
-        tensors = read_file(file, mapped=mapped, verified=verified)
+        tensors = read_file(file, mapped=mapped)
         content |= tensors if isinstance(tensors, dict) else {}
     return content
 

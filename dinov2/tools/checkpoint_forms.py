@@ -51,7 +51,7 @@ def convert_checkpoint(source: str, output: Path, form: str, *, file_format: str
         raise FileExistsError(f"{output} exists already: give another name, or --force to replace it")
     if file_format == "safetensors":
         import_safetensors()  # fails before everything is read if it is missing
-    contents = read_contents(source, verified=True)
+    contents = read_contents(source)
     tensors = _selected_tensors(contents, form)
     write = _write_safetensors if file_format == "safetensors" else _write_torch
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -98,14 +98,14 @@ def checkpoint_folder(source: str) -> Path | None:
     return None
 
 
-def read_contents(source: str, *, verified: bool = False) -> Contents:
+def read_contents(source: str) -> Contents:
     """Read the names, shapes and other entries of weights or of a checkpoint.
+
+    Checksums in files are compared with their content; tensors of a checkpoint folder are verified when they are read.
 
     Args:
         source: A run's output folder (its newest checkpoint is used), a checkpoint folder, a file of `torch.save` or
             of safetensors, a folder of transformers, a URL, or the name of a published model.
-        verified: Whether checksums in files are compared with their content, which reads all of it. Tensors of a
-            checkpoint folder are verified when they are read.
 
     Raises:
         FileNotFoundError: If there is neither a checkpoint nor weights.
@@ -115,7 +115,7 @@ def read_contents(source: str, *, verified: bool = False) -> Contents:
         files = [path for path in folder.iterdir() if path.is_file()]
         return Contents(str(folder), files, folder, read_shapes(folder), read_state(folder))
     source = weights_url_or_path(source)
-    content = read_file(source, mapped=True, verified=verified)
+    content = read_file(source, mapped=True)
     content = content if isinstance(content, dict) else {}
     metadata = {str(name): value for name, value in content.items() if not any(_flat("", value))}
     tensors = {name: value for key, item in content.items() if key not in metadata for name, value in _flat(key, item)}

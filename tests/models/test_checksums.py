@@ -64,7 +64,6 @@ def test_the_damaged_member_is_named(tmp_path: Path) -> None:
         check_zip(path)
     with pytest.raises(ValueError, match=f"{path} is no checkpoint .* or damaged: t/data/2 in it is damaged"):
         read_file(path)
-    assert isinstance(read_file(path, mapped=True, verified=False), dict), "for names and shapes alone"
 
 
 def test_an_open_file_of_arrays_is_checked_too() -> None:
