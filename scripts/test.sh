@@ -52,7 +52,7 @@ oldest=(
     tests/test_quickstart.py::test_quickstart_leaves_everything_in_one_folder_and_runs_twice
     tests/hub/test_hub.py tests/models/test_{export,intermediate_layers,peers,weights}.py
     tests/eval/test_{features,knn,linear,log_regression}.py tests/visualization/test_visualization_command.py
-    tests/data/test_{images,loader,raw}.py tests/test_trackers.py
+    tests/data/test_{images,loader,device_augment}.py tests/test_trackers.py
 )
 
 shared_out=(-n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder)

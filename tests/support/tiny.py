@@ -121,9 +121,10 @@ def _environment() -> dict[str, str]:
 
 
 def run_script(*words: str) -> subprocess.CompletedProcess[str]:
-    """A Python script of the clone, run by its path from the top folder."""
+    """A Python script of the clone, run by its path from the top folder, with no other program on PATH."""
+    environment = _environment() | {"PATH": "/nowhere"}
     return subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=_environment(), capture_output=True, text=True, timeout=240
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )
 
 

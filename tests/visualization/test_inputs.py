@@ -78,7 +78,7 @@ def test_a_dataset_for_loaders_gives_positions_and_none_for_what_cannot_be_read(
 
 def test_the_only_image_must_be_readable(folder: Path) -> None:
     (folder / "3.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"cannot read the image .*3\.png: 8 bytes in no image format"):
+    with pytest.raises(ValueError, match=r"cannot read the image .*3\.png: 8 bytes in no supported image format"):
         reds([str(folder / "3.png")])
 
 
