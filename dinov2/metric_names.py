@@ -81,7 +81,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "probe_patch_similarity",
         "features",
-        "Mean cosine similarity of two patches of one image. A slow rise towards 1: dense features decay.",
+        "Mean cosine similarity of two patches of one image. A slow rise toward 1: dense features decay.",
         chart="Similarity of patches",
     ),
     *_tokens("norm", "Feature norms", _NORM),

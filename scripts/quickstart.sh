@@ -5,7 +5,7 @@
 #   bash scripts/quickstart.sh [OUT] [key=value ...]
 #
 # OUT is the output folder (default: quickstart); the rest overrides the recipe, dinov2/configs/train/quickstart.yaml.
-# Stopped half-way, the same command goes on where it was.
+# If it was stopped halfway, the same command continues.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 

@@ -9,7 +9,7 @@ from dinov2.config import Config
 
 
 class CosineScheduler:
-    """`freeze_iters` zeros, a linear warm-up to `base_value`, then a half cosine towards `final_value`.
+    """`freeze_iters` zeros, a linear warm-up to `base_value`, then a half cosine toward `final_value`.
 
     A float64 array of `total_iters` values; larger indices give `final_value`, which the cosine itself does not quite
     reach. The warm-up includes both ends, so `base_value` appears twice.

@@ -174,7 +174,9 @@ def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> 
         dry_run(Path("/proc/out"))
 
 
-def test_one_broken_image_is_no_problem_and_good_weights_are_none(tmp_path: Path) -> None:
+def test_one_broken_image_is_a_warning_and_good_weights_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = folder_of_broken_images(tmp_path / "images", 1)
     run_train(tmp_path / "out", "optim.epochs=1", "evaluation.eval_period_iterations=2")
     weights = tmp_path / "out" / "checkpoints" / "model_0000001"
@@ -185,6 +187,9 @@ def test_one_broken_image_is_no_problem_and_good_weights_are_none(tmp_path: Path
         f"MODEL.WEIGHTS={weights}",
         f"student.pretrained_weights={dump}",
     )
+    printed = capsys.readouterr().out
+    assert "warning: 1 of 20 images sampled cannot be read: the run stops once" in printed
+    assert "above train.max_bad_image_share=0.01" in printed and "everything is in order but for" in printed
 
 
 # --- Estimates -------------------------------------------------------------------------------------------------------

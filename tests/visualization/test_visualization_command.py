@@ -218,7 +218,9 @@ def test_when_no_image_can_be_read_the_reason_is_given(
     for name in ("a.png", "b.png"):
         Path(name).write_bytes(b"no image")
     for words in (["pca"], ["neighbors", "--query", "c.png"]):
-        with pytest.raises(ValueError, match=r"none of 2 images can be read; the first: .*a\.png.*no supported image format"):
+        with pytest.raises(
+            ValueError, match=r"none of 2 images can be read; the first: .*a\.png.*no supported image format"
+        ):
             run(*words, *model, "--images", "a.png", "b.png", "--output", "drawn.png")
 
 

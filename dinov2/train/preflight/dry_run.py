@@ -60,7 +60,13 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
             "",
             f"note: a step takes {batch:,} images, but the dataset has {len(dataset):,}: images repeat within a step",
         ]
-    known = {path for path, _ in dataset.survey().unreadable}
+    survey = dataset.survey()
+    known = {path for path, _ in survey.unreadable}
+    if len(known) > cfg.train.max_bad_image_share * max(survey.num_sampled, 1):
+        findings.append(
+            f"{len(known)} of {survey.num_sampled} images sampled cannot be read: the run stops once the share of such "
+            f"images is above train.max_bad_image_share={cfg.train.max_bad_image_share:g}"
+        )
     notes = [f"{'warning' if level > logging.INFO else 'note'}: {note}" for level, note in dataset.notes()]
     notes += [f"note: {error}" for error in unreadable if error.path not in known]
     lines += ["", *notes] if notes else []
