@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 60
 COMMAND = [
     *(sys.executable, "dinov2/run/train/train.py", "--launcher", "local", "--ngpus", "0", "--tasks-per-node", "2"),
-    *("--config-file", "tests/support/tiny.yaml", "optim.epochs=30"),
+    *("--config-file", "tests/train/tiny.yaml", "optim.epochs=30"),
     *("train.checkpoint_period=1000", "evaluation.eval_period_iterations=1000"),
 ]
 

@@ -14,7 +14,7 @@ from cluster import Cluster
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG_FILE = "tests/support/tiny.yaml"
+CONFIG_FILE = "tests/train/tiny.yaml"
 NUM_STEPS = 24
 RECIPE = (
     *("optim.epochs=12", "train.OFFICIAL_EPOCH_LENGTH=2", "student.depth=4"),

@@ -26,7 +26,7 @@ from dinov2.train import train
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG_FILE = Path(__file__).with_name("tiny.yaml")
+CONFIG_FILE = ROOT / "tests" / "train" / "tiny.yaml"
 
 CENTERING = "train.centering=centering"
 SEPARATE_HEADS = [
