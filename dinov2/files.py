@@ -33,26 +33,6 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: If it cannot be written; names `path`.
     """
-    try:
-        with _replacement(path) as file:
-            yield file
-    except (OSError, RuntimeError) as error:
-        # The message of the system about a full disk does not name the file, and torch.save raises another error.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError) or cause.errno is None:
-            raise
-        raise OSError(cause.errno, f"cannot write: {cause.strerror}", str(path)) from error
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """As `atomic_write`, for libraries that open files by name: yields the temporary path to write to."""
-    with _replacement(path) as file:
-        yield Path(file.name)
-
-
-@contextmanager
-def _replacement(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with temporary.open("w+b") as file:  # for a readable file numpy uses `write`, whose errors have a reason
@@ -61,12 +41,18 @@ def _replacement(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:
+        # The message of the system about a full disk does not name the file, and torch.save raises another error.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno is None:
+            raise
+        raise OSError(cause.errno, f"cannot write: {cause.strerror}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, subfolders: Iterable[str] = ()) -> None:
-    """Remove the temporary files of `atomic_write` and `atomic_path` whose process was killed.
+    """Remove the temporary files of `atomic_write` whose process was killed.
 
     A living process on any machine holds a lock on such a file. On a file system without locks, a file is removed when
     it was not written to for a day.

@@ -78,7 +78,7 @@ def _check_output(output: Path, form: str, force: bool) -> None:
     """
     suffixes = FORMS[form].suffixes
     if suffixes and output.suffix not in suffixes:
-        raise ValueError(f"readers of --to {form} expect a name that ends in {' or '.join(suffixes)}, not {output}")
+        raise ValueError(f"--to {form} needs an OUTPUT that ends in {' or '.join(suffixes)}, not {output}")
     if output.exists() and not force:
         raise FileExistsError(f"{output} exists already: give another name, or --force to replace it")
     if output.exists() and output.is_dir() != (form == "hf"):

@@ -198,9 +198,9 @@ def test_an_existing_output_is_replaced_only_by_force(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("form", "name", "message"),
     [
-        ("safetensors", "OUT.pth", "expect a name that ends in .safetensors, not"),
-        ("torch.export", "OUT.onnx", "expect a name that ends in .pt2, not"),
-        ("onnx", "OUT", "expect a name that ends in .onnx, not"),
+        ("safetensors", "OUT.pth", "needs an OUTPUT that ends in .safetensors, not"),
+        ("torch.export", "OUT.onnx", "needs an OUTPUT that ends in .pt2, not"),
+        ("onnx", "OUT", "needs an OUTPUT that ends in .onnx, not"),
     ],
 )
 def test_a_suffix_that_readers_do_not_accept_is_an_error(
