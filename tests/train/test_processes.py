@@ -125,6 +125,11 @@ def assert_same_losses(a: Path, b: Path, rel: float, ends: Sequence[int] = ()) -
     for ours, reference in zip(metrics(a), metrics(b), strict=True):
         if ours["iteration"] in ends:
             ours = {name: value for name, value in ours.items() if not name.startswith(("probe_", "knn"))}
+        # The information of targets is a difference of two entropies up to ln 16 = 2.8: one float32 step is 2.4e-7.
+        names = {name for name in reference if name.endswith("_target_information")}
+        assert {name: ours.pop(name) for name in names} == pytest.approx(
+            {name: reference.pop(name) for name in names}, rel=rel, abs=2e-6
+        )
         assert ours == pytest.approx(reference, rel=rel, abs=1e-7)
 
 
