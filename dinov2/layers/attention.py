@@ -18,10 +18,11 @@ Legend: T packed tokens, D width, H heads, d = D / H, B sequences of N tokens.
 """
 
 import functools
-import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinov2.layers.hooks import has_hooks
-from dinov2.layers.packing import Segments, pack
+from dinov2.layers.packing import Segments, pack, sequence_ends
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +70,19 @@ class Attention(nn.Module):
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
         self.attention_backend = attention_backend
+        if attention_backend == "varlen":
+            _load(attention_backend)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.attn_drop: nn.Module = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop: nn.Module = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments | None = None, ends: Tensor | None = None) -> Tensor:
         """Self-attention within each sequence.
 
         Args:
             x: Packed tokens (T, D) with `segments`, or (B, N, D) without.
+            ends: The `sequence_ends` of the segments, if they are known already.
 
         Returns:
             The attended tokens, in the shape of `x`.
@@ -90,7 +94,7 @@ class Attention(nn.Module):
         if self._needs_maps():
             attended = _by_group(qkv, segments, self._attend_with_maps)
         else:
-            attended = _KERNELS[self._backend(qkv)](qkv, segments)
+            attended = _KERNELS[self._backend(qkv)](qkv, segments, ends)
         return self.proj_drop(self.proj(attended.reshape(x.shape)))
 
     def _backend(self, qkv: Tensor) -> str:
@@ -128,7 +132,7 @@ def _by_group(qkv: Tensor, segments: Segments, attend: Callable[[Tensor, Tensor,
     return groups[0] if len(groups) == 1 else torch.cat(groups)
 
 
-def _sdpa(qkv: Tensor, segments: Segments) -> Tensor:
+def _sdpa(qkv: Tensor, segments: Segments, ends: Tensor | None = None) -> Tensor:
     """(T, 3, H, d) -> (T, H, d), a batched call per group."""
     return _by_group(qkv, segments, _attend)
 
@@ -143,39 +147,32 @@ def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _xformers(qkv: Tensor, segments: Segments) -> Tensor:
+def _xformers(qkv: Tensor, segments: Segments, ends: Tensor | None = None) -> Tensor:
     """(T, 3, H, d) -> (T, H, d), one call for all sequences."""
     fmha = importlib.import_module("xformers.ops.fmha")
     q, k, v = (part.unsqueeze(0) for part in qkv.unbind(1))
     return fmha.memory_efficient_attention(q, k, v, attn_bias=_block_diagonal_mask(segments, q.device)).squeeze(0)
 
 
-def _varlen(qkv: Tensor, segments: Segments) -> Tensor:
+def _varlen(qkv: Tensor, segments: Segments, ends: Tensor | None = None) -> Tensor:
     """(T, 3, H, d) -> (T, H, d), one call for all sequences."""
-    varlen_attn = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    q, k, v = qkv.unbind(1)
-    ends = _sequence_ends(segments, qkv.device)
+    ends = sequence_ends(segments, qkv.device) if ends is None else ends
     longest = max(length for _, length in segments)
-    return varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), ends, ends, longest, longest)
+    # By attribute: an import would interrupt a compilation. `_load` has imported it.
+    varlen: Any = getattr(torch.nn.attention, "varlen")  # noqa: B009
+    return varlen.varlen_attn(*qkv.unbind(1), ends, ends, longest, longest)
 
 
 _KERNELS = {"xformers": _xformers, "varlen": _varlen, "sdpa": _sdpa}
 
 
-# Both caches are bounded, unlike the published one: stochastic depth gives one shape per rate. Entries are created
-# outside of inference mode, whose tensors cannot be saved for a backward pass.
+# Bounded, unlike the published one: stochastic depth gives one shape per rate. Created outside of inference mode, whose
+# tensors cannot be saved for a backward pass.
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)
 def _block_diagonal_mask(segments: Segments, device: torch.device) -> Any:
     lengths = [length for count, length in segments for _ in range(count)]
     return importlib.import_module("xformers.ops.fmha.attn_bias").BlockDiagonalMask.from_seqlens(lengths, device=device)
-
-
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _sequence_ends(segments: Segments, device: torch.device) -> Tensor:
-    lengths = [0] + [length for count, length in segments for _ in range(count)]
-    return torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def backend_keyword(attention_backend: str) -> dict[str, str]:
@@ -212,7 +209,32 @@ def _find_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
 
 
 def _try_backend(name: str, device_type: str, dtype: torch.dtype, head_dim: int) -> None:
-    """Run attention and its gradient once, in any grad mode of the caller, without drawing random numbers."""
+    """Run attention and its gradient once, in any grad mode of the caller, without drawing random numbers.
+
+    The lengths are those of usual crops: for longer sequences some backends have other kernels.
+    """
+    _load(name)
     with torch.inference_mode(False), torch.enable_grad():
-        qkv = torch.zeros(5, 3, 2, head_dim, device=device_type, dtype=dtype, requires_grad=True)
-        _KERNELS[name](qkv, ((1, 2), (1, 3))).sum().backward()
+        qkv = torch.zeros(197 + 37, 3, 2, head_dim, device=device_type, dtype=dtype, requires_grad=True)
+        _KERNELS[name](qkv, ((1, 197), (1, 37))).sum().backward()
+
+
+def _load(name: str) -> None:
+    """Import what a backend needs.
+
+    Raises:
+        ImportError: It is not installed, or its kernels cannot be loaded here.
+    """
+    if name == "varlen":
+        importlib.import_module("torch.nn.attention.varlen")
+    elif name == "xformers":
+        # Kernels for another CUDA version cannot be loaded, which the package finds out in seconds, with warnings.
+        spec = importlib.util.find_spec("xformers")
+        if spec is None or spec.origin is None:
+            raise ImportError("xFormers is not installed")
+        for library in sorted(Path(spec.origin).parent.glob("_C*.so")):
+            try:
+                torch.ops.load_library(library)
+            except OSError as error:
+                raise ImportError(f"the kernels of xFormers cannot be loaded: {error}") from error
+        importlib.import_module("xformers.ops.fmha")

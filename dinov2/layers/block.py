@@ -14,6 +14,7 @@ from dinov2.layers.ffn import Mlp
 from dinov2.layers.hooks import has_hooks
 from dinov2.layers.layer_scale import LayerScale
 from dinov2.layers.packing import Segments, pack, unpack
+from dinov2.layers.stochastic_depth import Branch, add_residual, draw_branches, token_scale
 
 _TAKES_SEGMENTS = Attention.forward  # user code may replace it, in a class or a module, by one for batches
 
@@ -83,7 +84,11 @@ class Block(nn.Module):
         self.sample_drop_ratio = drop_path
 
     def forward(
-        self, x: Tensor | Sequence[Tensor], segments: Segments | None = None, rows: Tensor | None = None
+        self,
+        x: Tensor | Sequence[Tensor],
+        segments: Segments | None = None,
+        rows: Tensor | None = None,
+        branches: tuple[Branch, Branch] | None = None,
     ) -> Tensor | list[Tensor]:
         """Apply the block; sequences attend to themselves only, and the result has the form of the input.
 
@@ -91,76 +96,61 @@ class Block(nn.Module):
             x: One batch (B, N, D); or packed tokens (T, D) with their `segments`; or a list of batches (b_k, n_k, D).
             rows: With packed tokens, indices of the required tokens: the feed-forward network skips the others, and
                 the result is (len(rows), D).
+            branches: With packed tokens, the result of `draw_branches` for attention and feed-forward network.
         """
         if not isinstance(x, Tensor):
             tokens, segments = pack(x)
-            return unpack(self._forward_tokens(tokens, segments), segments)
+            return unpack(self._forward_packed(tokens, self._draw(segments, x[0].device)), segments)
         if segments is None and self._skips_work():
             tokens, segments = pack([x])
-            return self._forward_tokens(tokens, segments).view_as(x)
-        return self._forward_tokens(x, segments, rows)
+            return self._forward_packed(tokens, self._draw(segments, x.device)).view_as(x)
+        if segments is None:
+            x = self._add(x, self._attention(x, None), self.ls1, self.drop_path1)
+            return self._add(x, self._ffn(x), self.ls2, self.drop_path2)
+        return self._forward_packed(x, branches or self._draw(segments, x.device), rows)
 
-    def _forward_tokens(self, x: Tensor, segments: Segments | None, rows: Tensor | None = None) -> Tensor:
-        """Apply the block to a batch (B, N, D) without segments, or to packed tokens (T, D) with them."""
-        if segments is not None and self.training and self.sample_drop_ratio > 0:
-            x = self._add_to_subset(x, segments, lambda part, kept: self.ls1(self._attention(part, kept)))
-            if rows is None:
-                return self._add_to_subset(x, segments, lambda part, _: self.ls2(self._ffn(part)))
-            x, factors = x.index_select(0, rows), self._factors(x, segments).index_select(0, rows)
-            return x + self.ls2(self._ffn(x)) * factors
-        x = self._add(x, self._attention(x, segments), self.ls1, self.drop_path1)
-        x = x if rows is None else x.index_select(0, rows)
-        return self._add(x, self._ffn(x), self.ls2, self.drop_path2)
+    def _forward_packed(self, x: Tensor, branches: tuple[Branch, Branch], rows: Tensor | None = None) -> Tensor:
+        """Apply the block to packed tokens (T, D)."""
+        for_attention, for_ffn = branches
+        if for_attention.rows is None:
+            x = self._add(x, self._attention(x, for_attention), self.ls1, self.drop_path1)
+            x = x if rows is None else x.index_select(0, rows)
+            return self._add(x, self._ffn(x), self.ls2, self.drop_path2)
+        x = add_residual(x, for_attention, lambda part: self.ls1(self._attention(part, for_attention)))
+        if rows is None:
+            return add_residual(x, for_ffn, lambda part: self.ls2(self._ffn(part)))
+        x, scale = x.index_select(0, rows), token_scale(x, for_ffn).index_select(0, rows)
+        return x + self.ls2(self._ffn(x)) * scale
+
+    def _draw(self, segments: Segments, device: torch.device) -> tuple[Branch, Branch]:
+        [branches] = draw_branches(segments, [self.rate], device)
+        return branches
+
+    @property
+    def rate(self) -> float:
+        """Rate of stochastic depth in the present mode: 0 in evaluation."""
+        return self.sample_drop_ratio if self.training else 0.0
 
     def _add(self, x: Tensor, residual: Tensor, scale: nn.Module, drop_path: nn.Module) -> Tensor:
         """x + drop_path(scale(residual)), in one operation if nothing is dropped."""
-        drops = self.training and self.sample_drop_ratio > 0
-        if type(scale) is LayerScale and not drops and not has_hooks(scale) and not has_hooks(drop_path):
+        if type(scale) is LayerScale and self.rate == 0 and not has_hooks(scale) and not has_hooks(drop_path):
             return torch.addcmul(x, residual, scale.gamma)
         return x + drop_path(scale(residual))
 
     def _skips_work(self) -> bool:
         """Whether stochastic depth skips sequences of a single batch, rather than computing and masking them."""
-        return self.training and self.sample_drop_ratio > SUBSET_THRESHOLD
+        return self.rate > SUBSET_THRESHOLD
 
-    def _attention(self, x: Tensor, segments: Segments | None) -> Tensor:
+    def _attention(self, x: Tensor, branch: Branch | None) -> Tensor:
         x = self.norm1(x)
-        if segments is None:
+        if branch is None:
             return self.attn(x)
         if getattr(self.attn.forward, "__func__", None) is _TAKES_SEGMENTS:
-            return self.attn(x, segments)
-        return pack([self.attn(group) for group in unpack(x, segments)])[0]  # custom attention takes batches
+            return self.attn(x, branch.segments, branch.ends)
+        return pack([self.attn(group) for group in unpack(x, branch.segments)])[0]  # custom attention takes batches
 
     def _ffn(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x))
-
-    def _add_to_subset(self, x: Tensor, segments: Segments, residual: Callable[[Tensor, Segments], Tensor]) -> Tensor:
-        """Compute the residual of a random subset of the sequences only, scaled to keep its mean (paper, section 5)."""
-        rows, scales, kept, start = [], [], [], 0
-        for count, length in segments:
-            chosen = self._draw(count, x.device)
-            keep = len(chosen)
-            rows.append((start + chosen[:, None] * length + torch.arange(length, device=x.device)).flatten())
-            scales.append(x.new_full((keep * length, 1), count / max(keep, 1)))
-            kept.append((keep, length))
-            start += count * length
-        index = torch.cat(rows)
-        added = residual(x.index_select(0, index), tuple(kept)).to(x.dtype) * torch.cat(scales)
-        return x.index_add(0, index, added)
-
-    def _factors(self, x: Tensor, segments: Segments) -> Tensor:
-        """Scale of the residuals of such a subset, and 0 for the other tokens: (T, 1)."""
-        factors = []
-        for count, length in segments:
-            chosen = self._draw(count, x.device)
-            of_sequences = x.new_zeros(count).index_fill(0, chosen, count / max(len(chosen), 1))
-            factors.append(of_sequences.repeat_interleave(length, output_size=count * length))
-        return torch.cat(factors)[:, None]
-
-    def _draw(self, count: int, device: torch.device) -> Tensor:
-        """Draw the sequences of a group whose residual is computed."""
-        keep = max(int(count * (1 - self.sample_drop_ratio)), 1)
-        return torch.randperm(count, device=device)[:keep]
 
 
 NestedTensorBlock = Block

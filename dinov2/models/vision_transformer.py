@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dinov2.layers import Block, Mlp, PatchEmbed, SwiGLUFFN, pack, unpack
 from dinov2.layers.attention import backend_keyword
 from dinov2.layers.packing import Segments
+from dinov2.layers.stochastic_depth import Branch, draw_branches
 from dinov2.models.key_mapping import flatten_block_names
 from dinov2.models.positions import Grid, resample_positions
 
@@ -257,14 +258,20 @@ class DinoVisionTransformer(nn.Module):
         tokens, segments = pack(
             [self.prepare_tokens_with_masks(x, masks) for x, masks in zip(x_list, masks_list, strict=True)]
         )
+        branches = draw_branches(segments, [cast(Block, block).rate for block in self.blocks], tokens.device)
         if patches_list is not None:
-            return self._some_features(tokens, segments, masks_list, patches_list)
-        for block in self.blocks:
-            tokens = block(tokens, segments)
+            return self._some_features(tokens, segments, branches, masks_list, patches_list)
+        for block, of_block in zip(self.blocks, branches, strict=True):
+            tokens = block(tokens, segments, branches=of_block)
         return [self._features(group, masks) for group, masks in zip(unpack(tokens, segments), masks_list, strict=True)]
 
     def _some_features(
-        self, tokens: Tensor, segments: Segments, masks_list: Sequence[Tensor | None], patches_list: Sequence[Tensor]
+        self,
+        tokens: Tensor,
+        segments: Segments,
+        branches: Sequence[tuple[Branch, Branch]],
+        masks_list: Sequence[Tensor | None],
+        patches_list: Sequence[Tensor],
     ) -> list[dict[str, Any]]:
         rows, start, first_patch = [], 0, 1 + self.num_register_tokens
         for (count, length), patches in zip(segments, patches_list, strict=True):
@@ -273,9 +280,9 @@ class DinoVisionTransformer(nn.Module):
             rows.append(start + length * image + first_patch + patch)
             start += count * length
         *blocks, last = self.blocks
-        for block in blocks:
-            tokens = block(tokens, segments)
-        wanted = self.norm(last(tokens, segments, torch.cat(rows))).split([len(part) for part in rows])
+        for block, of_block in zip(blocks, branches, strict=False):
+            tokens = block(tokens, segments, branches=of_block)
+        wanted = self.norm(last(tokens, segments, torch.cat(rows), branches[-1])).split([len(part) for part in rows])
         return [
             {"x_norm_clstoken": cls, "x_norm_patchtokens": patches, "masks": masks}
             for cls, patches, masks in zip(wanted[::2], wanted[1::2], masks_list, strict=True)

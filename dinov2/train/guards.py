@@ -41,8 +41,8 @@ class NonFiniteGuard:
         """Returns a scalar: 1 if any loss term or gradient of a sub-module is not finite on any process, else 0."""
         values = {f"loss {name}": value for name, value in terms.items()}
         values |= {f"gradient of {name}": value for name, value in norms.items()}
-        nonfinite = torch.stack([(~value.detach().isfinite()).any().float() for value in values.values()])
-        nonfinite = distributed.all_reduce_max(nonfinite)
+        nonfinite = ~torch.stack([value.detach().float() for value in values.values()]).isfinite()
+        nonfinite = distributed.all_reduce_max(nonfinite.float())
         self._unreported.append(_Check(tuple(values), *_fetch(nonfinite)))
         return nonfinite.amax()
 

@@ -158,8 +158,9 @@ def _recompute(block: nn.Module, *, selective: bool) -> None:
 
 def _keep_products(_: Any, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Policy that keeps the outputs of matrix products and attention, which are expensive to compute."""
-    kept = operation in _PRODUCTS or "attention" in str(operation)
+    kept = operation in _PRODUCTS or any(word in str(operation) for word in _ATTENTION)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+_ATTENTION = ("attention", "_varlen_attn", "flash_fwd")  # in the names of operators of PyTorch and xFormers
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}

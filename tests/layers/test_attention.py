@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2.layers import Attention, MemEffAttention, pack, unpack
-from dinov2.layers.attention import _KERNELS, BACKENDS, _sequence_ends, _try_backend, best_backend
+from dinov2.layers.attention import _KERNELS, BACKENDS, _try_backend, best_backend
+from dinov2.layers.packing import sequence_ends
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [(2, 5), (3, 4), (1, 1)]  # sequences and their length, in three groups
@@ -262,7 +263,7 @@ def test_trying_a_backend_works_in_inference_mode_and_draws_nothing() -> None:
 
 def test_cached_lengths_made_in_inference_mode_serve_training() -> None:
     with torch.inference_mode():
-        ends = _sequence_ends(((2, 5), (3, 4)), torch.device("cpu"))
+        ends = sequence_ends(((2, 5), (3, 4)), torch.device("cpu"))
     assert ends.tolist() == [0, 5, 10, 14, 18, 22]
     assert ends.dtype == torch.int32 and not ends.is_inference()
 

@@ -20,6 +20,7 @@ from dinov2.analysis.feature_statistics import nearest_distance
 from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.train.monitor.probe import Probe
+from dinov2.train.parallel import local_tensors
 from dinov2.train.schedules import is_due
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, Predictions, SSLMetaArch, Targets
 
@@ -148,7 +149,12 @@ class HealthPanel:
             values |= measured
             if self._is_due(step, self.dump_period):
                 self.probe.save_patch_features(self.folder / "health", step)
-        return {name: float(value) for name, value in values.items()}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        fetched = torch.stack(
+            [tensor.double() for tensor in tensors.values()]
+        ).tolist()  # the device is waited for once
+        numbers = dict(zip(tensors, fetched, strict=True))
+        return {name: numbers[name] if name in numbers else float(value) for name, value in values.items()}
 
 
 def _summary(measured: Mapping[str, float]) -> str:
@@ -161,12 +167,13 @@ def _summary(measured: Mapping[str, float]) -> str:
 @torch.no_grad()
 def relative_distance(student: nn.Module, teacher: nn.Module) -> Tensor:
     """|student - teacher| / |teacher| over all parameters, sharded or not; a scalar, equal on all processes."""
-    sums = []
-    for local, average in zip(student.parameters(), teacher.parameters(), strict=True):
-        difference, size = (t.to_local() if isinstance(t, DTensor) else t for t in (local - average, average))
-        copies = distributed.world_size() / _num_shards(average)
-        sums.append(torch.stack([difference.square().sum(), size.square().sum()]).float() / copies)
-    difference, size = distributed.all_reduce_sum(torch.stack(sums).sum(dim=0))
+    ours, theirs = list(student.parameters()), list(teacher.parameters())
+    averages = local_tensors(theirs)
+    differences = torch._foreach_sub(local_tensors(ours), averages)
+    copies = [math.sqrt(distributed.world_size() / _num_shards(average)) for average in theirs]
+    norms = torch._foreach_norm(differences) + torch._foreach_norm(averages)
+    shares = torch.stack(torch._foreach_div(norms, copies + copies)).float().square()
+    difference, size = distributed.all_reduce_sum(shares.unflatten(0, (2, -1)).sum(dim=1))
     return (difference / size).sqrt()
 
 
