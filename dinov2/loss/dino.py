@@ -46,8 +46,9 @@ class DINOLoss(nn.Module):
     def forward(self, student_output_list: Sequence[Tensor], teacher_probs_list: Sequence[Tensor]) -> Tensor:
         """Sum the mean cross-entropy over all pairs of a student view and a teacher view, each (R, K).
 
-        Teacher views are summed first, because the cross-entropy is linear in its targets.
+        Several student views may come as one tensor (V * R, K). Teacher views are summed first, because the
+        cross-entropy is linear in its targets.
         """
         targets = torch.stack(tuple(teacher_probs_list)).sum(dim=0)
-        losses = [soft_cross_entropy(scores, targets, self.student_temp).mean() for scores in student_output_list]
-        return torch.stack(losses).sum()
+        sums = [soft_cross_entropy(scores, targets, self.student_temp).sum() for scores in student_output_list]
+        return torch.stack(sums).sum() / len(targets)

@@ -59,12 +59,13 @@ def _column_max(scores: Tensor) -> Tensor:
 
 
 def soft_cross_entropy(scores: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of each row in float32: student scores (R, K), targets (R, K) -> (R,).
+    """Cross-entropy of each row in float32: student scores (V * R, K) of V views, targets (R, K) of each -> (V * R,).
 
     Targets are constants with any sum. Neither the softmax nor float32 scores are kept in memory.
     """
-    losses: Tensor = _SoftCrossEntropy.apply(scores, probabilities, temperature)
-    return losses
+    by_view = scores.unflatten(0, (len(scores) // max(len(probabilities), 1), len(probabilities)))
+    losses: Tensor = _SoftCrossEntropy.apply(by_view, probabilities, temperature)
+    return losses.flatten()
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
@@ -75,10 +76,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, probabilities: Tensor, temperature: float) -> Tensor:
-        losses = scores.new_empty(len(scores), dtype=torch.float32)
-        for rows in _pieces(scores):
-            logarithms = torch.log_softmax(scores[rows].float() / temperature, dim=1)
-            torch.sum(logarithms.mul_(probabilities[rows]), dim=1, out=losses[rows])
+        losses = scores.new_empty(scores.shape[:2], dtype=torch.float32)
+        for rows in _pieces(scores.transpose(0, 1)):
+            logarithms = torch.log_softmax(scores[:, rows].float() / temperature, dim=-1)
+            torch.sum(logarithms.mul_(probabilities[rows]), dim=-1, out=losses[:, rows])
         ctx.save_for_backward(scores, probabilities)
         ctx.temperature = temperature
         return losses.neg_()
@@ -87,18 +88,18 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         scores, probabilities = ctx.saved_tensors
-        upstream = upstream[:, None] / ctx.temperature
+        upstream = upstream[..., None] / ctx.temperature
         gradient = torch.empty_like(scores)
-        for rows in _pieces(scores):
+        for rows in _pieces(scores.transpose(0, 1)):
             targets = probabilities[rows]
-            softmax = torch.softmax(scores[rows].float() / ctx.temperature, dim=1)
-            difference = softmax.mul_(targets.sum(dim=1, keepdim=True)).sub_(targets)
-            torch.mul(difference, upstream[rows], out=gradient[rows])
+            softmax = torch.softmax(scores[:, rows].float() / ctx.temperature, dim=-1)
+            difference = softmax.mul_(targets.sum(dim=-1, keepdim=True)).sub_(targets)
+            torch.mul(difference, upstream[:, rows], out=gradient[:, rows])
         return gradient, None, None
 
 
 def _pieces(scores: Tensor) -> list[slice]:
-    """Slices of rows of scores (R, K) that fit in the cache of a CPU; on other devices they only bound the memory."""
+    """Slices of rows of scores (R, ...) that fit in the cache of a CPU; on other devices they only bound the memory."""
     size = max((2**19 if scores.is_cpu else 2**27) // max(scores[0:1].numel(), 1), 1)
     return [slice(first, first + size) for first in range(0, len(scores), size)]
 

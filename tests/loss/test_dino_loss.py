@@ -44,10 +44,19 @@ def test_gradients_are_those_of_the_definition() -> None:
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_views_may_come_as_chunks_of_one_tensor() -> None:
+def test_views_may_come_as_chunks_of_one_tensor_or_in_one_tensor() -> None:
     student, teacher = scores_of(20, 0), targets_of(10, 1)
-    loss = DINOLoss(7)(student.chunk(4), teacher.chunk(2))
-    torch.testing.assert_close(loss.double(), naive(list(student.chunk(4)), list(teacher.chunk(2)), 0.1))
+    expected = naive(list(student.chunk(4)), list(teacher.chunk(2)), 0.1)
+    for views in (student.chunk(4), [student], student.split([5, 15])):
+        loss = DINOLoss(7)(views, teacher.chunk(2))
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_views_in_one_tensor_have_the_gradients_of_single_ones() -> None:
+    student, teacher = scores_of(20, 0).requires_grad_(), targets_of(5, 1)
+    [joint] = torch.autograd.grad(DINOLoss(7)([student], [teacher]), student)
+    [single] = torch.autograd.grad(DINOLoss(7)(student.chunk(4), [teacher]), student)
+    torch.testing.assert_close(joint, single, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -149,10 +149,11 @@ class HealthPanel:
             values |= measured
             if self._is_due(step, self.dump_period):
                 self.probe.save_patch_features(self.folder / "health", step)
+        # Fetched together, so that the host waits once.
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         fetched = torch.stack(
             [tensor.double() for tensor in tensors.values()]
-        ).tolist()  # the device is waited for once
+        ).tolist()
         numbers = dict(zip(tensors, fetched, strict=True))
         return {name: numbers[name] if name in numbers else float(value) for name, value in values.items()}
 
