@@ -113,12 +113,12 @@ def growth(samples: Iterable[Sample], settle: float) -> dict[str, Any]:
         known = [sample for sample in samples if name in sample.pss]
         late = [sample for sample in known if sample.seconds >= settle]
         seconds = [sample.seconds for sample in late]
-        points = known[:: max(len(known) // CURVE_POINTS, 1)]
+        points = {f"{point.seconds / 60:.2f}": point for point in known[:: max(len(known) // CURVE_POINTS, 1)]}
         record[name] = {
             "pss_mb_per_hour": slope(seconds, [sample.pss[name] for sample in late]),
             "anonymous_mb_per_hour": slope(seconds, [sample.anonymous[name] for sample in late]),
-            "pss_mb_at_minute": {f"{point.seconds / 60:.2f}": round(point.pss[name], 1) for point in points},
-            "anonymous_mb_at_minute": {f"{point.seconds / 60:.2f}": round(point.anonymous[name], 1) for point in points},
+            "pss_mb_at_minute": {minute: round(point.pss[name], 1) for minute, point in points.items()},
+            "anonymous_mb_at_minute": {minute: round(point.anonymous[name], 1) for minute, point in points.items()},
         }
     return record
 
