@@ -306,11 +306,7 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def from_dict(mapping: Mapping[str, Any], source: str = "mapping") -> Config:
-    """Build a configuration from a nested mapping and the defaults; ``source`` names the mapping in messages.
-
-    Raises:
-        ConfigError: See `load`.
-    """
+    """Build a configuration from a nested mapping, which errors call `source`, and the defaults; errors as `load`."""
     return _merge([_check(mapping, source)])
 
 
@@ -325,11 +321,7 @@ def to_yaml(cfg: Config) -> str:
 
 
 def save(cfg: Config, path: str | Path) -> None:
-    """Write all keys as YAML, atomically; ``load(path) == cfg``.
-
-    Raises:
-        OSError: The file cannot be written; the message names it.
-    """
+    """Write all keys as YAML, atomically; ``load(path) == cfg``."""
     with atomic_write(Path(path)) as file:
         file.write(to_yaml(cfg).encode())
 

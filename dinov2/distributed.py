@@ -88,11 +88,7 @@ def detect_process(env: Mapping[str, str] = os.environ) -> ProcessInfo:
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """Expand a SLURM node list: `a1,b[2-3,07-09]` -> a1 b2 b3 b07 b08 b09; ranges keep their zero padding.
-
-    Raises:
-        ValueError: The text is not a node list.
-    """
+    """Expand a SLURM node list: `a1,b[2-3,07-09]` -> a1 b2 b3 b07 b08 b09; other text is a ValueError."""
     names: list[str] = []
     for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         pieces = re.split(r"\[([^\[\]]*)\]", item)  # literal, range list, literal, range list, ...
@@ -209,8 +205,7 @@ def session(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[ProcessInfo]:
     """Call `init()` before and `close()` after the body; an error in the body makes the other processes fail quickly.
 
     Its traceback, with the rank, is written to the log file, and passed to torchrun if that started the process. The
-    group is then not closed, which would wait for the others: the process ends, its connections break, and the others
-    fail too.
+    group is then not closed, which would wait for the others: the process ends, its connections break, and they fail.
     """
     process = init(timeout)
     try:
@@ -280,10 +275,8 @@ def device() -> torch.device:
 def device_mesh(num_shards: int) -> DeviceMesh:
     """Arrange the processes in rows of `num_shards`: a mesh of one dimension for a single row, else of two.
 
-    Tensors are sharded within a row and replicated over the rows. Requires a process group.
-
-    Raises:
-        ValueError: The number of processes is not a multiple of `num_shards`.
+    Tensors are sharded within a row and replicated over the rows. Requires a process group, and a number of processes
+    that is a multiple of `num_shards`.
     """
     if world_size() % num_shards:
         raise ValueError(f"{world_size()} processes cannot be divided into groups of {num_shards}")

@@ -66,10 +66,9 @@ class _ShortLine(logging.Formatter):
 
 
 class _Console(logging.Handler):
-    """Lines on standard output, above the progress bar if there is one.
+    """Lines on standard output, above the progress bar, in the form `in_short` of their record if it has one.
 
-    The `last_words` of a record, which end a command, are written to standard error instead; records with
-    `only_in_file` are omitted. Records with `in_short` are shown in this form; the log file has the whole message.
+    The `last_words` of a record, which end a command, go to standard error; records with `only_in_file` are omitted.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -111,7 +110,7 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
     """Send all log lines and warnings to the console and, if an output folder is given, to a file in it.
 
     The console shows rank 0, and errors of the other ranks. Lines are appended to `log_path(output_dir, rank)`.
-    It may be called again; new arguments replace the former ones.
+    Another call replaces the former one.
     """
     handlers: list[logging.Handler] = [_Console(level if rank == 0 else max(level, logging.ERROR))]
     if output_dir is not None:
@@ -153,12 +152,9 @@ def run_command(command: Callable[[], int | None], *, after_interrupt: str = "")
 
 
 def last_error(log: Path) -> str:
-    """The error that the last line of a log file reports; "" if it reports none.
+    """The error that the last line of a log file (`log_path`, need not exist) reports; "" if it reports none.
 
     A critical line has the exception that ends its traceback. An interruption by the user is not an error.
-
-    Args:
-        log: Log file of a process (`log_path`); it need not exist.
     """
     if not log.is_file():
         return ""
@@ -267,8 +263,6 @@ class SmoothedValue:
 
 
 class _Value(NamedTuple):
-    """A value passed to a meter."""
-
     number: float | Tensor
     times: int
     only_finite: bool
@@ -325,8 +319,7 @@ class MetricLogger:
         delimiter: Separator of the parts of a printed line.
         output_file: File to which each printed line is appended as a JSON object.
         is_main: Whether this process writes the file and shows the progress bar.
-        mean_over_processes: Function that averages tensors before they become numbers; all processes must then print
-            together.
+        mean_over_processes: See `SmoothedValue`; all processes must then print together.
         hidden: Meters that are not shown on the console.
 
     Attributes:
@@ -354,18 +347,12 @@ class MetricLogger:
         self._end: Callable[[], None] | None = None
 
     def update(self, *, only_finite: bool = False, **values: float | Tensor) -> None:
-        """Add a number or a tensor of one element to each named meter; meters are created on first use.
-
-        With `only_finite`, values that are not finite are ignored.
-        """
+        """Add a number or one-element tensor to each named meter, created on first use (`SmoothedValue.update`)."""
         for name, value in values.items():
             self.meters.setdefault(name, self._meter()).update(value, only_finite=only_finite)
 
     def note(self, **values: float) -> None:
-        """Add finite numbers to the record of this iteration without smoothing; it is then printed.
-
-        All processes must pass the same numbers.
-        """
+        """Add finite numbers, the same on all processes, to the record of this iteration, which is then printed."""
         self._notes |= {name: value for name, value in values.items() if math.isfinite(value)}
 
     def line_is_due(self) -> bool:
@@ -438,7 +425,7 @@ class MetricLogger:
         logger.info("%s Total time: %s (%.6f s / it)", header, _clock(seconds), per_iteration)
 
     def end_iteration(self) -> None:
-        """End the current iteration now, and print its line if due, before the caller finishes its work on it.
+        """End the current iteration and print its line if due, before the caller finishes its work on it.
 
         To be called before a checkpoint is written, so that printed lines and saved meters are consistent, and the time
         of the checkpoint does not count as time of the step.
@@ -500,11 +487,7 @@ def _clock(seconds: float) -> str:
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one record to a file of JSON lines.
-
-    Raises:
-        OSError: The file cannot be written; the message names it.
-    """
+    """Append one record to a file of JSON lines."""
     try:
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -513,15 +496,9 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, float]]:
-    """Read the records of a metrics file; none if there is no file.
+    """Read the finite numbers by name of each line of a metrics file; none if there is no file.
 
     Lines that are incomplete after a crash or damaged are skipped, with a warning.
-
-    Returns:
-        The finite numbers of each line, by name.
-
-    Raises:
-        OSError: The file cannot be read; the message names it.
     """
     records, num_damaged = readable_records(path)
     if num_damaged:
@@ -536,17 +513,10 @@ def readable_records(path: str | Path) -> tuple[list[dict[str, float]], int]:
 
 
 def truncate_metrics(path: str | Path, before_iteration: int) -> None:
-    """Remove from a metrics file, if there is one, the iterations that a resumed run will repeat.
+    """Remove from a metrics file, if there is one, the iterations from `before_iteration` on, which will be repeated.
 
     Lines that are incomplete after a crash or damaged are removed as well, with a warning. The file is replaced
     atomically.
-
-    Args:
-        path: Metrics file.
-        before_iteration: First iteration to remove.
-
-    Raises:
-        OSError: The file cannot be read or written; the message names it.
     """
     path = Path(path)
     lines = _lines(path)

@@ -134,10 +134,7 @@ def _sdpa(qkv: Tensor, segments: Segments) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (b, H, n, d) each; by matrix products in half-precision training on a CPU, where they are faster.
-
-    There the gradient of the fused kernel takes 2 to 4 times as long.
-    """
+    """Attention of (b, H, n, d) each, by the fused kernel except where its gradient takes 2 to 4 times as long."""
     if q.is_cpu and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16) and not torch.jit.is_tracing():
         return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

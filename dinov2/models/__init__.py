@@ -19,9 +19,6 @@ def build_model(arch: str, **kwargs: Any) -> DinoVisionTransformer:
     Args:
         arch: A key of `ARCHS`; a trailing `_memeff` is ignored, as in the published function.
         kwargs: Arguments of `DinoVisionTransformer`, which override those of `arch` unless they are None.
-
-    Raises:
-        ValueError: If the name is unknown, or is a configuration, which the published function accepts.
     """
     if not isinstance(arch, str):
         raise ValueError(

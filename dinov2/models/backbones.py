@@ -27,12 +27,7 @@ def num_heads_beside(source: str) -> int | None:
 
 
 def build_published(name: str, num_heads: int | None = None) -> DinoVisionTransformer:
-    """Build a published backbone with random weights.
-
-    Args:
-        name: A key of `PUBLISHED`.
-        num_heads: Number of attention heads; None for the published one.
-    """
+    """Build the published backbone of a name in `PUBLISHED` with random weights; by default with its `num_heads`."""
     arch, registers = PUBLISHED[name]
     return build_model(arch, **published_settings(arch, registers=registers), num_heads=num_heads)
 
@@ -51,9 +46,8 @@ def load_from_weights(
         checkpoint_key: The network to use if the source holds several.
 
     Raises:
-        FileNotFoundError: If there are no such weights.
-        ConnectionError: If they cannot be downloaded.
-        ValueError: If they cannot be read, or fit no backbone.
+        FileNotFoundError, ConnectionError: There are no such weights, or they cannot be downloaded.
+        ValueError: They cannot be read, or fit no backbone.
     """
     num_heads = num_heads or num_heads_beside(source)
     name = name or (source if source in PUBLISHED else None)
@@ -65,7 +59,7 @@ def load_from_weights(
 def backbone_from_state(
     state: StateDict, source: str, *, name: str | None = None, num_heads: int | None = None, **settings: Any
 ) -> DinoVisionTransformer:
-    """Build a frozen backbone in evaluation mode from a state dict with the published names.
+    """Build a frozen backbone in evaluation mode from a state dict with the published names, or raise a ValueError.
 
     Args:
         state: Tensors by name.
@@ -73,9 +67,6 @@ def backbone_from_state(
         name: Name of the published architecture; None to infer the architecture from the tensors.
         num_heads: Number of attention heads; None for 64 channels each.
         settings: Further arguments of `DinoVisionTransformer` instead of the inferred ones; unused with a `name`.
-
-    Raises:
-        ValueError: If the tensors fit no backbone, or not the one of that name.
     """
     if name:
         model = build_published(name, num_heads)

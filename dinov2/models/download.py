@@ -63,16 +63,12 @@ def cache_path(url: str) -> Path:
 
 
 def download(url: str) -> Path:
-    """Download the file of a URL unless it is in the cache.
-
-    Returns:
-        The local path.
+    """Download the file of a URL unless it is in the cache; returns its path.
 
     Raises:
-        FileNotFoundError: If the server has no such file.
-        ConnectionError: If the server cannot be reached or interrupts all attempts; the message has alternatives.
-        OSError: If the file cannot be written.
-        ValueError: If the file is not one of weights.
+        FileNotFoundError: The server has no such file.
+        ConnectionError: It cannot be reached or interrupts all attempts; the message has alternatives.
+        ValueError: The file is not one of weights.
     """
     target = cache_path(url)
     failures = 0
@@ -185,12 +181,7 @@ def _receive(url: str, response: Any, file: FileIO, length: int | None) -> None:
 
 
 def _copy(url: str, response: Any, file: FileIO, before: int, position: int, limit: int, length: int | None) -> int:
-    """Copy a response from `position` on until its end or until there are `limit` bytes; the final position.
-
-    Raises:
-        _InterruptedError: If the connection is interrupted or too slow; `before` is what was on disk at the start.
-        ValueError: If a response of unknown length does not end within the limit.
-    """
+    """Copy a response from `position` on to its end, or until there are `limit` bytes; returns the final position."""
     window_start, window_position = time.monotonic(), position
     with _progress_bar(Path(urlparse(url).path).name, position, length) as bar:
         while position < limit:
@@ -218,11 +209,7 @@ def _copy(url: str, response: Any, file: FileIO, before: int, position: int, lim
 
 
 def _size_limit(url: str, folder: Path, length: int | None, position: int) -> int:
-    """The largest accepted size in bytes: the length that the server reports, or else a share of the free space.
-
-    Raises:
-        OSError: If there is not enough space.
-    """
+    """The largest accepted size in bytes: that reported by the server, or else a share of the free space."""
     free = shutil.disk_usage(folder).free
     if length is None:
         return min(MAX_UNKNOWN_BYTES, free * 9 // 10)
@@ -254,11 +241,7 @@ def _lock(file: FileIO, *, wait: bool) -> bool:
 
 
 def _check_content(url: str, path: Path) -> None:
-    """Remove a file that is not one of weights.
-
-    Raises:
-        ValueError: If it is not; the message describes it.
-    """
+    """Remove a file that is not one of weights, with a ValueError that describes it."""
     with path.open("rb") as file:
         head = file.read(60)
     if head.startswith(b"PK"):

@@ -144,8 +144,7 @@ def _write_hf(model: DinoVisionTransformer, folder: Path) -> None:
 def hf_config(model: DinoVisionTransformer) -> dict[str, Any]:
     """The content of `config.json` for a backbone, with the keys of the published ones.
 
-    Raises:
-        ValueError: If transformers has no such architecture.
+    A ValueError if transformers has no such architecture.
     """
     arguments = infer_arguments(model.state_dict(), model.num_heads)
     ratio, registers = arguments["mlp_ratio"], model.num_register_tokens

@@ -34,9 +34,6 @@ def find_state_dict(content: object, checkpoint_key: str, source: str) -> StateD
 
     Returns:
         The state dict; None if there is none.
-
-    Raises:
-        ValueError: If there are several, and the key selects none of them.
     """
     holders = {path: without_wrappers(tensors, source) for path, tensors in _holders(content, "", _DEEPEST)}
     found = {f"{path}{prefix}": path for path, tensors in holders.items() for prefix in prefixes(tensors)}
@@ -59,11 +56,8 @@ def choose(networks: Sequence[str], checkpoint_key: str, source: str) -> str:
 
     Args:
         networks: The prefixes of the networks.
-        checkpoint_key: A part of the prefix, or a word in it.
+        checkpoint_key: A part of the prefix, or a word in it; if it matches none or several, a ValueError lists them.
         source: Origin of the networks, for messages.
-
-    Raises:
-        ValueError: If the key matches no network, or several.
     """
     if len(networks) == 1:
         other = {"student": "teacher"}.get(checkpoint_key, "")
@@ -86,8 +80,7 @@ def choose(networks: Sequence[str], checkpoint_key: str, source: str) -> str:
 def without_wrappers(tensors: StateDict, source: str) -> StateDict:
     """Remove from a state dict what wrappers add: parts of names, and the counter of weight averaging.
 
-    Raises:
-        ValueError: If two tensors would get the same name.
+    A ValueError if two tensors would get the same name.
     """
     counted = {name: value for name, value in tensors.items() if name.rpartition(".")[2] != _COUNTER}
     plain = {_WRAPPED.sub("", name): value for name, value in counted.items()}

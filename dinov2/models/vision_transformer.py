@@ -154,10 +154,7 @@ class DinoVisionTransformer(nn.Module):
     def position_grid(self) -> Grid:
         """Rows and columns of the position table, which other code may have replaced.
 
-        The grid is that of `img_size` if it has as many positions as the table, else a square.
-
-        Raises:
-            ValueError: If the table fits neither.
+        The grid is that of `img_size` if it has as many positions as the table, else a square; a ValueError if neither.
         """
         shape = self.pos_embed.shape
         if len(shape) == 3 and shape[2] == self.embed_dim:
@@ -191,9 +188,6 @@ class DinoVisionTransformer(nn.Module):
         """Images (B, C, H, W), masks (B, n) bool or None -> tokens (B, 1 + R + n, D).
 
         Masked patches are replaced by the mask token before positions are added; registers get no position.
-
-        Raises:
-            ValueError: If the images or the masks have unsuitable shapes or dtypes.
         """
         images, x = x, self.patch_embed(x)
         height, width = images.shape[-2:]

@@ -41,18 +41,15 @@ def launch(
     argv: Sequence[str] | None = None,
     check: Callable[[config.Config, int], list[str]] = lambda cfg, world_size: [],
 ) -> int:
-    """Parse the command line of a launcher and run or submit the task.
+    """Parse the command line of a launcher and run or submit the task; returns the exit status.
 
     Args:
-        function: `module:function`, called with the parsed arguments of the task.
+        function: Task, called with its parsed arguments.
         get_args_parser: Builds the parser of the task; called with `add_help=False`.
         name: Name of the job in the queue, such as `dinov2:train`.
         argv: Command line without the program; None: that of the process.
         check: (config, number of processes) -> warnings; may raise a ConfigError. Called before a job is queued; the
             task itself checks again.
-
-    Returns:
-        The exit status.
     """
     parser = make_parser(get_args_parser(add_help=False))
     args = parser.parse_intermixed_args(argv)

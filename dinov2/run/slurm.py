@@ -83,11 +83,8 @@ def resuming(task: Task) -> Task:
 
 
 def _on_sigterm(job_id: str, signum: int, frame: FrameType | None) -> None:
-    """Requeue the job if a training forwards the signal, without a frame, after its checkpoint.
-
-    From the system the signal may have other reasons, such as the failure of another process.
-    """
-    if frame is None:
+    """Requeue the job if a training forwards the signal, without a frame, after its checkpoint."""
+    if frame is None:  # from the system it may have other reasons, such as the failure of another process
         requeue(job_id)
 
 
@@ -173,11 +170,7 @@ def _describe_request(submission: Submission, permitted: Limits) -> str:
 
 
 def submit(task: Task, submission: Submission, name: str) -> int:
-    """Submit the task to SLURM and log its paths and commands; returns the exit status.
-
-    Raises:
-        LaunchError: SLURM refuses the job.
-    """
+    """Submit the task to SLURM and log its paths and commands; returns the exit status. A refusal is a LaunchError."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 

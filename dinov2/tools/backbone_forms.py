@@ -47,8 +47,7 @@ def convert_backbone(
         force: Whether an existing output is replaced.
 
     Raises:
-        ValueError: If the source has no such backbone, the form cannot represent it, or the outputs differ.
-        OSError: If `output` exists or cannot be written.
+        ValueError: The source has no such backbone, the form cannot represent it, or the outputs differ.
     """
     _check_output(output, form, force)
     model = _load(source, model_name, num_heads, checkpoint_key)
@@ -71,11 +70,7 @@ def convert_backbone(
 
 
 def _check_output(output: Path, form: str, force: bool) -> None:
-    """Refuse an output with a suffix that readers of the form do not accept, or that exists.
-
-    Raises:
-        ValueError, FileExistsError: If so.
-    """
+    """Refuse an output with a suffix that readers of the form do not accept, or that exists."""
     suffixes = FORMS[form].suffixes
     if suffixes and output.suffix not in suffixes:
         raise ValueError(f"--to {form} needs an OUTPUT that ends in {' or '.join(suffixes)}, not {output}")
@@ -97,13 +92,9 @@ def _load(source: str, name: str | None, num_heads: int | None, checkpoint_key: 
 
 
 def settings_of_run(folder: Path) -> dict[str, Any]:
-    """Settings of a run's backbone that its tensors do not determine; empty if its config is not there.
+    """Settings of a run's backbone that its tensors do not determine: `num_heads` and how positions are resampled.
 
-    Args:
-        folder: A checkpoint folder, `OUT/checkpoints/model_<iteration>`; the config is `OUT/config.yaml`.
-
-    Returns:
-        Arguments of `DinoVisionTransformer`: `num_heads` and how positions are resampled.
+    `folder` is `OUT/checkpoints/model_<iteration>`; empty if `OUT/config.yaml` is not there.
     """
     path = folder.absolute().parent.parent / "config.yaml"
     if not path.is_file():

@@ -36,13 +36,9 @@ def convert_checkpoint(source: str, output: Path, form: str, *, file_format: str
     Args:
         source: See `read_contents`.
         output: The file to write.
-        form: A key of `FORMS`.
+        form: A key of `FORMS`; a ValueError if the source does not contain what it needs.
         file_format: "torch" or "safetensors"; None to infer it from the suffix of `output`.
         force: Whether an existing file is replaced.
-
-    Raises:
-        ValueError: If the source does not contain what the form needs, or `output` has an unsuitable suffix.
-        OSError: If `output` exists or cannot be written.
     """
     file_format = _file_format(output, file_format)
     if output.is_dir():
@@ -86,11 +82,7 @@ def _selected_tensors(contents: Contents, form: str) -> dict[str, Tensor]:
 
 
 def _selected_names(contents: Contents, form: str) -> dict[str, str]:
-    """The tensors of a form: {name in the file: name in the contents}.
-
-    Raises:
-        ValueError: If the source does not contain the form.
-    """
+    """The tensors of a form: {name in the file: name in the contents}."""
     parts = contents.parts()
     held = ", ".join(" ".join(filter(None, part)) or "other tensors" for part in sorted(parts))
     missing = ValueError(f"{contents.source} does not hold what --to {form} needs; it holds: {held}")

@@ -56,14 +56,7 @@ class Contents:
         return parts
 
     def backbone(self, checkpoint_key: str) -> StateDict:
-        """The state dict of one backbone, with the published names.
-
-        Args:
-            checkpoint_key: The network to use if there are several.
-
-        Raises:
-            ValueError: If there are several networks and the key does not select one.
-        """
+        """The state dict, with the published names, of the backbone that `checkpoint_key` selects among several."""
         state = without_wrappers(flatten_block_names(self.tensors), self.source)
         return backbone_state_dict(state, checkpoint_key, self.source)
 
@@ -79,11 +72,7 @@ def _part_of(name: str) -> tuple[Part, str]:
 def checkpoint_folder(source: str) -> Path | None:
     """The checkpoint folder that a source refers to; None if it refers to weights in files.
 
-    Args:
-        source: A run's output folder, a checkpoint folder, or any source of weights.
-
-    Raises:
-        FileNotFoundError: If it is a folder with neither checkpoints nor weights.
+    A FileNotFoundError if it is a folder with neither checkpoints nor weights.
     """
     path = Path(source)
     if source in PUBLISHED or not path.is_dir():
@@ -108,8 +97,8 @@ def read_contents(source: str) -> Contents:
             of safetensors, a folder of transformers, a URL, or the name of a published model.
 
     Raises:
-        FileNotFoundError: If there is neither a checkpoint nor weights.
-        ValueError: If it is damaged, unsafe to read, or has no tensors.
+        FileNotFoundError: There is neither a checkpoint nor weights.
+        ValueError: It is damaged, unsafe to read, or has no tensors.
     """
     if (folder := checkpoint_folder(source)) is not None:
         files = [path for path in folder.iterdir() if path.is_file()]

@@ -129,7 +129,6 @@ class Checkpointer:
             logger.warning("%s", error)  # the error that stopped the run is raised
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint of `step` is to be written."""
         return (step + 1) % self.period == 0 or step == self.last_step
 
     def save(self, step: int, extra_state: dict[str, Any]) -> None:
@@ -140,7 +139,7 @@ class Checkpointer:
             extra_state: Further entries of `state.json`.
 
         Raises:
-            OSError: If this or the previous checkpoint cannot be written (disk full, ...); complete ones are kept.
+            OSError: This or the previous checkpoint cannot be written (disk full, ...); complete ones are kept.
         """
         self.finish()
         if step <= self._newest:
@@ -174,11 +173,7 @@ class Checkpointer:
     def finish(self, *, wait: bool = True) -> None:
         """Rename the checkpoint that is being written, if any, to its final name, and delete old ones.
 
-        Args:
-            wait: Wait until it is written; otherwise do nothing if it is not.
-
-        Raises:
-            OSError: As `save`.
+        Without `wait`, nothing happens if it is not yet written. Errors as `save`.
         """
         if self._pending is None or not (wait or self._pending.written.done()):
             return
@@ -210,18 +205,11 @@ class Checkpointer:
         )
 
     def load(self, folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-        """Restore a checkpoint in place.
-
-        Args:
-            folder: The checkpoint folder.
-            needed: Entries that its `state.json` must have.
-
-        Returns:
-            The content of `state.json`.
+        """Restore a checkpoint in place; returns its `state.json`, which must have the entries `needed`.
 
         Raises:
-            ValueError: If it is damaged or belongs to another model.
-            OSError: If it cannot be read.
+            ValueError: It is damaged or belongs to another model.
+            OSError: It cannot be read.
         """
         try:
             state = read_state(folder)
@@ -275,10 +263,6 @@ def has_lost_checkpoints(output_dir: Path, period: int) -> bool:
 
     They were deleted, or are on a disk that is not mounted. Metrics of less than two periods may be from a run that was
     stopped before its first checkpoint was complete.
-
-    Args:
-        output_dir: Output folder of the run, in which there are no checkpoints.
-        period: Number of steps between two checkpoints.
     """
     records = read_records(output_dir / "training_metrics.json")
     if not records or records[-1]["iteration"] < 2 * period:
@@ -304,16 +288,7 @@ def archive_run(output_dir: Path) -> None:
 
 
 def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
-    """Load the initial weights in the config, if any: student.pretrained_weights, then MODEL.WEIGHTS.
-
-    Args:
-        model: Changed in place; not sharded yet.
-        cfg: The config.
-
-    Raises:
-        FileNotFoundError: If there are no such weights.
-        ValueError: If they do not fit the model, or are not finite.
-    """
+    """Load the initial weights of the config, if any, before sharding: student.pretrained_weights, MODEL.WEIGHTS."""
     if cfg.student.pretrained_weights:
         load_backbone(model.student_backbone, cfg.student.pretrained_weights)
         model.teacher.load_state_dict(model.student.state_dict())
@@ -322,16 +297,16 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
 
 
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
-    """Load networks and centers, without optimizer state.
+    """Load networks and centers into a model that is not sharded yet, without optimizer state.
 
     Args:
-        model: Changed in place; not sharded yet.
+        model: Changed in place.
         source: A checkpoint folder, a file with a whole checkpoint, or an exported teacher: one network with its heads,
             which initializes both student and teacher.
 
     Raises:
-        FileNotFoundError: If there are no such weights.
-        ValueError: If they cannot be read, do not fit the model, or are not finite.
+        FileNotFoundError: There are no such weights.
+        ValueError: They cannot be read, do not fit the model, or are not finite.
     """
     if Path(source).is_dir():
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -367,12 +342,7 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) ->
 def save_teacher(teacher: nn.Module, path: Path) -> None:
     """Export the teacher in the published format, `{"teacher": state dict}`; all processes must call this.
 
-    Args:
-        teacher: The network, possibly sharded.
-        path: The file to write.
-
-    Raises:
-        OSError: On rank 0, if it cannot be written.
+    An OSError on rank 0 if it cannot be written.
     """
     state = {}
     for name, value in teacher.state_dict().items():

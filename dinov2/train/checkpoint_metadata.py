@@ -37,11 +37,7 @@ ADVICE = "copy the checkpoint again, or use another one"
 
 
 def write_checksums(folder: Path) -> None:
-    """Write `checksums.json` with the CRC-32 of `.metadata` and `state.json`.
-
-    Raises:
-        OSError: If it cannot be written; names the file.
-    """
+    """Write `checksums.json` with the CRC-32 of `.metadata` and `state.json`."""
     checksums = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
     with atomic_write(folder / CHECKSUMS_FILE) as file:
         file.write(json.dumps(checksums).encode())
@@ -51,9 +47,8 @@ def read_checked(folder: Path, name: str) -> bytes:
     """Read `.metadata` or `state.json` and verify its checksum, if there is one.
 
     Raises:
-        FileNotFoundError: If it is missing.
-        OSError: If it cannot be read.
-        ValueError: If it is damaged.
+        FileNotFoundError: It is missing.
+        ValueError: It is damaged.
     """
     try:
         content = read_regular_file(folder / name)
@@ -119,8 +114,8 @@ def read_metadata(folder: str | Path) -> Metadata:
     """Read `.metadata` of a checkpoint folder, and check that the files in it exist and are complete.
 
     Raises:
-        FileNotFoundError: If it is not a checkpoint folder, or a file of it is missing.
-        ValueError: If a file is damaged or truncated, or the folder contains anything but tensors.
+        FileNotFoundError: It is not a checkpoint folder, or a file of it is missing.
+        ValueError: A file is damaged or truncated, or the folder contains anything but tensors.
     """
     path = Path(folder) / METADATA_FILE
     content = read_checked(Path(folder), METADATA_FILE)

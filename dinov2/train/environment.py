@@ -43,9 +43,6 @@ def record_environment(output_dir: Path, first_step: int = 0, data: str | None =
         output_dir: Folder of the run.
         first_step: First step of this session; 0 starts a new run and removes earlier sessions.
         data: Dataset string of the training set.
-
-    Raises:
-        OSError: The file cannot be written; the message names it.
     """
     path = output_dir / ENVIRONMENT_FILE
     try:
@@ -60,12 +57,7 @@ def record_environment(output_dir: Path, first_step: int = 0, data: str | None =
 
 
 def read_environment(path: Path) -> list[dict[str, Any]]:
-    """Read the sessions of an environment file, oldest first; empty if the file is missing.
-
-    Raises:
-        OSError: The file cannot be read; the message names it.
-        ValueError: The file is damaged; the message names it.
-    """
+    """Read the sessions of an environment file, oldest first; empty if the file is missing, a ValueError if damaged."""
     try:
         content = read_json(path)
     except FileNotFoundError:
@@ -110,11 +102,7 @@ def session(first_step: int, data: str | None = None) -> dict[str, Any]:
 
 
 def reproducing_command(argv: Sequence[str]) -> str | None:
-    """The command, relative to the top folder of the clone; None if a scheduler started the process by another program.
-
-    Args:
-        argv: Program and arguments of this process.
-    """
+    """The command, relative to the top folder of the clone; None if a scheduler started another program."""
     program = Path(argv[0])
     if program.name in _COMMANDS:
         return shlex.join([program.name, *argv[1:]])
@@ -162,10 +150,9 @@ def _output(*command: str) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Make the C library keep freed memory for later allocations, instead of returning it to the system.
+    """Make the GNU C library keep freed memory for later allocations, instead of returning it to the system.
 
-    Each step allocates the same gigabytes again, for which the system would have to zero every page. Only the GNU C
-    library supports this; others are unaffected.
+    Each step allocates the same gigabytes again, for which the system would have to zero every page.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

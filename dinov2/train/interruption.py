@@ -94,14 +94,10 @@ class Interruption:
         return agreed != 0
 
     def leave(self) -> None:
-        """End this process after everything is saved.
+        """End this process after everything is saved: a KeyboardInterrupt after SIGINT, else status 128 + signal.
 
-        On rank 0 the former handler of the signal is called, by which submitit requeues the job. The other processes
-        wait for it, because the first exit ends the job.
-
-        Raises:
-            KeyboardInterrupt: The signal was SIGINT.
-            SystemExit: The status is 128 + signal, or that of the former handler.
+        On rank 0 the former handler of the signal is called, by which submitit requeues the job and which may set
+        another status. The other processes wait for it, because the first exit ends the job.
         """
         if self.signum == signal.SIGINT:
             raise KeyboardInterrupt

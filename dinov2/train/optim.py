@@ -102,8 +102,7 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, now: StepValues) -> No
 def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, Tensor]:
     """Clip the gradient of each sub-module **separately** to L2 norm `max_norm`; None or 0 only measures it.
 
-    Returns:
-        Norms before clipping by sub-module, as scalars on the device; sub-modules without gradients are omitted.
+    Returns the norms before clipping by sub-module, as scalars on the device, of sub-modules with gradients.
     """
     return {
         name: full_tensor(nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf")))

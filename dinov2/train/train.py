@@ -179,7 +179,7 @@ def forward_backward(
     seed: int,
     step: int,
 ) -> Losses:
-    """Compute the losses of a step and their gradient, both averaged over its micro-batches.
+    """Compute the losses of a step, without their graph, and their gradient, both averaged over its micro-batches.
 
     The targets of all micro-batches are computed jointly. Each micro-batch is then treated like the batch of a process
     of its own.
@@ -192,9 +192,6 @@ def forward_backward(
         stats: Receives targets and predictions if they are measured in this step.
         seed: Seed of the run.
         step: Index of the step, from 0.
-
-    Returns:
-        Losses without their graph.
     """
     model.student.zero_grad(set_to_none=True)
     parts = []
@@ -219,8 +216,7 @@ def clip_and_step(
 ) -> dict[str, torch.Tensor]:
     """Clip the gradient of each sub-module and step the optimizer, except if a loss or a gradient is not finite.
 
-    Returns:
-        The L2 norms of the gradient before clipping, by sub-module.
+    Returns the L2 norms of the gradient before clipping, by sub-module.
     """
     scaler.unscale_(optimizer)
     norms = clip_gradients(student, max_norm)
@@ -272,8 +268,7 @@ def save_rated_teacher(
 def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
     """Write the teacher of the latest checkpoint if `resume`, or of MODEL.WEIGHTS, as `eval/manual_<iteration>`.
 
-    Raises:
-        FileNotFoundError: There is neither; random weights are not written.
+    A FileNotFoundError if there is neither: random weights are not written.
     """
     output_dir = Path(cfg.train.output_dir)
     folder = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None

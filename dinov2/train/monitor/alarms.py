@@ -38,14 +38,10 @@ class Check(Protocol):
     """The state of one rule in one run."""
 
     def __call__(self, record: Record, *, warm: bool) -> str | None:
-        """Describe the sign of a failure.
+        """Describe the sign of a failure in a record that has all metrics of the rule.
 
-        Args:
-            record: A record that has all metrics of the rule.
-            warm: Whether the warm-up of the learning rate is over.
-
-        Returns:
-            What was found; "" if nothing was, None if the record cannot tell.
+        `warm`: whether the warm-up of the learning rate is over. Returns what was found; "" if nothing was, None if the
+        record cannot tell.
         """
         ...
 
@@ -211,8 +207,7 @@ class Alarm(NamedTuple):
 class AlarmMonitor:
     """Reads the records of a run and logs the alarms that are raised or end.
 
-    Args:
-        history: The records so far, of which nothing is logged; alarms raised there continue.
+    Of `history`, the records so far, nothing is logged; alarms raised there continue.
     """
 
     def __init__(self, history: Sequence[Record] = ()) -> None:

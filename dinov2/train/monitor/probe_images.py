@@ -65,14 +65,7 @@ class NoLabels(ValueError):
 
 
 def labeled_dataset(cfg: Config, dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray]:
-    """The dataset for k-NN and its labels: `health.knn_dataset`, or by default the training dataset.
-
-    Args:
-        cfg: Configuration of the run.
-        dataset: The training dataset.
-
-    Returns:
-        The dataset, and its labels (n,), negative where an image has none.
+    """The dataset for k-NN, `health.knn_dataset` or the training dataset, and its labels (n,), negative where missing.
 
     Raises:
         NoLabels: k-NN is switched off, or the training dataset has no labels that it can use.
@@ -140,11 +133,7 @@ def balanced_positions(targets: np.ndarray, count: int) -> np.ndarray:
 
 
 def first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, int]:
-    """The image at a position, or the first readable one after it, and its position.
-
-    Raises:
-        OSError: `MAX_TRIES` consecutive images cannot be read.
-    """
+    """The image at a position, or the first readable one after it, and its position; an OSError after `MAX_TRIES`."""
     last = ""
     for tried in range(MAX_TRIES):
         index = (position + tried) % len(dataset)

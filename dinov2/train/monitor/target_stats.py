@@ -99,11 +99,7 @@ def _sums(rows: Tensor) -> Tensor:
 class HealthPanel:
     """Measures health metrics: at every logged step, every `health.period` steps, and with every saved teacher.
 
-    Args:
-        cfg: Configuration of the run; nothing is measured if `health.period` is 0.
-        model: Model with `student` and `teacher`.
-        dataset: Training dataset.
-        last_step: Last step of the run.
+    Nothing is measured if `health.period` is 0.
     """
 
     def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, last_step: int) -> None:
@@ -125,15 +121,12 @@ class HealthPanel:
         return step == 0 or any(is_due(step, period, self.last_step) for period in periods)
 
     def measure(self, step: int, stats: TargetStats | None, norms: Mapping[str, Tensor]) -> dict[str, float]:
-        """Compute the metrics of a finished step, see `TargetStats.compute` and `Probe`.
+        """Compute the metrics of a finished step by name, see `TargetStats.compute` and `Probe`; empty if not measured.
 
         Args:
             step: The step.
             stats: Its statistics, from `target_stats`.
             norms: Gradient norms before clipping by sub-module, logged as `grad_norm_<sub-module>`.
-
-        Returns:
-            Metrics by name, with `student_teacher_distance` (`relative_distance`); empty if nothing is measured.
         """
         if stats is None or self.probe is None:
             return {}

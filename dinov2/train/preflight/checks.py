@@ -53,17 +53,10 @@ MIN_SCALE = 0.001
 
 
 def check_settings(cfg: Config, world_size: int) -> list[str]:
-    """Check the combinations of settings.
+    """Check the combinations of settings of a run of `world_size` processes.
 
-    Args:
-        cfg: Configuration of the run.
-        world_size: Number of processes of the run.
-
-    Returns:
-        Warnings, one line each, with keys and values.
-
-    Raises:
-        ConfigError: Nothing can be learned; the message names all settings that prevent it.
+    Returns warnings, one line each, with keys and values. A ConfigError that names all settings that prevent it if
+    nothing can be learned.
     """
     lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
     cfg = replace(cfg, optim=replace(cfg.optim, lr=lr))

@@ -36,8 +36,7 @@ IMAGES_TRIED = 20
 def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     """Check config, dataset, output folder, and checkpoint or weights to start from, and print the plan of the run.
 
-    Raises:
-        OSError, ValueError: The run would have failed with this error.
+    Raises the OSError or ValueError with which the run would have failed.
     """
     findings = check_settings(cfg, world_size)
     _check_writable(Path(cfg.train.output_dir))
@@ -77,11 +76,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
 
 
 def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
-    """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors.
-
-    Raises:
-        OSError, ValueError: The checkpoint is damaged, unreadable, or of another model.
-    """
+    """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors."""
     if latest is None:
         weights = filter(None, (cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS))
         return {"starts from": ", ".join(weights) or "random weights"}
@@ -105,11 +100,7 @@ def _knn(cfg: Config, dataset: ImageDataset) -> str:
 
 
 def _check_readable(dataset: ImageDataset, max_bad_share: float) -> list[BadImageError]:
-    """Read some images, evenly spaced; returns the errors, of which one, or the tolerated fraction, is accepted.
-
-    Raises:
-        OSError: More images are unreadable.
-    """
+    """Read some images, evenly spaced; returns the errors, of which one, or the tolerated fraction, is accepted."""
     sample = range(0, len(dataset), max(len(dataset) // IMAGES_TRIED, 1))[:IMAGES_TRIED]
     broken = []
     for index in sample:

@@ -62,14 +62,7 @@ class Estimate:
 
 
 def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_machine: int) -> Estimate:
-    """Estimate memory and communication of one process of a run.
-
-    Args:
-        cfg: Configuration of the run.
-        model: The networks; may be on the meta device.
-        num_processes: Number of processes of the run.
-        processes_per_machine: Maximum number of processes per machine.
-    """
+    """Estimate memory and communication of one process of a run of networks that may be on the meta device."""
     per_machine = min(processes_per_machine, num_processes)
     networks = []
     for name, network in model.student.items():
@@ -108,13 +101,7 @@ def sharding_units(network: nn.Module, block_chunks: int) -> list[list[Tensor]]:
 
 
 class _Network:
-    """One network of the student, its teacher, and their sharding.
-
-    Attributes:
-        units: Elements of each unit, padded; the unit outside of blocks comes first.
-        shard: Elements of the shards of one process.
-        kept: Whether gathered weights of the student are kept until the backward pass.
-    """
+    """One network of the student, its teacher, and their sharding."""
 
     def __init__(
         self,
