@@ -515,8 +515,7 @@ SHARDED_OVER = {
 }
 
 
-MAX_STEPS = 10**8
-"""Maximum steps of a schedule, which has a number per step in memory; such a run would take years."""
+MAX_STEPS = 10**8  # maximum steps of a schedule, which has a number per step in memory; such a run would take years
 
 
 def _contradictions(cfg: Config) -> Iterator[str]:

@@ -49,14 +49,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path, subfolders: Iterable[str] = ()) -> None:
-    """Remove the temporary files of `atomic_write` whose process was killed.
+    """Remove the temporary files that `atomic_write` of killed processes left in a folder, or deep in some subfolders.
 
     A living process on any machine holds a lock on such a file. On a file system without locks, a file is removed when
     it was not written to for a day.
-
-    Args:
-        folder: Searched without its subfolders.
-        subfolders: Names of folders in it that are searched at any depth.
     """
     below = (path for name in subfolders for path in (folder / name).rglob(_TEMPORARY))
     for path in itertools.chain(folder.glob(_TEMPORARY), below):

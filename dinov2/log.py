@@ -393,14 +393,11 @@ class MetricLogger:
     ) -> Iterator[T]:
         """Yield items, and print the meters after every `print_freq`-th and after the last one.
 
-        Nothing is fetched or yielded if `start_iteration` is not below `n_iterations`.
-
         Args:
-            iterable: Batches, beginning with that of `start_iteration`.
+            iterable: Batches, beginning with that of `start_iteration`; unused if that is not below `n_iterations`.
             print_freq: Number of iterations between lines.
             header: Beginning of each line.
             n_iterations: Index of the end, not counted from `start_iteration`; default: length of the iterable.
-            start_iteration: Index of the first iteration.
             batch_size: Images per iteration over all processes, for printing images per second.
         """
         stop = len(iterable) if n_iterations is None else n_iterations  # type: ignore[arg-type]

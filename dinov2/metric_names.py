@@ -11,7 +11,6 @@ class Metric(NamedTuple):
 
     Attributes:
         name: Key in `training_metrics.json`.
-        group: What it is about.
         meaning: What is measured, and which values indicate a problem; one or two sentences.
         unit: Unit of the values; empty for numbers without a unit.
         direction: Trend over a healthy run.

@@ -8,16 +8,9 @@ from torch.nn import functional as F
 
 
 class DINOHead(nn.Module):
-    """MLP to a bottleneck, L2 normalization, then the scores against `out_dim` prototypes.
+    """MLP of `nlayers` linear layers to a bottleneck, L2 normalization, then the scores against `out_dim` prototypes.
 
-    Args:
-        in_dim: Width of the tokens.
-        out_dim: Number of prototypes K.
-        use_bn: Whether to use batch norm after every hidden layer.
-        nlayers: Number of linear layers in the MLP, at least 1.
-        hidden_dim: Width of the hidden layers.
-        bottleneck_dim: Width of the bottleneck.
-        mlp_bias: Whether these layers have a bias.
+    `use_bn`: whether to use batch norm after every hidden layer; `mlp_bias`: whether the linear layers have a bias.
     """
 
     def __init__(

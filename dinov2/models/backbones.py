@@ -61,12 +61,8 @@ def backbone_from_state(
 ) -> DinoVisionTransformer:
     """Build a frozen backbone in evaluation mode from a state dict with the published names, or raise a ValueError.
 
-    Args:
-        state: Tensors by name.
-        source: Their origin, for messages.
-        name: Name of the published architecture; None to infer the architecture from the tensors.
-        num_heads: Number of attention heads; None for 64 channels each.
-        settings: Further arguments of `DinoVisionTransformer` instead of the inferred ones; unused with a `name`.
+    `source` is its origin, for messages; `name` and `num_heads` as in `load_from_weights`. `settings` are further
+    arguments of `DinoVisionTransformer` instead of the inferred ones, unused with a `name`.
     """
     if name:
         model = build_published(name, num_heads)

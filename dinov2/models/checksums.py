@@ -14,10 +14,8 @@ from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
-CHECKSUM_KEY = "crc32"
-"""Metadata key of the checksum in a safetensors file."""
-NO_CHECKSUM = "0" * 8
-"""Placeholder for which the checksum is calculated, in hexadecimal digits."""
+CHECKSUM_KEY = "crc32"  # metadata key of the checksum in a safetensors file
+NO_CHECKSUM = "0" * 8  # placeholder for which the checksum is calculated, in hexadecimal digits
 
 _ENTRY = re.compile(rb'"%s":"([0-9a-f]{8})"' % CHECKSUM_KEY.encode())
 _CHUNK_BYTES = 1 << 22

@@ -30,16 +30,12 @@ from dinov2.models.published import WEIGHTS_URL_VARIABLE
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 30.0
-"""Timeout of a connection that receives nothing, in seconds."""
-ATTEMPTS = 5
-"""Number of attempts in a row without progress."""
-PAUSE_S = 1.0
-"""Seconds before the second attempt; doubled before each further one."""
+TIMEOUT_S = 30.0  # timeout of a connection that receives nothing, in seconds
+ATTEMPTS = 5  # number of attempts in a row without progress
+PAUSE_S = 1.0  # seconds before the second attempt; doubled before each further one
 MIN_BYTES, WINDOW_S = 60 * 1024, 60.0
 """Fewer bytes in so many seconds, or in an interrupted attempt, do not count as progress."""
-MAX_UNKNOWN_BYTES = 16 << 30
-"""Largest accepted file, in bytes, if the server does not report its length."""
+MAX_UNKNOWN_BYTES = 16 << 30  # largest accepted file, in bytes, if the server does not report its length
 
 _CHUNK_BYTES = 1 << 18
 _PUBLISHED_NAME = re.compile(r"dinov2_vit[sblg]14(_reg4)?_(pretrain|linear4?_head)\.pth")

@@ -9,8 +9,7 @@ from torch import Tensor
 from dinov2.models import build_model
 from dinov2.models.published import PUBLISHED, position_settings, published_settings
 
-HEAD_DIM = 64
-"""Channels per attention head in all published models, which tensors do not determine."""
+HEAD_DIM = 64  # channels per attention head in all published models, which tensors do not determine
 
 
 def infer_arguments(state: dict[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:

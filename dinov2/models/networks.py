@@ -25,15 +25,12 @@ _PROJECTION = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, PATCH_PROJECTIO
 
 
 def find_state_dict(content: object, checkpoint_key: str, source: str) -> StateDict | None:
-    """Find the state dict with a backbone in a checkpoint, and remove names of wrappers.
+    """Find the state dict with a backbone in a checkpoint, and remove names of wrappers; None if there is none.
 
     Args:
         content: Content of a file: a state dict, possibly nested in other dictionaries.
         checkpoint_key: The network to use if several state dicts have one, see `choose`.
         source: Origin of the content, for messages.
-
-    Returns:
-        The state dict; None if there is none.
     """
     holders = {path: without_wrappers(tensors, source) for path, tensors in _holders(content, "", _DEEPEST)}
     found = {f"{path}{prefix}": path for path, tensors in holders.items() for prefix in prefixes(tensors)}

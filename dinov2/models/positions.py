@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Grid = tuple[int, int]
-"""Rows and columns of patches."""
+Grid = tuple[int, int]  # rows and columns of patches
 
 
 def resample_positions(table: Tensor, old: Grid, new: Grid, *, offset: float, antialias: bool) -> Tensor:

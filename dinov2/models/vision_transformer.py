@@ -241,10 +241,7 @@ class DinoVisionTransformer(nn.Module):
             masks_list: Masks (B, n) bool or None for each batch.
             patches_list: Indices (M,) of the patches to return among the B * n patches of each batch. The last block
                 then skips what only the others need, and the features are `x_norm_clstoken` (B, D),
-                `x_norm_patchtokens` (M, D), and `masks`.
-
-        Returns:
-            For each batch a dict as `forward_features`.
+                `x_norm_patchtokens` (M, D), and `masks`; otherwise those of `forward_features`.
         """
         if not len(x_list) == len(masks_list) == len(x_list if patches_list is None else patches_list) > 0:
             raise ValueError(f"{len(x_list)} batches of images with {len(masks_list)} masks: give one or None for each")
@@ -294,18 +291,13 @@ class DinoVisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-        """Patch tokens after some of the blocks, in increasing depth.
+        """Patch tokens after some of the blocks of images (B, C, H, W), one entry per block in increasing depth.
 
         Args:
-            x: Images (B, C, H, W).
             n: Number of last blocks, or indices of blocks (negative ones count from the end); integers of any library.
             reshape: Whether patch tokens are (B, D, H/p, W/p) instead of (B, n, D).
-            return_class_token: Whether to return pairs (patch tokens, class token (B, D)). Registers are never
-                returned.
+            return_class_token: Whether to return pairs (patch tokens, class token (B, D)), without registers.
             norm: Whether the last norm is applied to every output.
-
-        Returns:
-            One entry per block.
 
         Raises:
             ValueError: If a block does not exist or is requested twice, or the images have an unsuitable shape.

@@ -3,12 +3,8 @@
 Sources are files of `torch.save` and safetensors, URLs, and folders: of transformers, or of a run's teacher
 (`OUT/eval/best`). They hold a flat state dict (the released backbones), `{"teacher": {...}}` (teachers exported by a
 run, keys `backbone.`...), `{"model": {...}}` (published training checkpoints, `student.backbone.` or
-`teacher.backbone.`), or nested and wrapped forms of these by other trainers, see `models.networks`; with the names of
-the release, of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`). Pickles are only read
-with `weights_only=True`.
-
-    python -m dinov2.tools inspect FILE               # contents and architecture
-    python -m dinov2.tools convert FILE OUT --to hf   # for other libraries, see there
+`teacher.backbone.`), or nested and wrapped forms of these by other trainers (`models.networks`); with the names of the
+release, of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`).
 """
 
 import logging
@@ -76,13 +72,7 @@ def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") ->
 def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher", source: str = "the file") -> StateDict:
     """Select the backbone in a state dict, and remove the prefix of its names; without a prefix all of it.
 
-    Args:
-        state: Tensors by name.
-        checkpoint_key: The network to use if there are several.
-        source: Origin of the tensors, for messages.
-
-    Raises:
-        ValueError: If there are several backbones and the key selects none.
+    A ValueError if there are several and the key selects none.
     """
     found = prefixes(state)
     prefix = choose(found, checkpoint_key, source) if found else "backbone."
@@ -100,11 +90,9 @@ def load_backbone(
 
     Args:
         model: The backbone.
-        path_or_url: See `read_file`.
-        checkpoint_key: The network to use if the file holds several.
+        path_or_url, checkpoint_key: See `read_state_dict`, which also has the other errors.
 
     Raises:
-        FileNotFoundError, ConnectionError: As `read_state_dict`.
         ValueError: The file cannot be read, or names or shapes differ; lists them and the usual causes.
     """
     state = backbone_state_dict(read_state_dict(path_or_url, checkpoint_key), checkpoint_key, str(path_or_url))

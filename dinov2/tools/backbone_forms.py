@@ -21,8 +21,7 @@ from dinov2.train.checkpoint_folder import read_tensors
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4
-"""Largest accepted difference, relative to the largest output; single precision gives about 1e-6."""
+TOLERANCE = 1e-4  # largest accepted difference, relative to the largest output; single precision gives about 1e-6
 
 
 def convert_backbone(
@@ -40,14 +39,11 @@ def convert_backbone(
     Args:
         source: A run's output folder, a checkpoint folder, or any source of weights.
         output: The file to write, with the form `hf` the folder.
-        form: A key of `models.export.FORMS`.
+        form: A key of `models.export.FORMS`; a ValueError if it cannot represent the backbone.
         model_name: Name of the published architecture; None to infer the architecture from the tensors.
         num_heads: Number of attention heads; None for those of the run, or of 64 channels each.
         checkpoint_key: The network to use if there are several.
         force: Whether an existing output is replaced.
-
-    Raises:
-        ValueError: The source has no such backbone, the form cannot represent it, or the outputs differ.
     """
     _check_output(output, form, force)
     model = _load(source, model_name, num_heads, checkpoint_key)

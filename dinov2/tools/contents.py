@@ -20,8 +20,7 @@ from dinov2.train.checkpoint_folder import find_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
 
 NETWORKS = ("student", "teacher")
-OPTIMIZER = ("", "optimizer")
-"""The part of the optimizer state, see `Contents.parts`."""
+OPTIMIZER = ("", "optimizer")  # the part of the optimizer state, see `Contents.parts`
 
 _NAME = re.compile(
     r"(?:(?:model|state_dict|module)\.)*(?:(student|teacher)\.)?(?:module\.)?(?:(backbone|dino_head|ibot_head)\.)?(.+)"

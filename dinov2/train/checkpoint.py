@@ -1,7 +1,5 @@
 """Checkpoints for bitwise exact resumption, initial weights, and export of the teacher for evaluation.
 
-    python -m dinov2.tools inspect OUT     # print the contents of one; `convert` makes a file of it
-
 A checkpoint is a folder `OUT/checkpoints/model_<iteration>/` written by `torch.distributed.checkpoint` (weights,
 centers, AdamW moments) with a `state.json` beside the tensors (iteration, images seen, gradient scaler, meters). It is
 written to a temporary name and renamed when it is complete, so that a folder with the final name is always complete.
@@ -86,8 +84,7 @@ class Checkpointer:
     Args:
         directory: Folder of the checkpoints.
         model, optimizer, scaler: Objects that are saved, and restored in place.
-        period: Number of steps between two checkpoints.
-        last_step: Step after which a checkpoint is always written.
+        period: Number of steps between two checkpoints; there is always one after `last_step`.
         keep: Number of newest checkpoints to keep.
         keep_every: Number of steps between checkpoints that are never deleted; 0 for none.
     """
@@ -134,12 +131,8 @@ class Checkpointer:
     def save(self, step: int, extra_state: dict[str, Any]) -> None:
         """Start to write the checkpoint of a step, unless it exists; `finish` completes it.
 
-        Args:
-            step: The last finished iteration.
-            extra_state: Further entries of `state.json`.
-
-        Raises:
-            OSError: This or the previous checkpoint cannot be written (disk full, ...); complete ones are kept.
+        `extra_state` are further entries of `state.json`. An OSError if this or the previous checkpoint cannot be
+        written (disk full, ...); complete ones are kept.
         """
         self.finish()
         if step <= self._newest:

@@ -79,11 +79,7 @@ def read_shapes(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read tensors of a checkpoint folder, on the CPU, independent of the number of processes that wrote it.
-
-    Args:
-        folder: The checkpoint folder.
-        prefix: Start of the names of the tensors to read.
+    """Read the tensors of a checkpoint folder whose names start with `prefix`, unsharded, on the CPU.
 
     Raises:
         FileNotFoundError: The folder or a file of it is missing.

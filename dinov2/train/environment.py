@@ -37,12 +37,9 @@ _COMMANDS = ("dinov2-train",)  # installed scripts
 
 
 def record_environment(output_dir: Path, first_step: int = 0, data: str | None = None) -> None:
-    """Append this session to `output_dir/environment.json`; to be called on rank 0.
+    """Append this session, which starts with `first_step`, to `output_dir/environment.json`; to be called on rank 0.
 
-    Args:
-        output_dir: Folder of the run.
-        first_step: First step of this session; 0 starts a new run and removes earlier sessions.
-        data: Dataset string of the training set.
+    0 starts a new run and removes earlier sessions. `data` is the dataset string of the training set.
     """
     path = output_dir / ENVIRONMENT_FILE
     try:

@@ -47,10 +47,7 @@ class NonFiniteGuard:
         """Log skipped steps before the latest one; with `all_steps` also that one, for which the host then waits.
 
         Occasional overflows of gradients are how a gradient scaler finds its scale. They do not count as long as the
-        losses are finite and the scale is above 1.
-
-        Raises:
-            FloatingPointError: Too many consecutive steps were skipped.
+        losses are finite and the scale is above 1. Too many consecutive skipped steps are a FloatingPointError.
         """
         while len(self._unreported) > (0 if all_steps else 1):
             check = self._unreported.popleft()
@@ -86,8 +83,7 @@ class BadImageGuard:
     logged whenever their number has doubled.
     """
 
-    MIN_IMAGES = 200
-    """Minimum number of images for a meaningful fraction."""
+    MIN_IMAGES = 200  # minimum number of images for a meaningful fraction
 
     MAX_LINES = 100
 

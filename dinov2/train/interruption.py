@@ -17,11 +17,9 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """USR2: the scheduler warns of a time limit or preemption; TERM: the process will be killed; INT: Ctrl-C."""
 
-REPEATS = 1.0
-"""Seconds in which repeated signals count once, such as those from the terminal and from torchrun."""
+REPEATS = 1.0  # seconds in which repeated signals count once, such as those from the terminal and from torchrun
 
-GRACE = 20.0
-"""Seconds after a signal to wait for the images of the current step; schedulers kill after 30 or more."""
+GRACE = 20.0  # seconds after a signal to wait for the images of the current step; schedulers kill after 30 or more
 
 
 class NoImages(LoadingError):
@@ -38,8 +36,7 @@ class Interruption:
                 save()
                 interruption.leave()
 
-    Args:
-        save: Function that writes the checkpoint of the last finished step, if images do not arrive.
+    `save` writes the checkpoint of the last finished step, if images do not arrive.
     """
 
     def __init__(self, save: Callable[[], object] = lambda: None) -> None:

@@ -182,16 +182,7 @@ def forward_backward(
     """Compute the losses of a step, without their graph, and their gradient, both averaged over its micro-batches.
 
     The targets of all micro-batches are computed jointly. Each micro-batch is then treated like the batch of a process
-    of its own.
-
-    Args:
-        model: Student and teacher; the gradients of the student are replaced.
-        batches: Micro-batches of this process.
-        teacher_temp: Temperature of the teacher's softmax.
-        scaler: Gradient scaler, of which the gradients are multiples.
-        stats: Receives targets and predictions if they are measured in this step.
-        seed: Seed of the run.
-        step: Index of the step, from 0.
+    of its own. Targets and predictions are added to `stats` if they are measured in this step.
     """
     model.student.zero_grad(set_to_none=True)
     parts = []

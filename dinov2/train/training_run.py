@@ -41,16 +41,10 @@ METRICS_FILE = "training_metrics.json"
 
 
 def open_dataset(cfg: Config, *, resume: bool) -> tuple[Config, ImageDataset]:
-    """Open the dataset of a training run; an OSError or ValueError if that fails.
+    """Open the dataset of a training run; returns it, and the configuration with its range of pixel values.
 
-    Args:
-        cfg: Configuration of the run, with its output folder.
-        resume: Whether to reuse the range of pixel values that an earlier run in the same folder measured on the same
-            dataset.
-
-    Returns:
-        The configuration with the range of pixel values, the same on all processes, if there are images of more than
-        8 bits, and the dataset.
+    All processes have the same range, which is None for images of 8 bits. `resume`: reuse the range that an earlier run
+    in the same folder measured on the same dataset.
     """
     options = ImageOptions(**vars(cfg.images))
     if resume and options.value_range is None and (former := _former_range(cfg)):

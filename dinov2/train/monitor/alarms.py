@@ -3,7 +3,7 @@
 The table `RULES` lists all of them. Every rule reads the records of `training_metrics.json` in order. An alarm is
 raised when `patience` consecutive records that have the rule's metrics show its sign, and is over with the first one
 that does not. A value that cannot inform, such as an effective rank of two images or a k-NN accuracy that guessing
-reaches, raises none. A new alarm is a class in `alarm_rules.py` and a row here.
+reaches, raises none.
 """
 
 import logging
@@ -185,21 +185,12 @@ def monitored_kinds(metrics: Collection[str]) -> list[AlarmKind]:
 
 
 class Alarm(NamedTuple):
-    """A failure of a run, current or past.
+    """A failure of a run, current or past: between the `first` and the `last` record with its sign."""
 
-    Attributes:
-        kind: An `AlarmKind`.
-        first: Iteration of the first record with the sign.
-        last: Iteration of the last one.
-        over: Whether a later record no longer has it.
-        finding: What was found.
-        advice: What to do.
-    """
-
-    kind: str
-    first: int
+    kind: str  # an `AlarmKind`
+    first: int  # iterations
     last: int
-    over: bool
+    over: bool  # a later record no longer has the sign
     finding: str
     advice: str
 

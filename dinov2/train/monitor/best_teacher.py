@@ -39,11 +39,8 @@ class Rating(NamedTuple):
 def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], best_by: str = "auto") -> None:
     """Write the rating of the teacher in `eval/training_<iteration>`, and link `eval/best` to the best so far.
 
-    Args:
-        folder: Folder of the teacher.
-        iteration: Iteration after which it was saved.
-        measured: Metrics of that iteration; without an informative signal there is no rating.
-        best_by: A key of `SIGNALS`.
+    Of the metrics `measured` in that iteration, those of `SIGNALS[best_by]` are used; without an informative one there
+    is no rating.
     """
     signal = next((name for name in SIGNALS[best_by] if _is_informative(name, measured)), None)
     if signal is None:

@@ -21,31 +21,19 @@ MAX_TRIES = 20  # consecutive images that may be unreadable
 
 
 class ProbeImages(NamedTuple):
-    """Images that are divided among the processes.
+    """Images that are divided among the processes; equal `digests` of pixels are the same image."""
 
-    Attributes:
-        pixels: (n_local, 3, G, G) uint8, the images of this process.
-        positions: (n,) int64, indices in the dataset of the images of all processes.
-        digests: SHA-256 of the pixels of all n images; equal ones are the same image.
-    """
-
-    pixels: Tensor
-    positions: Tensor
-    digests: list[bytes]
+    pixels: Tensor  # (n_local, 3, G, G) uint8, the images of this process
+    positions: Tensor  # (n,) int64, indices in the dataset of the images of all processes
+    digests: list[bytes]  # SHA-256 of the pixels of all n images
 
 
 class LabeledImages(NamedTuple):
-    """Images for k-NN.
-
-    Attributes:
-        images: All images that were read.
-        rows: (m,) int64, indices of the usable ones among them.
-        labels: (m,) int64, from 0, each at least twice.
-    """
+    """Images for k-NN: all that were read, and the usable ones among them."""
 
     images: ProbeImages
-    rows: Tensor
-    labels: Tensor
+    rows: Tensor  # (m,) int64, indices of the usable ones
+    labels: Tensor  # (m,) int64, from 0, each at least twice
 
     @property
     def chance(self) -> float:

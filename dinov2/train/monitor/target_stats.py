@@ -48,20 +48,11 @@ class TargetStats:
             self._distances.append(nearest_distance(one_crop))
 
     def compute(self) -> dict[str, Tensor | float]:
-        """Compute the metrics by name; all processes must call it together.
+        """Compute the metrics by name (meanings in `dinov2.metric_names`); all processes must call it together.
 
-        For `<kind>` in cls, patch, over the rows of all processes:
-
-        - `<kind>_target_entropy`: mean entropy of a row, nats.
-        - `<kind>_target_information`: entropy of the mean row less that, nats: the mutual information of targets and
-          images, 0 if all targets are equal.
-        - `<kind>_target_capacity`: ln min(R, K), nats, its maximum.
-        - `<kind>_target_perplexity`: exponential of the entropy of the mean row, the effective number of prototypes.
-        - `<kind>_prototypes_used`: number of prototypes that are the largest entry of some row.
-        - `<kind>_largest_prototype`: share of rows whose largest entry is the most frequent one.
-
-        And `koleo_distance`: mean distance of a normalized class token of the student to the nearest one in the batch
-        of its process.
+        `<kind>_target_...` for `<kind>` in cls, patch are over the rows of all processes: entropy is the mean of a
+        row; information the entropy of the mean row less that, and capacity, ln min(R, K), its maximum; perplexity
+        the exponential of the entropy of the mean row. `koleo_distance` is within the batch of each process.
         """
         measured: dict[str, Tensor | float] = {}
         for kind, parts in self._sums_of.items():
@@ -123,10 +114,7 @@ class HealthPanel:
     def measure(self, step: int, stats: TargetStats | None, norms: Mapping[str, Tensor]) -> dict[str, float]:
         """Compute the metrics of a finished step by name, see `TargetStats.compute` and `Probe`; empty if not measured.
 
-        Args:
-            step: The step.
-            stats: Its statistics, from `target_stats`.
-            norms: Gradient norms before clipping by sub-module, logged as `grad_norm_<sub-module>`.
+        `stats` is from `target_stats`; `norms` are gradient norms before clipping by sub-module.
         """
         if stats is None or self.probe is None:
             return {}

@@ -26,11 +26,9 @@ from dinov2.train.schedules import describe_schedules, global_batch_size, num_du
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 from dinov2.train.training_run import open_dataset
 
-PROCESSES_PER_MACHINE = 8
-"""Assumed if the processes are not started yet."""
+PROCESSES_PER_MACHINE = 8  # assumed if the processes are not started yet
 
-IMAGES_TRIED = 20
-"""Number of images that are read to check the dataset."""
+IMAGES_TRIED = 20  # number of images that are read to check the dataset
 
 
 def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:

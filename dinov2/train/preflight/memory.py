@@ -33,8 +33,7 @@ from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 STRATEGIES: tuple[str, ...] = get_args(get_type_hints(ModulePrecision)["sharding_strategy"])
 
 FLOAT32 = 4  # bytes
-COPIES_OF_STUDENT = 4
-"""Weights, gradients and two AdamW moments. The teacher has weights only."""
+COPIES_OF_STUDENT = 4  # Weights, gradients and two AdamW moments. The teacher has weights only
 
 SAVED_PER_TOKEN_AND_BLOCK = 17
 """Activations kept for the backward pass, in units of the width: 2 norms (3), qkv and attention (5), MLP (9)."""
