@@ -327,10 +327,7 @@ def save(cfg: Config, path: str | Path) -> None:
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:
-    """Arguments of `dinov2.models.build_model` for the teacher's backbone; None means the default of the architecture.
-
-    The student's backbone has `drop_path_rate` in addition, which matters in training only.
-    """
+    """Arguments of `dinov2.models.build_model` for the teacher's backbone; None is the default of the architecture."""
     arguments = asdict(cfg.student)
     for key in ("pretrained_weights", "drop_path_rate"):
         del arguments[key]

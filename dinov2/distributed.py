@@ -288,10 +288,7 @@ def device_mesh(num_shards: int) -> DeviceMesh:
 
 
 def cpu_group() -> dist.ProcessGroup | None:
-    """Create a group of all processes for collectives of another thread on CPU tensors; None with one process.
-
-    Collectives of two threads on the same group would be mixed up.
-    """
+    """A group of all processes for collectives of another thread, which must not mix; None with one process."""
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if is_enabled() else None
 
 

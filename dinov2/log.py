@@ -202,10 +202,7 @@ class SmoothedValue:
         self._pending: list[_Value] = []
 
     def update(self, value: float | Tensor, num: int = 1, *, only_finite: bool = False) -> None:
-        """Add a number or a tensor of one element, `num` times in the total.
-
-        With `only_finite`, values that are not finite are ignored, as they would stay in the total.
-        """
+        """Add a number or one-element tensor, `num` times in the total, unless it must be but is not finite."""
         number = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
         self._pending.append(_Value(number, num, only_finite))
 
@@ -493,10 +490,7 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, float]]:
-    """Read the finite numbers by name of each line of a metrics file; none if there is no file.
-
-    Lines that are incomplete after a crash or damaged are skipped, with a warning.
-    """
+    """The finite numbers of each intact line of a metrics file, with a warning of others; none without a file."""
     records, num_damaged = readable_records(path)
     if num_damaged:
         logger.warning("%s: %d truncated or damaged line(s) are omitted", path, num_damaged)
@@ -510,11 +504,7 @@ def readable_records(path: str | Path) -> tuple[list[dict[str, float]], int]:
 
 
 def truncate_metrics(path: str | Path, before_iteration: int) -> None:
-    """Remove from a metrics file, if there is one, the iterations from `before_iteration` on, which will be repeated.
-
-    Lines that are incomplete after a crash or damaged are removed as well, with a warning. The file is replaced
-    atomically.
-    """
+    """Remove iterations from `before_iteration` on and damaged lines from a metrics file, if it exists, atomically."""
     path = Path(path)
     lines = _lines(path)
     records = [_record(line) for line in lines]

@@ -8,10 +8,7 @@ from torch.nn import functional as F
 
 
 class DINOHead(nn.Module):
-    """MLP of `nlayers` linear layers to a bottleneck, L2 normalization, then the scores against `out_dim` prototypes.
-
-    `use_bn`: whether to use batch norm after every hidden layer; `mlp_bias`: whether the linear layers have a bias.
-    """
+    """MLP of `nlayers` linear layers to a bottleneck, L2 normalization, then scores against `out_dim` prototypes."""
 
     def __init__(
         self,

@@ -40,10 +40,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed patches in row-major order: (B, C, H, W) -> (B, H/p * W/p, D).
-
-        Other than floating-point images of C channels whose sides are multiples of the patch size are a ValueError.
-        """
+        """Embed patches in row-major order: (B, C, H, W), sides multiples of the patch size -> (B, H/p * W/p, D)."""
         self._check(x)
         x = self.norm(self.proj(x).permute(0, 2, 3, 1))  # (B, H/p, W/p, D)
         return x.flatten(1, 2) if self.flatten_embedding else x

@@ -22,10 +22,9 @@ _CHUNK_BYTES = 1 << 22
 
 
 def check_zip(file: str | Path | BinaryIO) -> None:
-    """Verify all checksums of a zip archive, such as a file of `torch.save` or an `.npz`: a path, or a seekable file.
+    """Verify the checksums of a zip archive, such as a file of `torch.save`; a ValueError names the damaged member.
 
-    Needs less than a second per gigabyte in addition to reading it, and a few megabytes of memory. Damage is a
-    ValueError that names the member.
+    Needs less than a second per gigabyte in addition to reading it, and a few megabytes of memory.
     """
     name = "the table of contents"
     try:

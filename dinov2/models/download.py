@@ -95,7 +95,8 @@ def _advice(url: str, target: Path, reason: object) -> str:
 def _fetch(url: str, target: Path) -> None:
     """Make one attempt; returns without the file if another process was downloading it, which may have failed."""
     with _open(url) as response:
-        length = _length(response)
+        text = response.headers["Content-Length"] or ""
+        length = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
         version = f"{response.headers['ETag']} {response.headers['Last-Modified']} {length}"
         partial = target.with_name(f".{target.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.partial")
         partial.touch()
@@ -142,12 +143,6 @@ def _open(url: str, start: int = 0) -> Any:
         raise ConnectionError(_reason(error)) from error
 
 
-def _length(response: Any) -> int | None:
-    """The number of bytes of a response; None if the server does not report it."""
-    text = response.headers["Content-Length"] or ""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
-
-
 def _reason(error: Exception) -> str:
     """The message of an error in one line, or its type if that is not text: a server may have sent any bytes."""
     text = " ".join(str(getattr(error, "reason", error)).split())
@@ -179,7 +174,9 @@ def _receive(url: str, response: Any, file: FileIO, length: int | None) -> None:
 def _copy(url: str, response: Any, file: FileIO, before: int, position: int, limit: int, length: int | None) -> int:
     """Copy a response from `position` on to its end, or until there are `limit` bytes; returns the final position."""
     window_start, window_position = time.monotonic(), position
-    with _progress_bar(Path(urlparse(url).path).name, position, length) as bar:
+    shown = {"desc": Path(urlparse(url).path).name, "initial": position, "total": length, "unit": "B"}
+    # tqdm if it is installed, or a simple stand-in
+    with torch.hub.tqdm(**shown, unit_scale=True, disable=not sys.stderr.isatty(), file=sys.stderr) as bar:
         while position < limit:
             try:
                 chunk = response.read1(min(_CHUNK_BYTES, limit - position))
@@ -253,16 +250,3 @@ def _check_content(url: str, path: Path) -> None:
     if problem:
         path.unlink()
         raise ValueError(f"{url} cannot be used: {problem}")
-
-
-def _progress_bar(name: str, position: int, length: int | None) -> Any:
-    """A progress bar, if standard error is a terminal."""
-    return torch.hub.tqdm(  # tqdm if it is installed, or a simple stand-in
-        total=length,
-        initial=position,
-        desc=name,
-        unit="B",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        file=sys.stderr,
-    )

@@ -75,10 +75,7 @@ def choose(networks: Sequence[str], checkpoint_key: str, source: str) -> str:
 
 
 def without_wrappers(tensors: StateDict, source: str) -> StateDict:
-    """Remove from a state dict what wrappers add: parts of names, and the counter of weight averaging.
-
-    A ValueError if two tensors would get the same name.
-    """
+    """Remove what wrappers add: parts of names, which must stay different, and the counter of weight averaging."""
     counted = {name: value for name, value in tensors.items() if name.rpartition(".")[2] != _COUNTER}
     plain = {_WRAPPED.sub("", name): value for name, value in counted.items()}
     if len(plain) < len(counted):

@@ -91,12 +91,7 @@ def _read_folder(folder: Path, mapped: bool) -> object:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files with the weights in a folder of transformers or of a run's teacher.
-
-    Raises:
-        FileNotFoundError: There are none; the message names the teachers of a run.
-        ValueError: Their index is damaged.
-    """
+    """The weight files in a folder of transformers or of a run's teacher; errors name the teachers of a run."""
     for name in _FILES_IN_FOLDERS:
         if (folder / name).is_file():
             return [folder / name]

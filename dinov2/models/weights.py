@@ -70,10 +70,7 @@ def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") ->
 
 
 def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher", source: str = "the file") -> StateDict:
-    """Select the backbone in a state dict, and remove the prefix of its names; without a prefix all of it.
-
-    A ValueError if there are several and the key selects none.
-    """
+    """Select the backbone in a state dict, by the key among several, and remove its prefix if there is one."""
     found = prefixes(state)
     prefix = choose(found, checkpoint_key, source) if found else "backbone."
     part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

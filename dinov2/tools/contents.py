@@ -41,10 +41,7 @@ class Contents:
     metadata: dict[str, Any]  # the other entries: iteration, ...
 
     def parts(self) -> dict[Part, dict[str, str]]:
-        """The tensors by part: {part: {name within the part: name in `tensors`}}.
-
-        The part ("", "") has the centers of the losses, and tensors that are not recognized.
-        """
+        """{part: {name within the part: name in `tensors`}}; ("", "") has the centers and what is not recognized."""
         parts: dict[Part, dict[str, str]] = {}
         for name in self.tensors:
             part, inner = _part_of(name)
@@ -69,10 +66,7 @@ def _part_of(name: str) -> tuple[Part, str]:
 
 
 def checkpoint_folder(source: str) -> Path | None:
-    """The checkpoint folder that a source refers to; None if it refers to weights in files.
-
-    A FileNotFoundError if it is a folder with neither checkpoints nor weights.
-    """
+    """The checkpoint folder that a source refers to; None if it refers to weights in files."""
     path = Path(source)
     if source in PUBLISHED or not path.is_dir():
         return None

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence, Set
 from concurrent.futures import Future
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ class _LastingStager(DefaultStager):
         self._state_dict_stager.close = lambda: None  # type: ignore[method-assign]
 
 
+@dataclass(eq=False)
 class Checkpointer:
     """Saves and restores the state of a run.
 
@@ -89,26 +91,17 @@ class Checkpointer:
         keep_every: Number of steps between checkpoints that are never deleted; 0 for none.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        *,
-        period: int,
-        last_step: int,
-        keep: int = 3,
-        keep_every: int = 0,
-    ) -> None:
-        self.directory = directory
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.period = period
-        self.last_step = last_step
-        self.keep = keep
-        self.keep_every = keep_every
+    directory: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    _: KW_ONLY
+    period: int
+    last_step: int
+    keep: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
         self._group = distributed.cpu_group()  # for the writing thread
         self._copies = _LastingStager()
         self._pending: _Pending | None = None
@@ -164,10 +157,7 @@ class Checkpointer:
         self._pending = _Pending(step, folder, written, started, time.perf_counter() - started)
 
     def finish(self, *, wait: bool = True) -> None:
-        """Rename the checkpoint that is being written, if any, to its final name, and delete old ones.
-
-        Without `wait`, nothing happens if it is not yet written. Errors as `save`.
-        """
+        """Rename the checkpoint that is being written, if it is complete or `wait`, and delete old ones."""
         if self._pending is None or not (wait or self._pending.written.done()):
             return
         step, folder, written, started, waited = self._pending
@@ -200,9 +190,7 @@ class Checkpointer:
     def load(self, folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
         """Restore a checkpoint in place; returns its `state.json`, which must have the entries `needed`.
 
-        Raises:
-            ValueError: It is damaged or belongs to another model.
-            OSError: It cannot be read.
+        A ValueError if it is damaged or belongs to another model, an OSError if it cannot be read.
         """
         try:
             state = read_state(folder)
@@ -333,10 +321,7 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) ->
 
 
 def save_teacher(teacher: nn.Module, path: Path) -> None:
-    """Export the teacher in the published format, `{"teacher": state dict}`; all processes must call this.
-
-    An OSError on rank 0 if it cannot be written.
-    """
+    """Export the teacher in the published format, `{"teacher": state dict}`; all processes must call this."""
     state = {}
     for name, value in teacher.state_dict().items():
         unsharded = full_tensor(value.detach())

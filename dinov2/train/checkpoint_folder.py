@@ -81,9 +81,7 @@ def read_shapes(folder: Path) -> dict[str, Tensor]:
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     """Read the tensors of a checkpoint folder whose names start with `prefix`, unsharded, on the CPU.
 
-    Raises:
-        FileNotFoundError: The folder or a file of it is missing.
-        ValueError: A file is damaged, or no name starts with `prefix`.
+    A FileNotFoundError if a file is missing, a ValueError if one is damaged or there are no such tensors.
     """
     tensors = _empty_tensors(folder, prefix, "cpu")
     if not tensors:
@@ -111,11 +109,7 @@ def one_process_is_enough() -> None:
 
 
 def complete_checkpoints(directory: Path) -> dict[int, Path]:
-    """The complete checkpoints in a folder `OUT/checkpoints` by iteration, ascending; none if it does not exist.
-
-    Raises:
-        OSError: The folder cannot be listed: no permission, a file, a broken link; names it.
-    """
+    """The complete checkpoints in `OUT/checkpoints` by iteration, ascending; none if it does not exist."""
     try:
         names = os.listdir(directory)  # unlike Path.glob it does not ignore errors
     except FileNotFoundError as error:

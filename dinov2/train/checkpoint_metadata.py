@@ -44,12 +44,7 @@ def write_checksums(folder: Path) -> None:
 
 
 def read_checked(folder: Path, name: str) -> bytes:
-    """Read `.metadata` or `state.json` and verify its checksum, if there is one.
-
-    Raises:
-        FileNotFoundError: It is missing.
-        ValueError: It is damaged.
-    """
+    """Read `.metadata` or `state.json` and verify its checksum, if there is one; a ValueError if it is damaged."""
     try:
         content = read_regular_file(folder / name)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -111,11 +106,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: str | Path) -> Metadata:
-    """Read `.metadata` of a checkpoint folder, and check that the files in it exist and are complete.
+    """Read `.metadata` of a checkpoint folder, and check that its files are complete and contain tensors only.
 
-    Raises:
-        FileNotFoundError: It is not a checkpoint folder, or a file of it is missing.
-        ValueError: A file is damaged or truncated, or the folder contains anything but tensors.
+    A FileNotFoundError if one is missing, a ValueError if one is damaged.
     """
     path = Path(folder) / METADATA_FILE
     content = read_checked(Path(folder), METADATA_FILE)

@@ -42,11 +42,9 @@ class Setup(NamedTuple):
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read `state.json` of a checkpoint folder: `iteration`, `scaler` and the entries that the run added.
+    """Read `state.json`: `iteration`, `scaler` and the entries that the run added, each of the right type.
 
-    Raises:
-        FileNotFoundError: It is missing.
-        ValueError: It is damaged, an entry has a wrong type, or its iteration is not that in the name of the folder.
+    A ValueError if it is damaged, or its iteration is not that in the name of the folder.
     """
     path = folder / STATE_FILE
     content = read_checked(folder, STATE_FILE)

@@ -37,10 +37,7 @@ _COMMANDS = ("dinov2-train",)  # installed scripts
 
 
 def record_environment(output_dir: Path, first_step: int = 0, data: str | None = None) -> None:
-    """Append this session, which starts with `first_step`, to `output_dir/environment.json`; to be called on rank 0.
-
-    0 starts a new run and removes earlier sessions. `data` is the dataset string of the training set.
-    """
+    """Append this session to `output_dir/environment.json` on rank 0; `first_step` 0 removes earlier sessions."""
     path = output_dir / ENVIRONMENT_FILE
     try:
         former = read_environment(path) if first_step > 0 else []
@@ -147,10 +144,7 @@ def _output(*command: str) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Make the GNU C library keep freed memory for later allocations, instead of returning it to the system.
-
-    Each step allocates the same gigabytes again, for which the system would have to zero every page.
-    """
+    """Make the GNU C library keep freed memory for the next step; the system would have to zero every page again."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

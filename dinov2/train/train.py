@@ -205,10 +205,7 @@ def clip_and_step(
     max_norm: float | None,
     guard: NonFiniteGuard,
 ) -> dict[str, torch.Tensor]:
-    """Clip the gradient of each sub-module and step the optimizer, except if a loss or a gradient is not finite.
-
-    Returns the L2 norms of the gradient before clipping, by sub-module.
-    """
+    """Clip each sub-module's gradient, step unless something is not finite, and return the norms before clipping."""
     scaler.unscale_(optimizer)
     norms = clip_gradients(student, max_norm)
     step_unless(guard.refused(losses.terms, norms), optimizer)
@@ -257,10 +254,7 @@ def save_rated_teacher(
 
 
 def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
-    """Write the teacher of the latest checkpoint if `resume`, or of MODEL.WEIGHTS, as `eval/manual_<iteration>`.
-
-    A FileNotFoundError if there is neither: random weights are not written.
-    """
+    """Write the teacher of the latest checkpoint if `resume`, or of MODEL.WEIGHTS, as `eval/manual_<iteration>`."""
     output_dir = Path(cfg.train.output_dir)
     folder = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
     source = folder or cfg.MODEL.WEIGHTS

@@ -49,10 +49,9 @@ class Rule:
         return all(name in record for name in self.metrics)
 
     def check(self, record: Record, *, warm: bool) -> str | None:
-        """Describe the sign of a failure in a record to which the rule applies.
+        """Describe the sign of a failure in a record with the metrics; "" if there is none, None if it cannot tell.
 
-        `warm`: whether the warm-up of the learning rate is over. Returns what was found; "" if nothing was, None if the
-        record cannot tell.
+        `warm`: whether the warm-up of the learning rate is over.
         """
         raise NotImplementedError
 

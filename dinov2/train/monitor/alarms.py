@@ -34,10 +34,7 @@ class Alarm(NamedTuple):
 
 
 class AlarmMonitor:
-    """Reads the records of a run and logs the alarms that are raised or end.
-
-    Of `history`, the records so far, nothing is logged; alarms raised there continue.
-    """
+    """Logs the alarms that the records of a run raise or end, but not those of the `history` so far."""
 
     def __init__(self, history: Sequence[Record] = ()) -> None:
         self.alarms: list[Alarm] = []

@@ -140,10 +140,7 @@ class Probe:
         return {"tokens": finer_tokens(tokens_of, crops, patch_size=patch_size, shifts=shifts)}
 
     def measure(self) -> dict[str, float]:
-        """Measure the features of the fixed images; returns metrics by name, see `dinov2.metric_names`.
-
-        Lengths of tokens are those before the last norm.
-        """
+        """Measure the features of the fixed images by name; lengths of tokens are those before the last norm."""
         features = self._features(self.images)
         patches, before_norm = features["x_norm_patchtokens"], features["x_prenorm"].norm(dim=-1)
         patch_norms = before_norm[:, -patches.shape[1] :]  # after class token and registers

@@ -88,10 +88,7 @@ def _sums(rows: Tensor) -> Tensor:
 
 
 class HealthPanel:
-    """Measures health metrics: at every logged step, every `health.period` steps, and with every saved teacher.
-
-    Nothing is measured if `health.period` is 0.
-    """
+    """Measures health at logged steps, every `health.period` steps (0: never), and with saved teachers."""
 
     def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, last_step: int) -> None:
         self.model = model
@@ -112,10 +109,7 @@ class HealthPanel:
         return step == 0 or any(is_due(step, period, self.last_step) for period in periods)
 
     def measure(self, step: int, stats: TargetStats | None, norms: Mapping[str, Tensor]) -> dict[str, float]:
-        """Compute the metrics of a finished step by name, see `TargetStats.compute` and `Probe`; empty if not measured.
-
-        `stats` is from `target_stats`; `norms` are gradient norms before clipping by sub-module.
-        """
+        """Metrics of a finished step by name, with gradient `norms` by sub-module; empty without `stats`."""
         if stats is None or self.probe is None:
             return {}
         values = stats.compute()

@@ -31,11 +31,7 @@ MIN_SCALE = 0.001  # area of a crop as a fraction of the image: 7 x 7 of 224 x 2
 
 
 def check_settings(cfg: Config, world_size: int) -> list[str]:
-    """Check the combinations of settings of a run of `world_size` processes.
-
-    Returns warnings, one line each, with keys and values. A ConfigError that names all settings that prevent it if
-    nothing can be learned.
-    """
+    """Warnings of questionable combinations of settings, one line each; a ConfigError if nothing can be learned."""
     lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
     cfg = replace(cfg, optim=replace(cfg.optim, lr=lr))
     if problems := [*_useless_heads(cfg), *_no_masks(cfg)]:

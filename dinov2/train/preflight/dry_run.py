@@ -32,10 +32,7 @@ IMAGES_TRIED = 20  # number of images that are read to check the dataset
 
 
 def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
-    """Check config, dataset, output folder, and checkpoint or weights to start from, and print the plan of the run.
-
-    Raises the OSError or ValueError with which the run would have failed.
-    """
+    """Check all that the run needs, with the error that it would have failed with, and print its plan."""
     findings = check_settings(cfg, world_size)
     _check_writable(Path(cfg.train.output_dir))
     cfg, dataset = open_dataset(cfg, resume=resume)
