@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -199,12 +199,12 @@ class SmoothedValue:
         self._window: deque[float] = deque(maxlen=window_size)
         self._count = 0
         self._total = 0.0
-        self._pending: list[_Value] = []
+        self._pending: list[tuple[float | Tensor, int, bool]] = []  # number, times, only_finite
 
     def update(self, value: float | Tensor, num: int = 1, *, only_finite: bool = False) -> None:
         """Add a number or one-element tensor, `num` times in the total, unless it must be but is not finite."""
         number = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
-        self._pending.append(_Value(number, num, only_finite))
+        self._pending.append((number, num, only_finite))
 
     @property
     def window(self) -> Sequence[float]:
@@ -259,12 +259,6 @@ class SmoothedValue:
         )
 
 
-class _Value(NamedTuple):
-    number: float | Tensor
-    times: int
-    only_finite: bool
-
-
 def _settle(meters: Iterable[SmoothedValue]) -> None:
     """Convert the pending tensors of some meters to numbers, with one wait for the device and the other processes."""
     meters = list(meters)
@@ -294,7 +288,6 @@ class _Loop:
 
     header: str
     iterations: range
-    print_freq: int
     batch_size: int | None
     iter_time: SmoothedValue = field(default_factory=SmoothedValue)
     data_time: SmoothedValue = field(default_factory=SmoothedValue)
@@ -398,7 +391,7 @@ class MetricLogger:
             batch_size: Images per iteration over all processes, for printing images per second.
         """
         stop = len(iterable) if n_iterations is None else n_iterations  # type: ignore[arg-type]
-        loop = _Loop(header, range(start_iteration, stop), print_freq, batch_size)
+        loop = _Loop(header, range(start_iteration, stop), batch_size)
         if not loop.iterations:
             return
         source = iter(iterable)
@@ -434,7 +427,8 @@ class MetricLogger:
         notes, self._notes = self._notes, {}
         if not (self._line_is_due or notes):
             return
-        logger.info("%s", self._line(loop, index), extra={"in_short": self._short_line(loop, index)})
+        line, short = self._lines(loop, index)
+        logger.info("%s", line, extra={"in_short": short})
         if not self.is_main:
             return
         medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
@@ -446,31 +440,25 @@ class MetricLogger:
         for listener in self.listeners:
             listener(record)
 
-    def _line(self, loop: _Loop, index: int) -> str:
-        stop, remaining = loop.iterations.stop, loop.iterations[-1] - index
-        iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
-        parts = [f"{loop.header} [{index:{len(str(stop))}d}/{stop}]", f"eta: {_clock(loop.elapsed()[1] * remaining)}"]
-        if self.meters:
-            parts.append(str(self))
+    def _lines(self, loop: _Loop, index: int) -> tuple[str, str]:
+        """The line for the log file, and that for the console: medians with short names, speed, remaining time."""
+        stop, iter_time, data_time = loop.iterations.stop, loop.iter_time.avg, loop.data_time.avg
+        number, wait = f"{index:{len(str(stop))}d}/{stop}", f"{data_time / iter_time:.0%}"
+        left = _clock(loop.elapsed()[1] * (loop.iterations[-1] - index))
+        parts = [f"{loop.header} [{number}]", f"eta: {left}", *([str(self)] if self.meters else [])]
         parts += [f"time: {iter_time:.6f}", f"data: {data_time:.6f}"]
+        facts = []
         if loop.batch_size is not None:
             parts.append(f"images/s: {loop.batch_size / iter_time:.1f}")
-        parts.append(f"data wait: {data_time / iter_time:.0%}")
+            facts.append(f"{loop.batch_size / iter_time:.4g} images/s")
+        parts.append(f"data wait: {wait}")
         if torch.cuda.is_available():
             parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
-        return self.delimiter.join(parts).strip()
-
-    def _short_line(self, loop: _Loop, index: int) -> str:
-        """The line for the console: medians with short names, speed, remaining time."""
-        iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
         shown = {name: meter.median for name, meter in self.meters.items() if meter.count and name not in self.hidden}
         values = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in shown.items()]
-        speed = [f"{loop.batch_size / iter_time:.4g} images/s"] if loop.batch_size is not None else []
-        left = _clock(loop.elapsed()[1] * (loop.iterations[-1] - index))
-        facts = [*speed, f"data wait {data_time / iter_time:.0%}", f"{left} left"]
-        stop = loop.iterations.stop
-        heading = f"{loop.header} {index:{len(str(stop))}d}/{stop}"
-        return " | ".join([heading, *(["  ".join(values)] if values else []), "  ".join(facts)])
+        facts += [f"data wait {wait}", f"{left} left"]
+        short = [f"{loop.header} {number}", "  ".join(values), "  ".join(facts)]
+        return self.delimiter.join(parts).strip(), " | ".join(filter(None, short))
 
 
 def _clock(seconds: float) -> str:
