@@ -164,11 +164,8 @@ def _reject_incomplete_torchrun(env: Mapping[str, str]) -> None:
 def init(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessInfo:
     """Detect rank and world size of this process, select its GPU and connect the processes if there are several.
 
-    Collectives on CUDA tensors go through NCCL, those on CPU tensors through gloo.
-
-    Raises:
-        RuntimeError: A process group exists already.
-        ValueError: The environment is invalid, or there are fewer GPUs than processes on this machine.
+    Collectives on CUDA tensors go through NCCL, those on CPU tensors through gloo. A ValueError if the environment is
+    invalid, or there are fewer GPUs than processes on this machine.
     """
     global _process
     if dist.is_initialized():

@@ -126,17 +126,11 @@ def read_array(path: Path, name: str | None = None) -> np.ndarray:
 
 @contextmanager
 def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
-    """Lock a folder for this process, against other processes on any machine that shares it.
+    """Lock an existing folder for this process, against other processes on any machine that shares it.
 
     The lock is released when the process ends for any reason, but some network file systems keep that of a crashed
     machine: a SLURM job that was requeued after that may take it over. File systems without locks are not protected.
-
-    Args:
-        folder: An existing folder; the file `.lock` in it names the process that holds the lock.
-        patience: Seconds to wait for another process to release it.
-
-    Raises:
-        BlockingIOError: If another process keeps the lock; names it.
+    The file `.lock` names the process that holds the lock, as does the BlockingIOError after `patience` seconds.
     """
     path, job = folder / ".lock", f"SLURM job {os.environ.get('SLURM_JOB_ID', '(none)')}"
     if path.exists() and not path.is_file():

@@ -308,12 +308,9 @@ class MetricLogger:
     Args:
         delimiter: Separator of the parts of a printed line.
         output_file: File to which each printed line is appended as a JSON object.
-        is_main: Whether this process writes the file and shows the progress bar.
+        is_main: Whether this process writes the file, shows the progress bar, and passes records to `listeners`.
         mean_over_processes: See `SmoothedValue`; all processes must then print together.
         hidden: Meters that are not shown on the console.
-
-    Attributes:
-        listeners: Functions called with each record in the main process.
     """
 
     def __init__(
@@ -385,7 +382,6 @@ class MetricLogger:
 
         Args:
             iterable: Batches, beginning with that of `start_iteration`; unused if that is not below `n_iterations`.
-            print_freq: Number of iterations between lines.
             header: Beginning of each line.
             n_iterations: Index of the end, not counted from `start_iteration`; default: length of the iterable.
             batch_size: Images per iteration over all processes, for printing images per second.

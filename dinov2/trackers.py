@@ -64,9 +64,6 @@ def open_trackers(
         output_dir: Existing output folder of the run. Another call with the same folder continues the same curves.
         start: First iteration of this session; records of an earlier session from this iteration on are hidden.
         config: Configuration of the run, shown beside the curves.
-
-    Raises:
-        ValueError: A package is missing, or there is no login to Weights & Biases.
     """
     check_trackers(tensorboard=tensorboard, wandb_project=wandb_project)
     wanted = {}

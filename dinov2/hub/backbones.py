@@ -69,12 +69,11 @@ def make_backbone(
     weights: Weights | str | Path = Weights.LVD142M,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
-    """Build one of the published backbones, on the CPU and in training mode.
+    """Build one of the published backbones, on the CPU and in training mode, by default with all weights.
 
     Args:
         arch: A key of `dinov2.models.ARCHS`.
         registers: Whether it is the variant with four registers.
-        pretrained: Whether to load weights, all of them or none.
         weights: Published weights (there is one choice), or a file, folder or URL of others.
         kwargs: Arguments of `DinoVisionTransformer`, which override the published settings.
     """

@@ -96,16 +96,13 @@ def make_classifier(
     weights: Weights | str | Path = Weights.IMAGENET1K,
     **kwargs: Any,
 ) -> LinearClassifier:
-    """Build one of the published classifiers.
+    """Build one of the published classifiers, by default with the weights of the backbone and of the linear layer.
 
     Args:
-        arch: A key of `dinov2.models.ARCHS`.
-        registers: Whether it is the variant with four registers.
+        arch, registers, kwargs: See `make_backbone`.
         layers: Number of last blocks whose class tokens are used, 1 or 4.
-        pretrained: Whether to load weights of the backbone and of the linear layer.
         weights: Published weights of the linear layer (there is one choice), or a file, folder or URL of others. If it
             has a backbone as well (as a classifier of transformers does), that is loaded, too.
-        kwargs: Arguments of the backbone, see `make_backbone`.
     """
     backbone = make_backbone(arch, registers=registers, pretrained=False, **kwargs)
     model = LinearClassifier(backbone, layers)

@@ -35,19 +35,14 @@ def build_published(name: str, num_heads: int | None = None) -> DinoVisionTransf
 def load_from_weights(
     source: str, *, name: str | None = None, num_heads: int | None = None, checkpoint_key: str = "teacher"
 ) -> DinoVisionTransformer:
-    """Build a frozen backbone in evaluation mode and load its weights, on the CPU.
+    """Build a frozen backbone in evaluation mode and load its weights, on the CPU; errors as `load_backbone`.
 
     Args:
         source: A published name, a file, a folder of transformers or a URL.
-        name: Name of the published architecture; None for that of a published `source`, or else to infer the
-            architecture from the tensors.
+        name: Name of the published architecture; None for that of a published `source`, or else to infer it.
         num_heads: Number of attention heads, which tensors do not determine; None for that in a `config.json` in the
             folder, or of 64 channels each.
         checkpoint_key: The network to use if the source holds several.
-
-    Raises:
-        FileNotFoundError, ConnectionError: There are no such weights, or they cannot be downloaded.
-        ValueError: They cannot be read, or fit no backbone.
     """
     num_heads = num_heads or num_heads_beside(source)
     name = name or (source if source in PUBLISHED else None)

@@ -61,10 +61,8 @@ def cache_path(url: str) -> Path:
 def download(url: str) -> Path:
     """Download the file of a URL unless it is in the cache; returns its path.
 
-    Raises:
-        FileNotFoundError: The server has no such file.
-        ConnectionError: It cannot be reached or interrupts all attempts; the message has alternatives.
-        ValueError: The file is not one of weights.
+    A FileNotFoundError if the server has none, a ConnectionError with alternatives if it cannot be reached or always
+    interrupts, a ValueError if the file is not one of weights.
     """
     target = cache_path(url)
     failures = 0

@@ -25,12 +25,9 @@ _PROJECTION = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, PATCH_PROJECTIO
 
 
 def find_state_dict(content: object, checkpoint_key: str, source: str) -> StateDict | None:
-    """Find the state dict with a backbone in a checkpoint, and remove names of wrappers; None if there is none.
+    """Find the state dict with a backbone in the content of a file, without names of wrappers; None if there is none.
 
-    Args:
-        content: Content of a file: a state dict, possibly nested in other dictionaries.
-        checkpoint_key: The network to use if several state dicts have one, see `choose`.
-        source: Origin of the content, for messages.
+    Of several, `checkpoint_key` selects one, see `choose`; `source` names the file in messages.
     """
     holders = {path: without_wrappers(tensors, source) for path, tensors in _holders(content, "", _DEEPEST)}
     found = {f"{path}{prefix}": path for path, tensors in holders.items() for prefix in prefixes(tensors)}
@@ -49,12 +46,9 @@ def prefixes(state: StateDict) -> list[str]:
 
 
 def choose(networks: Sequence[str], checkpoint_key: str, source: str) -> str:
-    """Select the network whose prefix has `checkpoint_key` among its parts; a single network is always selected.
+    """Select the network whose prefix has `checkpoint_key` among its parts, or among the words of its parts.
 
-    Args:
-        networks: The prefixes of the networks.
-        checkpoint_key: A part of the prefix, or a word in it; if it matches none or several, a ValueError lists them.
-        source: Origin of the networks, for messages.
+    A single network is always selected. Otherwise a key that matches none or several is a ValueError.
     """
     if len(networks) == 1:
         other = {"student": "teacher"}.get(checkpoint_key, "")

@@ -25,9 +25,7 @@ _FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", TEACHER_FILE)
 
 
 def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
-    """Read a file, folder or URL without running code that may be in it; tensors are on the CPU.
-
-    Checksums are compared with the content first, see `checksums`.
+    """Read a file, folder or URL without running code that may be in it, after comparing `checksums`; on the CPU.
 
     Args:
         path_or_url: A file of `torch.save`, one that ends in `.safetensors`, or a folder of transformers or of a

@@ -43,11 +43,6 @@ def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") ->
     Args:
         path_or_url: See `read_file`. The state dict may be nested in others, and have the prefixes of any wrapper.
         checkpoint_key: The network to use if there are several (`teacher`, `model_ema`, ...); see `networks.choose`.
-
-    Raises:
-        FileNotFoundError, ConnectionError: There is no such file, or it cannot be downloaded.
-        ValueError: It is truncated, holds no tensors, would need an unsafe pickle, or holds several networks and the
-            key selects none.
     """
     content, source = read_file(path_or_url), str(path_or_url)
     state = find_state_dict(content, checkpoint_key, source)

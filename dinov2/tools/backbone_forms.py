@@ -38,12 +38,9 @@ def convert_backbone(
 
     Args:
         source: A run's output folder, a checkpoint folder, or any source of weights.
-        output: The file to write, with the form `hf` the folder.
+        output: The file to write, with the form `hf` the folder; an existing one is replaced only with `force`.
         form: A key of `models.export.FORMS`; a ValueError if it cannot represent the backbone.
-        model_name: Name of the published architecture; None to infer the architecture from the tensors.
-        num_heads: Number of attention heads; None for those of the run, or of 64 channels each.
-        checkpoint_key: The network to use if there are several.
-        force: Whether an existing output is replaced.
+        model_name, num_heads, checkpoint_key: See `load_from_weights`; heads of a run are those in its config.
     """
     _check_output(output, form, force)
     model = _load(source, model_name, num_heads, checkpoint_key)

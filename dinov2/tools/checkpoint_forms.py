@@ -35,10 +35,9 @@ def convert_checkpoint(source: str, output: Path, form: str, *, file_format: str
 
     Args:
         source: See `read_contents`.
-        output: The file to write.
+        output: The file to write; an existing one is replaced only with `force`.
         form: A key of `FORMS`; a ValueError if the source does not contain what it needs.
         file_format: "torch" or "safetensors"; None to infer it from the suffix of `output`.
-        force: Whether an existing file is replaced.
     """
     file_format = _file_format(output, file_format)
     if output.is_dir():

@@ -84,14 +84,9 @@ def read_contents(source: str) -> Contents:
     """Read the names, shapes and other entries of weights or of a checkpoint.
 
     Checksums in files are compared with their content; tensors of a checkpoint folder are verified when they are read.
-
-    Args:
-        source: A run's output folder (its newest checkpoint is used), a checkpoint folder, a file of `torch.save` or
-            of safetensors, a folder of transformers, a URL, or the name of a published model.
-
-    Raises:
-        FileNotFoundError: There is neither a checkpoint nor weights.
-        ValueError: It is damaged, unsafe to read, or has no tensors.
+    The source is a run's output folder (its newest checkpoint is used), a checkpoint folder, a file of `torch.save` or
+    of safetensors, a folder of transformers, a URL, or the name of a published model. A ValueError if it is damaged,
+    unsafe to read, or has no tensors.
     """
     if (folder := checkpoint_folder(source)) is not None:
         files = [path for path in folder.iterdir() if path.is_file()]

@@ -280,14 +280,8 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
     """Load networks and centers into a model that is not sharded yet, without optimizer state.
 
-    Args:
-        model: Changed in place.
-        source: A checkpoint folder, a file with a whole checkpoint, or an exported teacher: one network with its heads,
-            which initializes both student and teacher.
-
-    Raises:
-        FileNotFoundError: There are no such weights.
-        ValueError: They cannot be read, do not fit the model, or are not finite.
+    The source is a checkpoint folder, a file with a whole checkpoint, or an exported teacher: one network with its
+    heads, which initializes both student and teacher. A ValueError if it does not fit the model, or is not finite.
     """
     if Path(source).is_dir():
         state = {f"model.{name}": value for name, value in model.state_dict().items()}

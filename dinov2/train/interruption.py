@@ -72,11 +72,10 @@ class Interruption:
             signal.raise_signal(signum)
 
     def check_wait(self) -> None:
-        """To be called periodically while waiting for images.
+        """Raise NoImages more than `GRACE` seconds after a signal; to be called periodically while waiting for images.
 
-        Raises:
-            NoImages: A signal came more than `GRACE` seconds ago. A single process then stops with a checkpoint.
-                Several processes cannot agree on that: the others may be within the step, waiting for this one.
+        A single process then stops with a checkpoint. Several cannot agree on that: the others may be within the step,
+        waiting for this one.
         """
         if self.signum and time.monotonic() > self._noted + GRACE:
             name = signal.Signals(self.signum).name

@@ -111,21 +111,15 @@ def build_loader(
 
 @dataclass
 class TrainingRun:
-    """The state of a run besides its networks: what steps update and checkpoints restore.
-
-    Attributes:
-        setup: Processes and data of the run.
-        step: Last finished step; -1 before the first one.
-        images_seen: Images that all processes have used so far.
-    """
+    """The state of a run besides its networks: what steps update and checkpoints restore."""
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     metrics: MetricLogger
     checkpointer: Checkpointer
-    setup: Setup
-    step: int
-    images_seen: int
+    setup: Setup  # processes and data
+    step: int  # last finished step; -1 before the first one
+    images_seen: int  # by all processes so far
 
     def save(self, *, wait: bool) -> None:
         """Write a checkpoint of the last finished step, with `wait` until it is complete, else in the background."""

@@ -48,11 +48,8 @@ Features = dict[str, Tensor]
 class Probe:
     """Fixed images of a run, labeled ones if there are any, and measurements of the teacher's features of them.
 
-    All processes must call the methods together.
-
-    Raises:
-        ValueError: `health.knn_dataset` has no labels that k-NN can use.
-        OSError: Too many consecutive images cannot be read.
+    All processes must call the methods together. A ValueError if `health.knn_dataset` has no labels that k-NN can use,
+    an OSError if too many consecutive images cannot be read.
     """
 
     def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset) -> None:

@@ -55,9 +55,8 @@ class NoLabels(ValueError):
 def labeled_dataset(cfg: Config, dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray]:
     """The dataset for k-NN, `health.knn_dataset` or the training dataset, and its labels (n,), negative where missing.
 
-    Raises:
-        NoLabels: k-NN is switched off, or the training dataset has no labels that it can use.
-        ValueError: `health.knn_dataset` cannot be opened or has no such labels; the message names the key.
+    NoLabels if k-NN is switched off or the training dataset has none that it can use, a ValueError if
+    `health.knn_dataset` cannot be opened or has none.
     """
     name = cfg.health.knn_dataset
     if cfg.health.period == 0 or cfg.health.knn_period == 0 or name == "none":
