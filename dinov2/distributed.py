@@ -285,7 +285,7 @@ def device_mesh(num_shards: int) -> DeviceMesh:
 
 
 def cpu_group() -> dist.ProcessGroup | None:
-    """A group of all processes for collectives of another thread, which must not mix; None with one process."""
+    """A group of all processes for CPU collectives of another thread, not to be mixed up; None with one process."""
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if is_enabled() else None
 
 

@@ -202,7 +202,7 @@ class SmoothedValue:
         self._pending: list[tuple[float | Tensor, int, bool]] = []  # number, times, only_finite
 
     def update(self, value: float | Tensor, num: int = 1, *, only_finite: bool = False) -> None:
-        """Add a number or one-element tensor, `num` times in the total, unless it must be but is not finite."""
+        """Add a number or one-element tensor, `num` times in the total; with `only_finite` only if it is finite."""
         number = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
         self._pending.append((number, num, only_finite))
 

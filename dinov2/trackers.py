@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from dinov2.files import atomic_write, read_regular_file
@@ -99,12 +98,10 @@ class _Harmless:
         except Exception as error:
             self._give_up(error)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         was_tracking = self._track is not None
         try:
-            self._opening.__exit__(kind, error, trace)
+            self._opening.__exit__(*raised)
         except Exception as failure:
             if was_tracking:
                 self._give_up(failure)

@@ -145,11 +145,7 @@ def _fitting_positions(table: Tensor, model: DinoVisionTransformer, source: str)
     rows, columns = model.position_grid
     logger.warning(
         "the position table of %s is for %d x %d patches, this model has %d x %d: resampled (bicubic)",
-        source,
-        side,
-        side,
-        rows,
-        columns,
+        *(source, side, side, rows, columns),
     )
     antialias = model.interpolate_antialias
     return resample_positions(table, (side, side), (rows, columns), offset=0.0, antialias=antialias).to(table.dtype)

@@ -57,7 +57,7 @@ def launch(
     """Parse the command line of a launcher and run or submit the task; returns the exit status.
 
     Args:
-        function: Task, called with its parsed arguments.
+        function: `module:function`, called with the parsed arguments of the task.
         get_args_parser: Builds the parser of the task; called with `add_help=False`.
         name: Name of the job in the queue, such as `dinov2:train`.
         argv: Command line without the program; None: that of the process.

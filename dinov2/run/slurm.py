@@ -52,7 +52,8 @@ class Job:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         logging.getLogger("submitit").handlers.clear()  # replaced by those of the package
         job = submitit.JobEnvironment()
-        task = (self.task if restarts() == 0 else resuming(self.task)).with_output_dir(job.job_id)
+        restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by SLURM
+        task = (resuming(self.task) if restarted else self.task).with_output_dir(job.job_id)
         setup_logging(rank=job.global_rank)
         logger.info("%d tasks, this is rank %d: %s", job.num_tasks, job.global_rank, task.args)
         failure_file = Path(job.paths.folder) / f"{job.job_id}_{job.global_rank}_failure.json"
@@ -67,11 +68,6 @@ class Job:
         import submitit
 
         return submitit.helpers.DelayedSubmission(Job(resuming(self.task)))
-
-
-def restarts() -> int:
-    """Number of restarts of this job by SLURM."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def resuming(task: Task) -> Task:

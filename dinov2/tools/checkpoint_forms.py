@@ -11,7 +11,7 @@ import json
 import logging
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ def convert_checkpoint(source: str, output: Path, form: str, *, file_format: str
     write = _write_safetensors if file_format == "safetensors" else _write_torch
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write(output, form, tensors, contents.metadata)
+        with atomic_write(output) as file:
+            write(file, form, tensors, contents.metadata)
     except RuntimeError as error:  # raised by torch for a full disk
         raise OSError(f"could not write {output}: {error}") from error
     logger.info("%s: %s of %s, %d tensors", output, form, contents.source, len(tensors))
@@ -99,7 +100,7 @@ def _selected_names(contents: Contents, form: str) -> dict[str, str]:
     return {f"{module}.{name}": origin for module, names in own.items() for name, origin in names.items()}
 
 
-def _write_torch(output: Path, form: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def _write_torch(file: BinaryIO, form: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     content: dict[str, Any] = tensors if form == "backbone" else {form: tensors}
     if form == "full":
         moments: dict[str, dict[str, Tensor]] = {}
@@ -109,18 +110,15 @@ def _write_torch(output: Path, form: str, tensors: dict[str, Tensor], metadata: 
                 moments.setdefault(parameter, {})[moment] = value
         model = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
         content = {"model": model, "optimizer": {"state": moments}, **metadata}
-    with atomic_write(output) as file:
-        torch.save(content, file)
+    torch.save(content, file)
 
 
-def _write_safetensors(output: Path, form: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def _write_safetensors(file: BinaryIO, form: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Flat names; other entries become JSON in the metadata: all of them, or for a part the iteration."""
     kept = {name: value for name, value in metadata.items() if form == "full" or name == "iteration"}
     texts = {name: json.dumps(value, default=str) for name, value in kept.items()}
     texts |= {"format": "pt", "contents": form, CHECKSUM_KEY: NO_CHECKSUM}
-    content = import_safetensors().save(tensors, texts)
-    with atomic_write(output) as file:
-        file.writelines(with_checksum(content))
+    file.writelines(with_checksum(import_safetensors().save(tensors, texts)))
 
 
 def _evaluation_command(contents: Contents, output: Path) -> str:

@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -49,9 +49,7 @@ class Interruption:
         self._former = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if isinstance(error, NoImages) and not distributed.is_enabled():
                 logger.warning("%s: the run stops, with a checkpoint if a step was finished since the last one", error)

@@ -57,8 +57,7 @@ def get_params_groups_with_decay(
 
 
 def fuse_params_groups(
-    all_params_groups: Iterable[ParamGroup],
-    keys: Sequence[str] = ("lr_multiplier", "wd_multiplier", "is_last_layer"),
+    all_params_groups: Iterable[ParamGroup], keys: Sequence[str] = ("lr_multiplier", "wd_multiplier", "is_last_layer")
 ) -> list[ParamGroup]:
     """Merge the groups with equal values of `keys`, in order of first appearance."""
     fused: dict[tuple[Any, ...], ParamGroup] = {}

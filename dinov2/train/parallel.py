@@ -119,12 +119,7 @@ def units_of_blocks(network: nn.Module, block_chunks: int) -> list[list[nn.Modul
 
 
 def _shard(
-    network: nn.Module,
-    precision: ModulePrecision,
-    mesh: DeviceMesh,
-    *,
-    block_chunks: int,
-    reshard_after_forward: bool,
+    network: nn.Module, precision: ModulePrecision, mesh: DeviceMesh, *, block_chunks: int, reshard_after_forward: bool
 ) -> None:
     """Shard a backbone in units of blocks, with the rest as one unit; a head is one unit."""
     dtypes = precision.mixed_precision

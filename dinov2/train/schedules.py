@@ -74,20 +74,14 @@ def build_schedules(cfg: Config, lr: float) -> Schedules:
     epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
     total = cfg.optim.epochs * epoch
     warmup = cfg.optim.warmup_epochs * epoch
-    temp_warmup = cfg.teacher.warmup_teacher_temp_epochs * epoch
+    temp, temp_warmup = cfg.teacher.teacher_temp, cfg.teacher.warmup_teacher_temp_epochs * epoch
     last_layer_lr = CosineScheduler(lr, cfg.optim.min_lr, total, warmup)
     last_layer_lr.schedule[: cfg.optim.freeze_last_layer_epochs * epoch] = 0
     return Schedules(
         lr=CosineScheduler(lr, cfg.optim.min_lr, total, warmup),
         wd=CosineScheduler(cfg.optim.weight_decay, cfg.optim.weight_decay_end, total),
         momentum=CosineScheduler(cfg.teacher.momentum_teacher, cfg.teacher.final_momentum_teacher, total),
-        teacher_temp=CosineScheduler(
-            cfg.teacher.teacher_temp,
-            cfg.teacher.teacher_temp,
-            temp_warmup,
-            warmup_iters=temp_warmup,
-            start_warmup_value=cfg.teacher.warmup_teacher_temp,
-        ),
+        teacher_temp=CosineScheduler(temp, temp, temp_warmup, temp_warmup, cfg.teacher.warmup_teacher_temp),
         last_layer_lr=last_layer_lr,
     )
 

@@ -109,11 +109,7 @@ def main(args: argparse.Namespace) -> None:
 def with_run_values(cfg: Config, output_dir: Path, world_size: int) -> Config:
     """Returns the config with its output folder and the learning rate scaled to its global batch size."""
     lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
-    return replace(
-        cfg,
-        optim=replace(cfg.optim, lr=lr),
-        train=replace(cfg.train, output_dir=str(output_dir)),
-    )
+    return replace(cfg, optim=replace(cfg.optim, lr=lr), train=replace(cfg.train, output_dir=str(output_dir)))
 
 
 def seed_everything(seed: int) -> None:
@@ -218,14 +214,8 @@ def log_steps(
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
     """Iterate over the remaining steps and their micro-batches, and log progress."""
     steps = enumerate(zip(*[iter(micro_batches)] * cfg.train.accumulate_steps, strict=False), first_step)
-    return metrics.log_every(
-        steps,
-        cfg.train.log_period,
-        "Training",
-        num_steps(cfg),
-        first_step,
-        batch_size=global_batch_size(cfg, distributed.world_size()),
-    )
+    batch_size = global_batch_size(cfg, distributed.world_size())
+    return metrics.log_every(steps, cfg.train.log_period, "Training", num_steps(cfg), first_step, batch_size=batch_size)
 
 
 def log_step(

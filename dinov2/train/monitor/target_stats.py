@@ -20,6 +20,7 @@ from dinov2.analysis.feature_statistics import nearest_distance
 from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.train.monitor.probe import Probe
+from dinov2.train.parallel import local_tensors
 from dinov2.train.schedules import is_due
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, Predictions, SSLMetaArch, Targets
 
@@ -138,7 +139,7 @@ def relative_distance(student: nn.Module, teacher: nn.Module) -> Tensor:
     """|student - teacher| / |teacher| over all parameters, sharded or not; a scalar, equal on all processes."""
     sums = []
     for local, average in zip(student.parameters(), teacher.parameters(), strict=True):
-        difference, size = (t.to_local() if isinstance(t, DTensor) else t for t in (local - average, average))
+        difference, size = local_tensors((local - average, average))
         copies = distributed.world_size() / _num_shards(average)
         sums.append(torch.stack([difference.square().sum(), size.square().sum()]).float() / copies)
     difference, size = distributed.all_reduce_sum(torch.stack(sums).sum(dim=0))
