@@ -306,11 +306,7 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def from_dict(mapping: Mapping[str, Any], source: str = "mapping") -> Config:
-    """Build a configuration from a nested mapping and the defaults; ``source`` names the mapping in messages.
-
-    Raises:
-        ConfigError: See `load`.
-    """
+    """Build a configuration from a nested mapping, which errors call `source`, and the defaults; errors as `load`."""
     return _merge([_check(mapping, source)])
 
 
@@ -325,20 +321,13 @@ def to_yaml(cfg: Config) -> str:
 
 
 def save(cfg: Config, path: str | Path) -> None:
-    """Write all keys as YAML, atomically; ``load(path) == cfg``.
-
-    Raises:
-        OSError: The file cannot be written; the message names it.
-    """
+    """Write all keys as YAML, atomically; ``load(path) == cfg``."""
     with atomic_write(Path(path)) as file:
         file.write(to_yaml(cfg).encode())
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:
-    """Arguments of `dinov2.models.build_model` for the teacher's backbone; None means the default of the architecture.
-
-    The student's backbone has `drop_path_rate` in addition, which matters in training only.
-    """
+    """Arguments of `dinov2.models.build_model` for the teacher's backbone; None is the default of the architecture."""
     arguments = asdict(cfg.student)
     for key in ("pretrained_weights", "drop_path_rate"):
         del arguments[key]
@@ -523,8 +512,7 @@ SHARDED_OVER = {
 }
 
 
-MAX_STEPS = 10**8
-"""Maximum steps of a schedule, which has a number per step in memory; such a run would take years."""
+MAX_STEPS = 10**8  # maximum steps of a schedule, which has a number per step in memory; such a run would take years
 
 
 def _contradictions(cfg: Config) -> Iterator[str]:

@@ -88,11 +88,7 @@ def detect_process(env: Mapping[str, str] = os.environ) -> ProcessInfo:
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """Expand a SLURM node list: `a1,b[2-3,07-09]` -> a1 b2 b3 b07 b08 b09; ranges keep their zero padding.
-
-    Raises:
-        ValueError: The text is not a node list.
-    """
+    """Expand a SLURM node list: `a1,b[2-3,07-09]` -> a1 b2 b3 b07 b08 b09; other text is a ValueError."""
     names: list[str] = []
     for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         pieces = re.split(r"\[([^\[\]]*)\]", item)  # literal, range list, literal, range list, ...
@@ -168,11 +164,8 @@ def _reject_incomplete_torchrun(env: Mapping[str, str]) -> None:
 def init(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessInfo:
     """Detect rank and world size of this process, select its GPU and connect the processes if there are several.
 
-    Collectives on CUDA tensors go through NCCL, those on CPU tensors through gloo.
-
-    Raises:
-        RuntimeError: A process group exists already.
-        ValueError: The environment is invalid, or there are fewer GPUs than processes on this machine.
+    Collectives on CUDA tensors go through NCCL, those on CPU tensors through gloo. A ValueError if the environment is
+    invalid, or there are fewer GPUs than processes on this machine.
     """
     global _process
     if dist.is_initialized():
@@ -209,8 +202,7 @@ def session(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[ProcessInfo]:
     """Call `init()` before and `close()` after the body; an error in the body makes the other processes fail quickly.
 
     Its traceback, with the rank, is written to the log file, and passed to torchrun if that started the process. The
-    group is then not closed, which would wait for the others: the process ends, its connections break, and the others
-    fail too.
+    group is then not closed, which would wait for the others: the process ends, its connections break, and they fail.
     """
     process = init(timeout)
     try:
@@ -280,10 +272,8 @@ def device() -> torch.device:
 def device_mesh(num_shards: int) -> DeviceMesh:
     """Arrange the processes in rows of `num_shards`: a mesh of one dimension for a single row, else of two.
 
-    Tensors are sharded within a row and replicated over the rows. Requires a process group.
-
-    Raises:
-        ValueError: The number of processes is not a multiple of `num_shards`.
+    Tensors are sharded within a row and replicated over the rows. Requires a process group, and a number of processes
+    that is a multiple of `num_shards`.
     """
     if world_size() % num_shards:
         raise ValueError(f"{world_size()} processes cannot be divided into groups of {num_shards}")
@@ -295,10 +285,7 @@ def device_mesh(num_shards: int) -> DeviceMesh:
 
 
 def cpu_group() -> dist.ProcessGroup | None:
-    """Create a group of all processes for collectives of another thread on CPU tensors; None with one process.
-
-    Collectives of two threads on the same group would be mixed up.
-    """
+    """A group of all processes for CPU collectives of another thread, not to be mixed up; None with one process."""
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if is_enabled() else None
 
 

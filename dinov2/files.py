@@ -27,11 +27,8 @@ _TEMPORARY, _ABANDONED_S = ".*.unfinished", 24 * 3600.0
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing bytes that replaces `path` when it is complete and on disk.
 
-    Readers see the old file or the new one, and a failed write leaves nothing. `remove_leftovers` removes what a killed
-    process leaves.
-
-    Raises:
-        OSError: If it cannot be written; names `path`.
+    Readers see the old file or the new one, and a failed write, an OSError that names `path`, leaves nothing.
+    `remove_leftovers` removes what a killed process leaves.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -52,14 +49,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(folder: Path, subfolders: Iterable[str] = ()) -> None:
-    """Remove the temporary files of `atomic_write` whose process was killed.
+    """Remove the temporary files that `atomic_write` of killed processes left in a folder, or deep in some subfolders.
 
     A living process on any machine holds a lock on such a file. On a file system without locks, a file is removed when
     it was not written to for a day.
-
-    Args:
-        folder: Searched without its subfolders.
-        subfolders: Names of folders in it that are searched at any depth.
     """
     below = (path for name in subfolders for path in (folder / name).rglob(_TEMPORARY))
     for path in itertools.chain(folder.glob(_TEMPORARY), below):
@@ -95,24 +88,14 @@ def naming_full_disk(path: Path) -> Iterator[None]:
 
 
 def read_regular_file(path: Path) -> bytes:
-    """Read a file, but no folder, pipe or device: reading those may never end.
-
-    Raises:
-        OSError: If it cannot be read; names the file.
-        ValueError: If it is not a regular file; names it.
-    """
+    """Read a file; a folder, pipe or device, reading which may never end, is a ValueError that names it."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError(f"{path} is not a regular file")
     return path.read_bytes()
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        OSError: If it cannot be read; names the file.
-        ValueError: If it is not JSON or not a regular file; names the file.
-    """
+    """Read a JSON file; anything else is a ValueError that names the file."""
     content = read_regular_file(path)
     try:
         return parse_json(content)
@@ -121,11 +104,7 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON text.
-
-    Raises:
-        ValueError: If it is not JSON, or exceeds the recursion limit of Python.
-    """
+    """Parse JSON text; a ValueError also if it exceeds the recursion limit of Python."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -133,16 +112,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_array(path: Path, name: str | None = None) -> np.ndarray:
-    """Read the array in an `.npy` file, or one of those in an `.npz` file.
-
-    Args:
-        path: Path of the file.
-        name: Name of the array in an `.npz` file; None for an `.npy` file.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is damaged.
-    """
+    """Read an `.npy` file, or the array `name` of an `.npz` file; a damaged one is a ValueError."""
     content = io.BytesIO(read_regular_file(path))
     try:
         array = np.load(content, allow_pickle=False)
@@ -156,18 +126,11 @@ def read_array(path: Path, name: str | None = None) -> np.ndarray:
 
 @contextmanager
 def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
-    """Lock a folder for this process, against other processes on any machine that shares it.
+    """Lock an existing folder for this process, against other processes on any machine that shares it.
 
     The lock is released when the process ends for any reason, but some network file systems keep that of a crashed
     machine: a SLURM job that was requeued after that may take it over. File systems without locks are not protected.
-
-    Args:
-        folder: An existing folder; the file `.lock` in it names the process that holds the lock.
-        patience: Seconds to wait for another process to release it.
-
-    Raises:
-        BlockingIOError: If another process keeps the lock; names it.
-        OSError: If the lock file cannot be written; names it.
+    The file `.lock` names the process that holds the lock, as does the BlockingIOError after `patience` seconds.
     """
     path, job = folder / ".lock", f"SLURM job {os.environ.get('SLURM_JOB_ID', '(none)')}"
     if path.exists() and not path.is_file():
@@ -193,11 +156,7 @@ def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
 def is_locked(folder: Path) -> bool:
     """Whether another process holds the `folder_lock` of a folder. In the process that holds it, this releases it.
 
-    Args:
-        folder: The folder; it is not changed, and read permission is enough.
-
-    Raises:
-        OSError: If the file system has no locks, or the lock file cannot be read.
+    Read permission is enough. An OSError if the file system has no locks.
     """
     try:
         return _is_locked(folder / ".lock")
@@ -206,11 +165,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether another process has locked a file.
-
-    Raises:
-        OSError: If it is not a regular file, its file system has no locks, or it cannot be read.
-    """
+    """Whether another process has locked a file; an OSError if it is not a regular one or has no locks."""
     if not path.is_file():  # opening a pipe waits for a writer
         raise FileNotFoundError(errno.ENOENT, "not a regular file", str(path))
     with path.open("rb") as file:

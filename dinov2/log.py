@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -66,10 +66,9 @@ class _ShortLine(logging.Formatter):
 
 
 class _Console(logging.Handler):
-    """Lines on standard output, above the progress bar if there is one.
+    """Lines on standard output, above the progress bar, in the form `in_short` of their record if it has one.
 
-    The `last_words` of a record, which end a command, are written to standard error instead; records with
-    `only_in_file` are omitted. Records with `in_short` are shown in this form; the log file has the whole message.
+    The `last_words` of a record, which end a command, go to standard error; records with `only_in_file` are omitted.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -111,7 +110,7 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
     """Send all log lines and warnings to the console and, if an output folder is given, to a file in it.
 
     The console shows rank 0, and errors of the other ranks. Lines are appended to `log_path(output_dir, rank)`.
-    It may be called again; new arguments replace the former ones.
+    Another call replaces the former one.
     """
     handlers: list[logging.Handler] = [_Console(level if rank == 0 else max(level, logging.ERROR))]
     if output_dir is not None:
@@ -153,12 +152,9 @@ def run_command(command: Callable[[], int | None], *, after_interrupt: str = "")
 
 
 def last_error(log: Path) -> str:
-    """The error that the last line of a log file reports; "" if it reports none.
+    """The error that the last line of a log file (`log_path`, need not exist) reports; "" if it reports none.
 
     A critical line has the exception that ends its traceback. An interruption by the user is not an error.
-
-    Args:
-        log: Log file of a process (`log_path`); it need not exist.
     """
     if not log.is_file():
         return ""
@@ -203,15 +199,12 @@ class SmoothedValue:
         self._window: deque[float] = deque(maxlen=window_size)
         self._count = 0
         self._total = 0.0
-        self._pending: list[_Value] = []
+        self._pending: list[tuple[float | Tensor, int, bool]] = []  # number, times, only_finite
 
     def update(self, value: float | Tensor, num: int = 1, *, only_finite: bool = False) -> None:
-        """Add a number or a tensor of one element, `num` times in the total.
-
-        With `only_finite`, values that are not finite are ignored, as they would stay in the total.
-        """
+        """Add a number or one-element tensor, `num` times in the total; with `only_finite` only if it is finite."""
         number = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
-        self._pending.append(_Value(number, num, only_finite))
+        self._pending.append((number, num, only_finite))
 
     @property
     def window(self) -> Sequence[float]:
@@ -266,14 +259,6 @@ class SmoothedValue:
         )
 
 
-class _Value(NamedTuple):
-    """A value passed to a meter."""
-
-    number: float | Tensor
-    times: int
-    only_finite: bool
-
-
 def _settle(meters: Iterable[SmoothedValue]) -> None:
     """Convert the pending tensors of some meters to numbers, with one wait for the device and the other processes."""
     meters = list(meters)
@@ -303,7 +288,6 @@ class _Loop:
 
     header: str
     iterations: range
-    print_freq: int
     batch_size: int | None
     iter_time: SmoothedValue = field(default_factory=SmoothedValue)
     data_time: SmoothedValue = field(default_factory=SmoothedValue)
@@ -324,13 +308,9 @@ class MetricLogger:
     Args:
         delimiter: Separator of the parts of a printed line.
         output_file: File to which each printed line is appended as a JSON object.
-        is_main: Whether this process writes the file and shows the progress bar.
-        mean_over_processes: Function that averages tensors before they become numbers; all processes must then print
-            together.
+        is_main: Whether this process writes the file, shows the progress bar, and passes records to `listeners`.
+        mean_over_processes: See `SmoothedValue`; all processes must then print together.
         hidden: Meters that are not shown on the console.
-
-    Attributes:
-        listeners: Functions called with each record in the main process.
     """
 
     def __init__(
@@ -354,18 +334,12 @@ class MetricLogger:
         self._end: Callable[[], None] | None = None
 
     def update(self, *, only_finite: bool = False, **values: float | Tensor) -> None:
-        """Add a number or a tensor of one element to each named meter; meters are created on first use.
-
-        With `only_finite`, values that are not finite are ignored.
-        """
+        """Add a number or one-element tensor to each named meter, created on first use (`SmoothedValue.update`)."""
         for name, value in values.items():
             self.meters.setdefault(name, self._meter()).update(value, only_finite=only_finite)
 
     def note(self, **values: float) -> None:
-        """Add finite numbers to the record of this iteration without smoothing; it is then printed.
-
-        All processes must pass the same numbers.
-        """
+        """Add finite numbers, the same on all processes, to the record of this iteration, which is then printed."""
         self._notes |= {name: value for name, value in values.items() if math.isfinite(value)}
 
     def line_is_due(self) -> bool:
@@ -406,18 +380,14 @@ class MetricLogger:
     ) -> Iterator[T]:
         """Yield items, and print the meters after every `print_freq`-th and after the last one.
 
-        Nothing is fetched or yielded if `start_iteration` is not below `n_iterations`.
-
         Args:
-            iterable: Batches, beginning with that of `start_iteration`.
-            print_freq: Number of iterations between lines.
+            iterable: Batches, beginning with that of `start_iteration`; unused if that is not below `n_iterations`.
             header: Beginning of each line.
             n_iterations: Index of the end, not counted from `start_iteration`; default: length of the iterable.
-            start_iteration: Index of the first iteration.
             batch_size: Images per iteration over all processes, for printing images per second.
         """
         stop = len(iterable) if n_iterations is None else n_iterations  # type: ignore[arg-type]
-        loop = _Loop(header, range(start_iteration, stop), print_freq, batch_size)
+        loop = _Loop(header, range(start_iteration, stop), batch_size)
         if not loop.iterations:
             return
         source = iter(iterable)
@@ -438,7 +408,7 @@ class MetricLogger:
         logger.info("%s Total time: %s (%.6f s / it)", header, _clock(seconds), per_iteration)
 
     def end_iteration(self) -> None:
-        """End the current iteration now, and print its line if due, before the caller finishes its work on it.
+        """End the current iteration and print its line if due, before the caller finishes its work on it.
 
         To be called before a checkpoint is written, so that printed lines and saved meters are consistent, and the time
         of the checkpoint does not count as time of the step.
@@ -453,7 +423,8 @@ class MetricLogger:
         notes, self._notes = self._notes, {}
         if not (self._line_is_due or notes):
             return
-        logger.info("%s", self._line(loop, index), extra={"in_short": self._short_line(loop, index)})
+        line, short = self._lines(loop, index)
+        logger.info("%s", line, extra={"in_short": short})
         if not self.is_main:
             return
         medians = {name: meter.median for name, meter in self.meters.items() if meter.count}
@@ -465,31 +436,25 @@ class MetricLogger:
         for listener in self.listeners:
             listener(record)
 
-    def _line(self, loop: _Loop, index: int) -> str:
-        stop, remaining = loop.iterations.stop, loop.iterations[-1] - index
-        iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
-        parts = [f"{loop.header} [{index:{len(str(stop))}d}/{stop}]", f"eta: {_clock(loop.elapsed()[1] * remaining)}"]
-        if self.meters:
-            parts.append(str(self))
+    def _lines(self, loop: _Loop, index: int) -> tuple[str, str]:
+        """The line for the log file, and that for the console: medians with short names, speed, remaining time."""
+        stop, iter_time, data_time = loop.iterations.stop, loop.iter_time.avg, loop.data_time.avg
+        number, wait = f"{index:{len(str(stop))}d}/{stop}", f"{data_time / iter_time:.0%}"
+        left = _clock(loop.elapsed()[1] * (loop.iterations[-1] - index))
+        parts = [f"{loop.header} [{number}]", f"eta: {left}", *([str(self)] if self.meters else [])]
         parts += [f"time: {iter_time:.6f}", f"data: {data_time:.6f}"]
+        facts = []
         if loop.batch_size is not None:
             parts.append(f"images/s: {loop.batch_size / iter_time:.1f}")
-        parts.append(f"data wait: {data_time / iter_time:.0%}")
+            facts.append(f"{loop.batch_size / iter_time:.4g} images/s")
+        parts.append(f"data wait: {wait}")
         if torch.cuda.is_available():
             parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
-        return self.delimiter.join(parts).strip()
-
-    def _short_line(self, loop: _Loop, index: int) -> str:
-        """The line for the console: medians with short names, speed, remaining time."""
-        iter_time, data_time = loop.iter_time.avg, loop.data_time.avg
         shown = {name: meter.median for name, meter in self.meters.items() if meter.count and name not in self.hidden}
         values = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in shown.items()]
-        speed = [f"{loop.batch_size / iter_time:.4g} images/s"] if loop.batch_size is not None else []
-        left = _clock(loop.elapsed()[1] * (loop.iterations[-1] - index))
-        facts = [*speed, f"data wait {data_time / iter_time:.0%}", f"{left} left"]
-        stop = loop.iterations.stop
-        heading = f"{loop.header} {index:{len(str(stop))}d}/{stop}"
-        return " | ".join([heading, *(["  ".join(values)] if values else []), "  ".join(facts)])
+        facts += [f"data wait {wait}", f"{left} left"]
+        short = [f"{loop.header} {number}", "  ".join(values), "  ".join(facts)]
+        return self.delimiter.join(parts).strip(), " | ".join(filter(None, short))
 
 
 def _clock(seconds: float) -> str:
@@ -500,11 +465,7 @@ def _clock(seconds: float) -> str:
 
 
 def append_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Append one record to a file of JSON lines.
-
-    Raises:
-        OSError: The file cannot be written; the message names it.
-    """
+    """Append one record to a file of JSON lines."""
     try:
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -513,16 +474,7 @@ def append_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, float]]:
-    """Read the records of a metrics file; none if there is no file.
-
-    Lines that are incomplete after a crash or damaged are skipped, with a warning.
-
-    Returns:
-        The finite numbers of each line, by name.
-
-    Raises:
-        OSError: The file cannot be read; the message names it.
-    """
+    """The finite numbers of each intact line of a metrics file, with a warning of others; none without a file."""
     records, num_damaged = readable_records(path)
     if num_damaged:
         logger.warning("%s: %d truncated or damaged line(s) are omitted", path, num_damaged)
@@ -536,18 +488,7 @@ def readable_records(path: str | Path) -> tuple[list[dict[str, float]], int]:
 
 
 def truncate_metrics(path: str | Path, before_iteration: int) -> None:
-    """Remove from a metrics file, if there is one, the iterations that a resumed run will repeat.
-
-    Lines that are incomplete after a crash or damaged are removed as well, with a warning. The file is replaced
-    atomically.
-
-    Args:
-        path: Metrics file.
-        before_iteration: First iteration to remove.
-
-    Raises:
-        OSError: The file cannot be read or written; the message names it.
-    """
+    """Remove iterations from `before_iteration` on and damaged lines from a metrics file, if it exists, atomically."""
     path = Path(path)
     lines = _lines(path)
     records = [_record(line) for line in lines]

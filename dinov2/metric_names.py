@@ -7,25 +7,15 @@ Direction = Literal["rises", "falls", "none"]
 
 
 class Metric(NamedTuple):
-    """One quantity of a training run.
+    """One quantity of a training run."""
 
-    Attributes:
-        name: Key in `training_metrics.json`.
-        group: What it is about.
-        meaning: What is measured, and which values indicate a problem; one or two sentences.
-        unit: Unit of the values; empty for numbers without a unit.
-        direction: Trend over a healthy run.
-        chart: Title of the chart that shows it together with related metrics; empty if it is not drawn.
-        label: Distinguishes it from the other metrics of its chart.
-    """
-
-    name: str
+    name: str  # key in `training_metrics.json`
     group: Group
-    meaning: str
-    unit: str = ""
-    direction: Direction = "none"
-    chart: str = ""
-    label: str = ""
+    meaning: str  # what is measured, and which values indicate a problem; one or two sentences
+    unit: str = ""  # empty for numbers without a unit
+    direction: Direction = "none"  # trend over a healthy run
+    chart: str = ""  # title of the chart that shows it together with related metrics; empty if it is not drawn
+    label: str = ""  # distinguishes it from the other metrics of its chart
 
 
 def _loss(name: str, chart: str, meaning: str) -> Metric:
@@ -55,6 +45,11 @@ def _schedule(name: str, chart: str, meaning: str, label: str = "") -> Metric:
     return Metric(name, "schedule", meaning, chart=chart, label=label)
 
 
+_KNN = "Share of labeled images whose nearest neighbors have the same class. Rises, then levels off."
+_SIMILARITY = "Mean cosine similarity of two patches of one image. A slow rise toward 1: dense features decay."
+_NEAREST = "Mean distance of a normalized class token to the nearest one. At 0 all images look alike."
+_LARGEST = "Share of targets, 0 to 1, whose largest entry is the most frequent one. Near 1: collapse."
+_LAG = "Distance of their weights, relative to the norm of the teacher's. Rises with the learning rate, then falls."
 _NORM = "Mean length of tokens before the last norm, and of the longest patch token. Steady growth is a warning."
 _INFORMATION = "Mutual information of targets and images, and its maximum. At 0 all targets are the same."
 _LR = "Rises during warm-up, then falls. The rate of the last layer is 0 while it is frozen."
@@ -68,31 +63,13 @@ METRICS: tuple[Metric, ...] = (
     _loss("ibot_loss", "iBOT", "Masked patches predict the teacher's tokens of the same patches."),
     _loss("koleo_loss", "KoLeo", "Spreads the class tokens of a batch. A steep rise: features become alike."),
     # Features: the teacher on the fixed images of the probe.
-    Metric(
-        "knn",
-        "features",
-        "Share of labeled images whose nearest neighbors have the same class. Rises, then levels off.",
-        "%",
-        "rises",
-        "k-NN accuracy",
-    ),
+    Metric("knn", "features", _KNN, "%", "rises", "k-NN accuracy"),
     Metric("knn_chance", "features", "k-NN accuracy that guessing reaches.", "%"),
     *_tokens("rank_me", "Effective rank", "Number of dimensions in use (RankMe). Near 1: collapse.", "rises"),
-    Metric(
-        "probe_patch_similarity",
-        "features",
-        "Mean cosine similarity of two patches of one image. A slow rise toward 1: dense features decay.",
-        chart="Similarity of patches",
-    ),
+    Metric("probe_patch_similarity", "features", _SIMILARITY, chart="Similarity of patches"),
     *_tokens("norm", "Feature norms", _NORM),
     Metric("probe_patch_norm_max", "features", _NORM, chart="Feature norms", label="longest patch"),
-    Metric(
-        "koleo_distance",
-        "features",
-        "Mean distance of a normalized class token to the nearest one. At 0 all images look alike.",
-        direction="rises",
-        chart="Nearest neighbor in the batch",
-    ),
+    Metric("koleo_distance", "features", _NEAREST, "", "rises", "Nearest neighbor in the batch"),
     Metric("probe_images", "features", "Number of probe images.", "images"),
     Metric("probe_distinct_images", "features", "Number of different probe images.", "images"),
     # Targets of the teacher in one step.
@@ -102,20 +79,11 @@ METRICS: tuple[Metric, ...] = (
     *_targets("target_entropy", "Entropy", "Mean entropy of a target, 0 to the logarithm of the prototypes.", "nats"),
     *_targets("target_perplexity", "Perplexity", "Effective number of prototypes of a batch. Near 1: collapse."),
     *_targets("prototypes_used", "Prototypes used", "Prototypes that are the largest entry of some target."),
-    *_targets(
-        "largest_prototype",
-        "Share of the largest prototype",
-        "Share of targets, 0 to 1, whose largest entry is the most frequent one. Near 1: collapse.",
-    ),
+    *_targets("largest_prototype", "Share of the largest prototype", _LARGEST),
     _gradient("backbone", "backbone"),
     _gradient("dino_head", "DINO head"),
     _gradient("ibot_head", "iBOT head"),
-    Metric(
-        "student_teacher_distance",
-        "optimization",
-        "Distance of their weights, relative to the norm of the teacher's. Rises with the learning rate, then falls.",
-        chart="Student to teacher",
-    ),
+    Metric("student_teacher_distance", "optimization", _LAG, chart="Student to teacher"),
     # Speed: means of the last 20 steps.
     Metric("iter_time", "speed", "Time of a step.", "s"),
     Metric("data_time", "speed", "Time that a step waits for its batch.", "s"),

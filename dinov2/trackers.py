@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from dinov2.files import atomic_write, read_regular_file
@@ -29,11 +28,7 @@ PATIENCE = 30.0
 
 
 def check_trackers(*, tensorboard: bool, wandb_project: str) -> None:
-    """Check that the packages of the requested trackers are installed.
-
-    Raises:
-        ValueError: A package is missing; the message names it.
-    """
+    """Check that the packages of the requested trackers are installed; a missing one is a ValueError that names it."""
     if tensorboard:
         _check_package("torch.utils.tensorboard", "tensorboard", "tracking.tensorboard")
     if wandb_project:
@@ -58,7 +53,7 @@ def open_trackers(
     start: int,
     config: Mapping[str, Any],
 ) -> Iterator[list[Tracker]]:
-    """Open the requested trackers; they are flushed and closed when the context ends.
+    """Open the requested trackers, each a function of a record; they are flushed and closed when the context ends.
 
     Args:
         tensorboard: Whether to write event files to `output_dir/tensorboard`.
@@ -68,12 +63,6 @@ def open_trackers(
         output_dir: Existing output folder of the run. Another call with the same folder continues the same curves.
         start: First iteration of this session; records of an earlier session from this iteration on are hidden.
         config: Configuration of the run, shown beside the curves.
-
-    Yields:
-        The trackers, each a function of a record.
-
-    Raises:
-        ValueError: A package is missing, or there is no login to Weights & Biases.
     """
     check_trackers(tensorboard=tensorboard, wandb_project=wandb_project)
     wanted = {}
@@ -109,12 +98,10 @@ class _Harmless:
         except Exception as error:
             self._give_up(error)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         was_tracking = self._track is not None
         try:
-            self._opening.__exit__(kind, error, trace)
+            self._opening.__exit__(*raised)
         except Exception as failure:
             if was_tracking:
                 self._give_up(failure)
@@ -182,12 +169,7 @@ def _exit_hooks_kept() -> Iterator[None]:
 
 
 def _run_id(path: Path) -> str:
-    """Read the run id in a file, which is created if it does not exist, so that a resumed run keeps its id.
-
-    Raises:
-        OSError: The file cannot be read or written, or is damaged; the message names it.
-        ValueError: It is not a regular file; the message names it.
-    """
+    """The run id in a file, which is created if it does not exist, so that a resumed run keeps its id."""
     if not path.exists():
         with atomic_write(path) as file:
             file.write(secrets.token_hex(4).encode())

@@ -4,8 +4,9 @@
 A small network is trained on generated, photograph-like JPEG files, with log lines, health measurements,
 teacher dumps and checkpoints as often as in a real run per unit of time. Every few seconds the memory of the training
 process and of each worker is sampled: its proportional set size (PSS), which shares out common pages, and its anonymous
-part. Lines are fitted to what comes after the first minutes, when caches and pools have filled; a leak is a slope that
-is clearly above its standard error. Linux only.
+memory. Lines are fitted to what comes after the first minutes, when caches and pools have filled; a leak is a slope of
+anonymous memory that is clearly above its standard error. PSS also grows when processes write to pages that they have
+shared since a worker was forked, which happens once for each page. Linux only.
 
     OMP_NUM_THREADS=1 python scripts/soak.py --minutes 20
 """
@@ -90,7 +91,7 @@ def take_sample(trainer: int, started: float) -> Sample:
     children = Path(f"/proc/{trainer}/task/{trainer}/children").read_text().split()
     names = {"trainer": trainer} | {f"worker {place}": int(pid) for place, pid in enumerate(children)}
     found = {name: memory for name, pid in names.items() if (memory := memory_of(pid)) is not None}
-    pss, anonymous = ({name: each[kind] for name, each in found.items()} for kind in ("Pss", "Pss_Anon"))
+    pss, anonymous = ({name: each[kind] for name, each in found.items()} for kind in ("Pss", "Anonymous"))
     return Sample(time.monotonic() - started, pss, anonymous)
 
 
@@ -112,11 +113,12 @@ def growth(samples: Iterable[Sample], settle: float) -> dict[str, Any]:
         known = [sample for sample in samples if name in sample.pss]
         late = [sample for sample in known if sample.seconds >= settle]
         seconds = [sample.seconds for sample in late]
-        points = known[:: max(len(known) // CURVE_POINTS, 1)]
+        points = {f"{point.seconds / 60:.2f}": point for point in known[:: max(len(known) // CURVE_POINTS, 1)]}
         record[name] = {
             "pss_mb_per_hour": slope(seconds, [sample.pss[name] for sample in late]),
             "anonymous_mb_per_hour": slope(seconds, [sample.anonymous[name] for sample in late]),
-            "pss_mb_at_minute": {f"{point.seconds / 60:.2f}": round(point.pss[name], 1) for point in points},
+            "pss_mb_at_minute": {minute: round(point.pss[name], 1) for minute, point in points.items()},
+            "anonymous_mb_at_minute": {minute: round(point.anonymous[name], 1) for minute, point in points.items()},
         }
     return record
 

@@ -69,17 +69,13 @@ def make_backbone(
     weights: Weights | str | Path = Weights.LVD142M,
     **kwargs: Any,
 ) -> DinoVisionTransformer:
-    """Build one of the published backbones, on the CPU and in training mode.
+    """Build one of the published backbones, on the CPU and in training mode, by default with all weights.
 
     Args:
         arch: A key of `dinov2.models.ARCHS`.
         registers: Whether it is the variant with four registers.
-        pretrained: Whether to load weights, all of them or none.
         weights: Published weights (there is one choice), or a file, folder or URL of others.
         kwargs: Arguments of `DinoVisionTransformer`, which override the published settings.
-
-    Raises:
-        ValueError: If there are no such weights, or they do not fit the settings.
     """
     published = weights_url(arch, "pretrain", registers=registers)
     source = weights_source(Weights, weights, published)
@@ -90,16 +86,7 @@ def make_backbone(
 
 
 def weights_source(choices: type[Enum], weights: Enum | str | Path, published: str) -> str | Path:
-    """The path or URL of weights.
-
-    Args:
-        choices: Enumeration of the published weights.
-        weights: A member of it, its name, or a path or URL.
-        published: URL of the published weights.
-
-    Raises:
-        ValueError: If `weights` is neither a member, nor looks like a path or URL.
-    """
+    """The path or URL of `weights`: a member of the enumeration of `published` ones or its name, or a path or URL."""
     if isinstance(weights, choices) or weights in choices.__members__:
         return published
     if isinstance(weights, Path) or (isinstance(weights, str) and (Path(weights).suffix or Path(weights).exists())):

@@ -27,15 +27,8 @@ class Weights(Enum):
 class LinearClassifier(nn.Module):
     """A linear classifier on the features of a backbone of width D.
 
-    The input of the linear layer is the concatenation of the class tokens of the last `layers` blocks, in order of
+    The input of the linear layer is the concatenation of the class tokens of the last `layers` blocks (1 or 4), by
     increasing depth, and the mean of the last block's patch tokens, all after the final norm: (1 + layers) * D.
-
-    Args:
-        backbone: The backbone.
-        layers: Number of last blocks, 1 or 4.
-
-    Raises:
-        ValueError: If `layers` is neither 1 nor 4.
     """
 
     def __init__(self, backbone: DinoVisionTransformer, layers: int = 4) -> None:
@@ -103,19 +96,13 @@ def make_classifier(
     weights: Weights | str | Path = Weights.IMAGENET1K,
     **kwargs: Any,
 ) -> LinearClassifier:
-    """Build one of the published classifiers.
+    """Build one of the published classifiers, by default with the weights of the backbone and of the linear layer.
 
     Args:
-        arch: A key of `dinov2.models.ARCHS`.
-        registers: Whether it is the variant with four registers.
+        arch, registers, kwargs: See `make_backbone`.
         layers: Number of last blocks whose class tokens are used, 1 or 4.
-        pretrained: Whether to load weights of the backbone and of the linear layer.
         weights: Published weights of the linear layer (there is one choice), or a file, folder or URL of others. If it
             has a backbone as well (as a classifier of transformers does), that is loaded, too.
-        kwargs: Arguments of the backbone, see `make_backbone`.
-
-    Raises:
-        ValueError: If `layers` or `weights` is none of the choices, or the weights do not fit.
     """
     backbone = make_backbone(arch, registers=registers, pretrained=False, **kwargs)
     model = LinearClassifier(backbone, layers)

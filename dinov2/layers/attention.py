@@ -8,11 +8,8 @@
 
 `auto` selects the first one that runs with the given device, dtype and head width, which is tested by running it once:
 xFormers can be imported on machines where none of its kernels work. The environment variable `XFORMERS_DISABLED` (any
-value) excludes xFormers. On a CPU, and when exported or compiled from outside, `auto` is `sdpa` without a test;
-`train.parallel` compiles with the selected backend.
-
-Attention maps are computed explicitly only if needed: for dropout on them, or for a hook on `attn_drop`, which gets
-them as (b, H, n, n).
+value) excludes xFormers. Attention maps are computed explicitly only for dropout on them, or for a hook on `attn_drop`,
+which gets them as (b, H, n, n).
 
 Legend: T packed tokens, D width, H heads, d = D / H, B sequences of N tokens.
 """
@@ -41,10 +38,7 @@ class Attention(nn.Module):
     """Multi-head self-attention with the published parameter names `qkv` and `proj`.
 
     Args:
-        dim: Width D.
-        num_heads: Number of heads H; must divide `dim`.
-        qkv_bias: Whether the projection to queries, keys and values has a bias.
-        proj_bias: Whether the output projection has a bias.
+        dim: Width D, a multiple of the number of heads H.
         attn_drop: Dropout rate of the attention maps, in [0, 1]. In training, a rate above 0 requires the maps, which
             the fast kernels do not compute; the published fast path ignores the rate.
         proj_drop: Dropout rate of the output, in [0, 1].
@@ -78,14 +72,9 @@ class Attention(nn.Module):
         self.proj_drop: nn.Module = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, segments: Segments | None = None, ends: Tensor | None = None) -> Tensor:
-        """Self-attention within each sequence.
+        """Self-attention within each sequence of packed tokens (T, D) with `segments`, or of (B, N, D).
 
-        Args:
-            x: Packed tokens (T, D) with `segments`, or (B, N, D) without.
-            ends: The `sequence_ends` of the segments, if they are known already.
-
-        Returns:
-            The attended tokens, in the shape of `x`.
+        `ends` are the `sequence_ends` of the segments, if they are known already.
         """
         qkv = self.qkv(x)  # (..., 3D), the shape that hooks on this layer expect
         if segments is None:
@@ -119,8 +108,7 @@ class Attention(nn.Module):
         return self.attn_drop(maps).to(v.dtype) @ v
 
 
-MemEffAttention = Attention
-"""Published name of the memory-efficient variant, which is a backend here."""
+MemEffAttention = Attention  # published name of the memory-efficient variant, which is a backend here
 
 
 def _by_group(qkv: Tensor, segments: Segments, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -138,10 +126,7 @@ def _sdpa(qkv: Tensor, segments: Segments, ends: Tensor | None = None) -> Tensor
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of (b, H, n, d) each; by matrix products in half-precision training on a CPU, where they are faster.
-
-    There the gradient of the fused kernel takes 2 to 4 times as long.
-    """
+    """Attention of (b, H, n, d) each, by the fused kernel except where its gradient takes 2 to 4 times as long."""
     if q.is_cpu and q.requires_grad and q.dtype in (torch.bfloat16, torch.float16) and not torch.jit.is_tracing():
         return torch.softmax(q * q.shape[-1] ** -0.5 @ k.mT, dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

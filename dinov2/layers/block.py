@@ -27,20 +27,14 @@ class Block(nn.Module):
 
     Args:
         dim: Width D.
-        num_heads: Number of attention heads.
         mlp_ratio: Hidden width of the feed-forward network over `dim`.
-        qkv_bias: Whether the projection to queries, keys and values has a bias.
-        proj_bias: Whether the output projection of attention has a bias.
-        ffn_bias: Whether the feed-forward network has biases.
-        drop: Dropout rate of the outputs of attention and feed-forward network, in [0, 1].
-        attn_drop: Dropout rate of the attention maps, in [0, 1].
+        qkv_bias, proj_bias, ffn_bias: Whether these linear layers have biases.
+        drop, attn_drop: Dropout rates of the outputs of both parts, and of the attention maps, in [0, 1].
         init_values: Initial gain of LayerScale; None or 0 disables LayerScale.
         drop_path: Rate rho of stochastic depth, in [0, 1).
-        act_layer: Activation of the feed-forward network, if it has a choice.
         norm_layer: Normalization of D channels.
-        attn_class: Class of attention, with the arguments of `Attention`.
-        ffn_layer: Class of the feed-forward network, with the arguments of `Mlp`.
-        attention_backend: Backend of attention, see `layers.attention`.
+        attn_class, ffn_layer: Classes with the arguments of `Attention` and `Mlp`; `act_layer` is passed to the latter.
+        attention_backend: See `layers.attention`.
     """
 
     def __init__(
@@ -153,5 +147,4 @@ class Block(nn.Module):
         return self.mlp(self.norm2(x))
 
 
-NestedTensorBlock = Block
-"""Published name of the block that takes lists, which every block does here."""
+NestedTensorBlock = Block  # published name of the block that takes lists, which every block does here

@@ -8,17 +8,7 @@ from torch.nn import functional as F
 
 
 class DINOHead(nn.Module):
-    """MLP to a bottleneck, L2 normalization, then the scores against `out_dim` prototypes.
-
-    Args:
-        in_dim: Width of the tokens.
-        out_dim: Number of prototypes K.
-        use_bn: Whether to use batch norm after every hidden layer.
-        nlayers: Number of linear layers in the MLP, at least 1.
-        hidden_dim: Width of the hidden layers.
-        bottleneck_dim: Width of the bottleneck.
-        mlp_bias: Whether these layers have a bias.
-    """
+    """MLP of `nlayers` linear layers to a bottleneck, L2 normalization, then scores against `out_dim` prototypes."""
 
     def __init__(
         self,

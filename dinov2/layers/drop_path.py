@@ -4,11 +4,7 @@ from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """In training, zero whole samples with probability `drop_prob` and scale the others to keep the mean.
-
-    Args:
-        drop_prob: Rate of stochastic depth, in [0, 1); None means 0.
-    """
+    """In training, zero samples with probability `drop_prob` in [0, 1), and scale the others to keep the mean."""
 
     def __init__(self, drop_prob: float | None = 0.0) -> None:
         super().__init__()

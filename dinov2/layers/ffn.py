@@ -9,13 +9,8 @@ from torch.nn import functional as F
 class Mlp(nn.Module):
     """Linear, activation, Linear; parameters `fc1` and `fc2`.
 
-    Args:
-        in_features: Width D of the tokens.
-        hidden_features: Hidden width; None: D.
-        out_features: Width of the result; None: D.
-        act_layer: Activation between the two layers.
-        drop: Dropout rate after each layer, in [0, 1].
-        bias: Whether the layers have biases.
+    The hidden width and that of the result are by default the width D of the tokens; `drop` is the dropout rate after
+    each layer, in [0, 1].
     """
 
     def __init__(
@@ -43,18 +38,8 @@ class SwiGLUFFN(nn.Module):
     """SiLU-gated network (Shazeer, arXiv 2002.05202); `w12` packs the gate and the value, `w3` projects back.
 
     The hidden width is reduced to two thirds, rounded up to a multiple of 8, to keep the parameter count of an `Mlp`.
-
-    Args:
-        in_features: Width D of the tokens.
-        hidden_features: Hidden width before the reduction; None: D.
-        out_features: Width of the result; None: D.
-        act_layer: Ignored, as published: the gate is a SiLU. Other activations are rejected, except the default of
-            `Block`.
-        drop: Must be 0, because there is no dropout.
-        bias: Whether the layers have biases.
-
-    Raises:
-        ValueError: Another activation or dropout is requested.
+    As published, `act_layer` is ignored; activations other than SiLU and the default of `Block` are rejected, and so is
+    dropout.
     """
 
     def __init__(
@@ -82,5 +67,4 @@ class SwiGLUFFN(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-SwiGLUFFNFused = SwiGLUFFN
-"""Published name of the variant with a fused kernel, which xFormers has removed."""
+SwiGLUFFNFused = SwiGLUFFN  # published name of the variant with a fused kernel, which xFormers has removed

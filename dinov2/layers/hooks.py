@@ -4,10 +4,7 @@ from torch import nn
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook or a replaced `forward` observes or changes the output of `module`.
-
-    Such a module must be called and not fused.
-    """
+    """Whether a hook or a replaced `forward` observes the output of `module`, which must then be called, not fused."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

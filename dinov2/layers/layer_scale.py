@@ -5,13 +5,7 @@ from torch import Tensor, nn
 
 
 class LayerScale(nn.Module):
-    """Multiply the last dimension by a learned gain `gamma`.
-
-    Args:
-        dim: Number of channels D.
-        init_values: Initial gain, one number or one for each channel (D,).
-        inplace: Whether the input is overwritten.
-    """
+    """Multiply the last dimension by a learned gain `gamma`, initially one number or one for each channel (D,)."""
 
     def __init__(self, dim: int, init_values: float | Tensor = 1e-5, inplace: bool = False) -> None:
         super().__init__()

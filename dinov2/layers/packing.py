@@ -1,7 +1,6 @@
-"""Packed tokens: sequences of different lengths, concatenated in one matrix.
+"""Packed tokens: sequences of different lengths, concatenated in one matrix `(T, D)`.
 
-A training step runs crops of two sizes through the same weights. All layers but attention process tokens individually,
-so all crops form one matrix `(T, D)`, and only attention needs the lengths of the sequences.
+A training step runs crops of two sizes through the same weights. Only attention needs the lengths of the sequences.
 
 Legend: b_k sequences of n_k tokens in group k, T = sum of b_k * n_k tokens in total, D channels.
 """
@@ -12,8 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Segments = tuple[tuple[int, int], ...]
-"""For each group of equally long sequences: (number of sequences, their length)."""
+Segments = tuple[tuple[int, int], ...]  # for each group of equally long sequences: (number of sequences, their length)
 
 
 def pack(groups: Sequence[Tensor]) -> tuple[Tensor, Segments]:

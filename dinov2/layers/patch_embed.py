@@ -13,10 +13,8 @@ class PatchEmbed(nn.Module):
     """Linear embedding of patches, as a convolution whose stride equals its kernel size.
 
     Args:
-        img_size: Height and width of images in pixels; determines `num_patches`.
-        patch_size: Height and width of a patch in pixels.
-        in_chans: Number of image channels C.
-        embed_dim: Width D of the tokens.
+        img_size: Side, or height and width, of images in pixels; determines `num_patches`.
+        patch_size: Side, or height and width, of a patch in pixels.
         norm_layer: Normalization of D channels; None: no normalization.
         flatten_embedding: Whether to flatten the grid; otherwise the output is (B, H/p, W/p, D).
     """
@@ -42,12 +40,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed patches in row-major order: (B, C, H, W) -> (B, H/p * W/p, D).
-
-        Raises:
-            ValueError: The input is not a batch of floating-point images, has other channels, or a side that is not a
-                multiple of the patch size.
-        """
+        """Embed patches in row-major order: (B, C, H, W), sides multiples of the patch size -> (B, H/p * W/p, D)."""
         self._check(x)
         x = self.norm(self.proj(x).permute(0, 2, 3, 1))  # (B, H/p, W/p, D)
         return x.flatten(1, 2) if self.flatten_embedding else x

@@ -33,10 +33,7 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, *teacher_outputs: Tensor) -> None:
-        """Update the center by the mean of the scores, (R, K) per micro-batch, over all processes.
-
-        To be called after the targets were computed.
-        """
+        """Update the center by the mean of scores (R, K) of micro-batches and processes, after the targets."""
         sums = [scores.sum(dim=0, keepdim=True, dtype=torch.float32) for scores in teacher_outputs]
         total = torch.stack(sums).sum(dim=0)
         rows = total.new_full((), sum(map(len, teacher_outputs)))

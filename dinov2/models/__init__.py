@@ -14,14 +14,9 @@ ARCHS: dict[str, Callable[..., DinoVisionTransformer]] = {
 
 
 def build_model(arch: str, **kwargs: Any) -> DinoVisionTransformer:
-    """Build a backbone.
+    """Build a backbone of a name in `ARCHS`; a trailing `_memeff` is ignored, as in the published function.
 
-    Args:
-        arch: A key of `ARCHS`; a trailing `_memeff` is ignored, as in the published function.
-        kwargs: Arguments of `DinoVisionTransformer`, which override those of `arch` unless they are None.
-
-    Raises:
-        ValueError: If the name is unknown, or is a configuration, which the published function accepts.
+    `kwargs` are arguments of `DinoVisionTransformer`, which override those of `arch` unless they are None.
     """
     if not isinstance(arch, str):
         raise ValueError(

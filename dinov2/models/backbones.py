@@ -27,12 +27,7 @@ def num_heads_beside(source: str) -> int | None:
 
 
 def build_published(name: str, num_heads: int | None = None) -> DinoVisionTransformer:
-    """Build a published backbone with random weights.
-
-    Args:
-        name: A key of `PUBLISHED`.
-        num_heads: Number of attention heads; None for the published one.
-    """
+    """Build the published backbone of a name in `PUBLISHED` with random weights; by default with its `num_heads`."""
     arch, registers = PUBLISHED[name]
     return build_model(arch, **published_settings(arch, registers=registers), num_heads=num_heads)
 
@@ -40,20 +35,14 @@ def build_published(name: str, num_heads: int | None = None) -> DinoVisionTransf
 def load_from_weights(
     source: str, *, name: str | None = None, num_heads: int | None = None, checkpoint_key: str = "teacher"
 ) -> DinoVisionTransformer:
-    """Build a frozen backbone in evaluation mode and load its weights, on the CPU.
+    """Build a frozen backbone in evaluation mode and load its weights, on the CPU; errors as `load_backbone`.
 
     Args:
         source: A published name, a file, a folder of transformers or a URL.
-        name: Name of the published architecture; None for that of a published `source`, or else to infer the
-            architecture from the tensors.
+        name: Name of the published architecture; None for that of a published `source`, or else to infer it.
         num_heads: Number of attention heads, which tensors do not determine; None for that in a `config.json` in the
             folder, or of 64 channels each.
         checkpoint_key: The network to use if the source holds several.
-
-    Raises:
-        FileNotFoundError: If there are no such weights.
-        ConnectionError: If they cannot be downloaded.
-        ValueError: If they cannot be read, or fit no backbone.
     """
     num_heads = num_heads or num_heads_beside(source)
     name = name or (source if source in PUBLISHED else None)
@@ -65,17 +54,10 @@ def load_from_weights(
 def backbone_from_state(
     state: StateDict, source: str, *, name: str | None = None, num_heads: int | None = None, **settings: Any
 ) -> DinoVisionTransformer:
-    """Build a frozen backbone in evaluation mode from a state dict with the published names.
+    """Build a frozen backbone in evaluation mode from a state dict with the published names, or raise a ValueError.
 
-    Args:
-        state: Tensors by name.
-        source: Their origin, for messages.
-        name: Name of the published architecture; None to infer the architecture from the tensors.
-        num_heads: Number of attention heads; None for 64 channels each.
-        settings: Further arguments of `DinoVisionTransformer` instead of the inferred ones; unused with a `name`.
-
-    Raises:
-        ValueError: If the tensors fit no backbone, or not the one of that name.
+    `source` is its origin, for messages; `name` and `num_heads` as in `load_from_weights`. `settings` are further
+    arguments of `DinoVisionTransformer` instead of the inferred ones, unused with a `name`.
     """
     if name:
         model = build_published(name, num_heads)

@@ -14,26 +14,17 @@ from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
-CHECKSUM_KEY = "crc32"
-"""Metadata key of the checksum in a safetensors file."""
-NO_CHECKSUM = "0" * 8
-"""Placeholder for which the checksum is calculated, in hexadecimal digits."""
+CHECKSUM_KEY = "crc32"  # metadata key of the checksum in a safetensors file
+NO_CHECKSUM = "0" * 8  # placeholder for which the checksum is calculated, in hexadecimal digits
 
 _ENTRY = re.compile(rb'"%s":"([0-9a-f]{8})"' % CHECKSUM_KEY.encode())
 _CHUNK_BYTES = 1 << 22
 
 
 def check_zip(file: str | Path | BinaryIO) -> None:
-    """Verify all checksums of a zip archive, such as a file of `torch.save` or an `.npz`.
+    """Verify the checksums of a zip archive, such as a file of `torch.save`; a ValueError names the damaged member.
 
     Needs less than a second per gigabyte in addition to reading it, and a few megabytes of memory.
-
-    Args:
-        file: A path, or a seekable file.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If anything in it is damaged; names the member.
     """
     name = "the table of contents"
     try:
@@ -50,12 +41,7 @@ def check_zip(file: str | Path | BinaryIO) -> None:
 
 
 def check_safetensors(path: Path) -> None:
-    """Verify the checksum of a safetensors file; logs if it has none, as those of other programs.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If anything in it is damaged.
-    """
+    """Verify the checksum of a safetensors file, a ValueError if it differs; logs if it has none."""
     with path.open("rb") as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), path.stat().st_size))
@@ -71,13 +57,9 @@ def check_safetensors(path: Path) -> None:
 
 
 def with_checksum(content: bytes) -> list[bytes | memoryview]:
-    """Insert the checksum into the content of a safetensors file.
+    """Insert the checksum into the content of a safetensors file with `{CHECKSUM_KEY: NO_CHECKSUM}` in its metadata.
 
-    Args:
-        content: The file, with `{CHECKSUM_KEY: NO_CHECKSUM}` in its metadata.
-
-    Returns:
-        The parts to write one after the other; tensors are not copied.
+    Returns the parts to write one after the other; tensors are not copied.
     """
     entry = _ENTRY.search(content, 0, 8 + int.from_bytes(content[:8], "little"))
     assert entry is not None and entry[1].decode() == NO_CHECKSUM, "the metadata has a placeholder"

@@ -30,16 +30,12 @@ from dinov2.models.published import WEIGHTS_URL_VARIABLE
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 30.0
-"""Timeout of a connection that receives nothing, in seconds."""
-ATTEMPTS = 5
-"""Number of attempts in a row without progress."""
-PAUSE_S = 1.0
-"""Seconds before the second attempt; doubled before each further one."""
+TIMEOUT_S = 30.0  # timeout of a connection that receives nothing, in seconds
+ATTEMPTS = 5  # number of attempts in a row without progress
+PAUSE_S = 1.0  # seconds before the second attempt; doubled before each further one
 MIN_BYTES, WINDOW_S = 60 * 1024, 60.0
 """Fewer bytes in so many seconds, or in an interrupted attempt, do not count as progress."""
-MAX_UNKNOWN_BYTES = 16 << 30
-"""Largest accepted file, in bytes, if the server does not report its length."""
+MAX_UNKNOWN_BYTES = 16 << 30  # largest accepted file, in bytes, if the server does not report its length
 
 _CHUNK_BYTES = 1 << 18
 _PUBLISHED_NAME = re.compile(r"dinov2_vit[sblg]14(_reg4)?_(pretrain|linear4?_head)\.pth")
@@ -63,16 +59,10 @@ def cache_path(url: str) -> Path:
 
 
 def download(url: str) -> Path:
-    """Download the file of a URL unless it is in the cache.
+    """Download the file of a URL unless it is in the cache; returns its path.
 
-    Returns:
-        The local path.
-
-    Raises:
-        FileNotFoundError: If the server has no such file.
-        ConnectionError: If the server cannot be reached or interrupts all attempts; the message has alternatives.
-        OSError: If the file cannot be written.
-        ValueError: If the file is not one of weights.
+    A FileNotFoundError if the server has none, a ConnectionError with alternatives if it cannot be reached or always
+    interrupts, a ValueError if the file is not one of weights.
     """
     target = cache_path(url)
     failures = 0
@@ -103,7 +93,8 @@ def _advice(url: str, target: Path, reason: object) -> str:
 def _fetch(url: str, target: Path) -> None:
     """Make one attempt; returns without the file if another process was downloading it, which may have failed."""
     with _open(url) as response:
-        length = _length(response)
+        text = response.headers["Content-Length"] or ""
+        length = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
         version = f"{response.headers['ETag']} {response.headers['Last-Modified']} {length}"
         partial = target.with_name(f".{target.name}.{hashlib.sha256(version.encode()).hexdigest()[:8]}.partial")
         partial.touch()
@@ -150,12 +141,6 @@ def _open(url: str, start: int = 0) -> Any:
         raise ConnectionError(_reason(error)) from error
 
 
-def _length(response: Any) -> int | None:
-    """The number of bytes of a response; None if the server does not report it."""
-    text = response.headers["Content-Length"] or ""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else None
-
-
 def _reason(error: Exception) -> str:
     """The message of an error in one line, or its type if that is not text: a server may have sent any bytes."""
     text = " ".join(str(getattr(error, "reason", error)).split())
@@ -185,14 +170,11 @@ def _receive(url: str, response: Any, file: FileIO, length: int | None) -> None:
 
 
 def _copy(url: str, response: Any, file: FileIO, before: int, position: int, limit: int, length: int | None) -> int:
-    """Copy a response from `position` on until its end or until there are `limit` bytes; the final position.
-
-    Raises:
-        _InterruptedError: If the connection is interrupted or too slow; `before` is what was on disk at the start.
-        ValueError: If a response of unknown length does not end within the limit.
-    """
+    """Copy a response from `position` on to its end, or until there are `limit` bytes; returns the final position."""
     window_start, window_position = time.monotonic(), position
-    with _progress_bar(Path(urlparse(url).path).name, position, length) as bar:
+    shown = {"desc": Path(urlparse(url).path).name, "initial": position, "total": length, "unit": "B"}
+    # tqdm if it is installed, or a simple stand-in
+    with torch.hub.tqdm(**shown, unit_scale=True, disable=not sys.stderr.isatty(), file=sys.stderr) as bar:
         while position < limit:
             try:
                 chunk = response.read1(min(_CHUNK_BYTES, limit - position))
@@ -218,11 +200,7 @@ def _copy(url: str, response: Any, file: FileIO, before: int, position: int, lim
 
 
 def _size_limit(url: str, folder: Path, length: int | None, position: int) -> int:
-    """The largest accepted size in bytes: the length that the server reports, or else a share of the free space.
-
-    Raises:
-        OSError: If there is not enough space.
-    """
+    """The largest accepted size in bytes: that reported by the server, or else a share of the free space."""
     free = shutil.disk_usage(folder).free
     if length is None:
         return min(MAX_UNKNOWN_BYTES, free * 9 // 10)
@@ -254,11 +232,7 @@ def _lock(file: FileIO, *, wait: bool) -> bool:
 
 
 def _check_content(url: str, path: Path) -> None:
-    """Remove a file that is not one of weights.
-
-    Raises:
-        ValueError: If it is not; the message describes it.
-    """
+    """Remove a file that is not one of weights, with a ValueError that describes it."""
     with path.open("rb") as file:
         head = file.read(60)
     if head.startswith(b"PK"):
@@ -274,16 +248,3 @@ def _check_content(url: str, path: Path) -> None:
     if problem:
         path.unlink()
         raise ValueError(f"{url} cannot be used: {problem}")
-
-
-def _progress_bar(name: str, position: int, length: int | None) -> Any:
-    """A progress bar, if standard error is a terminal."""
-    return torch.hub.tqdm(  # tqdm if it is installed, or a simple stand-in
-        total=length,
-        initial=position,
-        desc=name,
-        unit="B",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        file=sys.stderr,
-    )

@@ -109,25 +109,23 @@ def _attributes(model: DinoVisionTransformer, values: dict[str, Any]) -> Iterato
 # --- Published key names ---------------------------------------------------------------------------------------------
 
 
-def _write_torch(model: DinoVisionTransformer, path: Path) -> None:
-    torch.save(model.state_dict(), path)
+def _save(state: StateDict, path: Path) -> None:
+    """Write a state dict in the format of the suffix."""
+    if path.suffix == ".safetensors":
+        content = import_safetensors().save(state, {"format": "pt", CHECKSUM_KEY: NO_CHECKSUM})
+        with path.open("wb") as file:
+            file.writelines(with_checksum(content))
+    else:
+        torch.save(state, path)
 
 
-def _write_safetensors(model: DinoVisionTransformer, path: Path) -> None:
-    _save_safetensors(model.state_dict(), path)
-
-
-def _save_safetensors(state: StateDict, path: Path) -> None:
-    content = import_safetensors().save(state, {"format": "pt", CHECKSUM_KEY: NO_CHECKSUM})
-    with path.open("wb") as file:
-        file.writelines(with_checksum(content))
+def _write_ours(model: DinoVisionTransformer, path: Path) -> None:
+    _save(model.state_dict(), path)
 
 
 def _read_ours(model: DinoVisionTransformer, path: Path) -> Tokens:
-    arguments = infer_arguments(model.state_dict(), model.num_heads)
-    same = DinoVisionTransformer(
-        **arguments | {name: getattr(model, name) for name in ("interpolate_offset", "interpolate_antialias")}
-    )
+    positions = {name: getattr(model, name) for name in ("interpolate_offset", "interpolate_antialias")}
+    same = DinoVisionTransformer(**infer_arguments(model.state_dict(), model.num_heads) | positions)
     return tokens_of(Features(load_backbone(same, path).eval()))
 
 
@@ -138,15 +136,11 @@ def _write_hf(model: DinoVisionTransformer, folder: Path) -> None:
     folder.mkdir()
     config = json.dumps(hf_config(model), indent=2, sort_keys=True)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
-    _save_safetensors(to_hf(model.state_dict()), folder / "model.safetensors")
+    _save(to_hf(model.state_dict()), folder / "model.safetensors")
 
 
 def hf_config(model: DinoVisionTransformer) -> dict[str, Any]:
-    """The content of `config.json` for a backbone, with the keys of the published ones.
-
-    Raises:
-        ValueError: If transformers has no such architecture.
-    """
+    """The content of `config.json` for a backbone; a ValueError if transformers has no such architecture."""
     arguments = infer_arguments(model.state_dict(), model.num_heads)
     ratio, registers = arguments["mlp_ratio"], model.num_register_tokens
     if ratio != int(ratio):
@@ -189,20 +183,15 @@ def _without_registers(tokens: Tensor, registers: int) -> Tensor:
 
 
 def _write_timm(model: DinoVisionTransformer, path: Path) -> None:
-    state = to_timm(model.state_dict())
-    if path.suffix == ".safetensors":
-        _save_safetensors(state, path)
-    else:
-        torch.save(state, path)
+    _save(to_timm(model.state_dict()), path)
 
 
 def timm_arguments(model: DinoVisionTransformer) -> tuple[str, dict[str, Any]]:
     """Name and keywords for `timm.create_model`."""
     arguments = infer_arguments(model.state_dict(), model.num_heads)
-    sizes = {384: "small", 768: "base", 1024: "large"}
-    gated = arguments["ffn_layer"] == "swiglufused"
-    size = "giant" if gated else sizes.get(model.embed_dim, "small")
-    if gated:
+    size = {384: "small", 768: "base", 1024: "large"}.get(model.embed_dim, "small")
+    if arguments["ffn_layer"] == "swiglufused":
+        size = "giant"
         packed = model.state_dict()["blocks.0.mlp.w12.weight"].shape[0]
         arguments["mlp_ratio"] = exact_ratio(packed, model.embed_dim)
     taken = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
@@ -286,8 +275,8 @@ FORMS = {
         (".pth", ".pt", ".bin", ".safetensors"),
         lambda _: {"interpolate_offset": 0.0, "interpolate_antialias": True},
     ),
-    "safetensors": Form(_write_safetensors, _read_ours, (".safetensors",)),
-    "torch": Form(_write_torch, _read_ours, (".pth", ".pt", ".bin")),
+    "safetensors": Form(_write_ours, _read_ours, (".safetensors",)),
+    "torch": Form(_write_ours, _read_ours, (".pth", ".pt", ".bin")),
     "onnx": Form(_write_onnx, _read_onnx, (".onnx",)),
     "torch.export": Form(_write_program, _read_program, (".pt2",)),
 }

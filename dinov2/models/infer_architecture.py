@@ -9,23 +9,14 @@ from torch import Tensor
 from dinov2.models import build_model
 from dinov2.models.published import PUBLISHED, position_settings, published_settings
 
-HEAD_DIM = 64
-"""Channels per attention head in all published models, which tensors do not determine."""
+HEAD_DIM = 64  # channels per attention head in all published models, which tensors do not determine
 
 
 def infer_arguments(state: dict[str, Tensor], num_heads: int | None = None) -> dict[str, Any]:
-    """Infer the arguments of `DinoVisionTransformer` from a state dict.
+    """Infer the arguments of `DinoVisionTransformer` from the state dict of a backbone with the published names.
 
-    Args:
-        state: State dict of a backbone with the published names.
-        num_heads: Number of attention heads, which tensors do not determine; None for 64 channels per head.
-
-    Returns:
-        The arguments. Positions are resampled as in the published models with the same use of registers, which tensors
-        do not determine either.
-
-    Raises:
-        ValueError: If it is not the state dict of a whole backbone.
+    Tensors determine neither the number of heads, by default of 64 channels each, nor how positions are resampled: as
+    in the published models with the same use of registers. A ValueError if it is not that of a whole backbone.
     """
     missing = [name for name in ("pos_embed", "patch_embed.proj.weight", "norm.weight") if name not in state]
     if missing:

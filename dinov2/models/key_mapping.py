@@ -97,10 +97,7 @@ _HF_BLOCK_5: dict[str, tuple[str, ...]] = {
 
 
 def from_hf(state: StateDict) -> StateDict:
-    """Map from the names of transformers.
-
-    With more than a backbone, its names get the prefix `backbone.`, those of a classifier `linear_head.`.
-    """
+    """Map from transformers; beside others a backbone gets the prefix `backbone.`, a classifier `linear_head.`."""
     prefix = next(name.removesuffix(_HF_MARK) for name in state if name.endswith(_HF_MARK))
     home = "backbone." if prefix else ""
     outside = {theirs: ours for ours, theirs in _HF_OUTSIDE.items()}

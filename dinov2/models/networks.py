@@ -25,18 +25,9 @@ _PROJECTION = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, PATCH_PROJECTIO
 
 
 def find_state_dict(content: object, checkpoint_key: str, source: str) -> StateDict | None:
-    """Find the state dict with a backbone in a checkpoint, and remove names of wrappers.
+    """Find the state dict with a backbone in the content of a file, without names of wrappers; None if there is none.
 
-    Args:
-        content: Content of a file: a state dict, possibly nested in other dictionaries.
-        checkpoint_key: The network to use if several state dicts have one, see `choose`.
-        source: Origin of the content, for messages.
-
-    Returns:
-        The state dict; None if there is none.
-
-    Raises:
-        ValueError: If there are several, and the key selects none of them.
+    Of several, `checkpoint_key` selects one, see `choose`; `source` names the file in messages.
     """
     holders = {path: without_wrappers(tensors, source) for path, tensors in _holders(content, "", _DEEPEST)}
     found = {f"{path}{prefix}": path for path, tensors in holders.items() for prefix in prefixes(tensors)}
@@ -55,15 +46,9 @@ def prefixes(state: StateDict) -> list[str]:
 
 
 def choose(networks: Sequence[str], checkpoint_key: str, source: str) -> str:
-    """Select the network whose prefix has `checkpoint_key` among its parts; a single network is always selected.
+    """Select the network whose prefix has `checkpoint_key` among its parts, or among the words of its parts.
 
-    Args:
-        networks: The prefixes of the networks.
-        checkpoint_key: A part of the prefix, or a word in it.
-        source: Origin of the networks, for messages.
-
-    Raises:
-        ValueError: If the key matches no network, or several.
+    A single network is always selected. Otherwise a key that matches none or several is a ValueError.
     """
     if len(networks) == 1:
         other = {"student": "teacher"}.get(checkpoint_key, "")
@@ -84,11 +69,7 @@ def choose(networks: Sequence[str], checkpoint_key: str, source: str) -> str:
 
 
 def without_wrappers(tensors: StateDict, source: str) -> StateDict:
-    """Remove from a state dict what wrappers add: parts of names, and the counter of weight averaging.
-
-    Raises:
-        ValueError: If two tensors would get the same name.
-    """
+    """Remove what wrappers add: parts of names, which must stay different, and the counter of weight averaging."""
     counted = {name: value for name, value in tensors.items() if name.rpartition(".")[2] != _COUNTER}
     plain = {_WRAPPED.sub("", name): value for name, value in counted.items()}
     if len(plain) < len(counted):

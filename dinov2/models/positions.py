@@ -9,23 +9,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Grid = tuple[int, int]
-"""Rows and columns of patches."""
+Grid = tuple[int, int]  # rows and columns of patches
 
 
 def resample_positions(table: Tensor, old: Grid, new: Grid, *, offset: float, antialias: bool) -> Tensor:
-    """Resample a position table with bicubic interpolation; for the same grid it is returned unchanged.
+    """Resample a position table with bicubic interpolation: (1, 1 + old rows * columns, D) -> (1, 1 + new ..., D).
+
+    For the same grid it is returned unchanged, else in float32.
 
     Args:
-        table: Positions, (1, 1 + old rows * columns, D).
-        old: Grid of the table.
-        new: Grid of the result.
+        table: Positions.
+        old, new: Grid of the table, and of the result.
         offset: With an offset o > 0 the scale factor is (new + o) / old, which samples at slightly different points
             than with o = 0, where the size is given (the released models without registers were trained with 0.1).
         antialias: Whether the interpolation is antialiased.
-
-    Returns:
-        Positions, (1, 1 + new rows * columns, D), in float32 if resampled.
     """
     if not all(isinstance(size, int) for size in new):
         return _resample_to_any(table, old, new, offset=offset, antialias=antialias)

@@ -34,18 +34,13 @@ class DinoVisionTransformer(nn.Module):
     Args:
         img_size: Image size in pixels, an int or (height, width), which determines the size of the position table.
         patch_size: Patch side p in pixels.
-        in_chans: Number of image channels.
-        embed_dim: Width D.
-        depth: Number of blocks.
-        num_heads: Number of attention heads.
+        embed_dim, depth, num_heads: Width D, number of blocks, and of attention heads.
         mlp_ratio: Width of the hidden layers of the feed-forward networks, relative to D.
-        qkv_bias, ffn_bias, proj_bias: Whether these linear layers have biases.
         drop_path_rate: Rate of stochastic depth in the last block, in [0, 1); it increases linearly from 0.
         drop_path_uniform: Whether all blocks have the rate `drop_path_rate`.
         init_values: Initial value of LayerScale; None or 0 for no LayerScale.
-        embed_layer: Patch projection with the signature of `PatchEmbed`.
+        embed_layer, block_fn: Classes with the signatures of `PatchEmbed` and `Block`.
         act_layer: Activation of the feed-forward networks; `swiglu` ignores it.
-        block_fn: Block with the signature of `Block`.
         ffn_layer: A key of `FFN_LAYERS` (`swiglu` and `swiglufused` are the same).
         block_chunks: Number of groups in which blocks are sharded, used by `train.parallel`. Parameter names are
             always flat (`blocks.7.`); `models.weights` renames those of chunked checkpoints.
@@ -55,6 +50,9 @@ class DinoVisionTransformer(nn.Module):
         init_std, pos_embed_std: Standard deviation of the initial linear weights and positions. The published 0.02
             suits widths from 384 up; for a narrow model about 1 / sqrt(embed_dim) is better.
     """
+
+    num_tokens = 1  # published attributes: tokens without registers and patches,
+    chunked_blocks = False  # and whether `blocks` has chunks
 
     def __init__(
         self,
@@ -86,49 +84,35 @@ class DinoVisionTransformer(nn.Module):
         super().__init__()
         if ffn_layer not in FFN_LAYERS:
             raise ValueError(f"unknown ffn_layer {ffn_layer!r}; known: {', '.join(FFN_LAYERS)}")
-        if num_register_tokens < 0:
-            raise ValueError(f"num_register_tokens must be at least 0, not {num_register_tokens}")
         self.num_features = self.embed_dim = embed_dim
-        self.num_tokens = 1
-        self.n_blocks = depth
-        self.num_heads = num_heads
-        self.patch_size = patch_size
-        self.block_chunks = block_chunks
-        self.chunked_blocks = False  # a published attribute: whether `blocks` has chunks
+        self.n_blocks, self.num_heads = depth, num_heads
+        self.patch_size, self.block_chunks = patch_size, block_chunks
         self.num_register_tokens = num_register_tokens
-        self.interpolate_antialias = interpolate_antialias
-        self.interpolate_offset = interpolate_offset
-
+        self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
         self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, embed_dim))
-        self.register_tokens = (
-            nn.Parameter(torch.empty(1, num_register_tokens, embed_dim)) if num_register_tokens else None
-        )
-        self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
+        self._add_tokens()
 
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
+        sizes = {"dim": embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "init_values": init_values}
+        biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias, "ffn_bias": ffn_bias}
+        layers = {"act_layer": act_layer, "norm_layer": norm_layer, "ffn_layer": FFN_LAYERS[ffn_layer]}
+        arguments: dict[str, Any] = sizes | biases | layers | backend_keyword(attention_backend)
         ramp = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.blocks = nn.ModuleList(
-            block_fn(
-                dim=embed_dim,
-                num_heads=num_heads,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                proj_bias=proj_bias,
-                ffn_bias=ffn_bias,
-                drop_path=drop_path_rate if drop_path_uniform else ramp[index],
-                init_values=init_values,
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-                ffn_layer=FFN_LAYERS[ffn_layer],
-                **backend_keyword(attention_backend),
-            )
-            for index in range(depth)
+            block_fn(drop_path=drop_path_rate if drop_path_uniform else rate, **arguments) for rate in ramp
         )
         self.norm = norm_layer(embed_dim)
         self.head = nn.Identity()
         self.init_weights(init_std, pos_embed_std)
+
+    def _add_tokens(self) -> None:
+        width, registers = self.embed_dim, self.num_register_tokens
+        if registers < 0:
+            raise ValueError(f"num_register_tokens must be at least 0, not {registers}")
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.patch_embed.num_patches, width))
+        self.register_tokens = nn.Parameter(torch.empty(1, registers, width)) if registers else None
+        self.mask_token = nn.Parameter(torch.empty(1, width))
 
     def init_weights(self, init_std: float = 0.02, pos_embed_std: float = 0.02) -> None:
         """Initialize tokens, positions and linear weights; the patch projection keeps PyTorch's default."""
@@ -155,10 +139,7 @@ class DinoVisionTransformer(nn.Module):
     def position_grid(self) -> Grid:
         """Rows and columns of the position table, which other code may have replaced.
 
-        The grid is that of `img_size` if it has as many positions as the table, else a square.
-
-        Raises:
-            ValueError: If the table fits neither.
+        The grid is that of `img_size` if it has as many positions as the table, else a square; a ValueError if neither.
         """
         shape = self.pos_embed.shape
         if len(shape) == 3 and shape[2] == self.embed_dim:
@@ -192,9 +173,6 @@ class DinoVisionTransformer(nn.Module):
         """Images (B, C, H, W), masks (B, n) bool or None -> tokens (B, 1 + R + n, D).
 
         Masked patches are replaced by the mask token before positions are added; registers get no position.
-
-        Raises:
-            ValueError: If the images or the masks have unsuitable shapes or dtypes.
         """
         images, x = x, self.patch_embed(x)
         height, width = images.shape[-2:]
@@ -248,10 +226,7 @@ class DinoVisionTransformer(nn.Module):
             masks_list: Masks (B, n) bool or None for each batch.
             patches_list: Indices (M,) of the patches to return among the B * n patches of each batch. The last block
                 then skips what only the others need, and the features are `x_norm_clstoken` (B, D),
-                `x_norm_patchtokens` (M, D), and `masks`.
-
-        Returns:
-            For each batch a dict as `forward_features`.
+                `x_norm_patchtokens` (M, D), and `masks`; otherwise those of `forward_features`.
         """
         if not len(x_list) == len(masks_list) == len(x_list if patches_list is None else patches_list) > 0:
             raise ValueError(f"{len(x_list)} batches of images with {len(masks_list)} masks: give one or None for each")
@@ -307,18 +282,13 @@ class DinoVisionTransformer(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
     ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
-        """Patch tokens after some of the blocks, in increasing depth.
+        """Patch tokens after some of the blocks of images (B, C, H, W), one entry per block in increasing depth.
 
         Args:
-            x: Images (B, C, H, W).
             n: Number of last blocks, or indices of blocks (negative ones count from the end); integers of any library.
             reshape: Whether patch tokens are (B, D, H/p, W/p) instead of (B, n, D).
-            return_class_token: Whether to return pairs (patch tokens, class token (B, D)). Registers are never
-                returned.
+            return_class_token: Whether to return pairs (patch tokens, class token (B, D)), without registers.
             norm: Whether the last norm is applied to every output.
-
-        Returns:
-            One entry per block.
 
         Raises:
             ValueError: If a block does not exist or is requested twice, or the images have an unsuitable shape.

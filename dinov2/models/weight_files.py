@@ -25,22 +25,16 @@ _FILES_IN_FOLDERS = ("model.safetensors", "pytorch_model.bin", TEACHER_FILE)
 
 
 def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
-    """Read a file, folder or URL without running code that may be in it; tensors are on the CPU.
-
-    Checksums are compared with the content first, see `checksums`.
+    """Read a file, folder or URL without running code that may be in it, after comparing `checksums`; on the CPU.
 
     Args:
         path_or_url: A file of `torch.save`, one that ends in `.safetensors`, or a folder of transformers or of a
             run's teacher.
         mapped: Map tensors from the file until they are used; it must not change meanwhile.
 
-    Returns:
-        The content as it was saved.
-
     Raises:
-        FileNotFoundError: If there is no such file.
-        ConnectionError: If it cannot be downloaded.
-        ValueError: If it is truncated, would need an unsafe pickle, or needs the package safetensors.
+        FileNotFoundError, ConnectionError: There is no such file, or it cannot be downloaded.
+        ValueError: It is truncated, would need an unsafe pickle, or needs the package safetensors.
     """
     path = local_path(path_or_url)
     downloaded = urlparse(str(path_or_url)).scheme in _WEB
@@ -65,11 +59,7 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
 
 
 def local_path(path_or_url: str | Path) -> Path:
-    """The local path of a file or folder; http and https URLs are downloaded to the cache first.
-
-    Raises:
-        FileNotFoundError, ConnectionError, OSError, ValueError: As `download`.
-    """
+    """The local path of a file or folder; http and https URLs are downloaded to the cache first (see `download`)."""
     url = urlparse(str(path_or_url))
     if url.scheme in _WEB:
         return download(str(path_or_url))
@@ -77,11 +67,7 @@ def local_path(path_or_url: str | Path) -> Path:
 
 
 def _check(path: Path) -> None:
-    """Compare the checksums in a file with its content.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
+    """Compare the checksums in a file with its content; damage is a ValueError."""
     if path.suffix == ".safetensors":
         check_safetensors(path)
     elif zipfile.is_zipfile(path):
@@ -103,12 +89,7 @@ def _read_folder(folder: Path, mapped: bool) -> object:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files with the weights in a folder of transformers or of a run's teacher.
-
-    Raises:
-        FileNotFoundError: If there are none; the message names the teachers of a run.
-        ValueError: If their index is damaged.
-    """
+    """The weight files in a folder of transformers or of a run's teacher; errors name the teachers of a run."""
     for name in _FILES_IN_FOLDERS:
         if (folder / name).is_file():
             return [folder / name]
@@ -129,11 +110,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def _parts(index: Path) -> list[Path]:
-    """The files listed in an index, all of which are in the same folder.
-
-    Raises:
-        ValueError: If the index is damaged; names it.
-    """
+    """The files listed in an index, all in the same folder; a damaged index is a ValueError that names it."""
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if not names or any(Path(name).name != name or not name.strip(".") for name in names):
@@ -166,15 +143,7 @@ def import_safetensors() -> ModuleType:
 
 
 def import_optional(module: str, purpose: str) -> ModuleType:
-    """Import an optional package.
-
-    Args:
-        module: The module.
-        purpose: Use of the module, for the message.
-
-    Raises:
-        ValueError: If it is missing; the message has the command that installs it.
-    """
+    """Import an optional package; a missing one is a ValueError with its `purpose` and the command that installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

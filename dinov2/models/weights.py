@@ -3,12 +3,8 @@
 Sources are files of `torch.save` and safetensors, URLs, and folders: of transformers, or of a run's teacher
 (`OUT/eval/best`). They hold a flat state dict (the released backbones), `{"teacher": {...}}` (teachers exported by a
 run, keys `backbone.`...), `{"model": {...}}` (published training checkpoints, `student.backbone.` or
-`teacher.backbone.`), or nested and wrapped forms of these by other trainers, see `models.networks`; with the names of
-the release, of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`). Pickles are only read
-with `weights_only=True`.
-
-    python -m dinov2.tools inspect FILE               # contents and architecture
-    python -m dinov2.tools convert FILE OUT --to hf   # for other libraries, see there
+`teacher.backbone.`), or nested and wrapped forms of these by other trainers (`models.networks`); with the names of the
+release, of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`blocks.1.7.`).
 """
 
 import logging
@@ -42,20 +38,11 @@ _HEADS = ("head.", "linear_head.", "dino_head.", "ibot_head.")  # beside a backb
 
 
 def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") -> StateDict:
-    """Read the tensors of a checkpoint, on the CPU, with the published names and flat block names.
+    """Read the tensors of a checkpoint by name, on the CPU, with the published names and flat block names.
 
     Args:
         path_or_url: See `read_file`. The state dict may be nested in others, and have the prefixes of any wrapper.
         checkpoint_key: The network to use if there are several (`teacher`, `model_ema`, ...); see `networks.choose`.
-
-    Returns:
-        Tensors by name.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ConnectionError: If it cannot be downloaded.
-        ValueError: If the file is truncated, holds no tensors, would need an unsafe pickle, or holds several networks
-            and the key selects none.
     """
     content, source = read_file(path_or_url), str(path_or_url)
     state = find_state_dict(content, checkpoint_key, source)
@@ -78,16 +65,7 @@ def read_state_dict(path_or_url: str | Path, checkpoint_key: str = "teacher") ->
 
 
 def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher", source: str = "the file") -> StateDict:
-    """Select the backbone in a state dict, and remove the prefix of its names; without a prefix all of it.
-
-    Args:
-        state: Tensors by name.
-        checkpoint_key: The network to use if there are several.
-        source: Origin of the tensors, for messages.
-
-    Raises:
-        ValueError: If there are several backbones and the key selects none.
-    """
+    """Select the backbone in a state dict, by the key among several, and remove its prefix if there is one."""
     found = prefixes(state)
     prefix = choose(found, checkpoint_key, source) if found else "backbone."
     part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -97,22 +75,17 @@ def backbone_state_dict(state: StateDict, checkpoint_key: str = "teacher", sourc
 def load_backbone(
     model: DinoVisionTransformer, path_or_url: str | Path, checkpoint_key: str = "teacher"
 ) -> DinoVisionTransformer:
-    """Load backbone weights from a file, folder or URL, all of them or none.
+    """Load backbone weights from a file, folder or URL in place, all of them or none; returns the same model.
 
     Heads in the file are ignored. With a warning, a position table for another grid is resampled, and a patch
     projection for another number of channels is repeated or summed.
 
     Args:
-        model: The backbone, changed in place.
-        path_or_url: See `read_file`.
-        checkpoint_key: The network to use if the file holds several.
-
-    Returns:
-        The same model.
+        model: The backbone.
+        path_or_url, checkpoint_key: See `read_state_dict`, which also has the other errors.
 
     Raises:
-        FileNotFoundError, ConnectionError: As `read_state_dict`.
-        ValueError: If the file cannot be read, or if names or shapes differ; lists them and the usual causes.
+        ValueError: The file cannot be read, or names or shapes differ; lists them and the usual causes.
     """
     state = backbone_state_dict(read_state_dict(path_or_url, checkpoint_key), checkpoint_key, str(path_or_url))
     return load_state(model, state, str(path_or_url))
@@ -143,15 +116,7 @@ def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> D
 
 
 def check_numbers(state: StateDict, source: str) -> None:
-    """Check that all weights are finite floating-point numbers in dense tensors.
-
-    Args:
-        state: Tensors by name.
-        source: Their origin, for messages.
-
-    Raises:
-        ValueError: If some are not; names the first of them.
-    """
+    """Check that all weights are finite floating-point numbers in dense tensors; a ValueError names others."""
     if texts := [f"{name} ({value.dtype})" for name, value in state.items() if not value.is_floating_point()]:
         raise ValueError(f"weights in {source} are not floating-point numbers: {_some(texts)}")
     kinds = {name: "meta" if value.is_meta else str(value.layout) for name, value in state.items()}
@@ -180,26 +145,19 @@ def _fitting_positions(table: Tensor, model: DinoVisionTransformer, source: str)
     rows, columns = model.position_grid
     logger.warning(
         "the position table of %s is for %d x %d patches, this model has %d x %d: resampled (bicubic)",
-        source,
-        side,
-        side,
-        rows,
-        columns,
+        *(source, side, side, rows, columns),
     )
     antialias = model.interpolate_antialias
     return resample_positions(table, (side, side), (rows, columns), offset=0.0, antialias=antialias).to(table.dtype)
 
 
 def _fitting_channels(weight: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:
-    """Adapt a patch projection to the channels of the model: (D, C, p, p) -> (D, C of the model, p, p).
-
-    For more channels those of the file are repeated in turn, for fewer they are averaged. Weights are scaled so that
-    an image that is the same in all channels has about the same projection as before.
-    """
+    """Adapt a patch projection to the channels of the model: (D, C, p, p) -> (D, C of the model, p, p)."""
     stored, wanted = weight.shape[1], model.patch_embed.in_chans
     if weight.shape[:1] + weight.shape[2:] != (model.embed_dim, *model.patch_embed.patch_size) or stored == wanted:
         return weight  # another width or patch size: reported with the other mismatches
     logger.warning("the patches of %s have %d channels, this model's have %d: weights adapted", source, stored, wanted)
+    # An image that is the same in all channels keeps about the same projection.
     if wanted < stored:
         return weight.sum(dim=1, keepdim=True).expand(-1, wanted, -1, -1) / wanted
     return weight[:, torch.arange(wanted) % stored] * (stored / wanted)

@@ -62,14 +62,10 @@ class Failure:
         except OSError:
             pass
 
-    @classmethod
-    def read(cls, path: Path) -> "Failure":
-        return cls(**json.loads(path.read_text()))
-
 
 def read_failures(paths: Iterable[Path]) -> list[Failure]:
     """Read the failures of the processes of a job, causes before consequences."""
-    failures = [Failure.read(path) for path in paths]
+    failures = [Failure(**json.loads(path.read_text())) for path in paths]
     return sorted(failures, key=lambda failure: (failure.lost_peer, failure.time))
 
 

@@ -52,7 +52,8 @@ class Job:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         logging.getLogger("submitit").handlers.clear()  # replaced by those of the package
         job = submitit.JobEnvironment()
-        task = (self.task if restarts() == 0 else resuming(self.task)).with_output_dir(job.job_id)
+        restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0  # by SLURM
+        task = (resuming(self.task) if restarted else self.task).with_output_dir(job.job_id)
         setup_logging(rank=job.global_rank)
         logger.info("%d tasks, this is rank %d: %s", job.num_tasks, job.global_rank, task.args)
         failure_file = Path(job.paths.folder) / f"{job.job_id}_{job.global_rank}_failure.json"
@@ -69,11 +70,6 @@ class Job:
         return submitit.helpers.DelayedSubmission(Job(resuming(self.task)))
 
 
-def restarts() -> int:
-    """Number of restarts of this job by SLURM."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-
-
 def resuming(task: Task) -> Task:
     """Returns the task with resuming enabled."""
     args = copy.deepcopy(task.args)
@@ -83,11 +79,8 @@ def resuming(task: Task) -> Task:
 
 
 def _on_sigterm(job_id: str, signum: int, frame: FrameType | None) -> None:
-    """Requeue the job if a training forwards the signal, without a frame, after its checkpoint.
-
-    From the system the signal may have other reasons, such as the failure of another process.
-    """
-    if frame is None:
+    """Requeue the job if a training forwards the signal, without a frame, after its checkpoint."""
+    if frame is None:  # from the system it may have other reasons, such as the failure of another process
         requeue(job_id)
 
 
@@ -173,11 +166,7 @@ def _describe_request(submission: Submission, permitted: Limits) -> str:
 
 
 def submit(task: Task, submission: Submission, name: str) -> int:
-    """Submit the task to SLURM and log its paths and commands; returns the exit status.
-
-    Raises:
-        LaunchError: SLURM refuses the job.
-    """
+    """Submit the task to SLURM and log its paths and commands; returns the exit status. A refusal is a LaunchError."""
     import submitit
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 

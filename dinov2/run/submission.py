@@ -96,11 +96,7 @@ def make_parser(task_parser: argparse.ArgumentParser) -> argparse.ArgumentParser
 
 
 def uses_slurm(submission: Submission) -> bool:
-    """Whether to submit the task to SLURM.
-
-    Raises:
-        LaunchError: SLURM is requested but not available.
-    """
+    """Whether to submit the task to SLURM; a LaunchError if it is requested but not available."""
     found = shutil.which("sbatch") is not None and shutil.which("srun") is not None
     if submission.launcher == "slurm" and not found:
         raise LaunchError("--launcher slurm: sbatch and srun are not on PATH; submit from a login node of the cluster")
@@ -108,11 +104,7 @@ def uses_slurm(submission: Submission) -> bool:
 
 
 def check_counts(submission: Submission) -> None:
-    """Check the numbers of nodes, processes and so on.
-
-    Raises:
-        LaunchError: A number is out of range or contradicts another; the message names the flags.
-    """
+    """Check the numbers of nodes, processes and so on; a LaunchError names flags out of range or in contradiction."""
     least = {"ngpus": 0, "tasks_per_node": 1, "nodes": 1, "timeout": 1, "cpus_per_task": 1}
     for name, lower in least.items():
         value = getattr(submission, name)
@@ -144,10 +136,8 @@ def num_local_processes(submission: Submission, num_gpus: int) -> int:
     """Number of processes to start on this machine, which has `num_gpus` GPUs.
 
     `--launcher local --ngpus N` and `--tasks-per-node N` mean exactly N, also on a machine without GPUs; otherwise
-    there is one process per GPU, up to the requested number.
-
-    Raises:
-        LaunchError: Several nodes, or explicitly more processes than GPUs, are requested.
+    there is one process per GPU, up to the requested number. A LaunchError for several nodes, or if explicitly more
+    processes than GPUs are requested.
     """
     if submission.nodes > 1:
         raise LaunchError(

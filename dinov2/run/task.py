@@ -3,8 +3,9 @@
 import argparse
 import copy
 import dataclasses
-import importlib
 import os
+import pkgutil
+from collections.abc import Callable
 from pathlib import Path
 
 from dinov2.run.failures import Failure
@@ -17,16 +18,15 @@ class Task:
     function: str
     args: argparse.Namespace
 
-    def call(self) -> int:
-        """Import and call the function; returns its exit status, 0 for None."""
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)(self.args) or 0
+    def load(self) -> Callable[[argparse.Namespace], int | None]:
+        """Import the function, which returns its exit status, None for 0."""
+        return pkgutil.resolve_name(self.function)
 
     def call_as(self, rank: int, world_size: int, failure_file: Path) -> int:
         """Call the function in one of several processes, which writes a record if it fails."""
         failure_file.unlink(missing_ok=True)  # from before the job was requeued
         try:
-            return self.call()
+            return self.load()(self.args) or 0
         except Exception as error:
             Failure.of(error, rank, world_size, self.args.output_dir).write(failure_file)
             raise
@@ -34,12 +34,8 @@ class Task:
     def with_output_dir(self, job_id: str | None) -> "Task":
         """Returns the task with an absolute output folder, in which a known job id replaces `%j`."""
         args = copy.deepcopy(self.args)
-        args.output_dir = os.path.abspath(args.output_dir or default_output_dir())
+        default = f"{os.environ.get('DINOV2_OUTPUT_ROOT', 'experiments')}/%j"
+        args.output_dir = os.path.abspath(args.output_dir or default)
         if job_id is not None:
             args.output_dir = args.output_dir.replace("%j", job_id)
         return Task(self.function, args)
-
-
-def default_output_dir() -> str:
-    """Default output folder: below DINOV2_OUTPUT_ROOT if set, else below ./experiments."""
-    return f"{os.environ.get('DINOV2_OUTPUT_ROOT', 'experiments')}/%j"

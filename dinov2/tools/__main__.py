@@ -31,7 +31,6 @@ _TO = (
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    """The flags of both commands."""
     parser = argparse.ArgumentParser("python -m dinov2.tools", description="Inspect and convert weights, checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="inspect|convert")
 
@@ -65,26 +64,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line.
-
-    Args:
-        argv: Arguments; None for those of the process.
-
-    Returns:
-        The exit status.
-    """
+    """Run a command line (None: that of the process); returns the exit status."""
     args = get_args_parser().parse_args(argv)
     return run_command(lambda: args.command(args))
 
 
 def convert(args: argparse.Namespace) -> None:
-    """Write weights or a checkpoint in another form.
-
-    Raises:
-        ValueError: If a flag does not apply to the form, the source does not contain what the form needs, or the
-            converted network computes something else.
-        OSError: If OUTPUT exists or cannot be written.
-    """
+    """Write weights or a checkpoint in another form; a ValueError if a flag does not apply to it."""
     if args.to in CHECKPOINT_FORMS:
         _reject_flags(args, ("model", "num_heads", "checkpoint_key"), BACKBONE_FORMS)
         convert_checkpoint(args.path, args.output, args.to, file_format=args.format, force=args.force)

@@ -21,8 +21,7 @@ from dinov2.train.checkpoint_folder import read_tensors
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4
-"""Largest accepted difference, relative to the largest output; single precision gives about 1e-6."""
+TOLERANCE = 1e-4  # largest accepted difference, relative to the largest output; single precision gives about 1e-6
 
 
 def convert_backbone(
@@ -39,16 +38,9 @@ def convert_backbone(
 
     Args:
         source: A run's output folder, a checkpoint folder, or any source of weights.
-        output: The file to write, with the form `hf` the folder.
-        form: A key of `models.export.FORMS`.
-        model_name: Name of the published architecture; None to infer the architecture from the tensors.
-        num_heads: Number of attention heads; None for those of the run, or of 64 channels each.
-        checkpoint_key: The network to use if there are several.
-        force: Whether an existing output is replaced.
-
-    Raises:
-        ValueError: If the source has no such backbone, the form cannot represent it, or the outputs differ.
-        OSError: If `output` exists or cannot be written.
+        output: The file to write, with the form `hf` the folder; an existing one is replaced only with `force`.
+        form: A key of `models.export.FORMS`; a ValueError if it cannot represent the backbone.
+        model_name, num_heads, checkpoint_key: See `load_from_weights`; heads of a run are those in its config.
     """
     _check_output(output, form, force)
     model = _load(source, model_name, num_heads, checkpoint_key)
@@ -71,11 +63,7 @@ def convert_backbone(
 
 
 def _check_output(output: Path, form: str, force: bool) -> None:
-    """Refuse an output with a suffix that readers of the form do not accept, or that exists.
-
-    Raises:
-        ValueError, FileExistsError: If so.
-    """
+    """Refuse an output with a suffix that readers of the form do not accept, or that exists."""
     suffixes = FORMS[form].suffixes
     if suffixes and output.suffix not in suffixes:
         raise ValueError(f"--to {form} needs an OUTPUT that ends in {' or '.join(suffixes)}, not {output}")
@@ -97,13 +85,9 @@ def _load(source: str, name: str | None, num_heads: int | None, checkpoint_key: 
 
 
 def settings_of_run(folder: Path) -> dict[str, Any]:
-    """Settings of a run's backbone that its tensors do not determine; empty if its config is not there.
+    """Settings of a run's backbone that its tensors do not determine: `num_heads` and how positions are resampled.
 
-    Args:
-        folder: A checkpoint folder, `OUT/checkpoints/model_<iteration>`; the config is `OUT/config.yaml`.
-
-    Returns:
-        Arguments of `DinoVisionTransformer`: `num_heads` and how positions are resampled.
+    `folder` is `OUT/checkpoints/model_<iteration>`; empty if `OUT/config.yaml` is not there.
     """
     path = folder.absolute().parent.parent / "config.yaml"
     if not path.is_file():

@@ -11,7 +11,7 @@ import json
 import logging
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -35,14 +35,9 @@ def convert_checkpoint(source: str, output: Path, form: str, *, file_format: str
 
     Args:
         source: See `read_contents`.
-        output: The file to write.
-        form: A key of `FORMS`.
+        output: The file to write; an existing one is replaced only with `force`.
+        form: A key of `FORMS`; a ValueError if the source does not contain what it needs.
         file_format: "torch" or "safetensors"; None to infer it from the suffix of `output`.
-        force: Whether an existing file is replaced.
-
-    Raises:
-        ValueError: If the source does not contain what the form needs, or `output` has an unsuitable suffix.
-        OSError: If `output` exists or cannot be written.
     """
     file_format = _file_format(output, file_format)
     if output.is_dir():
@@ -56,7 +51,8 @@ def convert_checkpoint(source: str, output: Path, form: str, *, file_format: str
     write = _write_safetensors if file_format == "safetensors" else _write_torch
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        write(output, form, tensors, contents.metadata)
+        with atomic_write(output) as file:
+            write(file, form, tensors, contents.metadata)
     except RuntimeError as error:  # raised by torch for a full disk
         raise OSError(f"could not write {output}: {error}") from error
     logger.info("%s: %s of %s, %d tensors", output, form, contents.source, len(tensors))
@@ -86,11 +82,7 @@ def _selected_tensors(contents: Contents, form: str) -> dict[str, Tensor]:
 
 
 def _selected_names(contents: Contents, form: str) -> dict[str, str]:
-    """The tensors of a form: {name in the file: name in the contents}.
-
-    Raises:
-        ValueError: If the source does not contain the form.
-    """
+    """The tensors of a form: {name in the file: name in the contents}."""
     parts = contents.parts()
     held = ", ".join(" ".join(filter(None, part)) or "other tensors" for part in sorted(parts))
     missing = ValueError(f"{contents.source} does not hold what --to {form} needs; it holds: {held}")
@@ -108,7 +100,7 @@ def _selected_names(contents: Contents, form: str) -> dict[str, str]:
     return {f"{module}.{name}": origin for module, names in own.items() for name, origin in names.items()}
 
 
-def _write_torch(output: Path, form: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def _write_torch(file: BinaryIO, form: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     content: dict[str, Any] = tensors if form == "backbone" else {form: tensors}
     if form == "full":
         moments: dict[str, dict[str, Tensor]] = {}
@@ -118,18 +110,15 @@ def _write_torch(output: Path, form: str, tensors: dict[str, Tensor], metadata: 
                 moments.setdefault(parameter, {})[moment] = value
         model = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
         content = {"model": model, "optimizer": {"state": moments}, **metadata}
-    with atomic_write(output) as file:
-        torch.save(content, file)
+    torch.save(content, file)
 
 
-def _write_safetensors(output: Path, form: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+def _write_safetensors(file: BinaryIO, form: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Flat names; other entries become JSON in the metadata: all of them, or for a part the iteration."""
     kept = {name: value for name, value in metadata.items() if form == "full" or name == "iteration"}
     texts = {name: json.dumps(value, default=str) for name, value in kept.items()}
     texts |= {"format": "pt", "contents": form, CHECKSUM_KEY: NO_CHECKSUM}
-    content = import_safetensors().save(tensors, texts)
-    with atomic_write(output) as file:
-        file.writelines(with_checksum(content))
+    file.writelines(with_checksum(import_safetensors().save(tensors, texts)))
 
 
 def _evaluation_command(contents: Contents, output: Path) -> str:

@@ -20,8 +20,7 @@ from dinov2.train.checkpoint_folder import find_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
 
 NETWORKS = ("student", "teacher")
-OPTIMIZER = ("", "optimizer")
-"""The part of the optimizer state, see `Contents.parts`."""
+OPTIMIZER = ("", "optimizer")  # the part of the optimizer state, see `Contents.parts`
 
 _NAME = re.compile(
     r"(?:(?:model|state_dict|module)\.)*(?:(student|teacher)\.)?(?:module\.)?(?:(backbone|dino_head|ibot_head)\.)?(.+)"
@@ -42,10 +41,7 @@ class Contents:
     metadata: dict[str, Any]  # the other entries: iteration, ...
 
     def parts(self) -> dict[Part, dict[str, str]]:
-        """The tensors by part: {part: {name within the part: name in `tensors`}}.
-
-        The part ("", "") has the centers of the losses, and tensors that are not recognized.
-        """
+        """{part: {name within the part: name in `tensors`}}; ("", "") has the centers and what is not recognized."""
         parts: dict[Part, dict[str, str]] = {}
         for name in self.tensors:
             part, inner = _part_of(name)
@@ -56,14 +52,7 @@ class Contents:
         return parts
 
     def backbone(self, checkpoint_key: str) -> StateDict:
-        """The state dict of one backbone, with the published names.
-
-        Args:
-            checkpoint_key: The network to use if there are several.
-
-        Raises:
-            ValueError: If there are several networks and the key does not select one.
-        """
+        """The state dict, with the published names, of the backbone that `checkpoint_key` selects among several."""
         state = without_wrappers(flatten_block_names(self.tensors), self.source)
         return backbone_state_dict(state, checkpoint_key, self.source)
 
@@ -77,14 +66,7 @@ def _part_of(name: str) -> tuple[Part, str]:
 
 
 def checkpoint_folder(source: str) -> Path | None:
-    """The checkpoint folder that a source refers to; None if it refers to weights in files.
-
-    Args:
-        source: A run's output folder, a checkpoint folder, or any source of weights.
-
-    Raises:
-        FileNotFoundError: If it is a folder with neither checkpoints nor weights.
-    """
+    """The checkpoint folder that a source refers to; None if it refers to weights in files."""
     path = Path(source)
     if source in PUBLISHED or not path.is_dir():
         return None
@@ -102,14 +84,9 @@ def read_contents(source: str) -> Contents:
     """Read the names, shapes and other entries of weights or of a checkpoint.
 
     Checksums in files are compared with their content; tensors of a checkpoint folder are verified when they are read.
-
-    Args:
-        source: A run's output folder (its newest checkpoint is used), a checkpoint folder, a file of `torch.save` or
-            of safetensors, a folder of transformers, a URL, or the name of a published model.
-
-    Raises:
-        FileNotFoundError: If there is neither a checkpoint nor weights.
-        ValueError: If it is damaged, unsafe to read, or has no tensors.
+    The source is a run's output folder (its newest checkpoint is used), a checkpoint folder, a file of `torch.save` or
+    of safetensors, a folder of transformers, a URL, or the name of a published model. A ValueError if it is damaged,
+    unsafe to read, or has no tensors.
     """
     if (folder := checkpoint_folder(source)) is not None:
         files = [path for path in folder.iterdir() if path.is_file()]

@@ -15,16 +15,10 @@ from dinov2.tools.contents import OPTIMIZER, Contents, read_contents
 
 
 def inspect(source: str, checkpoint_key: str | None, num_heads: int | None, names: bool) -> None:
-    """Print the contents of weights or of a checkpoint.
+    """Print the contents of weights or of a checkpoint, see `read_contents`; with `names` also every tensor.
 
-    Args:
-        source: See `read_contents`.
-        checkpoint_key: The network whose architecture is printed if there are several; None for the teacher.
-        num_heads: Attention heads; None for those of the run or of 64 channels each.
-        names: Whether every tensor is listed with its shape and dtype.
-
-    Raises:
-        FileNotFoundError, ValueError: As `read_contents`.
+    `checkpoint_key` selects the network whose architecture is printed, None the teacher; `num_heads` None means those
+    of the run or of 64 channels each.
     """
     contents = read_contents(source)
     if contents.folder is not None:

@@ -1,7 +1,5 @@
 """Checkpoints for bitwise exact resumption, initial weights, and export of the teacher for evaluation.
 
-    python -m dinov2.tools inspect OUT     # print the contents of one; `convert` makes a file of it
-
 A checkpoint is a folder `OUT/checkpoints/model_<iteration>/` written by `torch.distributed.checkpoint` (weights,
 centers, AdamW moments) with a `state.json` beside the tensors (iteration, images seen, gradient scaler, meters). It is
 written to a temporary name and renamed when it is complete, so that a folder with the final name is always complete.
@@ -15,6 +13,7 @@ import shutil
 import time
 from collections.abc import Sequence, Set
 from concurrent.futures import Future
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +75,7 @@ class _LastingStager(DefaultStager):
         self._state_dict_stager.close = lambda: None  # type: ignore[method-assign]
 
 
+@dataclass(eq=False)
 class Checkpointer:
     """Saves and restores the state of a run.
 
@@ -86,32 +86,22 @@ class Checkpointer:
     Args:
         directory: Folder of the checkpoints.
         model, optimizer, scaler: Objects that are saved, and restored in place.
-        period: Number of steps between two checkpoints.
-        last_step: Step after which a checkpoint is always written.
+        period: Number of steps between two checkpoints; there is always one after `last_step`.
         keep: Number of newest checkpoints to keep.
         keep_every: Number of steps between checkpoints that are never deleted; 0 for none.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        *,
-        period: int,
-        last_step: int,
-        keep: int = 3,
-        keep_every: int = 0,
-    ) -> None:
-        self.directory = directory
-        self.model = model
-        self.optimizer = optimizer
-        self.scaler = scaler
-        self.period = period
-        self.last_step = last_step
-        self.keep = keep
-        self.keep_every = keep_every
+    directory: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    _: KW_ONLY
+    period: int
+    last_step: int
+    keep: int = 3
+    keep_every: int = 0
+
+    def __post_init__(self) -> None:
         self._group = distributed.cpu_group()  # for the writing thread
         self._copies = _LastingStager()
         self._pending: _Pending | None = None
@@ -129,18 +119,13 @@ class Checkpointer:
             logger.warning("%s", error)  # the error that stopped the run is raised
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint of `step` is to be written."""
         return (step + 1) % self.period == 0 or step == self.last_step
 
     def save(self, step: int, extra_state: dict[str, Any]) -> None:
         """Start to write the checkpoint of a step, unless it exists; `finish` completes it.
 
-        Args:
-            step: The last finished iteration.
-            extra_state: Further entries of `state.json`.
-
-        Raises:
-            OSError: If this or the previous checkpoint cannot be written (disk full, ...); complete ones are kept.
+        `extra_state` are further entries of `state.json`. An OSError if this or the previous checkpoint cannot be
+        written (disk full, ...); complete ones are kept.
         """
         self.finish()
         if step <= self._newest:
@@ -172,14 +157,7 @@ class Checkpointer:
         self._pending = _Pending(step, folder, written, started, time.perf_counter() - started)
 
     def finish(self, *, wait: bool = True) -> None:
-        """Rename the checkpoint that is being written, if any, to its final name, and delete old ones.
-
-        Args:
-            wait: Wait until it is written; otherwise do nothing if it is not.
-
-        Raises:
-            OSError: As `save`.
-        """
+        """Rename the checkpoint that is being written, if it is complete or `wait`, and delete old ones."""
         if self._pending is None or not (wait or self._pending.written.done()):
             return
         step, folder, written, started, waited = self._pending
@@ -210,18 +188,9 @@ class Checkpointer:
         )
 
     def load(self, folder: Path, needed: Sequence[str] = ()) -> dict[str, Any]:
-        """Restore a checkpoint in place.
+        """Restore a checkpoint in place; returns its `state.json`, which must have the entries `needed`.
 
-        Args:
-            folder: The checkpoint folder.
-            needed: Entries that its `state.json` must have.
-
-        Returns:
-            The content of `state.json`.
-
-        Raises:
-            ValueError: If it is damaged or belongs to another model.
-            OSError: If it cannot be read.
+        A ValueError if it is damaged or belongs to another model, an OSError if it cannot be read.
         """
         try:
             state = read_state(folder)
@@ -275,10 +244,6 @@ def has_lost_checkpoints(output_dir: Path, period: int) -> bool:
 
     They were deleted, or are on a disk that is not mounted. Metrics of less than two periods may be from a run that was
     stopped before its first checkpoint was complete.
-
-    Args:
-        output_dir: Output folder of the run, in which there are no checkpoints.
-        period: Number of steps between two checkpoints.
     """
     records = read_records(output_dir / "training_metrics.json")
     if not records or records[-1]["iteration"] < 2 * period:
@@ -304,16 +269,7 @@ def archive_run(output_dir: Path) -> None:
 
 
 def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
-    """Load the initial weights in the config, if any: student.pretrained_weights, then MODEL.WEIGHTS.
-
-    Args:
-        model: Changed in place; not sharded yet.
-        cfg: The config.
-
-    Raises:
-        FileNotFoundError: If there are no such weights.
-        ValueError: If they do not fit the model, or are not finite.
-    """
+    """Load the initial weights of the config, if any, before sharding: student.pretrained_weights, MODEL.WEIGHTS."""
     if cfg.student.pretrained_weights:
         load_backbone(model.student_backbone, cfg.student.pretrained_weights)
         model.teacher.load_state_dict(model.student.state_dict())
@@ -322,16 +278,10 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
 
 
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
-    """Load networks and centers, without optimizer state.
+    """Load networks and centers into a model that is not sharded yet, without optimizer state.
 
-    Args:
-        model: Changed in place; not sharded yet.
-        source: A checkpoint folder, a file with a whole checkpoint, or an exported teacher: one network with its heads,
-            which initializes both student and teacher.
-
-    Raises:
-        FileNotFoundError: If there are no such weights.
-        ValueError: If they cannot be read, do not fit the model, or are not finite.
+    The source is a checkpoint folder, a file with a whole checkpoint, or an exported teacher: one network with its
+    heads, which initializes both student and teacher. A ValueError if it does not fit the model, or is not finite.
     """
     if Path(source).is_dir():
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -365,15 +315,7 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) ->
 
 
 def save_teacher(teacher: nn.Module, path: Path) -> None:
-    """Export the teacher in the published format, `{"teacher": state dict}`; all processes must call this.
-
-    Args:
-        teacher: The network, possibly sharded.
-        path: The file to write.
-
-    Raises:
-        OSError: On rank 0, if it cannot be written.
-    """
+    """Export the teacher in the published format, `{"teacher": state dict}`; all processes must call this."""
     state = {}
     for name, value in teacher.state_dict().items():
         unsharded = full_tensor(value.detach())

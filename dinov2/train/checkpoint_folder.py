@@ -30,10 +30,7 @@ _FOLDER = re.compile(r"model_(\d{7,})")
 
 
 class SafeReader(dcp.FileSystemReader):
-    """Reader for `torch.distributed.checkpoint.load` that runs no code; errors name the file.
-
-    Tensors are read by torch with `weights_only=True`.
-    """
+    """Reader for `torch.distributed.checkpoint.load` that runs no code; errors name the file."""
 
     def read_metadata(self, *args: object) -> Metadata:  # no rank: all processes share one index
         metadata = read_metadata(Path(self.path))
@@ -60,11 +57,7 @@ class SafeReader(dcp.FileSystemReader):
         return super().read_data(replace(plan, items=[]), planner)  # a future that is done
 
     def _check(self, path: Path, items: Sequence[ReadItem]) -> None:
-        """Verify the checksums of chunks of tensors, which are concatenated files of `torch.save`.
-
-        Raises:
-            ValueError: If a chunk is damaged; names the tensor.
-        """
+        """Verify the checksums of chunks of tensors, which are concatenated files of `torch.save`."""
         with path.open("rb") as file:
             for index in dict.fromkeys(item.storage_index for item in items):
                 info = self.storage_data[index]
@@ -86,18 +79,9 @@ def read_shapes(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """Read tensors of a checkpoint folder, on the CPU, independent of the number of processes that wrote it.
+    """Read the tensors of a checkpoint folder whose names start with `prefix`, unsharded, on the CPU.
 
-    Args:
-        folder: The checkpoint folder.
-        prefix: Start of the names of the tensors to read.
-
-    Returns:
-        Unsharded tensors by their full names.
-
-    Raises:
-        FileNotFoundError: If the folder or a file of it is missing.
-        ValueError: If a file is damaged, or no name starts with `prefix`.
+    A FileNotFoundError if a file is missing, a ValueError if one is damaged or there are no such tensors.
     """
     tensors = _empty_tensors(folder, prefix, "cpu")
     if not tensors:
@@ -125,14 +109,7 @@ def one_process_is_enough() -> None:
 
 
 def complete_checkpoints(directory: Path) -> dict[int, Path]:
-    """The complete checkpoints in a folder `OUT/checkpoints`.
-
-    Returns:
-        Folders by their last finished iteration, in ascending order; empty if the folder does not exist.
-
-    Raises:
-        OSError: If the folder cannot be listed: no permission, a file, a broken link; names it.
-    """
+    """The complete checkpoints in `OUT/checkpoints` by iteration, ascending; none if it does not exist."""
     try:
         names = os.listdir(directory)  # unlike Path.glob it does not ignore errors
     except FileNotFoundError as error:
@@ -146,24 +123,12 @@ def complete_checkpoints(directory: Path) -> dict[int, Path]:
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a folder `OUT/checkpoints`; None if there is none.
-
-    Raises:
-        OSError: As `complete_checkpoints`.
-    """
+    """The newest of the `complete_checkpoints`; None if there is none."""
     return next(reversed(complete_checkpoints(directory).values()), None)
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Find a checkpoint folder.
-
-    Args:
-        path: A checkpoint folder, or `OUT/checkpoints` or `OUT`, of which the newest complete checkpoint is taken.
-
-    Raises:
-        FileNotFoundError: If there is none.
-        OSError: If a folder cannot be listed.
-    """
+    """A checkpoint folder itself, or the newest complete checkpoint of `OUT/checkpoints` or `OUT`."""
     if (path / ".metadata").exists() or (path / "state.json").exists():
         return path
     folder = latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)

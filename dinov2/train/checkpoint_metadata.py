@@ -37,24 +37,14 @@ ADVICE = "copy the checkpoint again, or use another one"
 
 
 def write_checksums(folder: Path) -> None:
-    """Write `checksums.json` with the CRC-32 of `.metadata` and `state.json`.
-
-    Raises:
-        OSError: If it cannot be written; names the file.
-    """
+    """Write `checksums.json` with the CRC-32 of `.metadata` and `state.json`."""
     checksums = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
     with atomic_write(folder / CHECKSUMS_FILE) as file:
         file.write(json.dumps(checksums).encode())
 
 
 def read_checked(folder: Path, name: str) -> bytes:
-    """Read `.metadata` or `state.json` and verify its checksum, if there is one.
-
-    Raises:
-        FileNotFoundError: If it is missing.
-        OSError: If it cannot be read.
-        ValueError: If it is damaged.
-    """
+    """Read `.metadata` or `state.json` and verify its checksum, if there is one; a ValueError if it is damaged."""
     try:
         content = read_regular_file(folder / name)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -116,11 +106,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: str | Path) -> Metadata:
-    """Read `.metadata` of a checkpoint folder, and check that the files in it exist and are complete.
+    """Read `.metadata` of a checkpoint folder, and check that its files are complete and contain tensors only.
 
-    Raises:
-        FileNotFoundError: If it is not a checkpoint folder, or a file of it is missing.
-        ValueError: If a file is damaged or truncated, or the folder contains anything but tensors.
+    A FileNotFoundError if one is missing, a ValueError if one is damaged.
     """
     path = Path(folder) / METADATA_FILE
     content = read_checked(Path(folder), METADATA_FILE)

@@ -28,11 +28,7 @@ class Setup(NamedTuple):
     dataset: str  # see `ImageDataset.fingerprint`
 
     def changes_since(self, state: Mapping[str, Any]) -> list[str]:
-        """Compare with the setup in the state of a checkpoint, where it has the entries.
-
-        Returns:
-            Descriptions of changes, such as "processes: 1 -> 2".
-        """
+        """Changes since the state of a checkpoint, as far as it has the entries, such as "processes: 1 -> 2"."""
         titles = {
             "world_size": "processes",
             "global_batch": "images of a step",
@@ -46,15 +42,9 @@ class Setup(NamedTuple):
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read `state.json` of a checkpoint folder.
+    """Read `state.json`: `iteration`, `scaler` and the entries that the run added, each of the right type.
 
-    Returns:
-        `iteration`, `scaler` and the entries that the run added, each of the right type.
-
-    Raises:
-        FileNotFoundError: If `state.json` is missing.
-        OSError: If it cannot be read.
-        ValueError: If it is damaged, or its iteration is not that in the name of the folder.
+    A ValueError if it is damaged, or its iteration is not that in the name of the folder.
     """
     path = folder / STATE_FILE
     content = read_checked(folder, STATE_FILE)

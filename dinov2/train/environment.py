@@ -37,16 +37,7 @@ _COMMANDS = ("dinov2-train",)  # installed scripts
 
 
 def record_environment(output_dir: Path, first_step: int = 0, data: str | None = None) -> None:
-    """Append this session to `output_dir/environment.json`; to be called on rank 0.
-
-    Args:
-        output_dir: Folder of the run.
-        first_step: First step of this session; 0 starts a new run and removes earlier sessions.
-        data: Dataset string of the training set.
-
-    Raises:
-        OSError: The file cannot be written; the message names it.
-    """
+    """Append this session to `output_dir/environment.json` on rank 0; `first_step` 0 removes earlier sessions."""
     path = output_dir / ENVIRONMENT_FILE
     try:
         former = read_environment(path) if first_step > 0 else []
@@ -60,12 +51,7 @@ def record_environment(output_dir: Path, first_step: int = 0, data: str | None =
 
 
 def read_environment(path: Path) -> list[dict[str, Any]]:
-    """Read the sessions of an environment file, oldest first; empty if the file is missing.
-
-    Raises:
-        OSError: The file cannot be read; the message names it.
-        ValueError: The file is damaged; the message names it.
-    """
+    """Read the sessions of an environment file, oldest first; empty if the file is missing, a ValueError if damaged."""
     try:
         content = read_json(path)
     except FileNotFoundError:
@@ -110,11 +96,7 @@ def session(first_step: int, data: str | None = None) -> dict[str, Any]:
 
 
 def reproducing_command(argv: Sequence[str]) -> str | None:
-    """The command, relative to the top folder of the clone; None if a scheduler started the process by another program.
-
-    Args:
-        argv: Program and arguments of this process.
-    """
+    """The command, relative to the top folder of the clone; None if a scheduler started another program."""
     program = Path(argv[0])
     if program.name in _COMMANDS:
         return shlex.join([program.name, *argv[1:]])
@@ -162,11 +144,7 @@ def _output(*command: str) -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Make the C library keep freed memory for later allocations, instead of returning it to the system.
-
-    Each step allocates the same gigabytes again, for which the system would have to zero every page. Only the GNU C
-    library supports this; others are unaffected.
-    """
+    """Make the GNU C library keep freed memory for the next step; the system would have to zero every page again."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):

@@ -26,10 +26,7 @@ class NonFiniteGuard:
     """Skips steps whose losses or gradients are not finite, on all processes alike, and stops the run after too many.
 
     The decision is a tensor on the device, for `optim.step_unless`. It is logged one step later, so that the host never
-    waits for the current step of the device.
-
-    Args:
-        max_in_a_row: Number of consecutive skipped steps after which the run is stopped.
+    waits for the current step of the device. `max_in_a_row` consecutive skipped steps stop the run.
     """
 
     def __init__(self, max_in_a_row: int) -> None:
@@ -47,17 +44,10 @@ class NonFiniteGuard:
         return nonfinite.amax()
 
     def report(self, scaler: torch.amp.GradScaler, *, all_steps: bool = False) -> None:
-        """Log skipped steps before the latest one, or all of them if `all_steps`.
+        """Log skipped steps before the latest one; with `all_steps` also that one, for which the host then waits.
 
         Occasional overflows of gradients are how a gradient scaler finds its scale. They do not count as long as the
-        losses are finite and the scale is above 1.
-
-        Args:
-            scaler: Gradient scaler of the run.
-            all_steps: Whether to include the latest step, for which the host then waits.
-
-        Raises:
-            FloatingPointError: Too many consecutive steps were skipped.
+        losses are finite and the scale is above 1. Too many consecutive skipped steps are a FloatingPointError.
         """
         while len(self._unreported) > (0 if all_steps else 1):
             check = self._unreported.popleft()
@@ -87,17 +77,13 @@ class NonFiniteGuard:
 
 
 class BadImageGuard:
-    """Logs unreadable images, which the loader replaces by others, and stops a run with too many of them.
+    """Logs unreadable images, which the loader replaces by others, and stops a run with more than a share of them.
 
     Each image is logged once with its reason, up to `MAX_LINES` images. Repetitions and further images are counted, and
     logged whenever their number has doubled.
-
-    Args:
-        max_share: Maximum fraction of unreadable images, in [0, 1].
     """
 
-    MIN_IMAGES = 200
-    """Minimum number of images for a meaningful fraction."""
+    MIN_IMAGES = 200  # minimum number of images for a meaningful fraction
 
     MAX_LINES = 100
 
@@ -110,11 +96,7 @@ class BadImageGuard:
         self._next_summary = self.MAX_LINES
 
     def check(self, batches: Sequence[Batch]) -> None:
-        """Count the images of some batches.
-
-        Raises:
-            OSError: The fraction of unreadable images is above the limit.
-        """
+        """Count the images of some batches; an OSError if the fraction of unreadable ones is above the limit."""
         bad_images = [bad for batch in batches for bad in batch.bad_images]
         self.seen += sum(len(batch.global_crops) // 2 for batch in batches) + len(bad_images)
         self.bad += len(bad_images)

@@ -4,7 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -17,11 +17,9 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """USR2: the scheduler warns of a time limit or preemption; TERM: the process will be killed; INT: Ctrl-C."""
 
-REPEATS = 1.0
-"""Seconds in which repeated signals count once, such as those from the terminal and from torchrun."""
+REPEATS = 1.0  # seconds in which repeated signals count once, such as those from the terminal and from torchrun
 
-GRACE = 20.0
-"""Seconds after a signal to wait for the images of the current step; schedulers kill after 30 or more."""
+GRACE = 20.0  # seconds after a signal to wait for the images of the current step; schedulers kill after 30 or more
 
 
 class NoImages(LoadingError):
@@ -38,8 +36,7 @@ class Interruption:
                 save()
                 interruption.leave()
 
-    Args:
-        save: Function that writes the checkpoint of the last finished step, if images do not arrive.
+    `save` writes the checkpoint of the last finished step, if images do not arrive.
     """
 
     def __init__(self, save: Callable[[], object] = lambda: None) -> None:
@@ -52,9 +49,7 @@ class Interruption:
         self._former = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if isinstance(error, NoImages) and not distributed.is_enabled():
                 logger.warning("%s: the run stops, with a checkpoint if a step was finished since the last one", error)
@@ -75,11 +70,10 @@ class Interruption:
             signal.raise_signal(signum)
 
     def check_wait(self) -> None:
-        """To be called periodically while waiting for images.
+        """Raise NoImages more than `GRACE` seconds after a signal; to be called periodically while waiting for images.
 
-        Raises:
-            NoImages: A signal came more than `GRACE` seconds ago. A single process then stops with a checkpoint.
-                Several processes cannot agree on that: the others may be within the step, waiting for this one.
+        A single process then stops with a checkpoint. Several cannot agree on that: the others may be within the step,
+        waiting for this one.
         """
         if self.signum and time.monotonic() > self._noted + GRACE:
             name = signal.Signals(self.signum).name
@@ -94,14 +88,10 @@ class Interruption:
         return agreed != 0
 
     def leave(self) -> None:
-        """End this process after everything is saved.
+        """End this process after everything is saved: a KeyboardInterrupt after SIGINT, else status 128 + signal.
 
-        On rank 0 the former handler of the signal is called, by which submitit requeues the job. The other processes
-        wait for it, because the first exit ends the job.
-
-        Raises:
-            KeyboardInterrupt: The signal was SIGINT.
-            SystemExit: The status is 128 + signal, or that of the former handler.
+        On rank 0 the former handler of the signal is called, by which submitit requeues the job and which may set
+        another status. The other processes wait for it, because the first exit ends the job.
         """
         if self.signum == signal.SIGINT:
             raise KeyboardInterrupt

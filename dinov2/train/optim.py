@@ -57,8 +57,7 @@ def get_params_groups_with_decay(
 
 
 def fuse_params_groups(
-    all_params_groups: Iterable[ParamGroup],
-    keys: Sequence[str] = ("lr_multiplier", "wd_multiplier", "is_last_layer"),
+    all_params_groups: Iterable[ParamGroup], keys: Sequence[str] = ("lr_multiplier", "wd_multiplier", "is_last_layer")
 ) -> list[ParamGroup]:
     """Merge the groups with equal values of `keys`, in order of first appearance."""
     fused: dict[tuple[Any, ...], ParamGroup] = {}
@@ -72,21 +71,17 @@ def fuse_params_groups(
 def build_optimizer(
     student: nn.ModuleDict, *, betas: tuple[float, float], lr_decay_rate: float, patch_embed_lr_mult: float
 ) -> torch.optim.AdamW:
-    """Build AdamW over the groups of all sub-modules; `set_hyperparameters` sets its rates before each step.
-
-    It is the fused one, which reads and writes each number once, and can skip steps on the device (see `step_unless`).
-    """
+    """Build AdamW over the groups of all sub-modules; `set_hyperparameters` sets its rates before each step."""
     groups = []
     for module in student.values():
         groups += fuse_params_groups(get_params_groups_with_decay(module, lr_decay_rate, patch_embed_lr_mult))
+    # The fused one reads and writes each number once, and can skip steps on the device (`step_unless`).
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
 
 def step_unless(refused: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Step a fused optimizer, except if `refused` (scalar) is 1: then nothing changes, not even the count of steps.
-
-    This uses the mechanism of gradient scalers: the device decides, and the host does not wait.
-    """
+    """Step a fused optimizer, except if `refused` (scalar) is 1: then nothing changes, not even the count of steps."""
+    # The mechanism of gradient scalers: the device decides, and the host does not wait.
     optimizer.found_inf = refused  # type: ignore[attr-defined]
     optimizer.step()
     del optimizer.found_inf  # type: ignore[attr-defined]
@@ -102,8 +97,7 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, now: StepValues) -> No
 def clip_gradients(student: nn.ModuleDict, max_norm: float | None) -> dict[str, Tensor]:
     """Clip the gradient of each sub-module **separately** to L2 norm `max_norm`; None or 0 only measures it.
 
-    Returns:
-        Norms before clipping by sub-module, as scalars on the device; sub-modules without gradients are omitted.
+    Returns the norms before clipping by sub-module, as scalars on the device, of sub-modules with gradients.
     """
     return {
         name: full_tensor(nn.utils.clip_grad_norm_(module.parameters(), max_norm or float("inf")))

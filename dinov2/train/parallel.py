@@ -12,7 +12,7 @@ gathers its weights once per step or again in the backward pass:
 | HYBRID_SHARD_ZERO2 | the processes of a machine, replicated over machines | kept |
 | HYBRID_SHARD | the processes of a machine, replicated over machines | freed, gathered again |
 
-The teacher has no backward pass and always frees its weights after use. With one process nothing is sharded.
+The teacher has no backward pass and always frees its weights after use.
 """
 
 import importlib
@@ -57,9 +57,6 @@ def parallelize(
         activation_checkpointing: Activations of the student's blocks recomputed in the backward pass: none, all but the
             outputs of matrix products and attention ("selective"), or all ("full").
         compile_blocks: Whether to compile each block by `torch.compile`.
-
-    Raises:
-        ValueError: A strategy shards within machines, but these have different numbers of processes.
     """
     if activation_checkpointing != "none":
         for block in _blocks(student):
@@ -122,12 +119,7 @@ def units_of_blocks(network: nn.Module, block_chunks: int) -> list[list[nn.Modul
 
 
 def _shard(
-    network: nn.Module,
-    precision: ModulePrecision,
-    mesh: DeviceMesh,
-    *,
-    block_chunks: int,
-    reshard_after_forward: bool,
+    network: nn.Module, precision: ModulePrecision, mesh: DeviceMesh, *, block_chunks: int, reshard_after_forward: bool
 ) -> None:
     """Shard a backbone in units of blocks, with the rest as one unit; a head is one unit."""
     dtypes = precision.mixed_precision

@@ -12,18 +12,8 @@ class CosineScheduler:
     """`freeze_iters` zeros, a linear warm-up to `base_value`, then a half cosine toward `final_value`.
 
     A float64 array of `total_iters` values; larger indices give `final_value`, which the cosine itself does not quite
-    reach. The warm-up includes both ends, so `base_value` appears twice.
-
-    Args:
-        base_value: Value at the end of the warm-up.
-        final_value: Value at the end of the schedule.
-        total_iters: Length of the schedule in steps.
-        warmup_iters: Length of the warm-up in steps.
-        start_warmup_value: Value at the start of the warm-up.
-        freeze_iters: Number of zeros at the start.
-
-    Raises:
-        ValueError: Zeros and warm-up are longer than the schedule.
+    reach. The warm-up starts at `start_warmup_value` and includes both ends, so `base_value` appears twice. A
+    ValueError if zeros and warm-up are longer than the schedule.
     """
 
     def __init__(
@@ -84,20 +74,14 @@ def build_schedules(cfg: Config, lr: float) -> Schedules:
     epoch = cfg.train.OFFICIAL_EPOCH_LENGTH
     total = cfg.optim.epochs * epoch
     warmup = cfg.optim.warmup_epochs * epoch
-    temp_warmup = cfg.teacher.warmup_teacher_temp_epochs * epoch
+    temp, temp_warmup = cfg.teacher.teacher_temp, cfg.teacher.warmup_teacher_temp_epochs * epoch
     last_layer_lr = CosineScheduler(lr, cfg.optim.min_lr, total, warmup)
     last_layer_lr.schedule[: cfg.optim.freeze_last_layer_epochs * epoch] = 0
     return Schedules(
         lr=CosineScheduler(lr, cfg.optim.min_lr, total, warmup),
         wd=CosineScheduler(cfg.optim.weight_decay, cfg.optim.weight_decay_end, total),
         momentum=CosineScheduler(cfg.teacher.momentum_teacher, cfg.teacher.final_momentum_teacher, total),
-        teacher_temp=CosineScheduler(
-            cfg.teacher.teacher_temp,
-            cfg.teacher.teacher_temp,
-            temp_warmup,
-            warmup_iters=temp_warmup,
-            start_warmup_value=cfg.teacher.warmup_teacher_temp,
-        ),
+        teacher_temp=CosineScheduler(temp, temp, temp_warmup, temp_warmup, cfg.teacher.warmup_teacher_temp),
         last_layer_lr=last_layer_lr,
     )
 
@@ -139,11 +123,7 @@ def global_batch_size(cfg: Config, world_size: int) -> int:
 
 
 def scale_lr(base_lr: float, rule: str, global_batch: int) -> float:
-    """Scale the peak learning rate to `global_batch` images per step.
-
-    Raises:
-        ValueError: The rule is unknown.
-    """
+    """Scale the peak learning rate to `global_batch` images per step."""
     factors = {
         "sqrt_wrt_1024": math.sqrt(global_batch / 1024),
         "linear_wrt_256": global_batch / 256,

@@ -119,25 +119,16 @@ class SSLMetaArch(nn.Module):
         return self
 
     def forward(self, batch: Batch, targets: Targets) -> tuple[Losses, Predictions]:
-        """Compute the student's predictions for a batch and their losses; gradients reach the student.
-
-        Args:
-            batch: A micro-batch.
-            targets: The teacher's targets for it, see `targets`.
-        """
+        """Compute the student's predictions for a batch and their losses, which have gradients, against `targets`."""
         predictions = self.predictions(batch)
         return self.losses(batch, targets, predictions), predictions
 
     @torch.no_grad()
     def targets(self, batches: Sequence[Batch], teacher_temp: float) -> list[Targets]:
-        """Compute the teacher's targets for the unmasked global crops of all micro-batches of a step.
+        """Compute the teacher's targets for the unmasked global crops of all micro-batches of a step of this process.
 
         They are balanced or centered jointly, so that k micro-batches have the targets of k processes. Centers are
-        updated.
-
-        Args:
-            batches: Micro-batches of this process.
-            teacher_temp: Temperature of the softmax.
+        updated. `teacher_temp` is the temperature of the softmax.
         """
         cls_scores, patch_scores = zip(*map(self._teacher_scores, batches), strict=True)
         cls = self._probabilities(self.dino_loss, cls_scores, teacher_temp) if self.use_dino else [None] * len(batches)
@@ -253,10 +244,7 @@ class SSLMetaArch(nn.Module):
 
     @contextmanager
     def _precision(self, side: str, module: str) -> Iterator[torch.dtype]:
-        """Autocast to the configured `param_dtype` of a network, which its inputs must have too.
-
-        Parameters stay float32.
-        """
+        """Autocast to the `param_dtype` of a network, which its inputs must have too; parameters stay float32."""
         networks = self.cfg.compute_precision.student if side == "student" else self.cfg.compute_precision.teacher
         dtype = DTYPES[getattr(networks, module).mixed_precision.param_dtype]
         with torch.autocast(self.dino_loss.center.device.type, dtype, enabled=dtype != torch.float32):

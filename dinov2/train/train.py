@@ -109,11 +109,7 @@ def main(args: argparse.Namespace) -> None:
 def with_run_values(cfg: Config, output_dir: Path, world_size: int) -> Config:
     """Returns the config with its output folder and the learning rate scaled to its global batch size."""
     lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
-    return replace(
-        cfg,
-        optim=replace(cfg.optim, lr=lr),
-        train=replace(cfg.train, output_dir=str(output_dir)),
-    )
+    return replace(cfg, optim=replace(cfg.optim, lr=lr), train=replace(cfg.train, output_dir=str(output_dir)))
 
 
 def seed_everything(seed: int) -> None:
@@ -179,22 +175,10 @@ def forward_backward(
     seed: int,
     step: int,
 ) -> Losses:
-    """Compute the losses of a step and their gradient, both averaged over its micro-batches.
+    """Compute the losses of a step, without their graph, and their gradient, both averaged over its micro-batches.
 
     The targets of all micro-batches are computed jointly. Each micro-batch is then treated like the batch of a process
-    of its own.
-
-    Args:
-        model: Student and teacher; the gradients of the student are replaced.
-        batches: Micro-batches of this process.
-        teacher_temp: Temperature of the teacher's softmax.
-        scaler: Gradient scaler, of which the gradients are multiples.
-        stats: Receives targets and predictions if they are measured in this step.
-        seed: Seed of the run.
-        step: Index of the step, from 0.
-
-    Returns:
-        Losses without their graph.
+    of its own. Targets and predictions are added to `stats` if they are measured in this step.
     """
     model.student.zero_grad(set_to_none=True)
     parts = []
@@ -217,11 +201,7 @@ def clip_and_step(
     max_norm: float | None,
     guard: NonFiniteGuard,
 ) -> dict[str, torch.Tensor]:
-    """Clip the gradient of each sub-module and step the optimizer, except if a loss or a gradient is not finite.
-
-    Returns:
-        The L2 norms of the gradient before clipping, by sub-module.
-    """
+    """Clip each sub-module's gradient, step unless something is not finite, and return the norms before clipping."""
     scaler.unscale_(optimizer)
     norms = clip_gradients(student, max_norm)
     step_unless(guard.refused(losses.terms, norms), optimizer)
@@ -234,14 +214,8 @@ def log_steps(
 ) -> Iterator[tuple[int, tuple[Batch, ...]]]:
     """Iterate over the remaining steps and their micro-batches, and log progress."""
     steps = enumerate(zip(*[iter(micro_batches)] * cfg.train.accumulate_steps, strict=False), first_step)
-    return metrics.log_every(
-        steps,
-        cfg.train.log_period,
-        "Training",
-        num_steps(cfg),
-        first_step,
-        batch_size=global_batch_size(cfg, distributed.world_size()),
-    )
+    batch_size = global_batch_size(cfg, distributed.world_size())
+    return metrics.log_every(steps, cfg.train.log_period, "Training", num_steps(cfg), first_step, batch_size=batch_size)
 
 
 def log_step(
@@ -270,11 +244,7 @@ def save_rated_teacher(
 
 
 def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
-    """Write the teacher of the latest checkpoint if `resume`, or of MODEL.WEIGHTS, as `eval/manual_<iteration>`.
-
-    Raises:
-        FileNotFoundError: There is neither; random weights are not written.
-    """
+    """Write the teacher of the latest checkpoint if `resume`, or of MODEL.WEIGHTS, as `eval/manual_<iteration>`."""
     output_dir = Path(cfg.train.output_dir)
     folder = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
     source = folder or cfg.MODEL.WEIGHTS

@@ -41,19 +41,10 @@ METRICS_FILE = "training_metrics.json"
 
 
 def open_dataset(cfg: Config, *, resume: bool) -> tuple[Config, ImageDataset]:
-    """Open the dataset of a training run.
+    """Open the dataset of a training run; returns it, and the configuration with its range of pixel values.
 
-    Args:
-        cfg: Configuration of the run, with its output folder.
-        resume: Whether to reuse the range of pixel values that an earlier run in the same folder measured on the same
-            dataset.
-
-    Returns:
-        The configuration with the range of pixel values, if there are images of more than 8 bits, and the dataset. All
-        processes have the same range.
-
-    Raises:
-        OSError, ValueError: The dataset cannot be opened.
+    All processes have the same range, which is None for images of 8 bits. `resume`: reuse the range that an earlier run
+    in the same folder measured on the same dataset.
     """
     options = ImageOptions(**vars(cfg.images))
     if resume and options.value_range is None and (former := _former_range(cfg)):
@@ -68,11 +59,7 @@ def open_dataset(cfg: Config, *, resume: bool) -> tuple[Config, ImageDataset]:
 
 
 def _former_range(cfg: Config) -> tuple[float, float] | None:
-    """Returns the range of pixel values of the run in the output folder; None without checkpoints on this dataset.
-
-    Raises:
-        OSError: The folder of the checkpoints cannot be read.
-    """
+    """The range of pixel values of the run in the output folder; None without checkpoints on this dataset."""
     output = Path(cfg.train.output_dir)
     if latest_checkpoint(output / "checkpoints") is None:
         return None
@@ -124,28 +111,18 @@ def build_loader(
 
 @dataclass
 class TrainingRun:
-    """The state of a run besides its networks: what steps update and checkpoints restore.
-
-    Attributes:
-        setup: Processes and data of the run.
-        step: Last finished step; -1 before the first one.
-        images_seen: Images that all processes have used so far.
-    """
+    """The state of a run besides its networks: what steps update and checkpoints restore."""
 
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     metrics: MetricLogger
     checkpointer: Checkpointer
-    setup: Setup
-    step: int
-    images_seen: int
+    setup: Setup  # processes and data
+    step: int  # last finished step; -1 before the first one
+    images_seen: int  # by all processes so far
 
     def save(self, *, wait: bool) -> None:
-        """Write a checkpoint of the last finished step.
-
-        Args:
-            wait: Whether to wait until it is complete; otherwise it is written in the background.
-        """
+        """Write a checkpoint of the last finished step, with `wait` until it is complete, else in the background."""
         progress = {"images_seen": self.images_seen, "metrics": self.metrics.state_dict()}
         self.checkpointer.save(self.step, progress | self.setup._asdict())
         self.checkpointer.finish(wait=wait)
@@ -223,13 +200,10 @@ def open_run_trackers(cfg: Config, *, first_step: int) -> AbstractContextManager
 def resume_run(
     cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger, setup: Setup
 ) -> tuple[int, int]:
-    """Restore the latest checkpoint, if there is one.
+    """Restore the latest checkpoint, if there is one; returns the next step, and the number of images seen before it.
 
     Changed settings, data and processes are logged as warnings. Config and metrics on disk are replaced only after that
     succeeded.
-
-    Returns:
-        The next step, and the number of images seen before it.
     """
     config_file = Path(cfg.train.output_dir) / "config.yaml"
     start = images_seen = 0
@@ -250,11 +224,7 @@ def resume_run(
 
 
 def changed_settings(former: Path, cfg: Config) -> list[str]:
-    """Settings that differ from those in the config file of a run; empty, with a warning, if it cannot be read.
-
-    Returns:
-        Texts such as "optim.epochs: 2 -> 4".
-    """
+    """Changes since the config file of a run, "optim.epochs: 2 -> 4"; none, with a warning, if it cannot be read."""
     if not former.exists():
         return []
     try:

@@ -1,12 +1,12 @@
-"""What an alarm is raised by: one class for each sign of a failure, which keeps what it needs of earlier records.
+"""What an alarm is raised by: one class for each sign of a failure.
 
-A rule is called with every record that has its metrics (see the table in `alarms.py`) and compares the run with itself:
-what values are normal depends on recipe, data and model. The limits were chosen on small runs, healthy ones and runs
-made to fail in known ways (`tests/train/monitor`).
+A rule compares the run with itself: what values are normal depends on recipe, data and model. The limits were chosen on
+small runs, healthy ones and runs made to fail in known ways (`tests/train/monitor`).
 """
 
 import math
 from collections.abc import Mapping
+from enum import StrEnum
 
 Record = Mapping[str, float]
 
@@ -15,53 +15,94 @@ MIN_IMAGES = 8  # of the probe; fewer can have similar features by chance
 ALL_ALIKE_RANK = 1.1  # an effective rank below which all images have the same features
 
 
-def has_enough_rows(record: Record) -> bool:
-    """Whether the batch and the prototypes are large enough for statistics of the targets to be meaningful."""
-    return record.get("cls_target_capacity", math.inf) >= math.log(MIN_ROWS)
+class AlarmKind(StrEnum):
+    """How a run fails. The value is the name in logs and reports."""
+
+    COLLAPSE = "collapse"
+    DIVERGENCE = "divergence"
+    DENSE_DECAY = "decay of dense features"
+    DATA_STARVATION = "data starvation"
+
+    @property
+    def concerns_network(self) -> bool:
+        """Whether the network is affected, and not only the speed of training."""
+        return self is not AlarmKind.DATA_STARVATION
 
 
-def has_enough_images(record: Record) -> bool:
-    """Whether the probe has enough images for the rank of their features to be meaningful."""
-    return min(record.get(f"probe_{kind}images", math.inf) for kind in ("", "distinct_")) >= MIN_IMAGES
+class Rule:
+    """One sign of one kind of failure; an instance keeps what it needs of the earlier records of a run."""
+
+    kind: AlarmKind
+    metrics: tuple[str, ...]  # that a record must have
+    patience: int  # consecutive records with the sign that raise the alarm
+    advice: str
+    min_rows: int | None = None  # of targets, and
+    min_images: int | None = None  # of the probe, for which the values of a record are meaningful; None: any
+
+    def applies(self, record: Record) -> bool:
+        """Whether a record has the metrics, with meaningful values."""
+        if self.min_rows is not None and record.get("cls_target_capacity", math.inf) < math.log(self.min_rows):
+            return False
+        counts = [record.get(f"probe_{kind}images", math.inf) for kind in ("", "distinct_")]
+        if self.min_images is not None and min(counts) < self.min_images:
+            return False
+        return all(name in record for name in self.metrics)
+
+    def check(self, record: Record, *, warm: bool) -> str | None:
+        """Describe the sign of a failure in a record with the metrics; "" if there is none, None if it cannot tell.
+
+        `warm`: whether the warm-up of the learning rate is over.
+        """
+        raise NotImplementedError
 
 
-def always(_: Record) -> bool:
-    """A rule without such a condition."""
-    return True
-
-
-class FewPrototypes:
+class FewPrototypes(Rule):
     """All images of a batch are assigned to very few prototypes."""
 
+    kind, patience, min_rows = AlarmKind.COLLAPSE, 5, MIN_ROWS
+    metrics = ("cls_target_perplexity", "cls_target_capacity")
+    title = "class"
+    advice = (
+        "The targets hardly distinguish images. Usual causes: the teacher's outputs are not centered or balanced (try "
+        "train.centering=sinkhorn_knopp), teacher.teacher_temp is too low, or optim.base_lr is too high."
+    )
     LIMIT = 0.25  # of the maximal entropy; two of 128 prototypes: 0.14
-    NAMES = {"cls": "class", "patch": "patch"}
 
-    def __init__(self, targets: str) -> None:
-        self.targets = targets
-
-    def __call__(self, record: Record, *, warm: bool) -> str | None:
-        perplexity, capacity = (record[f"{self.targets}_target_{name}"] for name in ("perplexity", "capacity"))
+    def check(self, record: Record, *, warm: bool) -> str | None:
+        perplexity, capacity = (record[name] for name in self.metrics)
         if capacity < math.log(MIN_ROWS):
             return None
         if math.log(max(perplexity, 1.0)) >= self.LIMIT * capacity:
             return ""
-        share = record.get(f"{self.targets}_largest_prototype", math.nan)
+        share = record.get(self.metrics[0].replace("target_perplexity", "largest_prototype"), math.nan)
         return (
-            f"the {self.NAMES[self.targets]} targets of a whole batch use {perplexity:.1f} prototypes; "
+            f"the {self.title} targets of a whole batch use {perplexity:.1f} prototypes; "
             f"{share:.0%} of them have the same largest entry"
         )
 
 
-class UninformativeTargets:
+class FewPrototypesOfPatches(FewPrototypes):
+    """The same of masked patches."""
+
+    metrics = ("patch_target_perplexity", "patch_target_capacity")
+    title = "patch"
+
+
+class UninformativeTargets(Rule):
     """Targets no longer depend on their image, though they did before, or though the warm-up is over."""
 
+    kind, patience, min_rows = AlarmKind.COLLAPSE, 5, MIN_ROWS
+    metrics = ("cls_target_information", "cls_target_capacity")
+    advice = (
+        "Different images get the same target, so that there is nothing to learn. Check the data first (is it one "
+        "image repeated?), then lower optim.base_lr, raise optim.warmup_epochs, and check that there are not many more "
+        "prototypes (dino.head_n_prototypes) than rows in a batch."
+    )
     LIMIT = 0.01  # of the maximal information
+    highest = 0.0
 
-    def __init__(self) -> None:
-        self.highest = 0.0
-
-    def __call__(self, record: Record, *, warm: bool) -> str | None:
-        information, capacity = record["cls_target_information"], record["cls_target_capacity"]
+    def check(self, record: Record, *, warm: bool) -> str | None:
+        information, capacity = (record[name] for name in self.metrics)
         share = information / capacity
         self.highest = max(self.highest, share)
         if share >= self.LIMIT or not (warm or self.highest > 5 * self.LIMIT):
@@ -69,23 +110,39 @@ class UninformativeTargets:
         return f"targets carry {information:.3f} of at most {capacity:.1f} nats of information about their image"
 
 
-class OneImage:
+class OneImage(Rule):
     """All probe images are the same."""
 
-    def __call__(self, record: Record, *, warm: bool) -> str | None:
+    kind, patience, metrics = AlarmKind.COLLAPSE, 1, ("probe_distinct_images",)
+    advice = (
+        "Nothing can be learned from one image. Check what train.dataset_path reads: a wrong folder, empty or black "
+        "files, links that all point to one file?"
+    )
+
+    def check(self, record: Record, *, warm: bool) -> str | None:
         identical = record["probe_distinct_images"] <= 1
         return "all probe images, evenly spread over the dataset, are identical" if identical else ""
 
 
-class LostRank:
+class AlikeFeatures(Rule):
+    """What is common to the signs that features no longer distinguish images."""
+
+    kind = AlarmKind.COLLAPSE
+    advice = (
+        "Features of different images become alike. Go back to eval/best or to an earlier checkpoint, with a lower "
+        "optim.base_lr or a higher teacher momentum (teacher.momentum_teacher); check that dino.koleo_loss_weight is "
+        "not 0 and that the images are not near duplicates."
+    )
+    highest = 0.0
+
+
+class LostRank(AlikeFeatures):
     """The features of different images span ever fewer directions."""
 
+    patience, metrics, min_images = 3, ("probe_cls_rank_me",), MIN_IMAGES
     LOST = 0.4
 
-    def __init__(self) -> None:
-        self.highest = 0.0
-
-    def __call__(self, record: Record, *, warm: bool) -> str | None:
+    def check(self, record: Record, *, warm: bool) -> str | None:
         rank = record["probe_cls_rank_me"]
         self.highest = max(self.highest, rank)
         if rank < self.LOST * self.highest:
@@ -95,15 +152,13 @@ class LostRank:
         return ""
 
 
-class LostAccuracy:
+class LostAccuracy(AlikeFeatures):
     """The k-NN accuracy falls."""
 
+    patience, metrics = 2, ("knn",)
     LOST = 0.75
 
-    def __init__(self) -> None:
-        self.highest = 0.0
-
-    def __call__(self, record: Record, *, warm: bool) -> str | None:
+    def check(self, record: Record, *, warm: bool) -> str | None:
         accuracy = record["knn"]
         self.highest = max(self.highest, accuracy)
         if accuracy > self.LOST * self.highest or self.highest <= record.get("knn_chance", 0.0):
@@ -111,19 +166,28 @@ class LostAccuracy:
         return f"the k-NN accuracy fell from {self.highest:.0f} to {accuracy:.0f} %"
 
 
-class LostLoss:
+class Divergence(Rule):
+    """What is common to the signs of divergence."""
+
+    kind = AlarmKind.DIVERGENCE
+    advice = (
+        "The optimization diverges. Lower optim.base_lr (by 3 to 10) or raise optim.warmup_epochs, check that "
+        "optim.scaling_rule fits your batch, set optim.clip_grad, prefer bf16 to fp16; go back to an earlier "
+        "checkpoint."
+    )
+
+
+class LostLoss(Divergence):
     """The loss rises again, and not because targets become more informative, which centering does to them at first."""
 
+    patience, metrics, min_rows = 5, ("total_loss", "cls_target_information"), MIN_ROWS
     LOST, GAINED = 0.5, 0.02
     INFORMATION_LOST = 0.6
+    first: float | None = None
+    lowest, most_information = math.inf, 0.0
 
-    def __init__(self) -> None:
-        self.first: float | None = None
-        self.lowest = math.inf
-        self.most_information = 0.0
-
-    def __call__(self, record: Record, *, warm: bool) -> str | None:
-        loss, information = record["total_loss"], record["cls_target_information"]
+    def check(self, record: Record, *, warm: bool) -> str | None:
+        loss, information = (record[name] for name in self.metrics)
         self.first = loss if self.first is None else self.first
         self.lowest, self.most_information = min(self.lowest, loss), max(self.most_information, information)
         gained, lost = self.first - self.lowest, loss - self.lowest
@@ -139,16 +203,15 @@ class LostLoss:
         )
 
 
-class GrowingNorms:
+class GrowingNorms(Divergence):
     """Patch tokens grow without becoming better."""
 
+    patience, metrics = 2, ("probe_patch_norm", "probe_patch_rank_me")
     GROWN, LOST = 5.0, 0.6
+    smallest, highest = math.inf, 0.0
 
-    def __init__(self) -> None:
-        self.smallest, self.highest = math.inf, 0.0
-
-    def __call__(self, record: Record, *, warm: bool) -> str | None:
-        norm, rank = record["probe_patch_norm"], record["probe_patch_rank_me"]
+    def check(self, record: Record, *, warm: bool) -> str | None:
+        norm, rank = (record[name] for name in self.metrics)
         self.smallest, self.highest = min(self.smallest, norm), max(self.highest, rank)
         if norm < self.GROWN * self.smallest or rank > self.LOST * self.highest:
             return ""
@@ -158,17 +221,22 @@ class GrowingNorms:
         )
 
 
-class SimilarPatches:
+class SimilarPatches(Rule):
     """Patches of an image become similar while its class token stays good."""
 
+    kind, patience, min_images = AlarmKind.DENSE_DECAY, 3, MIN_IMAGES
+    metrics = ("probe_patch_similarity", "probe_cls_rank_me")
+    advice = (
+        "Class tokens may still get better, but segmentation, depth and matching will get worse. Known of long runs of "
+        "large models. Use an earlier teacher for dense tasks; a higher ibot.loss_weight, registers "
+        "(student.num_register_tokens=4) or a shorter schedule help."
+    )
     RISEN = 0.25  # of the distance from the lowest value to 1
     CLASS_RANK_KEPT = 0.8  # else all features decay, which is another alarm
+    lowest, highest_rank = 1.0, 0.0
 
-    def __init__(self) -> None:
-        self.lowest, self.highest_rank = 1.0, 0.0
-
-    def __call__(self, record: Record, *, warm: bool) -> str | None:
-        similarity, rank = record["probe_patch_similarity"], record["probe_cls_rank_me"]
+    def check(self, record: Record, *, warm: bool) -> str | None:
+        similarity, rank = (record[name] for name in self.metrics)
         self.lowest, self.highest_rank = min(self.lowest, similarity), max(self.highest_rank, rank)
         rising = similarity > self.lowest + self.RISEN * (1 - self.lowest)
         if not rising or rank < self.CLASS_RANK_KEPT * self.highest_rank:
@@ -176,20 +244,29 @@ class SimilarPatches:
         return f"the mean similarity of two patches of an image rose from {self.lowest:.2f} to {similarity:.2f}"
 
 
-class WaitingForData:
+class WaitingForData(Rule):
     """Steps wait for their images."""
 
+    kind, patience, metrics = AlarmKind.DATA_STARVATION, 5, ("data_wait", "data_time")
+    advice = (
+        "Use more loader processes (train.num_workers) or cores, put the images on a faster disk or store them "
+        "smaller, or augment on the device (train.augment_on=device)."
+    )
     LIMIT, START = 0.4, 40  # share of the time; steps in which the loader workers start
     MIN_SECONDS = 0.005  # a step; less is negligible
+    first: float | None = None
 
-    def __init__(self) -> None:
-        self.first: float | None = None
-
-    def __call__(self, record: Record, *, warm: bool) -> str | None:
+    def check(self, record: Record, *, warm: bool) -> str | None:
         self.first = record["iteration"] if self.first is None else self.first
-        share, seconds = record["data_wait"], record["data_time"]
+        share, seconds = (record[name] for name in self.metrics)
         if record["iteration"] < self.first + self.START:
             return None
         if share < self.LIMIT or seconds < self.MIN_SECONDS:
             return ""
         return f"steps spend {share:.0%} of their time waiting for images ({seconds:.2f} s a step)"
+
+
+RULES = (
+    *(FewPrototypes, FewPrototypesOfPatches, UninformativeTargets, OneImage, LostRank, LostAccuracy, LostLoss),
+    *(GrowingNorms, SimilarPatches, WaitingForData),
+)

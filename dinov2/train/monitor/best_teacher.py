@@ -29,13 +29,7 @@ _ALL_SIGNALS = {signal for signals in SIGNALS.values() for signal in signals}
 
 
 class Rating(NamedTuple):
-    """The rating of a teacher.
-
-    Attributes:
-        iteration: Iteration after which the teacher was saved.
-        signal: Name of the metric.
-        value: Its value; larger is better.
-    """
+    """The rating of the teacher that was saved after an iteration: the value of a metric; larger is better."""
 
     iteration: int
     signal: str
@@ -45,14 +39,8 @@ class Rating(NamedTuple):
 def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], best_by: str = "auto") -> None:
     """Write the rating of the teacher in `eval/training_<iteration>`, and link `eval/best` to the best so far.
 
-    Args:
-        folder: Folder of the teacher.
-        iteration: Iteration after which it was saved.
-        measured: Metrics of that iteration; without an informative signal there is no rating.
-        best_by: A key of `SIGNALS`.
-
-    Raises:
-        OSError: The rating cannot be written. If links are not supported, a warning is logged instead.
+    Of the metrics `measured` in that iteration, those of `SIGNALS[best_by]` are used; without an informative one there
+    is no rating.
     """
     signal = next((name for name in SIGNALS[best_by] if _is_informative(name, measured)), None)
     if signal is None:
@@ -94,12 +82,7 @@ def _read(path: Path) -> Rating | None:
 
 
 def read_rating(path: Path) -> Rating:
-    """Read the rating of a teacher, `health.json` in its folder `eval/training_<iteration>`.
-
-    Raises:
-        OSError: The file cannot be read; the message names it.
-        ValueError: The file is damaged; the message names it.
-    """
+    """Read the rating of a teacher, `health.json` in its folder; a ValueError that names the file if it is damaged."""
     match content := read_json(path):
         case {"iteration": int(iteration), "signal": str(signal), "value": int() | float() as value}:
             number = float(value) if abs(value) < 1e300 else math.nan

@@ -48,16 +48,8 @@ Features = dict[str, Tensor]
 class Probe:
     """Fixed images of a run, labeled ones if there are any, and measurements of the teacher's features of them.
 
-    All processes must call the methods together.
-
-    Args:
-        cfg: Configuration of the run; `health` has the number of images and the dataset for k-NN.
-        model: Model with the teacher.
-        dataset: Training dataset.
-
-    Raises:
-        ValueError: `health.knn_dataset` has no labels that k-NN can use.
-        OSError: Too many consecutive images cannot be read.
+    All processes must call the methods together. A ValueError if `health.knn_dataset` has no labels that k-NN can use,
+    an OSError if too many consecutive images cannot be read.
     """
 
     def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset) -> None:
@@ -76,11 +68,7 @@ class Probe:
         logger.info("health: %d fixed images; k-NN: %s", len(self.images.positions), knn)
 
     def _labeled(self, dataset: ImageDataset, targets: np.ndarray) -> LabeledImages:
-        """Read images of some classes.
-
-        Raises:
-            NoLabels, ValueError: There are no two classes with two images each, see `labeled_dataset`.
-        """
+        """Read images of some classes; NoLabels or a ValueError without two classes of two images each."""
         images = self._read(dataset, balanced_positions(targets, self.cfg.health.knn_images))
         targets = targets[images.positions]
         rows = informative(images, targets)
@@ -115,20 +103,10 @@ class Probe:
         return ProbeImages(pixels, positions_read, [digest for _, digest in everywhere])
 
     def _features(self, images: ProbeImages, function: Callable[[Tensor], Features] | None = None) -> Features:
-        """Compute features of some images, in order, on all processes.
-
-        All processes call the teacher equally often with batches of the same size, padded with zeros; if training is
-        compiled, that size is the one of training.
-
-        Args:
-            images: Images to compute features of.
-            function: Maps a batch of normalized images to features by name; default: all features of the teacher.
-
-        Returns:
-            Features by name, such as `x_norm_clstoken`: (n, ..., D).
-        """
+        """Compute features of some images by name, (n, ..., D), on all processes; by default all of the teacher."""
         function = function or self.model.teacher_features
         share = math.ceil(len(images.positions) / distributed.world_size())
+        # All processes call the teacher equally often, with batches of one size: if compiled, that of training.
         in_training = NUM_GLOBAL_CROPS * self.cfg.train.batch_size_per_gpu
         at_once = in_training if self.cfg.train.compile else min(in_training, share)
         mean = torch.tensor(self.cfg.augmentation.mean).view(3, 1, 1)
@@ -159,13 +137,7 @@ class Probe:
         return {"tokens": finer_tokens(tokens_of, crops, patch_size=patch_size, shifts=shifts)}
 
     def measure(self) -> dict[str, float]:
-        """Measure the features of the fixed images.
-
-        Returns:
-            Metrics by name, see `dinov2.metric_names`: numbers of (distinct) images, effective ranks, the mean cosine
-            similarity of two patches of an image, and lengths of tokens before the last norm: means, and the mean
-            over images of the longest patch token.
-        """
+        """Measure the features of the fixed images by name; lengths of tokens are those before the last norm."""
         features = self._features(self.images)
         patches, before_norm = features["x_norm_patchtokens"], features["x_prenorm"].norm(dim=-1)
         patch_norms = before_norm[:, -patches.shape[1] :]  # after class token and registers
@@ -182,11 +154,7 @@ class Probe:
         }
 
     def knn(self) -> dict[str, float]:
-        """Measure the leave-one-out k-NN accuracy of class tokens.
-
-        Returns:
-            `knn` in percent, and `knn_chance`, the percentage that guessing reaches; empty without labels.
-        """
+        """Measure the leave-one-out k-NN accuracy of class tokens, and that of guessing, %; empty without labels."""
         if self.labeled is None:
             return {}
         images, rows, labels = self.labeled
@@ -197,10 +165,7 @@ class Probe:
     def save_patch_features(self, folder: Path, step: int) -> None:
         """Save patch tokens of this step for the report; an error, such as a full disk, is only logged.
 
-        Args:
-            folder: Folder for `patch_tokens_<step>.npy`, (n, h, w, D) float16, and for the images, `images.npz` with
-                `images` (n, 3, G, G) uint8.
-            step: Step in the file name.
+        Files: `patch_tokens_<step>.npy`, (n, h, w, D) float16, and `images.npz` with `images` (n, 3, G, G) uint8.
         """
         tokens = self._features(self.shown, self._fine_tokens)["tokens"]
         pixels = distributed.all_gather_varied(self.shown.pixels.to(distributed.device()))

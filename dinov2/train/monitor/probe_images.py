@@ -21,31 +21,19 @@ MAX_TRIES = 20  # consecutive images that may be unreadable
 
 
 class ProbeImages(NamedTuple):
-    """Images that are divided among the processes.
+    """Images that are divided among the processes; equal `digests` of pixels are the same image."""
 
-    Attributes:
-        pixels: (n_local, 3, G, G) uint8, the images of this process.
-        positions: (n,) int64, indices in the dataset of the images of all processes.
-        digests: SHA-256 of the pixels of all n images; equal ones are the same image.
-    """
-
-    pixels: Tensor
-    positions: Tensor
-    digests: list[bytes]
+    pixels: Tensor  # (n_local, 3, G, G) uint8, the images of this process
+    positions: Tensor  # (n,) int64, indices in the dataset of the images of all processes
+    digests: list[bytes]  # SHA-256 of the pixels of all n images
 
 
 class LabeledImages(NamedTuple):
-    """Images for k-NN.
-
-    Attributes:
-        images: All images that were read.
-        rows: (m,) int64, indices of the usable ones among them.
-        labels: (m,) int64, from 0, each at least twice.
-    """
+    """Images for k-NN: all that were read, and the usable ones among them."""
 
     images: ProbeImages
-    rows: Tensor
-    labels: Tensor
+    rows: Tensor  # (m,) int64, indices of the usable ones
+    labels: Tensor  # (m,) int64, from 0, each at least twice
 
     @property
     def chance(self) -> float:
@@ -65,18 +53,10 @@ class NoLabels(ValueError):
 
 
 def labeled_dataset(cfg: Config, dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray]:
-    """The dataset for k-NN and its labels: `health.knn_dataset`, or by default the training dataset.
+    """The dataset for k-NN, `health.knn_dataset` or the training dataset, and its labels (n,), negative where missing.
 
-    Args:
-        cfg: Configuration of the run.
-        dataset: The training dataset.
-
-    Returns:
-        The dataset, and its labels (n,), negative where an image has none.
-
-    Raises:
-        NoLabels: k-NN is switched off, or the training dataset has no labels that it can use.
-        ValueError: `health.knn_dataset` cannot be opened or has no such labels; the message names the key.
+    NoLabels if k-NN is switched off or the training dataset has none that it can use, a ValueError if
+    `health.knn_dataset` cannot be opened or has none.
     """
     name = cfg.health.knn_dataset
     if cfg.health.period == 0 or cfg.health.knn_period == 0 or name == "none":
@@ -140,11 +120,7 @@ def balanced_positions(targets: np.ndarray, count: int) -> np.ndarray:
 
 
 def first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, int]:
-    """The image at a position, or the first readable one after it, and its position.
-
-    Raises:
-        OSError: `MAX_TRIES` consecutive images cannot be read.
-    """
+    """The image at a position, or the first readable one after it, and its position; an OSError after `MAX_TRIES`."""
     last = ""
     for tried in range(MAX_TRIES):
         index = (position + tried) % len(dataset)

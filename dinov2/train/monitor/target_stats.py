@@ -49,20 +49,11 @@ class TargetStats:
             self._distances.append(nearest_distance(one_crop))
 
     def compute(self) -> dict[str, Tensor | float]:
-        """Compute the metrics by name; all processes must call it together.
+        """Compute the metrics by name (meanings in `dinov2.metric_names`); all processes must call it together.
 
-        For `<kind>` in cls, patch, over the rows of all processes:
-
-        - `<kind>_target_entropy`: mean entropy of a row, nats.
-        - `<kind>_target_information`: entropy of the mean row less that, nats: the mutual information of targets and
-          images, 0 if all targets are equal.
-        - `<kind>_target_capacity`: ln min(R, K), nats, its maximum.
-        - `<kind>_target_perplexity`: exponential of the entropy of the mean row, the effective number of prototypes.
-        - `<kind>_prototypes_used`: number of prototypes that are the largest entry of some row.
-        - `<kind>_largest_prototype`: share of rows whose largest entry is the most frequent one.
-
-        And `koleo_distance`: mean distance of a normalized class token of the student to the nearest one in the batch
-        of its process.
+        `<kind>_target_...` for `<kind>` in cls, patch are over the rows of all processes: entropy is the mean of a
+        row; information the entropy of the mean row less that, and capacity, ln min(R, K), its maximum; perplexity
+        the exponential of the entropy of the mean row. `koleo_distance` is within the batch of each process.
         """
         measured: dict[str, Tensor | float] = {}
         for kind, parts in self._sums_of.items():
@@ -98,14 +89,7 @@ def _sums(rows: Tensor) -> Tensor:
 
 
 class HealthPanel:
-    """Measures health metrics: at every logged step, every `health.period` steps, and with every saved teacher.
-
-    Args:
-        cfg: Configuration of the run; nothing is measured if `health.period` is 0.
-        model: Model with `student` and `teacher`.
-        dataset: Training dataset.
-        last_step: Last step of the run.
-    """
+    """Measures health at logged steps, every `health.period` steps (0: never), and with saved teachers."""
 
     def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, last_step: int) -> None:
         self.model = model
@@ -126,16 +110,7 @@ class HealthPanel:
         return step == 0 or any(is_due(step, period, self.last_step) for period in periods)
 
     def measure(self, step: int, stats: TargetStats | None, norms: Mapping[str, Tensor]) -> dict[str, float]:
-        """Compute the metrics of a finished step, see `TargetStats.compute` and `Probe`.
-
-        Args:
-            step: The step.
-            stats: Its statistics, from `target_stats`.
-            norms: Gradient norms before clipping by sub-module, logged as `grad_norm_<sub-module>`.
-
-        Returns:
-            Metrics by name, with `student_teacher_distance` (`relative_distance`); empty if nothing is measured.
-        """
+        """Metrics of a finished step by name, with gradient `norms` by sub-module; empty without `stats`."""
         if stats is None or self.probe is None:
             return {}
         values = stats.compute()
@@ -151,9 +126,7 @@ class HealthPanel:
                 self.probe.save_patch_features(self.folder / "health", step)
         # Fetched together, so that the host waits once.
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        fetched = torch.stack(
-            [tensor.double() for tensor in tensors.values()]
-        ).tolist()
+        fetched = torch.stack([tensor.double() for tensor in tensors.values()]).tolist()
         numbers = dict(zip(tensors, fetched, strict=True))
         return {name: numbers[name] if name in numbers else float(value) for name, value in values.items()}
 

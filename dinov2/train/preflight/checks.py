@@ -15,56 +15,23 @@ from dinov2.train.preflight.memory import masked_patches_per_image
 from dinov2.train.schedules import build_schedules, global_batch_size, scale_lr
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS
 
-MAX_PROTOTYPES_PER_ROW = 64
-"""Limit for Sinkhorn-Knopp. Published recipes have 21; with 512, targets are nearly uniform and nothing is learned."""
-
-MAX_LEARNING_RATE = 0.1
-"""Limit for AdamW, which changes weights by about the rate per step; published recipes have at most 0.006."""
-
-MAX_DECAY_PER_STEP = 0.02
-"""Maximum weight decay per step, as a fraction of the weight; published recipes have at most 0.002."""
-
-MIN_MOMENTUM = 0.5
-"""Minimum momentum of the teacher; below it the teacher is almost a copy of the student."""
-
-MAX_INITIAL_SHARE = 0.5
-"""Maximum fraction of initial weights in the teacher at the end of a run; below 0.01 in all recipes."""
-
-MAX_DROP_PATH = 0.75
-"""Maximum fraction of blocks that an image skips; published recipes have at most 0.4."""
-
-MIN_LAYERWISE_DECAY = 0.5
-"""With it the learning rate ten blocks below the last one is a thousandth; published recipes have at least 0.9."""
-
-MIN_CLIP_GRAD = 1e-3
-"""With it gradients of 100 million weights are near AdamW's epsilon of 1e-8; published recipes have 3."""
-
-MAX_MASK_RATIO = 0.9
-"""Maximum fraction of masked patches common to all masked crops; published recipes have 0.1 to 0.5."""
-
-MAX_JITTER = 1.0
-"""Maximum jitter of brightness, contrast and saturation; published recipes have at most 0.4."""
-
-MIN_STD = 0.01
-"""Minimum standard deviation of pixels in [0, 1]; 8-bit levels differ by 0.004."""
-
-MIN_SCALE = 0.001
-"""Minimum area of a crop as a fraction of the image: 7 x 7 of 224 x 224 pixels."""
+# Limits. Published recipes are far from them: the numbers in parentheses.
+MAX_PROTOTYPES_PER_ROW = 64  # of Sinkhorn-Knopp (21); with 512, targets are nearly uniform and nothing is learned
+MAX_LEARNING_RATE = 0.1  # of AdamW, which changes weights by about the rate per step (at most 0.006)
+MAX_DECAY_PER_STEP = 0.02  # weight decay per step, as a fraction of the weight (at most 0.002)
+MIN_MOMENTUM = 0.5  # of the teacher; below it the teacher is almost a copy of the student
+MAX_INITIAL_SHARE = 0.5  # fraction of initial weights in the teacher at the end of a run (below 0.01)
+MAX_DROP_PATH = 0.75  # fraction of blocks that an image skips (at most 0.4)
+MIN_LAYERWISE_DECAY = 0.5  # with it the rate ten blocks below the last one is a thousandth (at least 0.9)
+MIN_CLIP_GRAD = 1e-3  # with it gradients of 100 million weights are near AdamW's epsilon of 1e-8 (3)
+MAX_MASK_RATIO = 0.9  # fraction of masked patches common to all masked crops (0.1 to 0.5)
+MAX_JITTER = 1.0  # of brightness, contrast and saturation (at most 0.4)
+MIN_STD = 0.01  # standard deviation of pixels in [0, 1]; 8-bit levels differ by 0.004
+MIN_SCALE = 0.001  # area of a crop as a fraction of the image: 7 x 7 of 224 x 224 pixels
 
 
 def check_settings(cfg: Config, world_size: int) -> list[str]:
-    """Check the combinations of settings.
-
-    Args:
-        cfg: Configuration of the run.
-        world_size: Number of processes of the run.
-
-    Returns:
-        Warnings, one line each, with keys and values.
-
-    Raises:
-        ConfigError: Nothing can be learned; the message names all settings that prevent it.
-    """
+    """Warnings of questionable combinations of settings, one line each; a ConfigError if nothing can be learned."""
     lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
     cfg = replace(cfg, optim=replace(cfg.optim, lr=lr))
     if problems := [*_useless_heads(cfg), *_no_masks(cfg)]:

@@ -26,19 +26,13 @@ from dinov2.train.schedules import describe_schedules, global_batch_size, num_du
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 from dinov2.train.training_run import open_dataset
 
-PROCESSES_PER_MACHINE = 8
-"""Assumed if the processes are not started yet."""
+PROCESSES_PER_MACHINE = 8  # assumed if the processes are not started yet
 
-IMAGES_TRIED = 20
-"""Number of images that are read to check the dataset."""
+IMAGES_TRIED = 20  # number of images that are read to check the dataset
 
 
 def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
-    """Check config, dataset, output folder, and checkpoint or weights to start from, and print the plan of the run.
-
-    Raises:
-        OSError, ValueError: The run would have failed with this error.
-    """
+    """Check all that the run needs, with the error that it would have failed with, and print its plan."""
     findings = check_settings(cfg, world_size)
     _check_writable(Path(cfg.train.output_dir))
     cfg, dataset = open_dataset(cfg, resume=resume)
@@ -77,11 +71,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
 
 
 def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
-    """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors.
-
-    Raises:
-        OSError, ValueError: The checkpoint is damaged, unreadable, or of another model.
-    """
+    """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors."""
     if latest is None:
         weights = filter(None, (cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS))
         return {"starts from": ", ".join(weights) or "random weights"}
@@ -105,11 +95,7 @@ def _knn(cfg: Config, dataset: ImageDataset) -> str:
 
 
 def _check_readable(dataset: ImageDataset, max_bad_share: float) -> list[BadImageError]:
-    """Read some images, evenly spaced; returns the errors, of which one, or the tolerated fraction, is accepted.
-
-    Raises:
-        OSError: More images are unreadable.
-    """
+    """Read some images, evenly spaced; returns the errors, of which one, or the tolerated fraction, is accepted."""
     sample = range(0, len(dataset), max(len(dataset) // IMAGES_TRIED, 1))[:IMAGES_TRIED]
     broken = []
     for index in sample:

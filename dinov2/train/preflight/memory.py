@@ -33,8 +33,7 @@ from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 STRATEGIES: tuple[str, ...] = get_args(get_type_hints(ModulePrecision)["sharding_strategy"])
 
 FLOAT32 = 4  # bytes
-COPIES_OF_STUDENT = 4
-"""Weights, gradients and two AdamW moments. The teacher has weights only."""
+COPIES_OF_STUDENT = 4  # Weights, gradients and two AdamW moments. The teacher has weights only
 
 SAVED_PER_TOKEN_AND_BLOCK = 17
 """Activations kept for the backward pass, in units of the width: 2 norms (3), qkv and attention (5), MLP (9)."""
@@ -62,14 +61,7 @@ class Estimate:
 
 
 def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_machine: int) -> Estimate:
-    """Estimate memory and communication of one process of a run.
-
-    Args:
-        cfg: Configuration of the run.
-        model: The networks; may be on the meta device.
-        num_processes: Number of processes of the run.
-        processes_per_machine: Maximum number of processes per machine.
-    """
+    """Estimate memory and communication of one process of a run of networks that may be on the meta device."""
     per_machine = min(processes_per_machine, num_processes)
     networks = []
     for name, network in model.student.items():
@@ -108,13 +100,7 @@ def sharding_units(network: nn.Module, block_chunks: int) -> list[list[Tensor]]:
 
 
 class _Network:
-    """One network of the student, its teacher, and their sharding.
-
-    Attributes:
-        units: Elements of each unit, padded; the unit outside of blocks comes first.
-        shard: Elements of the shards of one process.
-        kept: Whether gathered weights of the student are kept until the backward pass.
-    """
+    """One network of the student, its teacher, and their sharding."""
 
     def __init__(
         self,
