@@ -2,25 +2,24 @@
 
 import csv
 import logging
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.base import ListedDataset
 from dinov2.data.datasets.file_list import PathTable
-from dinov2.data.images import kind_of_file, read_image_file
+from dinov2.data.images import kind_of_file
 
 logger = logging.getLogger(__name__)
 
 _MAX_DIGITS = 9  # digits of a class index
 
 
-class ImageList(ImageDataset):
+class ImageList(ListedDataset):
     """The images of a list, in its order, with their labels.
 
     A line of the list is `path<TAB>label`, or in a `.csv` file `path,label` with the usual quotes; without labels it is
@@ -49,15 +48,13 @@ class ImageList(ImageDataset):
         file: str | Path,
         root: str | Path | None = None,
         classes: str | Path | None = None,
-        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Any,
     ) -> None:
-        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+        super().__init__(**transforms)
         self.file = Path(file)
         self.root = self.file.parent if root is None else Path(root)
         paths, labels = read_list(self.file)
-        self._paths = PathTable.of(paths)
+        self._images = PathTable.of(paths)
         if not Path(self.describe(0)).is_file():
             raise FileNotFoundError(
                 f"no file {self.describe(0)}, the first image in {self.file}; paths are relative to {self.root}, and "
@@ -67,25 +64,9 @@ class ImageList(ImageDataset):
         self.classes, self._targets = _classes_and_targets(labels, known, self.file)
         logger.info("%s: %s", self.file, "no labels" if labels is None else f"{len(set(labels))} different labels")
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def describe(self, index: int) -> str:
-        """The path of the image."""
-        return os.path.join(self.root, self._paths[index])
-
     def fingerprint(self) -> str:
-        """Hash the paths of all images below `root`."""
-        return self._paths.fingerprint()
-
-    def get_image_data(self, index: int) -> bytes:
-        return read_image_file(self.describe(index), self.image_options)
-
-    def get_target(self, index: int) -> int | None:
-        return None if self._targets is None else int(self._targets[index])
-
-    def get_targets(self) -> np.ndarray | None:
-        return self._targets
+        """Hash the paths of all images as listed."""
+        return self._images.fingerprint()
 
 
 def read_list(file: Path) -> tuple[list[str], list[str] | None]:
