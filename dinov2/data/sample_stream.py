@@ -48,9 +48,6 @@ class PositionBatches(Sampler[list[SamplePosition]]):
     Args:
         indices: Endless sample indices of this rank, beginning at ``start_position``.
         batch_size: Samples per batch of one rank.
-        start_position: Position at which the first batch of rank 0 begins.
-        rank: Rank of this process.
-        world_size: Number of processes.
     """
 
     def __init__(
@@ -76,7 +73,6 @@ class AugmentedDataset(Dataset[Sample]):
         dataset: Item i is (PIL image, any target); raises BadImageError for an unreadable image.
         augmentation: Draws from torch's CPU generator, which is seeded for each position and restored afterwards. If
             its attribute `accepts_encoded` is true, it gets an `EncodedImage` where the dataset can open one.
-        seed: Seed of the run.
     """
 
     def __init__(self, dataset: Dataset, augmentation: Callable[[Any], MultiCrop | RawImage], seed: int) -> None:
@@ -110,7 +106,6 @@ class AugmentedDataset(Dataset[Sample]):
 
 
 def _with_reason(error: BadImageError) -> str:
-    """Describe an unreadable image: "path: reason"."""
     reason = error.__cause__ or error
     return f"{error.path}: {reason}" if error.path and error.path not in str(reason) else str(reason)
 
@@ -144,24 +139,20 @@ class StreamCollate:
         crop_format: CropFormat | None = None,
     ) -> None:
         self.seed = seed
-        self.mask_generator = mask_generator
-        self.mask_ratio_tuple = mask_ratio_tuple
-        self.mask_probability = mask_probability
+        self.masking: dict[str, Any] = {
+            "mask_generator": mask_generator,
+            "mask_ratio_tuple": mask_ratio_tuple,
+            "mask_probability": mask_probability,
+            "n_tokens": math.prod(mask_generator.get_shape()),
+        }
         self.dtype = dtype
         self.crop_format = crop_format
 
     def __call__(self, samples: list[Sample]) -> Batch | RawBatch:
         crops: list[Any] = [sample.crops for sample in samples]
         bad_images = tuple(bad for sample in samples for bad in sample.bad_images)
-        masking: dict[str, Any] = {
-            "mask_ratio_tuple": self.mask_ratio_tuple,
-            "mask_probability": self.mask_probability,
-            "n_tokens": math.prod(self.mask_generator.get_shape()),
-            "mask_generator": self.mask_generator,
-            "rng": random.Random(seed_for(self.seed, "mask", samples[0].position)),
-        }
+        masking = self.masking | {"rng": random.Random(seed_for(self.seed, "mask", samples[0].position))}
         if self.crop_format is None:
             return collate_data_and_cast(crops, dtype=self.dtype, **masking)._replace(bad_images=bad_images)
-        return pack_raw_batch(
-            crops, make_masks(2 * len(crops), **masking)._replace(bad_images=bad_images), self.crop_format
-        )
+        masks = make_masks(2 * len(crops), **masking)._replace(bad_images=bad_images)
+        return pack_raw_batch(crops, masks, self.crop_format)

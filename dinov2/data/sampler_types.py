@@ -34,27 +34,26 @@ def make_sampler(
     *,
     sample_count: int,
     batch_size: int,
-    shuffle: bool,
+    shuffle: bool = True,
     seed: int,
-    size: int,
+    size: int = -1,
     start_position: int,
     rank: int,
     world_size: int,
+    endless: bool = False,
 ) -> Sampler[int]:
-    """Build a sampler.
+    """Build a sampler; EPOCH and SHARDED_INFINITE are those without the published defects.
 
     Args:
-        sampler_type: Order of the samples.
         sample_count: Samples in the dataset.
         batch_size: Samples per batch of this rank.
-        shuffle: Whether samples come in random order.
-        seed: Seed of the order.
-        size: Samples per epoch over all ranks, for EPOCH.
+        size: Samples per epoch over all ranks, for EPOCH; -1 means `sample_count`.
         start_position: Samples that all ranks together have read before; ignored by finite samplers.
-        rank: Rank of this process.
-        world_size: Number of processes.
+        endless: Whether finite samplers continue with their next epoch, and heed `start_position`.
     """
     advance = start_position // world_size
+    part: Any = {"sample_count": sample_count, "shuffle": shuffle, "seed": seed, "start": rank, "step": world_size}
+    epoch: EpochSampler | DistributedSampler
     match sampler_type:
         case SamplerType.GLOBAL_ORDER:
             return GlobalOrderSampler(
@@ -65,58 +64,16 @@ def make_sampler(
                 world_size=world_size,
                 start_position=start_position,
             )
-        case SamplerType.EPOCH:
-            return EpochSampler(
-                size=size,
-                sample_count=sample_count,
-                shuffle=shuffle,
-                seed=seed,
-                start=rank,
-                step=world_size,
-                published=False,
+        case SamplerType.INFINITE:
+            return InfiniteSampler(**part, advance=advance)
+        case SamplerType.SHARDED_INFINITE | SamplerType.SHARDED_INFINITE_NEW:
+            at_once = sampler_type is SamplerType.SHARDED_INFINITE_NEW
+            return ShardedInfiniteSampler(
+                **part, advance=advance, use_new_shuffle_tensor_slice=at_once, published=False
             )
+        case SamplerType.EPOCH:
+            epoch = EpochSampler(**part, size=size if size > 0 else sample_count, published=False)
         case SamplerType.DISTRIBUTED:
             counted: Any = range(sample_count)  # it only reads the length
-            return DistributedSampler(counted, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
-        case SamplerType.INFINITE:
-            return InfiniteSampler(
-                sample_count=sample_count, shuffle=shuffle, seed=seed, start=rank, step=world_size, advance=advance
-            )
-        case SamplerType.SHARDED_INFINITE | SamplerType.SHARDED_INFINITE_NEW:
-            return ShardedInfiniteSampler(
-                sample_count=sample_count,
-                shuffle=shuffle,
-                seed=seed,
-                start=rank,
-                step=world_size,
-                advance=advance,
-                use_new_shuffle_tensor_slice=sampler_type is SamplerType.SHARDED_INFINITE_NEW,
-                published=False,
-            )
-
-
-def make_endless_sampler(
-    sampler_type: SamplerType,
-    *,
-    sample_count: int,
-    batch_size: int,
-    seed: int,
-    start_position: int,
-    rank: int,
-    world_size: int,
-) -> Sampler[int]:
-    """Build a shuffling sampler; finite ones continue with their next epoch. Arguments as in `make_sampler`."""
-    sampler = make_sampler(
-        sampler_type,
-        sample_count=sample_count,
-        batch_size=batch_size,
-        shuffle=True,
-        seed=seed,
-        size=sample_count,
-        start_position=start_position,
-        rank=rank,
-        world_size=world_size,
-    )
-    if isinstance(sampler, EpochSampler | DistributedSampler):
-        return EndlessEpochs(sampler, advance=start_position // world_size)
-    return sampler
+            epoch = DistributedSampler(counted, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+    return EndlessEpochs(epoch, advance=advance) if endless else epoch

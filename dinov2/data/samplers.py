@@ -1,7 +1,8 @@
 """Samplers: the order in which samples are read.
 
-n is the number of samples in the dataset. A sampler yields the indices of one rank: the elements
-``start, start + step, ...`` of a global sequence, with ``start`` the rank and ``step`` the number of ranks.
+``sample_count`` is the number n of samples in the dataset. A sampler yields the indices of one rank: the elements
+``start, start + step, ...`` of a global sequence, with ``start`` the rank (None: 0) and ``step`` the number of ranks
+(None: 1).
 
 Training uses `GlobalOrderSampler`. The others are those of the released code and reproduce its orders.
 """
@@ -29,11 +30,7 @@ class GlobalOrderSampler(Sampler[int]):
     sample of a pass is dropped or repeated, and the ranks together get the global batch that one process would get.
 
     Args:
-        sample_count: N.
         batch_size: Samples per rank and step.
-        seed: Seed of the order.
-        rank: Rank whose samples are yielded.
-        world_size: Number of ranks.
         start_position: Samples that all ranks together have read before, when a run is resumed.
     """
 
@@ -75,11 +72,7 @@ class EpochSampler(Sampler[int]):
 
     Args:
         size: Samples per epoch, over all ranks.
-        sample_count: N.
         shuffle: Whether to draw at random; otherwise samples come in the order of the dataset.
-        seed: Seed of the order.
-        start: First element of the global sequence; None means 0.
-        step: Distance between elements of the global sequence; None means 1.
         published: Whether to draw like the released code, whose seed is ``seed * epoch`` and so has no effect in
             epoch 0. Otherwise seed and epoch are mixed.
     """
@@ -105,7 +98,6 @@ class EpochSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that is drawn next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -128,11 +120,8 @@ class InfiniteSampler(Sampler[int]):
     """Endless passes over the dataset; each pass is shuffled as a whole and then divided among the ranks.
 
     Args:
-        sample_count: N.
         shuffle: Whether each pass is a new permutation; otherwise samples come in the order of the dataset.
         seed: Seed of the generator of all permutations.
-        start: First element of the global sequence; None means 0.
-        step: Distance between elements of the global sequence; None means 1.
         advance: Samples of this rank to skip at the start.
     """
 
@@ -175,11 +164,7 @@ class ShardedInfiniteSampler(Sampler[int]):
     never read. Without shuffling the order is that of `InfiniteSampler`.
 
     Args:
-        sample_count: N.
         shuffle: Whether to draw the shards and their order at random.
-        seed: Seed of the shards and of the order within them.
-        start: First element of the global sequence; None means 0.
-        step: Distance between elements of the global sequence; None means 1.
         advance: Samples of this rank to skip at the start.
         use_new_shuffle_tensor_slice: Whether to shuffle with one torch call. The released training uses the other
             shuffle, which draws one number per sample and is slow for large shards.
@@ -230,12 +215,7 @@ class ShardedInfiniteSampler(Sampler[int]):
 
 
 class EndlessEpochs(Sampler[int]):
-    """Endless sequence of the epochs of a sampler.
-
-    Args:
-        sampler: A sampler of one epoch.
-        advance: Samples of this rank to skip at the start.
-    """
+    """Endless sequence of the epochs of a sampler, without the first ``advance`` samples of this rank."""
 
     def __init__(self, sampler: EpochSampler | DistributedSampler, *, advance: int = 0) -> None:
         self.sampler = sampler
