@@ -47,7 +47,7 @@ def collate_data_and_cast(
         mask_probability: Fraction of the 2B global crops that get a mask; 0 when iBOT is off.
         dtype: Data type of the crops.
         n_tokens: N, patches of a global crop.
-        mask_generator: Draws one mask.
+        mask_generator: Draws one mask on the patch grid of a global crop.
         rng: Random number generator of the masks.
     """
     global_crops = _stacked([sample.global_crops[i] for i in range(2) for sample in samples], dtype)
