@@ -159,7 +159,12 @@ def _to_cuda(loader: Iterable[Batch] | Iterable[RawBatch], device: torch.device)
             copied = _move(batch, device)
         if ahead is not None:
             yield ahead
-        ahead = _hand_over(copied, copies, torch.cuda.current_stream(device))
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(copies)
+        for x in copied:
+            if isinstance(x, Tensor):
+                x.record_stream(compute)  # so that the allocator waits for it before it uses the memory again
+        ahead = copied
     if ahead is not None:
         yield ahead
 
@@ -170,15 +175,6 @@ def _move(batch: Batch | RawBatch, device: torch.device) -> Batch:
         return make_crops(batch._replace(pixels=pixels, batch=_move(batch.batch, device)))
     moved = Batch._make(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
     return moved._replace(bad_images=tuple(moved.bad_images))  # pinning the memory turned it into a list
-
-
-def _hand_over(batch: Batch, copies: torch.cuda.Stream, compute: torch.cuda.Stream) -> Batch:
-    """Make the compute stream wait for the copies, and the allocator wait for the compute stream."""
-    compute.wait_stream(copies)
-    for x in batch:
-        if isinstance(x, Tensor):
-            x.record_stream(compute)
-    return batch
 
 
 def _num_samples(dataset: Dataset) -> int:

@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,7 @@ class Sample(NamedTuple):
     bad_images: tuple[str, ...]  # "path: reason" of unreadable images that this one replaces
 
 
+@dataclass(eq=False)
 class PositionBatches(Sampler[list[SamplePosition]]):
     """Endless batches of sample positions for one rank, from ``start_position`` on.
 
@@ -50,14 +52,12 @@ class PositionBatches(Sampler[list[SamplePosition]]):
         batch_size: Samples per batch of one rank.
     """
 
-    def __init__(
-        self, indices: Iterable[int], *, batch_size: int, start_position: int, rank: int, world_size: int
-    ) -> None:
-        self.indices = indices
-        self.batch_size = batch_size
-        self.start_position = start_position
-        self.rank = rank
-        self.world_size = world_size
+    indices: Iterable[int]
+    _: KW_ONLY
+    batch_size: int
+    start_position: int
+    rank: int
+    world_size: int
 
     def __iter__(self) -> Iterator[list[SamplePosition]]:
         indices = iter(self.indices)

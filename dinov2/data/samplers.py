@@ -11,6 +11,8 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from dinov2.data.randomness import seed_for
 logger = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True, eq=False)
 class GlobalOrderSampler(Sampler[int]):
     """One endless order of the samples, the same for any number of ranks.
 
@@ -34,23 +37,15 @@ class GlobalOrderSampler(Sampler[int]):
         start_position: Samples that all ranks together have read before, when a run is resumed.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_position: int = 0,
-    ) -> None:
-        _check_count(sample_count)
-        self.sample_count = sample_count
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start_position = start_position
+    sample_count: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start_position: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count(self.sample_count)
 
     def __iter__(self) -> Iterator[int]:
         current = -1
@@ -67,7 +62,25 @@ class GlobalOrderSampler(Sampler[int]):
         return _permutation(self.sample_count, generator).numpy()
 
 
-class EpochSampler(Sampler[int]):
+class DividedSampler(Sampler[int]):
+    """Base class of the samplers of the released code."""
+
+    def __init__(
+        self,
+        *,
+        sample_count: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        start: int | None = None,
+        step: int | None = None,
+    ) -> None:
+        self.sample_count = sample_count
+        self.shuffle = shuffle
+        self.seed = seed
+        self.start, self.step = start or 0, step or 1
+
+
+class EpochSampler(DividedSampler):
     """One rank's part of an epoch of ``size`` samples, drawn from as many copies of the dataset as needed.
 
     Args:
@@ -77,23 +90,10 @@ class EpochSampler(Sampler[int]):
             epoch 0. Otherwise seed and epoch are mixed.
     """
 
-    def __init__(
-        self,
-        *,
-        size: int,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        published: bool = True,
-    ) -> None:
-        _check_count(sample_count)
+    def __init__(self, *, size: int, published: bool = True, **part: Any) -> None:
+        super().__init__(**part)
+        _check_count(self.sample_count)
         self.size = size
-        self.sample_count = sample_count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.start, self.step = start or 0, step or 1
         self.published = published
         self.epoch = 0
 
@@ -116,7 +116,7 @@ class EpochSampler(Sampler[int]):
         return seed_for(self.seed, "epoch", self.epoch)
 
 
-class InfiniteSampler(Sampler[int]):
+class InfiniteSampler(DividedSampler):
     """Endless passes over the dataset; each pass is shuffled as a whole and then divided among the ranks.
 
     Args:
@@ -125,22 +125,10 @@ class InfiniteSampler(Sampler[int]):
         advance: Samples of this rank to skip at the start.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-    ) -> None:
-        self.sample_count = sample_count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.start, self.step = start or 0, step or 1
+    def __init__(self, *, advance: int = 0, **part: Any) -> None:
+        super().__init__(**part)
         self.advance = advance
-        _check_count(sample_count - self.start)
+        _check_count(self.sample_count - self.start)
 
     def __iter__(self) -> Iterator[int]:
         in_order = range(self.start, self.sample_count, self.step)
@@ -157,7 +145,7 @@ class InfiniteSampler(Sampler[int]):
                 yield from order[self.start :: self.step].tolist()
 
 
-class ShardedInfiniteSampler(Sampler[int]):
+class ShardedInfiniteSampler(DividedSampler):
     """Endless passes over one shard of the dataset per rank; the shards are drawn once.
 
     Each pass shuffles the shard again. All shards have floor(n / step) samples, so up to ``step - 1`` samples are
@@ -173,30 +161,16 @@ class ShardedInfiniteSampler(Sampler[int]):
     """
 
     def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-        use_new_shuffle_tensor_slice: bool = False,
-        published: bool = True,
+        self, *, advance: int = 0, use_new_shuffle_tensor_slice: bool = False, published: bool = True, **part: Any
     ) -> None:
-        self.sample_count = sample_count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.start, self.step = start or 0, step or 1
+        super().__init__(**part)
         self.advance = advance
         self.shuffle_shard = _shuffle_at_once if use_new_shuffle_tensor_slice else _shuffle_one_by_one
         self.published = published
-        self.shard_size = sample_count // self.step
+        self.shard_size, left = divmod(self.sample_count, self.step)
         _check_count(self.shard_size)
-        if shuffle and sample_count % self.step:
-            logger.warning(
-                "%d of %d samples are in no shard and are never read", sample_count % self.step, sample_count
-            )
+        if self.shuffle and left:
+            logger.warning("%d of %d samples are in no shard and are never read", left, self.sample_count)
 
     def __iter__(self) -> Iterator[int]:
         if not self.shuffle:

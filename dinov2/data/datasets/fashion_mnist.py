@@ -75,11 +75,7 @@ def _full(split: FashionMNISTSplit, root: Path) -> tuple[np.ndarray, np.ndarray]
 
 
 def _checked(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Check images and labels.
-
-    Raises:
-        ValueError: Their types, shapes or values are invalid.
-    """
+    """Raise a ValueError if types, shapes or values are invalid."""
     if images.dtype != np.uint8 or images.ndim != 3 or labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{images.dtype} images of shape {images.shape}, {labels.dtype} labels of shape {labels.shape}"
