@@ -121,6 +121,7 @@ def _gives_encoded_images(dataset: Dataset) -> bool:
     )
 
 
+@dataclass(kw_only=True, eq=False)
 class StreamCollate:
     """Collates samples to a batch; the masks depend on (seed, position of the first sample).
 
@@ -128,30 +129,23 @@ class StreamCollate:
     `collate_data_and_cast`.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        mask_generator: MaskingGenerator,
-        mask_ratio_tuple: tuple[float, float],
-        mask_probability: float,
-        dtype: torch.dtype,
-        crop_format: CropFormat | None = None,
-    ) -> None:
-        self.seed = seed
-        self.masking: dict[str, Any] = {
-            "mask_generator": mask_generator,
-            "mask_ratio_tuple": mask_ratio_tuple,
-            "mask_probability": mask_probability,
-            "n_tokens": math.prod(mask_generator.get_shape()),
-        }
-        self.dtype = dtype
-        self.crop_format = crop_format
+    seed: int
+    mask_generator: MaskingGenerator
+    mask_ratio_tuple: tuple[float, float]
+    mask_probability: float
+    dtype: torch.dtype
+    crop_format: CropFormat | None = None
 
     def __call__(self, samples: list[Sample]) -> Batch | RawBatch:
         crops: list[Any] = [sample.crops for sample in samples]
         bad_images = tuple(bad for sample in samples for bad in sample.bad_images)
-        masking = self.masking | {"rng": random.Random(seed_for(self.seed, "mask", samples[0].position))}
+        masking: dict[str, Any] = {
+            "mask_ratio_tuple": self.mask_ratio_tuple,
+            "mask_probability": self.mask_probability,
+            "n_tokens": math.prod(self.mask_generator.get_shape()),
+            "mask_generator": self.mask_generator,
+            "rng": random.Random(seed_for(self.seed, "mask", samples[0].position)),
+        }
         if self.crop_format is None:
             return collate_data_and_cast(crops, dtype=self.dtype, **masking)._replace(bad_images=bad_images)
         masks = make_masks(2 * len(crops), **masking)._replace(bad_images=bad_images)

@@ -107,13 +107,11 @@ class EpochSampler(DividedSampler):
         copies = math.ceil(self.size / self.sample_count)
         samples = np.tile(np.arange(self.sample_count), copies)
         if self.shuffle:
-            samples = np.random.default_rng(self._epoch_seed()).choice(samples, self.size, replace=False)
+            seed = seed_for(self.seed, "epoch", self.epoch)
+            if self.published:
+                seed = self.seed * self.epoch if self.seed else self.epoch
+            samples = np.random.default_rng(seed).choice(samples, self.size, replace=False)
         yield from samples[self.start : self.size : self.step].tolist()
-
-    def _epoch_seed(self) -> int:
-        if self.published:
-            return self.seed * self.epoch if self.seed else self.epoch
-        return seed_for(self.seed, "epoch", self.epoch)
 
 
 class InfiniteSampler(DividedSampler):

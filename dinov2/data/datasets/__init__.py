@@ -88,10 +88,8 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = dataset_str.partition(":")
     if name not in DATASETS:
         if os.path.isdir(dataset_str):
-            raise ValueError(
-                f"{dataset_str!r} is a folder, not a dataset string; for its images write "
-                f"ImageFolder:root={dataset_str}"
-            )
+            advice = f"for its images write ImageFolder:root={dataset_str}"
+            raise ValueError(f"{dataset_str!r} is a folder, not a dataset string; {advice}")
         raise ValueError(f"unknown dataset {_quote(name, DATASETS)} in {dataset_str!r}; known: {', '.join(DATASETS)}")
     entry = DATASETS[name]
 
@@ -109,16 +107,13 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     if empty := [key for key, value in arguments.items() if not value]:  # for example from an unset shell variable
         raise ValueError(f"{' and '.join(empty)} empty in {dataset_str!r}; write {_usage(name)}")
     if entry.splits is not None and "split" in arguments:
-        arguments["split"] = _known_split(entry.known_splits, arguments["split"], dataset_str)
+        split, known = arguments["split"], entry.known_splits
+        if split not in known:
+            if key := _key_inside(split):
+                raise _unknown_key(key, dataset_str)
+            raise ValueError(f"unknown split {_quote(split, known)} in {dataset_str!r}; known: {', '.join(known)}")
+        arguments["split"] = known[split]
     return name, arguments
-
-
-def _known_split(known: Mapping[str, Any], split: str, dataset_str: str) -> Any:
-    if split in known:
-        return known[split]
-    if key := _key_inside(split):
-        raise _unknown_key(key, dataset_str)
-    raise ValueError(f"unknown split {_quote(split, known)} in {dataset_str!r}; known: {', '.join(known)}")
 
 
 def make_dataset(

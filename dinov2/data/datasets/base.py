@@ -27,8 +27,7 @@ from dinov2.data.images.survey import ImageSurvey, survey_images
 
 logger = logging.getLogger(__name__)
 
-NAMES_HASHED = 10_000
-"""Maximum number of names that `ImageDataset.fingerprint` hashes."""
+NAMES_HASHED = 10_000  # by `ImageDataset.fingerprint`, at most
 
 
 def label_table(lists: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
@@ -140,7 +139,6 @@ class ImageDataset(Dataset, ABC):
         return []
 
     def _warn_of_own_range(self, index: int) -> None:
-        """Warn once if an image has more than 8 bits but the inspected sample had none to measure a range on."""
         if self.image_options.value_range is None and not self._has_warned:
             self._has_warned = True
             logger.warning(

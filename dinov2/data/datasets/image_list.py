@@ -70,12 +70,7 @@ class ImageList(ListedDataset):
 
 
 def read_list(file: Path) -> tuple[list[str], list[str] | None]:
-    """Read the paths of a list and its labels, None if there are none.
-
-    Raises:
-        FileNotFoundError: The list is missing.
-        ValueError: The list is empty, or its lines differ in their number of columns.
-    """
+    """Read the paths of a list and its labels, None if there are none; see `ImageList`."""
     lines = _lines(file)
     number, first = next(lines, (0, None))
     if first is None:
@@ -109,16 +104,13 @@ def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     if file.exists() and not file.is_file():
         raise OSError(f"{file} is {kind_of_file(file.stat().st_mode)}, not a list")
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:  # like paths
-        if file.suffix.lower() == ".csv":
-            reader = csv.reader(_without_nul(text, file), skipinitialspace=True)
-            try:
-                yield from ((reader.line_num, row) for row in reader if row)
-            except csv.Error as error:
-                raise ValueError(f"line {reader.line_num} of {file} is malformed: {error}") from error
-        else:
-            for number, line in enumerate(_without_nul(text, file), start=1):
-                if line := line.rstrip("\r\n"):
-                    yield number, line.split("\t")
+        is_csv = file.suffix.lower() == ".csv"
+        dialect: Any = {"skipinitialspace": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        reader = csv.reader(_without_nul(text, file), **dialect)
+        try:
+            yield from ((reader.line_num, row) for row in reader if row)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num} of {file} is malformed: {error}") from error
 
 
 def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
@@ -129,12 +121,7 @@ def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
 
 
 def read_class_names(file: Path) -> list[str] | None:
-    """Read the class names in the order of their indices, see `ImageList`; None if the list has class indices instead.
-
-    Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: The file is empty, or a class appears twice.
-    """
+    """Read the class names in the order of their indices, see `ImageList`; None if the list has class indices."""
     names, labels = read_list(file)
     if labels is not None:
         return None if _are_numbers(labels) else sorted(set(labels))

@@ -163,8 +163,7 @@ class ImageNet(IndexedDataset):
 
         Raises:
             RuntimeError: `labels.txt` cannot be read.
-            ValueError: A line of `labels.txt`, a class folder or the name of an image is invalid.
-            FileNotFoundError: The folder of the split is missing or has no class folders with images.
+            ValueError, FileNotFoundError: A line of it, a class folder or the name of an image is invalid or missing.
         """
         if self.split is ImageNetSplit.TEST:
             self._dump_test()

@@ -122,8 +122,7 @@ class ImageNet22k(IndexedDataset):
         without it from the headers in the tarball. Class indices are those of the sorted tarballs.
 
         Raises:
-            FileNotFoundError: There are no tarballs.
-            ValueError: A listing or a tarball is truncated or malformed.
+            FileNotFoundError, ValueError: There are no tarballs, or a listing or a tarball is truncated or malformed.
         """
         check_folder(self.root)
         class_ids = sorted(path.stem for path in self.root.glob("*.tar") if path.is_file())

@@ -70,10 +70,11 @@ class ExtraFile:
             raise ValueError("it is not an .npy file")
         if array.ndim != 1 or not len(array):
             raise ValueError(f"its shape is {array.shape}, not one-dimensional")
+        kinds = {name: field[0].kind for name, field in (array.dtype.fields or {}).items()}  # of nested arrays: "V"
         if self._fields is None:
             if array.dtype.kind != TEXT:
                 raise ValueError(f"its type is {array.dtype}, not text")
-        elif wrong := [name for name, kinds in self._fields.items() if not _has_field(array.dtype, name, kinds)]:
+        elif wrong := [name for name in self._fields if kinds.get(name, "V") not in self._fields[name]]:
             raise ValueError(f"it has no field {', '.join(wrong)} of the right type, but {array.dtype}")
         if (size := self.path.stat().st_size) != (declared := array.offset + array.nbytes):
             raise ValueError(f"it has {size} bytes, its header declares {declared}")
@@ -84,10 +85,6 @@ class ExtraFile:
         with atomic_write(self.path) as file:
             np.save(file, array)
         self._array = None
-
-
-def _has_field(dtype: np.dtype, name: str, kinds: str) -> bool:
-    return dtype.names is not None and name in dtype.names and dtype[name].kind in kinds and dtype[name].shape == ()
 
 
 class IndexedDataset(ImageDataset):

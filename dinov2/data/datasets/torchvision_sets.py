@@ -24,8 +24,7 @@ TRAIN_SHARE = 0.8  # of each class, for datasets without published splits
 class TorchvisionSet(ListedDataset):
     """A classification dataset of torchvision, which locates and checks the files and gives the labels.
 
-    Images are read and decoded like those of other datasets. Files are in the order of their paths; labels are those of
-    torchvision. Nothing is downloaded by default.
+    Files are in the order of their paths; labels are those of torchvision. Nothing is downloaded by default.
 
     Caltech101, Caltech256, EuroSAT, SEMEION and SUN397 have no published splits: without `split` the whole dataset is
     read. For them TRAIN is 80 % of each class and TEST the rest, by a split of this package that depends on the names
@@ -42,7 +41,7 @@ class TorchvisionSet(ListedDataset):
 
     Raises:
         OSError: The files are missing, not those that torchvision expects, or cannot be downloaded.
-        ValueError: The split or an option is invalid, a file is malformed, or a package for reading it is missing.
+        ValueError: An argument is invalid, a file is malformed, or a package for reading it is missing.
     """
 
     def __init__(
