@@ -12,7 +12,7 @@ from dinov2.data.augment import DataAugmentationDINO, MultiCrop
 from dinov2.data.collate import Batch
 from dinov2.data.device_augment import DeviceAugmentation, RawBatch, make_crops
 from dinov2.data.sample_stream import AugmentedDataset, PositionBatches, StreamCollate
-from dinov2.data.sampler_types import FINITE, SamplerType, make_sampler
+from dinov2.data.samplers import FINITE, SamplerType, make_sampler
 from dinov2.data.workers import DEFAULT_TIMEOUT, SupervisedLoader
 
 logger = logging.getLogger(__name__)

@@ -88,7 +88,8 @@ class AugmentedDataset(Dataset[Sample]):
             try:
                 return Sample(item.position, self._augmented(index, item.position), tuple(bad_images))
             except BadImageError as error:
-                bad_images.append(_with_reason(error))
+                reason, path = str(error.__cause__ or error), error.path
+                bad_images.append(f"{path}: {reason}" if path and path not in reason else reason)
                 rng = random.Random(seed_for(self.seed, "replacement", item.position, attempt))
                 index = rng.randrange(len(self.dataset))  # type: ignore[arg-type]
         raise LoadingError(f"{len(bad_images)} images drawn in a row cannot be read: {'; '.join(bad_images)}")
@@ -103,11 +104,6 @@ class AugmentedDataset(Dataset[Sample]):
             except ImageDecodeError as error:  # opened, but cannot be decoded
                 path = self.dataset.describe(index) if self.opens_encoded else ""  # type: ignore[attr-defined]
                 raise BadImageError(f"cannot read the image of sample {index}: {error}", path=path) from error
-
-
-def _with_reason(error: BadImageError) -> str:
-    reason = error.__cause__ or error
-    return f"{error.path}: {reason}" if error.path and error.path not in str(reason) else str(reason)
 
 
 def _gives_encoded_images(dataset: Dataset) -> bool:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,20 @@ from dinov2.data.randomness import seed_for
 logger = logging.getLogger(__name__)
 
 
+class SamplerType(Enum):
+    """Order of the samples."""
+
+    DISTRIBUTED = 0
+    EPOCH = 1
+    INFINITE = 2
+    SHARDED_INFINITE = 3
+    SHARDED_INFINITE_NEW = 4
+    GLOBAL_ORDER = 5
+
+
+FINITE = (SamplerType.DISTRIBUTED, SamplerType.EPOCH)
+
+
 @dataclass(kw_only=True, eq=False)
 class GlobalOrderSampler(Sampler[int]):
     """One endless order of the samples, the same for any number of ranks.
@@ -31,18 +46,14 @@ class GlobalOrderSampler(Sampler[int]):
     Pass t over the data is a permutation that depends on (seed, t) only. The passes are concatenated and divided into
     global batches of ``batch_size * world_size``, of which each rank gets ``batch_size`` consecutive samples. So no
     sample of a pass is dropped or repeated, and the ranks together get the global batch that one process would get.
-
-    Args:
-        batch_size: Samples per rank and step.
-        start_position: Samples that all ranks together have read before, when a run is resumed.
     """
 
     sample_count: int
-    batch_size: int
+    batch_size: int  # samples per rank and step
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    start_position: int = 0
+    start_position: int = 0  # samples that all ranks together have read before, when a run is resumed
 
     def __post_init__(self) -> None:
         _check_count(self.sample_count)
@@ -63,7 +74,7 @@ class GlobalOrderSampler(Sampler[int]):
 
 
 class DividedSampler(Sampler[int]):
-    """Base class of the samplers of the released code."""
+    """Base class of the samplers of the released code, in the order of the dataset unless ``shuffle`` is set."""
 
     def __init__(
         self,
@@ -85,7 +96,6 @@ class EpochSampler(DividedSampler):
 
     Args:
         size: Samples per epoch, over all ranks.
-        shuffle: Whether to draw at random; otherwise samples come in the order of the dataset.
         published: Whether to draw like the released code, whose seed is ``seed * epoch`` and so has no effect in
             epoch 0. Otherwise seed and epoch are mixed.
     """
@@ -117,10 +127,7 @@ class EpochSampler(DividedSampler):
 class InfiniteSampler(DividedSampler):
     """Endless passes over the dataset; each pass is shuffled as a whole and then divided among the ranks.
 
-    Args:
-        shuffle: Whether each pass is a new permutation; otherwise samples come in the order of the dataset.
-        seed: Seed of the generator of all permutations.
-        advance: Samples of this rank to skip at the start.
+    The first ``advance`` samples of this rank are skipped.
     """
 
     def __init__(self, *, advance: int = 0, **part: Any) -> None:
@@ -150,7 +157,6 @@ class ShardedInfiniteSampler(DividedSampler):
     never read. Without shuffling the order is that of `InfiniteSampler`.
 
     Args:
-        shuffle: Whether to draw the shards and their order at random.
         advance: Samples of this rank to skip at the start.
         use_new_shuffle_tensor_slice: Whether to shuffle with one torch call. The released training uses the other
             shuffle, which draws one number per sample and is slow for large shards.
@@ -200,6 +206,56 @@ class EndlessEpochs(Sampler[int]):
             self.sampler.set_epoch(epoch)
             yield from itertools.islice(self.sampler, skip, None)
             skip = 0
+
+
+def make_sampler(
+    sampler_type: SamplerType,
+    *,
+    sample_count: int,
+    batch_size: int,
+    shuffle: bool = True,
+    seed: int,
+    size: int = -1,
+    start_position: int,
+    rank: int,
+    world_size: int,
+    endless: bool = False,
+) -> Sampler[int]:
+    """Build a sampler; EPOCH and SHARDED_INFINITE are those without the published defects.
+
+    Args:
+        sample_count: Samples in the dataset.
+        batch_size: Samples per batch of this rank.
+        size: Samples per epoch over all ranks, for EPOCH; -1 means `sample_count`.
+        start_position: Samples that all ranks together have read before; ignored by finite samplers.
+        endless: Whether finite samplers continue with their next epoch, and heed `start_position`.
+    """
+    advance = start_position // world_size
+    part: Any = {"sample_count": sample_count, "shuffle": shuffle, "seed": seed, "start": rank, "step": world_size}
+    epoch: EpochSampler | DistributedSampler
+    match sampler_type:
+        case SamplerType.GLOBAL_ORDER:
+            return GlobalOrderSampler(
+                sample_count=sample_count,
+                batch_size=batch_size,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+                start_position=start_position,
+            )
+        case SamplerType.INFINITE:
+            return InfiniteSampler(**part, advance=advance)
+        case SamplerType.SHARDED_INFINITE | SamplerType.SHARDED_INFINITE_NEW:
+            at_once = sampler_type is SamplerType.SHARDED_INFINITE_NEW
+            return ShardedInfiniteSampler(
+                **part, advance=advance, use_new_shuffle_tensor_slice=at_once, published=False
+            )
+        case SamplerType.EPOCH:
+            epoch = EpochSampler(**part, size=size if size > 0 else sample_count, published=False)
+        case SamplerType.DISTRIBUTED:
+            counted: Any = range(sample_count)  # it only reads the length
+            epoch = DistributedSampler(counted, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+    return EndlessEpochs(epoch, advance=advance) if endless else epoch
 
 
 def _check_count(count: int) -> None:

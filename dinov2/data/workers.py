@@ -125,26 +125,21 @@ class _Reporting(Dataset[Any]):
             note_sample(IDLE)
 
 
-class _ReportingCollate:
-    """A collate function that passes a `_Failure` on, and returns one where it would raise an error."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[Any]) -> Any:
-        if failures := [sample for sample in samples if isinstance(sample, _Failure)]:
-            return failures[0]
-        try:
-            return self.collate(samples)
-        except ValueError as error:
-            return _Failure(str(error), traceback.format_exc(), ValueError)
-        except Exception as error:
-            message = f"cannot collate {len(samples)} images to a batch: {_one_line(error)}"
-            if isinstance(error, MemoryError):
-                message += f". {NO_MEMORY}"
-            elif "shared memory" in message or "No space left" in message:
-                message += f". {NO_SHARED_MEMORY}"
-            return _Failure(message, traceback.format_exc())
+def _collate_or_fail(samples: list[Any], *, collate: Callable[[list[Any]], Any]) -> Any:
+    """Collate samples, but pass a `_Failure` on, and return one where an error would be raised."""
+    if failures := [sample for sample in samples if isinstance(sample, _Failure)]:
+        return failures[0]
+    try:
+        return collate(samples)
+    except ValueError as error:
+        return _Failure(str(error), traceback.format_exc(), ValueError)
+    except Exception as error:
+        message = f"cannot collate {len(samples)} images to a batch: {_one_line(error)}"
+        if isinstance(error, MemoryError):
+            message += f". {NO_MEMORY}"
+        elif "shared memory" in message or "No space left" in message:
+            message += f". {NO_SHARED_MEMORY}"
+        return _Failure(message, traceback.format_exc())
 
 
 def _one_line(error: BaseException) -> str:
@@ -202,7 +197,7 @@ class SupervisedLoader(DataLoader[Any]):
         super().__init__(
             _Reporting(dataset),
             num_workers=num_workers,
-            collate_fn=_ReportingCollate(collate_fn or default_collate),
+            collate_fn=partial(_collate_or_fail, collate=collate_fn or default_collate),
             worker_init_fn=partial(_begin_worker, table=self.table),
             **settings,
         )

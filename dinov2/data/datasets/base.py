@@ -48,12 +48,10 @@ class ImageDataset(Dataset, ABC):
         transforms: Function (image, target) -> (image, target); excludes the other two.
         transform: Function of the image (PIL, RGB).
         target_transform: Function of the target.
-
-    Attributes:
-        image_options: Options of reading image files, with the value range once it is known; set by `make_dataset`.
     """
 
     image_options: ImageOptions = DEFAULT_OPTIONS
+    """Options of reading image files, with the value range once it is known; set by `make_dataset`."""
     _survey: ImageSurvey | None = None
     _has_warned = False
 

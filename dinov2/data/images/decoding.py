@@ -42,15 +42,11 @@ class ImageDecodeError(ValueError):
 
 
 class BadImageError(RuntimeError):
-    """A sample of a dataset has no usable image (missing, unreadable or undecodable file).
-
-    Attributes:
-        path: Source of the image, from `describe(index)` of the dataset.
-    """
+    """A sample of a dataset has no usable image (missing, unreadable or undecodable file)."""
 
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
-        self.path = path
+        self.path = path  # from `describe(index)` of the dataset
 
 
 @dataclass(frozen=True)
@@ -103,16 +99,12 @@ def kind_of_file(mode: int) -> str:
 
 
 class EncodedImage:
-    """An image of known size whose pixels are decoded on request, optionally at a reduced scale.
-
-    Attributes:
-        size: (width, height), upright.
-    """
+    """An image of known size whose pixels are decoded on request, optionally at a reduced scale."""
 
     def __init__(self, image: Image.Image) -> None:
         """Wrap an upright RGB image."""
         self._image = image
-        self.size = image.size
+        self.size = image.size  # (width, height), upright
 
     def load(self, reduction: int = 1) -> Image.Image:
         """Decode to mode RGB, with sides divided by ``reduction`` (1, 2, 4 or 8) and rounded up.

@@ -42,10 +42,7 @@ def check_usable(tiff: TiffHeader) -> None:
 def read_samples(data: bytes, tiff: TiffHeader | None, max_pixels: int) -> Samples:
     """Read the first band of an image file, or the first three, and its alpha; errors are of any type.
 
-    Args:
-        data: Content of the file.
-        tiff: Header of a TIFF file; None for other files, which have 16 bits (PNG, PPM) or one band.
-        max_pixels: See `ImageOptions`.
+    Files other than TIFF have 16 bits (PNG, PPM) or one band.
     """
     is_upright = False
     if tiff is None:

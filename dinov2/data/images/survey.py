@@ -57,9 +57,9 @@ class ImageSurvey:
         notes += [(logging.INFO, f"{count:,} {sample} {what}") for count, what in counts if count]
         if self.unreadable:
             named = [f"{path}: {reason}" for path, reason in self.unreadable[:_MOST_NAMED]]
-            more = [f"and {len(self.unreadable) - _MOST_NAMED} more"] if len(self.unreadable) > _MOST_NAMED else []
-            listed = "; ".join(named + more)
-            notes.append((logging.INFO, f"{len(self.unreadable):,} {sample} cannot be read: {listed}"))
+            if len(self.unreadable) > _MOST_NAMED:
+                named.append(f"and {len(self.unreadable) - _MOST_NAMED} more")
+            notes.append((logging.INFO, f"{len(self.unreadable):,} {sample} cannot be read: {'; '.join(named)}"))
         return notes
 
     def _notes_on_values(self) -> list[tuple[int, str]]:
@@ -96,19 +96,15 @@ class ImageSurvey:
 def survey_images(
     read: Callable[[int], bytes], describe: Callable[[int], str], length: int, options: ImageOptions
 ) -> ImageSurvey:
-    """Inspect some of the ``length`` images of a dataset, evenly spaced.
+    """Inspect some of the ``length`` images of a dataset, given functions index -> image file, and index -> its path.
 
-    Args:
-        read: Index of a sample -> content of its image file.
-        describe: Index of a sample -> its path.
-        options: Options of reading; a missing value range is measured if there are images of more than 8 bits.
+    A value range that is missing in the options is measured if there are images of more than 8 bits.
     """
     survey = ImageSurvey(options)
-    count = min(NUM_SAMPLED, length)
+    survey.num_sampled = count = min(NUM_SAMPLED, length)
     deep: list[tuple[int, int]] = []  # sample and its number of pixels
     decoded = 0
     for index in (position * length // count for position in range(count)):
-        survey.num_sampled += 1
         try:
             image = open_image(read(index), options)
             pixels = math.prod(image.size)
