@@ -111,10 +111,9 @@ class DataAugmentationDINO:
         return self.apply(*self.draw(image))
 
     def draw(self, image: Image.Image | EncodedImage) -> tuple[np.ndarray, CropParams]:
-        """Decode an image, at a reduced scale if its crops allow it, and draw the parameters of its crops.
+        """Decode an image, at a reduced scale if its crops allow it, and draw the parameters of its C crops.
 
-        Returns:
-            Pixels (height, width, 3) uint8, and the parameters of the C crops in pixels of that scale.
+        The pixels are (height, width, 3) uint8; the parameters are in pixels of that scale.
         """
         encoded = EncodedImage(image) if isinstance(image, Image.Image) else image
         seed = int(torch.randint(2**63 - 1, ()))

@@ -72,12 +72,9 @@ DATASETS: dict[str, Entry] = {
 
 
 def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
-    """Parse a dataset string, `Name(:key=value)*`.
+    """Parse a dataset string `Name(:key=value)*`, such as `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/extra`.
 
     A `:` begins a new key only before a key of the dataset and `=`, so values may contain both `:` and `=`.
-
-    Args:
-        dataset_str: Dataset string such as `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-extra`.
 
     Returns:
         The name and the keyword arguments; `split` as a member of the enum of the dataset if it has one, else as text.
@@ -123,17 +120,14 @@ def make_dataset(
     target_transform: Callable[[Any], Any] | None = None,
     image_options: ImageOptions | None = None,
 ) -> Any:
-    """Build a dataset from a dataset string.
+    """Build a dataset, see `ImageDataset`, from a dataset string.
 
     Args:
-        dataset_str: Dataset string, see `parse_dataset_str`; `~` at the beginning of a path is the home folder.
+        dataset_str: See `parse_dataset_str`; `~` at the beginning of a path is the home folder.
         transform: Function of the images.
         target_transform: Function of the targets.
         image_options: Options of reading image files. Without a value range, it is measured if there are images of more
             than 8 bits, and is then in `image_options` of the dataset.
-
-    Returns:
-        The dataset, see `ImageDataset`.
 
     Raises:
         ValueError: The string is invalid.

@@ -66,10 +66,9 @@ class FileList(NamedTuple):
     images: PathTable  # relative to the folder, with "/" between the parts, sorted
     others: dict[str, int]  # kind of ignored files, such as ".txt" or "named pipe" -> number
 
-    def note_on_others(self) -> str | None:
-        if not self.others:
-            return None
-        return f"ignored {sum(self.others.values()):,} other file(s): {_summary(self.others)}"
+    def notes(self, root: Path) -> list[str]:
+        count = sum(self.others.values())
+        return [f"{root}: ignored {count:,} other file(s): {_summary(self.others)}"] if count else []
 
 
 def list_images(root: Path) -> FileList:

@@ -38,7 +38,7 @@ class ImageFolder(ListedDataset):
         self.root = Path(root) if split is None else Path(root, split)
         check_folder(self.root)
         listed = list_images(self.root)
-        self._images, self._note = listed.images, listed.note_on_others()
+        self._images, self._notes = listed.images, listed.notes(self.root)
         ranges = _class_ranges(listed.images)
         self.classes = _complete(sorted(ranges), self.root.parent / "train")
         self._targets = _targets(ranges, self.classes) if ranges else None
@@ -60,7 +60,7 @@ class ImageFolder(ListedDataset):
         return self._images.fingerprint()
 
     def notes_on_files(self) -> list[str]:
-        return [] if self._note is None else [f"{self.root}: {self._note}"]
+        return self._notes
 
 
 def _class_ranges(files: PathTable) -> dict[str, slice]:
