@@ -43,9 +43,6 @@ def make_data_loader(
         sampler_advance: Samples of this rank to skip at the start, for infinite samplers only.
         persistent_workers: Whether to keep the worker processes between epochs; no effect without workers.
         collate_fn: List of samples -> batch; None means torch's default.
-
-    Raises:
-        ValueError: An option does not apply to the sampler type.
     """
     _check_sampler_options(sampler_type, shuffle=shuffle, size=sampler_size, advance=sampler_advance)
     sampler = None

@@ -130,8 +130,7 @@ def make_dataset(
             than 8 bits, and is then in `image_options` of the dataset.
 
     Raises:
-        ValueError: The string is invalid.
-        FileNotFoundError: The files are missing.
+        ValueError, OSError: The string is invalid, or files are missing or damaged.
     """
     logger.info("using dataset %r", dataset_str)
     name, arguments = parse_dataset_str(dataset_str)

@@ -146,22 +146,13 @@ class ImageDataset(Dataset, ABC):
             )
 
     def get_image(self, index: int) -> Image.Image:
-        """Decode an image, RGB, not transformed.
-
-        Raises:
-            BadImageError: See `open_image`.
-        """
+        """Decode an image, RGB, not transformed; errors as in `open_image`."""
         encoded = self.open_image(index)
         with self._naming(index):
             return encoded.load()
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Returns image and target of a sample, both transformed.
-
-        Raises:
-            IndexError: There is no such sample.
-            BadImageError: See `open_image`.
-        """
+        """Returns image and target of a sample, both transformed; errors as in `open_image`."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a dataset of {len(self)}")
         image, target = self.get_image(index), self.get_target(index)

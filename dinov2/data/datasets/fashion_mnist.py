@@ -35,10 +35,6 @@ class FashionMNIST(ListedDataset):
         split: A `FashionMNIST.Split`; VAL is the published test split.
         root: Folder of the full dataset.
         transforms, transform, target_transform: See `ImageDataset`.
-
-    Raises:
-        FileNotFoundError: A file of the full dataset is missing.
-        ValueError: A file of the full dataset is malformed.
     """
 
     Split = FashionMNISTSplit

@@ -75,10 +75,7 @@ def list_images(root: Path) -> FileList:
     """List all images under a folder, at any depth and through links; hidden files and folders are ignored.
 
     Only regular files and links to them are listed. A broken link is listed too, as an unreadable image. The list is
-    cached in the user's cache folder; the cache is valid until a folder under `root` changes.
-
-    Raises:
-        OSError: A folder cannot be read, or has no images.
+    cached in the user's cache folder; the cache is valid until a folder under `root` changes. No images are an OSError.
     """
     cache = _cache_path(root)
     files = _load(cache, root)
@@ -101,11 +98,7 @@ def list_images(root: Path) -> FileList:
 
 
 def check_folder(folder: Path, *, given_as: str = "root") -> None:
-    """Check that a path, the value of the key `given_as`, is a readable folder.
-
-    Raises:
-        OSError: It is not; the message names the folders that exist, or the kind of the file and a remedy.
-    """
+    """Raise an OSError if a path, the value of the key `given_as`, is no readable folder; it names a remedy."""
     if folder.is_dir():
         if not os.access(folder, os.R_OK | os.X_OK):
             raise PermissionError(f"{given_as}={folder} is a folder without read permission")

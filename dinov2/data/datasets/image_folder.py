@@ -28,9 +28,6 @@ class ImageFolder(ListedDataset):
         root: Folder of the images.
         split: Subfolder of `root` to read instead, such as `val`.
         transforms, transform, target_transform: See `ImageDataset`.
-
-    Raises:
-        OSError: The folder is missing, unreadable, a file, or has no images.
     """
 
     def __init__(self, *, root: str | Path, split: str | None = None, **transforms: Any) -> None:
@@ -41,7 +38,11 @@ class ImageFolder(ListedDataset):
         self._images, self._notes = listed.images, listed.notes(self.root)
         ranges = _class_ranges(listed.images)
         self.classes = _complete(sorted(ranges), self.root.parent / "train")
-        self._targets = _targets(ranges, self.classes) if ranges else None
+        self._targets = None
+        if ranges:
+            self._targets = np.empty(len(self), np.int64)
+            for class_index, name in enumerate(self.classes):
+                self._targets[ranges.get(name, slice(0))] = class_index
         logger.info("%s: %s", self.root, f"{len(self.classes)} classes" if self.classes else "no labels")
         if self.classes and SPLIT_FOLDERS.issuperset(self.classes):
             logger.warning(
@@ -84,11 +85,3 @@ def _complete(classes: list[str], train: Path) -> list[str]:
         if set(classes) < set(train_classes):
             return sorted(train_classes)
     return classes
-
-
-def _targets(ranges: dict[str, slice], classes: list[str]) -> np.ndarray:
-    """Class index of each file."""
-    targets = np.empty(max(files.stop for files in ranges.values()), np.int64)
-    for class_index, name in enumerate(classes):
-        targets[ranges.get(name, slice(0))] = class_index
-    return targets

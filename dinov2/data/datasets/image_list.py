@@ -38,8 +38,7 @@ class ImageList(ListedDataset):
         transforms, transform, target_transform: See `ImageDataset`.
 
     Raises:
-        FileNotFoundError: A list, or the first image of `file`, is missing.
-        ValueError: A list is empty, a line is malformed, or a label is not among the classes.
+        OSError, ValueError: A list or the first image of `file` is missing, a line is malformed, a label is unknown.
     """
 
     def __init__(

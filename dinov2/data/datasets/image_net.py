@@ -42,11 +42,7 @@ class ImageNetSplit(Enum):
         return f"test/ILSVRC2012_test_{actual_index:08d}.JPEG"
 
     def actual_index(self, path: Path) -> int:
-        """The number in the name of an image.
-
-        Raises:
-            ValueError: Images of this split are not named like this.
-        """
+        """The number in the name of an image; a ValueError if images of this split are not named like this."""
         number = re.search(r"_(\d+)$", path.stem)
         if number is None or not path.as_posix().endswith(self.image_path(int(number[1]), path.parent.name)):
             example = self.image_path(293, "n01440764")
@@ -65,12 +61,9 @@ class ImageNet(IndexedDataset):
     Args:
         split: An `ImageNet.Split`.
         root, extra: Folders of the images and of the tables.
-        real: File of the reassessed labels of VAL, `real.json` of ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159).
-            Targets are then lists of all correct classes, some of them empty.
+        real: File of the reassessed labels, `real.json` of ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159); for VAL
+            only. Targets are then lists of all correct classes, some of them empty.
         transforms, transform, target_transform: See `ImageDataset`.
-
-    Raises:
-        ValueError: `real` is given for another split.
     """
 
     Split = ImageNetSplit
@@ -166,17 +159,13 @@ class ImageNet(IndexedDataset):
             ValueError, FileNotFoundError: A line of it, a class folder or the name of an image is invalid or missing.
         """
         if self.split is ImageNetSplit.TEST:
-            self._dump_test()
+            entries = np.zeros(self.split.official_length, _entry_dtype("", ""))
+            entries["actual_index"] = np.arange(1, len(entries) + 1)
+            entries["class_index"] = NO_CLASS
+            self._entries.save(entries)
         else:
             self._dump_with_classes()
         logger.info("wrote the extra files of split %s to %s", self.split.name, self._entries.path.parent)
-
-    def _dump_test(self) -> None:
-        length = self.split.official_length
-        entries = np.zeros(length, _entry_dtype("", ""))
-        entries["actual_index"] = np.arange(1, length + 1)
-        entries["class_index"] = NO_CLASS
-        self._entries.save(entries)
 
     def _dump_with_classes(self) -> None:
         name_of_class = _read_labels(self.root / "labels.txt")

@@ -72,11 +72,7 @@ DEFAULT_OPTIONS = ImageOptions()
 
 
 def read_image_file(path: str | Path, options: ImageOptions = DEFAULT_OPTIONS) -> bytes:
-    """Read the content of an image file.
-
-    Raises:
-        OSError: The file is missing, not a regular file (a named pipe, a device, a folder), or above the size limit.
-    """
+    """Read an image file; one that is not regular (a named pipe, a device) or above the size limit is an OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a named pipe waits forever for a writer
     try:
         status = os.fstat(descriptor)

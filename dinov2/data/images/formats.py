@@ -112,11 +112,7 @@ def is_deep(image: Image.Image) -> bool:
 def read_16_bits(image: Image.Image, again: Image.Image) -> np.ndarray | None:
     """Read all 16 bits of an image with several samples per pixel, of which Pillow keeps 8: decodes each half in turn.
 
-    Args:
-        image, again: The same image, opened twice but not loaded.
-
-    Returns:
-        Samples (H, W, S) uint16; None for a layout that is not supported.
+    The image must be opened twice, but not loaded. The samples are (H, W, S) uint16; None for an unsupported layout.
     """
     if image.format == "PPM":
         return _read_ppm(image)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dinov2.data.images import ImageOptions, open_image
-from dinov2.data.images.value_range import RangeMeasurement, num_levels, share_outside, to_8_bit
+from dinov2.data.images.value_range import RangeMeasurement, share_outside, to_8_bit
 
 NUM_SAMPLED = 64  # images, evenly spaced in the dataset
 LARGE = 100 * 10**6  # pixels from which an image slows down loading
@@ -81,7 +81,7 @@ class ImageSurvey:
             text = f"{100 * clipped:.1f} % of the pixel values are outside {low} to {high} and are clipped"
             notes.append((logging.WARNING, f"{text} (images.value_range)"))
         poor = sum(
-            num_levels(to_8_bit(values, value_range)) < min(FEW_LEVELS, num_levels(values))
+            np.unique(to_8_bit(values, value_range)).size < min(FEW_LEVELS, np.unique(values).size)
             for values in measured.samples
         )
         if poor:

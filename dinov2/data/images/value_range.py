@@ -87,11 +87,8 @@ def measure_range(images: Iterable[np.ndarray]) -> ValueRange | None:
 def to_8_bit(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
     """Map ``value_range`` to 0..255; values outside are clipped, NaN becomes black.
 
-    For [0, 2^n - 1] with n >= 8 the upper 8 bits are kept, as usual for such data; other ranges are scaled and rounded.
-
-    Args:
-        values: Any shape and real type; the result has the same shape, uint8.
-        value_range: (low, high); equal numbers map everything to black.
+    For [0, 2^n - 1] with n >= 8 the upper 8 bits are kept, as usual for such data; other ranges are scaled and rounded,
+    those of equal numbers to black. The result has the shape of the values, of any real type, and is uint8.
     """
     if values.dtype.itemsize == 2 and values.dtype.kind in "ui":  # a lookup table is ten times faster than arithmetic
         native = values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -118,7 +115,3 @@ def share_outside(values: np.ndarray, value_range: ValueRange) -> float:
     low, high = value_range
     outside = (values < low) | (values > high)
     return float((outside & np.isfinite(values)).mean()) if values.size else 0.0
-
-
-def num_levels(values: np.ndarray) -> int:
-    return int(np.unique(values).size)
