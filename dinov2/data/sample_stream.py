@@ -45,16 +45,11 @@ class Sample(NamedTuple):
 
 @dataclass(eq=False)
 class PositionBatches(Sampler[list[SamplePosition]]):
-    """Endless batches of sample positions for one rank, from ``start_position`` on.
+    """Endless batches of sample positions for one rank, from ``start_position`` on."""
 
-    Args:
-        indices: Endless sample indices of this rank, beginning at ``start_position``.
-        batch_size: Samples per batch of one rank.
-    """
-
-    indices: Iterable[int]
+    indices: Iterable[int]  # endless, of this rank, beginning at ``start_position``
     _: KW_ONLY
-    batch_size: int
+    batch_size: int  # samples per batch of one rank
     start_position: int
     rank: int
     world_size: int

@@ -193,7 +193,6 @@ class ListedDataset(ImageDataset):
         return len(self._images)
 
     def describe(self, index: int) -> str:
-        """The path of the image."""
         return os.path.join(self.root, self._images[index])
 
     def open_image(self, index: int) -> EncodedImage:

@@ -53,11 +53,9 @@ class ImageFolder(ListedDataset):
             )
 
     def describe(self, index: int) -> str:
-        """The path of the image."""
         return str(self.root / self._images[index])
 
     def fingerprint(self) -> str:
-        """Hash the paths of all images below `root`."""
         return self._images.fingerprint()
 
     def notes_on_files(self) -> list[str]:

@@ -64,7 +64,6 @@ class ImageList(ListedDataset):
         logger.info("%s: %s", self.file, "no labels" if labels is None else f"{len(set(labels))} different labels")
 
     def fingerprint(self) -> str:
-        """Hash the paths of all images as listed."""
         return self._images.fingerprint()
 
 

@@ -102,7 +102,6 @@ class ImageNet(IndexedDataset):
             logger.warning("%s has %d images, ImageNet %s has %d", self.root, length, self.split.name, official)
 
     def describe(self, index: int) -> str:
-        """The path of the image."""
         entry = self._entries.array[index]
         return str(self.root / self.split.image_path(int(entry["actual_index"]), str(entry["class_id"])))
 

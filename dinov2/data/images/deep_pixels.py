@@ -23,7 +23,6 @@ class Samples(NamedTuple):
 
     @property
     def opaque(self) -> float:
-        """Alpha of an opaque pixel."""
         if self.alpha is None or self.alpha.dtype.kind == "f":
             return 1.0
         return float(np.iinfo(self.alpha.dtype).max)
