@@ -65,12 +65,9 @@ class GlobalOrderSampler(Sampler[int]):
             for position in range(first, first + self.batch_size):
                 pass_index, index = divmod(position, self.sample_count)
                 if pass_index != current:
-                    current, order = pass_index, self._order(pass_index)
+                    generator = torch.Generator().manual_seed(seed_for(self.seed, "order", pass_index))
+                    current, order = pass_index, _permutation(self.sample_count, generator).numpy()
                 yield int(order[index])
-
-    def _order(self, pass_index: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "order", pass_index))
-        return _permutation(self.sample_count, generator).numpy()
 
 
 class DividedSampler(Sampler[int]):

@@ -145,8 +145,7 @@ _CONTENT_KINDS = {b"PK\x03\x04": _FILE_KINDS[".zip"], b"\x1f\x8b": _FILE_KINDS["
 def _describe_file(path: Path) -> str:
     if not path.is_file():
         return f"{kind_of_file(path.stat().st_mode)}, not a folder"
-    kinds = (kind for suffix, kind in _FILE_KINDS.items() if path.name.lower().endswith(suffix))
-    kind = next(kinds, None)
+    kind = next((kind for suffix, kind in _FILE_KINDS.items() if path.name.lower().endswith(suffix)), None)
     if kind is None:
         with path.open("rb") as file:
             start = file.read(262)

@@ -64,8 +64,9 @@ class ImageSurvey:
 
     def _notes_on_values(self) -> list[tuple[int, str]]:
         value_range, measured = self.options.value_range, self.measurement
-        empty = measured.num_images - len(measured.samples)
-        text = f"{empty} of {measured.num_images} images of more than 8 bits have no finite value and become black"
+        num_measured = measured.types.total()
+        empty = num_measured - len(measured.samples)
+        text = f"{empty} of {num_measured} images of more than 8 bits have no finite value and become black"
         notes = [(logging.WARNING, text)] if empty else []
         if value_range is None or not measured.samples:
             return notes

@@ -34,10 +34,6 @@ class RangeMeasurement:
         self.samples: list[np.ndarray] = []  # of each image about 65,536 finite values at most, float64
         self._whole = True
 
-    @property
-    def num_images(self) -> int:
-        return self.types.total()
-
     def add(self, values: np.ndarray) -> None:
         """Add the values of an image, of any shape and real type."""
         self.types[values.dtype.name] += 1
