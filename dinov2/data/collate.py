@@ -7,7 +7,7 @@ crop; M masked patches in the batch.
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,14 +47,19 @@ def collate_data_and_cast(
         mask_probability: Fraction of the 2B global crops that get a mask; 0 when iBOT is off.
         dtype: Data type of the crops.
         n_tokens: N, patches of a global crop.
-        mask_generator: Draws one mask.
+        mask_generator: Draws one mask on the patch grid of a global crop.
         rng: Random number generator of the masks.
     """
     global_crops = _stacked([sample.global_crops[i] for i in range(2) for sample in samples], dtype)
     num_local = len(samples[0].local_crops)
     local_crops = [sample.local_crops[i] for i in range(num_local) for sample in samples]
     batch = make_masks(
-        len(global_crops), mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
+        len(global_crops),
+        mask_ratio_tuple=mask_ratio_tuple,
+        mask_probability=mask_probability,
+        n_tokens=n_tokens,
+        mask_generator=mask_generator,
+        rng=rng,
     )
     return batch._replace(
         global_crops=global_crops,
@@ -77,19 +82,9 @@ def _stacked(crops: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return stacked
 
 
-def make_masks(
-    num_crops: int,
-    mask_ratio_tuple: tuple[float, float],
-    mask_probability: float,
-    *,
-    n_tokens: int,
-    mask_generator: MaskingGenerator,
-    rng: random.Random,
-) -> Batch:
-    """Build a batch without crops, for ``num_crops`` global crops. Arguments as in `collate_data_and_cast`."""
-    masks, upperbound = draw_masks(
-        num_crops, mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
-    )
+def make_masks(num_crops: int, **masking: Any) -> Batch:
+    """Build a batch without crops, for ``num_crops`` global crops. Arguments as in `draw_masks`."""
+    masks, upperbound = draw_masks(num_crops, **masking)
     weight = 1 / masks.sum(-1, keepdim=True).clamp(min=1)
     return Batch(
         global_crops=torch.empty(0),
@@ -110,7 +105,7 @@ def draw_masks(
     mask_generator: MaskingGenerator,
     rng: random.Random,
 ) -> tuple[Tensor, int]:
-    """Draw masks for exactly floor(num_crops * mask_probability) of the crops.
+    """Draw masks for exactly floor(num_crops * mask_probability) of the crops. Arguments as in `collate_data_and_cast`.
 
     The range of ratios is divided into as many equal intervals as there are masked crops, one for each, so that every
     batch covers the whole range evenly. Which crops are masked is random: both, one or none of an image.
