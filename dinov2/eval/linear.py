@@ -29,7 +29,15 @@ from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, autocast, require_finite, tokens_of_blocks
 from dinov2.eval.file_identity import image_identity
 from dinov2.eval.linear_checkpoint import FINAL, RUNNING, LinearCheckpointer, read_checkpoint
-from dinov2.eval.linear_data import EvalSet, LinearSets, equal_images, extract_tokens, make_sets, make_train_loader
+from dinov2.eval.linear_data import (
+    EvalSet,
+    LinearSets,
+    equal_images,
+    eval_set_options,
+    extract_tokens,
+    make_sets,
+    make_train_loader,
+)
 from dinov2.eval.linear_heads import (
     AllClassifiers,
     LinearClassifier,
@@ -73,37 +81,18 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, 3, H, W), labels (B,)
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Build the parser of the linear evaluation."""
-    parser = argparse.ArgumentParser(
-        description="DINOv2 linear evaluation",
-        parents=[setup.get_args_parser(add_help=False)],
-        add_help=add_help,
-        allow_abbrev=False,
-    )
-    add, metric_types = parser.add_argument, [metric_type.value for metric_type in MetricType]
+    parser = setup.get_args_parser("DINOv2 linear evaluation", add_help)
+    add, positive, metric_types = parser.add_argument, setup.positive_int, [each.value for each in MetricType]
     add("--test-datasets", nargs="+", help="dataset strings of further datasets for testing the best classifier")
-    add("--epochs", type=setup.positive_int, default=10, help="number of epochs of --epoch-length iterations")
-    add("--batch-size", type=setup.positive_int, default=128, help="images per process")
+    add("--epochs", type=positive, default=10, help="number of epochs of --epoch-length iterations")
+    add("--batch-size", type=positive, default=128, help="images per process")
     add("--num-workers", type=int, default=8, help="data loader workers per process")
-    add(
-        "--epoch-length",
-        type=setup.positive_int,
-        default=1250,
-        help="iterations per epoch; a checkpoint is written after each",
-    )
-    add(
-        "--save-checkpoint-frequency",
-        type=setup.positive_int,
-        default=20,
-        help="epochs between two checkpoints that are kept",
-    )
-    add("--eval-period-iterations", type=setup.positive_int, default=1250, help="iterations between two validations")
-    add(
-        "--learning-rates",
-        type=setup.positive_number,
-        nargs="+",
-        default=list(LEARNING_RATES),
-        help="learning rates for a batch of 256 images",
-    )
+    length_help = "iterations per epoch; a checkpoint is written after each"
+    add("--epoch-length", type=positive, default=1250, help=length_help)
+    add("--save-checkpoint-frequency", type=positive, default=20, help="epochs between two checkpoints that are kept")
+    add("--eval-period-iterations", type=positive, default=1250, help="iterations between two validations")
+    rates, rates_help = list(LEARNING_RATES), "learning rates for a batch of 256 images"
+    add("--learning-rates", type=setup.positive_number, nargs="+", default=rates, help=rates_help)
     add("--no-resume", action="store_true", help="start anew even if the output folder has a checkpoint")
     add("--val-metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
     add("--test-metric-types", choices=metric_types, nargs="+", help="one per test set (default: as for validation)")
@@ -120,16 +109,13 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 def evaluate_linear_classifiers(
     classifiers: Mapping[str, LinearClassifier], eval_set: EvalSet, features: Features, num_classes: int
 ) -> dict[str, Accuracies]:
-    """Compute the accuracies of each classifier by name, without diverged ones.
+    """Compute the accuracies of each classifier by name, without diverged ones; a `ValueError` if all have diverged.
 
     Args:
         classifiers: Classifiers by name.
         eval_set: Dataset and metric.
         features: Tokens (n, L, 2, D), all finite, and labels of this rank, see `extract_tokens`.
         num_classes: Number of classes in the training set.
-
-    Raises:
-        ValueError: All classifiers have diverged.
     """
     device, mapping = distributed.device(), eval_set.class_mapping
     width = num_classes if mapping is None else len(mapping)
@@ -159,7 +145,7 @@ def evaluate_linear_classifiers(
 
 
 def best_of(scores: Mapping[str, Accuracies]) -> str:
-    """Returns the name of the classifier with the highest top-1 accuracy, the first one if tied."""
+    """Name of the classifier with the highest top-1 accuracy, the first one if tied."""
     return max(scores, key=lambda name: top_1(scores[name]))
 
 
@@ -186,13 +172,13 @@ class Periods(NamedTuple):
 
 
 def build_optimizer(param_groups: list[dict[str, Any]], max_iter: int) -> tuple[Optimizer, LRScheduler]:
-    """Build SGD with momentum, without weight decay, and a cosine schedule of the rates to 0."""
+    """SGD with momentum, without weight decay, and a cosine schedule of the rates to 0."""
     optimizer = SGD(param_groups, momentum=0.9, weight_decay=0)
     return optimizer, CosineAnnealingLR(optimizer, max_iter)
 
 
 def train_step(classifiers: nn.Module, features: Any, labels: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Update all classifiers on a batch; returns the mean cross-entropy of each before the update, {name: ()}."""
+    """Update all classifiers on a batch; returns the mean cross-entropy of each before the update."""
     losses = {name: functional.cross_entropy(logits, labels) for name, logits in classifiers(features).items()}
     optimizer.zero_grad()
     torch.stack(list(losses.values())).sum().backward()
@@ -217,20 +203,15 @@ def eval_linear(
 
     Args:
         feature_model: Images -> tokens of the last blocks.
-        classifiers: Grid of classifiers.
-        param_groups: Parameter groups of the optimizer.
+        classifiers, param_groups: See `setup_linear_classifiers`.
         batches_from: Iteration -> batches of this rank from there on.
-        validate: Function that evaluates the classifiers.
+        validate: Evaluates the classifiers.
         periods: Length of training and periods of validations and checkpoints.
-        output_dir: Folder of the checkpoints.
-        resume: Whether to resume from a checkpoint.
-        run, validated_on: See `LinearCheckpointer`.
+        output_dir, run, validated_on: See `LinearCheckpointer`.
+        resume: Whether to start from the latest checkpoint.
 
     Returns:
         The history of validations, without that after the last iteration, which the caller does.
-
-    Raises:
-        ValueError: The features of an image are not finite.
     """
     device = distributed.device()
     optimizer, scheduler = build_optimizer(param_groups, periods.max_iter)
@@ -279,7 +260,7 @@ def validation_record(iteration: int, scores: Mapping[str, Accuracies]) -> dict[
 def run_eval_linear(
     model: DinoVisionTransformer, sets: LinearSets, args: argparse.Namespace, cfg: Config, cache: FeatureCache
 ) -> dict[str, Any]:
-    """Train and test the classifiers; returns the metrics of the results file, accuracies in percent."""
+    """Train and test the classifiers; returns and logs the metrics of the results file, accuracies in percent."""
     feature_model = ModelWithIntermediateLayers(
         model, min(max(LAST_BLOCKS), model.n_blocks), partial(autocast, setup.get_autocast_dtype(cfg))
     )
@@ -320,14 +301,10 @@ def log_results(results: dict[str, Any], sets: LinearSets) -> None:
     """Log the results: the published line, and a table."""
     logger.info("Test Results Dict %s", {key: results[key] for key in ("best_classifier", "test")})
     rows = []
-    for role, each, scores in zip(
-        ["validation", *["test"] * len(sets.tests)],
-        [sets.val, *sets.tests],
-        [results["best_classifier"], *results["test"]],
-        strict=True,
-    ):
-        images = set_facts(each.dataset)["images"]
-        rows.append([role, each.name, each.metric_type.value, images, scores["top-1"], scores.get("top-5")])
+    scores_of_sets = [results["best_classifier"], *results["test"]]
+    for number, (each, scores) in enumerate(zip([sets.val, *sets.tests], scores_of_sets, strict=True)):
+        facts = [each.name, each.metric_type.value, set_facts(each.dataset)["images"]]
+        rows.append(["test" if number else "validation", *facts, scores["top-1"], scores.get("top-5")])
     title = f"linear classification, best on validation: {results['best_classifier']['name']}, accuracy in %"
     logger.info("%s", as_table(title, ["set", "data", "metric", "images", "top-1", "top-5"], rows))
 
@@ -383,15 +360,16 @@ def main(args: argparse.Namespace) -> None:
     """Run the evaluation of the command line."""
     started = time.monotonic()
     with distributed.session():
-        cfg = setup.setup(args)
+        train = [] if args.classifier_fpath else [args.train_dataset]
+        cfg = setup.setup(args, [*train, *(each["dataset_str"] for each in eval_set_options(args))])
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
         sets, cache = make_sets(args, cfg), setup.feature_cache(args, cfg)
         equal = equal_images(sets, args.train_dataset)
         model = setup.build_model_for_eval(cfg, args.pretrained_weights)
         metrics = run_eval_linear(model, sets, args, cfg, cache)
-        facts = run_facts(sets.by_name(args.train_dataset), cache, started)
-        write_results(path, evaluation="linear", metrics=metrics, args=args, **facts, equal_images=equal)
+        facts = run_facts(sets.by_name(args.train_dataset), cache, started) | {"equal_images": equal}
+        write_results(path, evaluation="linear", metrics=metrics, args=args, **facts)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from dinov2 import config, distributed
 from dinov2.config import DTYPES, Config
 from dinov2.data import make_dataset
+from dinov2.data.datasets import parse_dataset_str
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import ImageOptions
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.file_identity import LabeledDataset, report_equal_images
-from dinov2.eval.results import weights_fingerprint
+from dinov2.eval.results import counted, weights_fingerprint
 from dinov2.log import setup_logging
 from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -32,38 +33,25 @@ PUBLISHED_CROP_SIZE = 224
 SMALLEST_PUBLISHED_SIZE = 96  # a model trained on smaller global crops is evaluated at the size of its crops
 
 
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """Build the parser of the flags common to all evaluations."""
-    parser = argparse.ArgumentParser(description="DINOv2 evaluation", add_help=add_help)
-    parser.add_argument(
-        "--config-file",
-        required=True,
-        help="config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
-        "eval/vits14_pretrain",
-    )
+def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = True) -> argparse.ArgumentParser:
+    """Build a parser with the flags common to all evaluations."""
+    parser = argparse.ArgumentParser(description=description, add_help=add_help, allow_abbrev=False)
+    add = parser.add_argument
+    config_help = "config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
+    add("--config-file", required=True, help=f"{config_help}eval/vits14_pretrain")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--pretrained-weights", help="file, folder (OUT/eval/best) or URL of the weights")
-    weights.add_argument(
-        "--random-init", action="store_true", help="evaluate the network before training, as a baseline"
-    )
-    parser.add_argument(
-        "--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)"
-    )
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value"
-    )
-    parser.add_argument("--train-dataset", default="ImageNet:split=TRAIN", help="dataset string")
-    parser.add_argument("--val-dataset", default="ImageNet:split=VAL", help="dataset string")
+    random_help = "evaluate the network before training, as a baseline"
+    weights.add_argument("--random-init", action="store_true", help=random_help)
+    add("--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)")
+    add("--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value")
+    add("--train-dataset", default="ImageNet:split=TRAIN", help="dataset string")
+    add("--val-dataset", default="ImageNet:split=VAL", help="dataset string")
     small = f"for models trained on global crops below {SMALLEST_PUBLISHED_SIZE} pixels: the size of those crops"
-    parser.add_argument(
-        "--resize-size",
-        type=positive_int,
-        help=f"shorter side in pixels to which images are resized (default: 256, for logistic regression 224; {small})",
-    )
-    parser.add_argument(
-        "--crop-size", type=positive_int, help=f"side of the center crop in pixels (default: 224; {small})"
-    )
-    parser.add_argument(
+    resize_help = "shorter side in pixels to which images are resized (default: 256, for logistic regression 224; "
+    add("--resize-size", type=positive_int, help=f"{resize_help}{small})")
+    add("--crop-size", type=positive_int, help=f"side of the center crop in pixels (default: 224; {small})")
+    add(
         "--feature-cache",
         metavar="FOLDER",
         help="cache of extracted features, reused as long as the weights, settings, labels, and the names, sizes and "
@@ -95,15 +83,21 @@ def positive_number(text: str) -> float:
     return number
 
 
-def setup(args: argparse.Namespace) -> Config:
+def setup(args: argparse.Namespace, datasets: Iterable[str] = ()) -> Config:
     """Load the configuration, create the output folder and start logging; requires a `distributed.session()`.
 
     The configuration is saved as `config.yaml` in the output folder, but never over the file it was read from.
+
+    Raises:
+        ValueError: The configuration, or one of the dataset strings, is invalid. Nothing has been created then.
+        FileNotFoundError: Files of these are missing. Nothing has been created then.
     """
+    cfg = config.load(args.config_file, args.opts)
+    for dataset_str in datasets:
+        _check_dataset_str(dataset_str)
     output_dir = Path(args.output_dir).resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
     setup_logging(output_dir, distributed.rank())
-    cfg = config.load(args.config_file, args.opts)
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, output_dir=str(output_dir)))
     path = output_dir / "config.yaml"
     if distributed.is_main() and path != Path(args.config_file).resolve():
@@ -113,12 +107,21 @@ def setup(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def _check_dataset_str(dataset_str: str) -> None:
+    """Raise the error of opening a dataset if the string is invalid or a path in it is missing."""
+    _, arguments = parse_dataset_str(dataset_str)
+    if not all(
+        Path(value).expanduser().exists() for key, value in arguments.items() if key in ("root", "extra", "file")
+    ):
+        make_dataset(dataset_str=dataset_str)
+
+
 def build_model_for_eval(cfg: Config, pretrained_weights: str | None) -> DinoVisionTransformer:
-    """Build the teacher's backbone on the device of this process, in evaluation mode.
+    """Build the frozen backbone of the teacher on the device of this process.
 
     Args:
         cfg: Configuration of the model.
-        pretrained_weights: Path or URL of the weights; None: random weights from the seed `train.seed`.
+        pretrained_weights: Path or URL; None: random weights from the seed `train.seed`.
 
     Raises:
         ValueError: The weights do not fit the configuration.
@@ -140,13 +143,13 @@ def get_autocast_dtype(cfg: Config) -> torch.dtype:
 
 
 def setup_and_build_model(args: argparse.Namespace) -> tuple[DinoVisionTransformer, torch.dtype]:
-    """Build the frozen backbone of the command line; returns it and its autocast dtype."""
+    """Build the frozen backbone of the command line, and its autocast dtype."""
     cfg = setup(args)
     return build_model_for_eval(cfg, args.pretrained_weights), get_autocast_dtype(cfg)
 
 
 def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> tuple[int, int]:
-    """Sizes in pixels (resize, crop) from the flags, else the published ones or those of a small-image model.
+    """Sizes (resize, crop) in pixels from the flags, else the published ones or those of a small-image model.
 
     Raises:
         ValueError: The crop is not a whole number of patches, or larger than the resized image.
@@ -163,7 +166,7 @@ def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: in
 
 
 def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> Callable[..., Tensor]:
-    """Build the transform of evaluation images, image -> (3, crop, crop), with the normalization of training."""
+    """Build the transform image -> (3, crop, crop), with the normalization of training."""
     resize, crop = image_sizes(args, cfg, published_resize_size)
     logger.info("images: shorter side to %d pixels, center crop of %d x %d", resize, crop, crop)
     return make_classification_eval_transform(
@@ -192,22 +195,13 @@ def model_facts(args: argparse.Namespace, cfg: Config, published_resize_size: in
     }
 
 
-def check_same_classes(train_dataset: ImageDataset, other: ImageDataset, other_name: str) -> None:
-    """Check that two datasets have the same classes, in which labels are indices.
-
-    Raises:
-        ValueError: Both datasets have class names and these differ.
-    """
-    check_classes(class_names(train_dataset), other, other_name)
-
-
 def class_names(dataset: ImageDataset) -> list[str]:
     """Class names by label; empty if the dataset has none."""
     return list(getattr(dataset, "classes", None) or [])
 
 
 def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> None:
-    """Check a dataset like `check_same_classes`, given the names of the training classes."""
+    """Raise a `ValueError` if a dataset has class names, and others than the training classes, if these have any."""
     others = class_names(other)
     if mine and others and list(mine) != others:
         different = ", ".join(map(str, sorted(set(mine) ^ set(others))[:6])) or "none, but their order differs"
@@ -220,17 +214,7 @@ def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> 
 def check_labels(
     train_targets: np.ndarray, other: ImageDataset, other_name: str, *, num_classes: int | None = None
 ) -> None:
-    """Check the labels of a test dataset; warn of classes without training images.
-
-    Args:
-        train_targets: Labels of the training images.
-        other: Test dataset.
-        other_name: Dataset string of the test dataset.
-        num_classes: Number of classes that a classifier predicts; None: unlimited.
-
-    Raises:
-        ValueError: A label is not below `num_classes`.
-    """
+    """Raise a `ValueError` if a label of a test set is not below `num_classes`; warn of classes not trained on."""
     targets = labels_of(other)
     if num_classes is not None and targets.max() >= num_classes:
         raise ValueError(f"{other_name} has labels up to {targets.max()}, but there are {num_classes} classes, from 0")
@@ -243,18 +227,26 @@ def check_labels(
         )
 
 
-def compare_sets(train_name: str, train: ImageDataset, others: Mapping[str, ImageDataset]) -> dict[str, dict[str, int]]:
-    """Check that the other datasets, by dataset string, fit the training set; returns `report_equal_images`.
+def open_sets(
+    train_name: str, names: Iterable[str], transform: Callable[..., Tensor], options: ImageOptions
+) -> tuple[dict[str, ImageDataset], dict[str, dict[str, int]]]:
+    """Open a training set and other datasets with the same classes.
+
+    Returns:
+        The datasets by dataset string, and `report_equal_images` of them.
 
     Raises:
-        ValueError: The classes differ.
+        ValueError: See `training_dataset` and `labeled_dataset`; also if classes differ.
     """
+    train = training_dataset(train_name, transform, options)
+    others = {name: labeled_dataset(name, transform, image_options=train.image_options) for name in names}
     for name, other in others.items():
-        check_same_classes(train, other, name)
+        check_classes(class_names(train), other, name)
         check_labels(labels_of(train), other, name)
-    return report_equal_images(
+    equal_images = report_equal_images(
         train_name, LabeledDataset.of(train), {name: LabeledDataset.of(other) for name, other in others.items()}
     )
+    return {train_name: train} | others, equal_images
 
 
 def labels_of(dataset: ImageDataset) -> np.ndarray:
@@ -265,11 +257,7 @@ def labels_of(dataset: ImageDataset) -> np.ndarray:
 
 
 def training_dataset(dataset_str: str, transform: Callable[..., Tensor], image_options: ImageOptions) -> ImageDataset:
-    """Open a training set, see `labeled_dataset`.
-
-    Raises:
-        ValueError: See `labeled_dataset`; also if all images are of one class.
-    """
+    """Open a `labeled_dataset`; a `ValueError` also if all images are of one class."""
     dataset = labeled_dataset(dataset_str, transform, image_options=image_options)
     targets = labels_of(dataset)
     if (targets == targets[0]).all():
@@ -314,7 +302,9 @@ def labeled_dataset(
         )
     if targets.ndim == 1 and targets.min() < 0:
         first = dataset.describe(int(targets.argmin()))
-        raise ValueError(f"{(targets < 0).sum()} images of {dataset_str!r} have a label below 0, such as {first}")
+        num_bad = int((targets < 0).sum())
+        verb = "has" if num_bad == 1 else "have"
+        raise ValueError(f"{counted(num_bad, 'image')} of {dataset_str!r} {verb} a label below 0, such as {first}")
     if targets.ndim > 1 and not several:
         raise ValueError(
             f"dataset {dataset_str!r} has lists of labels, which only the metric imagenet_real_accuracy "
