@@ -30,27 +30,20 @@ Features = tuple[Tensor, Tensor]
 
 
 class FeatureCache:
-    """Reads and writes the features of one model."""
+    """Reads and writes the features of one model.
+
+    Args:
+        directory: Folder of the files; None disables the cache.
+        facts: Description of the model and of the preprocessing of images, as JSON.
+    """
 
     def __init__(self, directory: Path | None = None, facts: Mapping[str, Any] | None = None) -> None:
-        """Keep the arguments; nothing is read or written yet.
-
-        Args:
-            directory: Folder of the files; None disables the cache.
-            facts: Description of the model and of the preprocessing of images, as JSON.
-        """
         self.directory, self.facts = directory, facts or {}
         self.seconds = 0.0  # spent on reading or extracting features
         self.files: dict[str, str] = {}  # path -> "read" or "written"
 
     def get(self, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
-        """Read the features of a dataset, or compute them by `extract`, which all processes then call.
-
-        Args:
-            kind: Name of the kind of features, such as "class_token".
-            dataset: Dataset of the images.
-            extract: Function that computes the features.
-        """
+        """Read the features of a dataset, of a kind such as "class_token", or `extract` them in all processes."""
         started = time.monotonic()
         features = extract() if self.directory is None else self._get(self.directory, kind, dataset, extract)
         self.seconds += time.monotonic() - started
