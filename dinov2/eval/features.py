@@ -146,11 +146,8 @@ def extract_features(
         kind: Name of the features of this `model` in the cache.
 
     Returns:
-        Features (n, ...) float32 and labels (n,) int64 in the order of the dataset, without unreadable images.
-        Lists of labels are (n, maximum length), padded with -1.
-
-    Raises:
-        ValueError: More than `MAX_BAD_SHARE` of the images cannot be read, or a feature is not finite.
+        Features (n, ...) float32 and labels (n,) int64 in the order of the dataset, without unreadable images, of which
+        at most `MAX_BAD_SHARE` is allowed. Lists of labels are (n, maximum length), padded with -1.
     """
     device = torch.device("cpu") if gather_on_cpu else distributed.device()
     compute = partial(_run_over, model, dataset, batch_size, num_workers, device, autocast_dtype)
@@ -171,6 +168,7 @@ def _run_over(
     device = distributed.device()
     all_labels = dataset.get_targets()
     width = all_labels.shape[1] if all_labels is not None and all_labels.ndim > 1 else None
+    world_size = distributed.world_size()
     loader = make_data_loader(
         dataset=SkipUnreadable(DatasetWithEnumeratedTargets(dataset)),
         batch_size=batch_size,
@@ -180,33 +178,32 @@ def _run_over(
         drop_last=False,
         collate_fn=partial(collate_skipping_unreadable, collate=partial(collate_enumerated, width=width)),
         rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        world_size=world_size,
     )
     model.eval()
     features, labels, seen = torch.empty(0), torch.empty(0), torch.zeros(len(dataset), dtype=torch.bool)
-    progress = MetricLogger("  ", is_main=distributed.is_main())
-    for images, (index, targets) in progress.log_every(
-        skip_unreadable_batches(loader), 10, "Features:", len(loader), batch_size=batch_size * distributed.world_size()
-    ):
+    progress, batches = MetricLogger("  ", is_main=distributed.is_main()), skip_unreadable_batches(loader)
+    logged = progress.log_every(batches, 10, "Features:", len(loader), batch_size=batch_size * world_size)
+    for images, (index, targets) in logged:
         with autocast(autocast_dtype):
             output = run_model(model, images.to(device, non_blocking=True)).float()
         if not len(features):
             features = torch.zeros(len(dataset), *output.shape[1:], device=target_device)
             labels = torch.full((len(dataset), *targets.shape[1:]), -1, device=target_device)
             seen = seen.to(target_device)
-        gathered = [distributed.all_gather_varied(t.to(device)).to(target_device) for t in (index, output, targets)]
-        require_finite(gathered[1], partial(_describe, dataset, gathered[0]), model)
+        indices, output, targets = (
+            distributed.all_gather_varied(t.to(device)).to(target_device) for t in (index, output, targets)
+        )
+        require_finite(output, partial(_describe, dataset, indices), model)
         # By position: images that were dealt twice to fill up the last batches land in the same place.
-        features[gathered[0]] = gathered[1]
-        labels[gathered[0]] = gathered[2]
-        seen[gathered[0]] = True
-    if not seen.all():
-        _check_unreadable(dataset, (~seen).nonzero().flatten().tolist())
-    return (features, labels) if seen.all() else (features[seen], labels[seen])
+        features[indices], labels[indices], seen[indices] = output, targets, True
+    if seen.all():
+        return features, labels
+    _check_unreadable(dataset, (~seen).nonzero().flatten().tolist())
+    return features[seen], labels[seen]
 
 
 def _describe(dataset: ImageDataset, indices: Tensor, row: int) -> str:
-    """Describe the image in a row of a batch."""
     return dataset.describe(int(indices[row]))
 
 

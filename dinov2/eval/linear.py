@@ -24,20 +24,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from dinov2 import distributed
 from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.eval import setup
+from dinov2.eval import linear_data, setup
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, autocast, require_finite, tokens_of_blocks
 from dinov2.eval.file_identity import image_identity
 from dinov2.eval.linear_checkpoint import FINAL, RUNNING, LinearCheckpointer, read_checkpoint
-from dinov2.eval.linear_data import (
-    EvalSet,
-    LinearSets,
-    equal_images,
-    eval_set_options,
-    extract_tokens,
-    make_sets,
-    make_train_loader,
-)
+from dinov2.eval.linear_data import EvalSet, LinearSets
 from dinov2.eval.linear_heads import (
     AllClassifiers,
     LinearClassifier,
@@ -49,7 +41,7 @@ from dinov2.eval.linear_heads import (
     setup_linear_classifiers,
 )
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
-from dinov2.eval.results import archive_results, as_table, run_facts, set_facts, write_results
+from dinov2.eval.results import archive_results, as_table, counted, run_facts, set_facts, write_results
 from dinov2.eval.skip_unreadable import skip_unreadable_batches
 from dinov2.log import MetricLogger, run_command
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -250,7 +242,7 @@ def validation_record(iteration: int, scores: Mapping[str, Accuracies]) -> dict[
     for name, accuracies in scores.items():
         logger.info("%s top-1: %.2f", name, top_1(accuracies))
     best = best_of(scores)
-    logger.info("best after %d iterations: %s, top-1 %.2f", iteration, best, top_1(scores[best]))
+    logger.info("best after %s: %s, top-1 %.2f", counted(iteration, "iteration"), best, top_1(scores[best]))
     return {"iteration": iteration, "best_classifier": best, "top-1": top_1(scores[best])}
 
 
@@ -261,12 +253,12 @@ def run_eval_linear(
     model: DinoVisionTransformer, sets: LinearSets, args: argparse.Namespace, cfg: Config, cache: FeatureCache
 ) -> dict[str, Any]:
     """Train and test the classifiers; returns and logs the metrics of the results file, accuracies in percent."""
-    feature_model = ModelWithIntermediateLayers(
-        model, min(max(LAST_BLOCKS), model.n_blocks), partial(autocast, setup.get_autocast_dtype(cfg))
-    )
-    tokens_of = partial(
-        extract_tokens, feature_model, batch_size=args.batch_size, num_workers=args.num_workers, cache=cache
-    )
+    num_blocks, loading = min(max(LAST_BLOCKS), model.n_blocks), (args.batch_size, args.num_workers)
+    feature_model = ModelWithIntermediateLayers(model, num_blocks, partial(autocast, setup.get_autocast_dtype(cfg)))
+
+    def tokens_of(dataset: ImageDataset) -> Features:
+        return linear_data.extract_tokens(feature_model, dataset, *loading, cache)
+
     val_tokens = tokens_of(sets.val.dataset)
     validate = partial(evaluate_linear_classifiers, eval_set=sets.val, features=val_tokens)
     if sets.train is None:
@@ -320,22 +312,24 @@ def train_classifiers(
     assert sets.train is not None, "there is a training set"
     num_classes = 1 + int(setup.labels_of(sets.train).max())
     _, crop = setup.image_sizes(args, cfg)
+    max_iter, world_size = args.epochs * args.epoch_length, distributed.world_size()
     classifiers, param_groups = setup_linear_classifiers(
         feature_model(torch.zeros(1, 3, crop, crop, device=distributed.device())),
         [n for n in LAST_BLOCKS if n <= feature_model.n_last_blocks],
         args.learning_rates,
         args.batch_size,
         num_classes,
-        world_size=distributed.world_size(),
+        world_size=world_size,
     )
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     history = eval_linear(
         feature_model,
         classifiers,
         param_groups,
-        partial(make_train_loader, dataset=sets.train, batch_size=args.batch_size, num_workers=args.num_workers),
+        partial(linear_data.make_train_loader, dataset=sets.train, **loading),
         partial(validate, classifiers.by_name(), num_classes=num_classes),
         Periods(
-            max_iter=args.epochs * args.epoch_length,
+            max_iter=max_iter,
             eval_period=args.eval_period_iterations,
             checkpoint_period=args.epoch_length,
             kept_checkpoint_period=args.save_checkpoint_frequency * args.epoch_length,
@@ -347,8 +341,8 @@ def train_classifiers(
             "training set": args.train_dataset,
             "names, sizes, times and labels of its images": image_identity(sets.train)[:16],
             "classes": setup.class_names(sets.train),
-            "images per iteration": args.batch_size * distributed.world_size(),
-            "iterations": args.epochs * args.epoch_length,
+            "images per iteration": args.batch_size * world_size,
+            "iterations": max_iter,
             "learning rates": args.learning_rates,
         },
         validated_on=image_identity(sets.val.dataset),
@@ -361,11 +355,11 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     with distributed.session():
         train = [] if args.classifier_fpath else [args.train_dataset]
-        cfg = setup.setup(args, [*train, *(each["dataset_str"] for each in eval_set_options(args))])
+        cfg = setup.setup(args, [*train, *(each["dataset_str"] for each in linear_data.eval_set_options(args))])
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
-        sets, cache = make_sets(args, cfg), setup.feature_cache(args, cfg)
-        equal = equal_images(sets, args.train_dataset)
+        sets, cache = linear_data.make_sets(args, cfg), setup.feature_cache(args, cfg)
+        equal = linear_data.equal_images(sets, args.train_dataset)
         model = setup.build_model_for_eval(cfg, args.pretrained_weights)
         metrics = run_eval_linear(model, sets, args, cfg, cache)
         facts = run_facts(sets.by_name(args.train_dataset), cache, started) | {"equal_images": equal}

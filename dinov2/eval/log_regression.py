@@ -168,20 +168,19 @@ def hold_out(train: LabeledFeatures) -> tuple[LabeledFeatures, LabeledFeatures]:
     As published, it is the first tenth of a random order, except that the last image of each class stays in the rest.
     """
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
-    backwards = train.labels.cpu()[order].flip(0).numpy()
-    _, last_of_class = np.unique(backwards, return_index=True)
-    is_candidate = torch.ones(len(order), dtype=torch.bool)
-    is_candidate[len(order) - 1 - torch.from_numpy(last_of_class)] = False
-    positions = is_candidate.nonzero().flatten()[: len(order) // 10]
+    _, last_of_class = np.unique(train.labels.cpu()[order].flip(0).numpy(), return_index=True)  # counted from the end
+    candidates = np.setdiff1d(np.arange(len(order)), len(order) - 1 - last_of_class)
+    positions = candidates[: len(order) // 10]
     if not len(positions):
         raise ValueError(
             f"{len(order)} training images of {len(last_of_class)} classes are too few to hold out a tenth to choose C "
             "on and leave one of each class: choose it on the validation set with --finetune-on-val, or on another set "
             "with --finetune-dataset-str"
         )
-    is_held_out = torch.zeros(len(order), dtype=torch.bool).index_fill_(0, positions, value=True)
-    tenth, rest = order[is_held_out], order[~is_held_out]
-    return LabeledFeatures(*(t[rest] for t in train)), LabeledFeatures(*(t[tenth] for t in train))
+    is_held_out = torch.zeros(len(order), dtype=torch.bool)
+    is_held_out[positions] = True
+    rest, tenth = (LabeledFeatures(*(t[order[part]] for t in train)) for part in (~is_held_out, is_held_out))
+    return rest, tenth
 
 
 def eval_log_regression(
@@ -202,13 +201,11 @@ def eval_log_regression(
         On rank 0 {"top-1": fraction, ..., "best_C": C, "converged": whether the final fit converged, "sweep":
         [{"C": C, "top-1": ..., "converged": ...}, ...]}; empty on other ranks.
     """
-    fitted = everything = train
+    fitted, everything, choice = train, train, val
     if finetune is not None:
         choice = finetune
         everything = LabeledFeatures(*(torch.cat(pair) for pair in zip(train, finetune, strict=True)))
-    elif finetune_on_val:
-        choice = val
-    else:
+    elif not finetune_on_val:
         fitted, choice = hold_out(train)
     sweep = sweep_C_values(fitter, fitted, choice, C_values)
     if not distributed.is_main():
@@ -244,18 +241,11 @@ def eval_log_regression_with_model(
 ) -> dict[str, Any]:
     """Extract the class tokens of the datasets (not normalized) and run `eval_log_regression` on them."""
     device = torch.device(train_features_device)
+    loading = (batch_size, num_workers, device.type == "cpu")
 
     def extract(dataset: ImageDataset) -> LabeledFeatures:
-        features, labels = extract_features(
-            model,
-            dataset,
-            batch_size,
-            num_workers,
-            gather_on_cpu=device.type == "cpu",
-            autocast_dtype=autocast_dtype,
-            cache=cache,
-        )
-        return LabeledFeatures(features.to(device), labels.to(device))
+        found = extract_features(model, dataset, *loading, autocast_dtype=autocast_dtype, cache=cache)
+        return LabeledFeatures(*(tensor.to(device) for tensor in found))
 
     train, val = extract(train_dataset), extract(val_dataset)
     finetune = None if finetune_dataset is None else extract(finetune_dataset)

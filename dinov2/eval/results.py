@@ -96,12 +96,12 @@ def set_facts(dataset: ImageDataset) -> dict[str, int]:
 def described_set(dataset: ImageDataset) -> str:
     """ "21 images of 3 classes"."""
     facts = set_facts(dataset)
-    return f"{counted(facts['images'], 'image')} of {facts['classes']} class{'' if facts['classes'] == 1 else 'es'}"
+    return f"{counted(facts['images'], 'image')} of {counted(facts['classes'], 'class', 'classes')}"
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, plural: str = "") -> str:
     """ "1 image", "2 images"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def as_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -243,10 +243,8 @@ def open_sets(
     for name, other in others.items():
         check_classes(class_names(train), other, name)
         check_labels(labels_of(train), other, name)
-    equal_images = report_equal_images(
-        train_name, LabeledDataset.of(train), {name: LabeledDataset.of(other) for name, other in others.items()}
-    )
-    return {train_name: train} | others, equal_images
+    labeled = {name: LabeledDataset.of(other) for name, other in others.items()}
+    return {train_name: train} | others, report_equal_images(train_name, LabeledDataset.of(train), labeled)
 
 
 def labels_of(dataset: ImageDataset) -> np.ndarray:
@@ -261,10 +259,11 @@ def training_dataset(dataset_str: str, transform: Callable[..., Tensor], image_o
     dataset = labeled_dataset(dataset_str, transform, image_options=image_options)
     targets = labels_of(dataset)
     if (targets == targets[0]).all():
-        name = next(iter(class_names(dataset)[targets[0] :]), "")
+        name = next((f", {name}" for name in class_names(dataset)[targets[0] :]), "")
+        subject, verb = ("the only image", "is") if len(targets) == 1 else (f"all {len(targets)} images", "are")
         raise ValueError(
-            f"all {len(targets)} images of --train-dataset {dataset_str!r} are of one class (label {targets[0]}"
-            f"{name and f', {name}'}): classification needs at least two; in an image folder, each class is a subfolder"
+            f"{subject} of --train-dataset {dataset_str!r} {verb} of one class (label {targets[0]}{name}): "
+            "classification needs at least two; in an image folder, each class is a subfolder"
         )
     return dataset
 
