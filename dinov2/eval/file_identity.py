@@ -141,10 +141,11 @@ def _count_equal(sets: list[LabeledDataset]) -> list[dict[str, int]]:
             for index, digest in digests.items():
                 copies[digest].append(each.labels_at(index))
         needed = 1 if number else 2  # a training image equals itself
-        equal = [index for index, digest in digests.items() if len(copies.get(digest, ())) >= needed]
-        other = [index for index in equal if _contradict(each.labels_at(index), copies[digests[index]])]
+        equal = [(each.labels_at(i), copies[digest]) for i, digest in digests.items() if len(copies[digest]) >= needed]
+        # Neither unlabeled nor with a label in common.
+        num_other = sum(bool(labels) and any(o and not labels & o for o in others) for labels, others in equal)
         compared = int((own_sizes >= 0).sum() - np.isin(own_sizes, skipped).sum())
-        results.append({"compared": compared, "equal": len(equal), "with_other_labels": len(other)})
+        results.append({"compared": compared, "equal": len(equal), "with_other_labels": num_other})
     return results
 
 
@@ -169,8 +170,3 @@ def _digests(dataset: ImageDataset, indices: list[int]) -> dict[int, bytes]:
     with ThreadPoolExecutor(THREADS) as pool:
         found = zip(indices, pool.map(digest, indices), strict=True)
         return {index: value for index, value in found if value is not None}
-
-
-def _contradict(labels: set[int], others: list[set[int]]) -> bool:
-    """Whether a copy has labels, and none in common with these."""
-    return bool(labels) and any(other and not labels & other for other in others)

@@ -23,8 +23,8 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
-from dinov2.eval.metrics import MetricType, build_metric
-from dinov2.eval.results import archive_results, as_table, described_set, run_facts, write_results
+from dinov2.eval.metrics import MetricType, build_metric, percent
+from dinov2.eval.results import archive_results, as_table, counted, described_set, run_facts, write_results
 from dinov2.log import run_command
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,14 @@ class KnnModule(nn.Module):
     """Weighted vote of the nearest neighbors (Wu et al. 2018, arXiv 1805.01978).
 
     The bank may be in host memory and is copied to `device` in chunks.
+
+    Args:
+        train_features: (n, D) float, L2-normalized rows.
+        train_labels: (n,) int64 in 0..C-1.
+        nb_knn: Values of k; those above n are replaced by n, with a warning.
+        T: Temperature of the softmax over the similarities.
+        device: Where to compute.
+        num_classes: C.
     """
 
     def __init__(
@@ -71,16 +79,6 @@ class KnnModule(nn.Module):
         device: torch.device,
         num_classes: int = 1000,
     ) -> None:
-        """Store the bank.
-
-        Args:
-            train_features: (n, D) float, L2-normalized rows.
-            train_labels: (n,) int64 in 0..C-1.
-            nb_knn: Values of k; those above n are replaced by n, with a warning.
-            T: Temperature of the softmax over the similarities.
-            device: Where to compute.
-            num_classes: C.
-        """
         super().__init__()
         self.features, self.labels = train_features, train_labels
         self.nb_knn = _possible_ks(nb_knn, len(train_labels))
@@ -154,9 +152,9 @@ def _possible_ks(nb_knn: Sequence[int], bank_size: int) -> list[int]:
     """The distinct values of k in ascending order, at most the size of the bank."""
     if not nb_knn or min(nb_knn) < 1:
         raise ValueError(f"the numbers of neighbors must be at least 1, got {list(nb_knn)}")
-    too_large = [k for k in nb_knn if k > bank_size]
-    if too_large:
-        logger.warning("k = %s: the bank has only %d images, k = %d is used", too_large, bank_size, bank_size)
+    if too_large := [k for k in nb_knn if k > bank_size]:
+        size = counted(bank_size, "image")
+        logger.warning("k = %s: the bank has only %s, k = %d is used", too_large, size, bank_size)
     return sorted({min(k, bank_size) for k in nb_knn})
 
 
@@ -224,9 +222,8 @@ def _few_shot_banks(
     """Features and labels of `n_tries` random banks, see `few_shot_index`."""
     fewest = int(labels.bincount().min())
     if fewest < n_per_class:
-        logger.warning(
-            "%d images per class: the smallest class has only %d, all of which are used", n_per_class, fewest
-        )
+        text = "%s per class: the smallest class has only %d, all of which are used"
+        logger.warning(text, counted(n_per_class, "image"), fewest)
     for seed in range(n_tries):
         index = few_shot_index(labels, n_per_class, seed).to(features.device)
         yield features[index], labels[index]
@@ -303,7 +300,7 @@ def main(args: argparse.Namespace) -> None:
         log_scores(scores, sets[args.val_dataset])
         metrics: dict[str, dict[str, dict[str, float]]] = {}
         for (name, k), accuracies in scores.items():
-            metrics.setdefault(name, {})[str(k)] = {top: 100 * value for top, value in accuracies.items()}
+            metrics.setdefault(name, {})[str(k)] = percent(accuracies)
         facts = run_facts(sets, cache, started) | {"equal_images": equal_images}
         write_results(path, evaluation="knn", metrics=metrics, args=args, **facts)
 

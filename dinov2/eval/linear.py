@@ -103,11 +103,7 @@ def evaluate_linear_classifiers(
 ) -> dict[str, Accuracies]:
     """Compute the accuracies of each classifier by name, without diverged ones; a `ValueError` if all have diverged.
 
-    Args:
-        classifiers: Classifiers by name.
-        eval_set: Dataset and metric.
-        features: Tokens (n, L, 2, D), all finite, and labels of this rank, see `extract_tokens`.
-        num_classes: Number of classes in the training set.
+    `features` are the tokens, all finite, and labels of this rank (`extract_tokens`), `num_classes` those of training.
     """
     device, mapping = distributed.device(), eval_set.class_mapping
     width = num_classes if mapping is None else len(mapping)

@@ -59,11 +59,7 @@ class LinearCheckpointer:
         logger.info("checkpoint of iteration %d: %s", iteration, path)
 
     def load_latest(self) -> tuple[int, list[dict[str, Any]]]:
-        """Restore the newest checkpoint if there is one; returns the next iteration, and the history of validations.
-
-        Raises:
-            ValueError: The checkpoint belongs to another run, or is damaged.
-        """
+        """Restore the newest checkpoint if there is one; returns the next iteration, and the history of validations."""
         if not self.pointer.is_file():
             return 0, []
         name = self.pointer.read_bytes().decode(errors="replace").strip()
@@ -95,12 +91,7 @@ class LinearCheckpointer:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU; `run` is empty if it is missing, as in published checkpoints.
-
-    Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: The file is damaged, or not a checkpoint of linear classifiers.
-    """
+    """Read a checkpoint to the CPU; `run` is empty if it is missing, as in published checkpoints."""
     state = read_file(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint of a linear evaluation: it has no 'model'")

@@ -127,11 +127,7 @@ class LinearSets(NamedTuple):
 
 
 def eval_set_options(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Arguments of `make_eval_set` for the validation set and each test set of the command line.
-
-    Raises:
-        ValueError: The numbers of test sets and of their metrics or class mappings differ.
-    """
+    """Arguments of `make_eval_set` for the validation set and each test set of the command line."""
     datasets = args.test_datasets or []
     metric_types = args.test_metric_types or [args.val_metric_type] * len(datasets)
     mappings = args.test_class_mapping_fpaths or ["None"] * len(datasets)
@@ -152,8 +148,7 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
     """Open the datasets of the command line.
 
     Raises:
-        ValueError: See `eval_set_options`; also if a dataset has labels that no classifier predicts, or other classes
-            than the training set and no class mapping.
+        ValueError: A dataset has labels that no classifier predicts, or other classes and no class mapping.
     """
     options, train = image_options(cfg), None
     if not args.classifier_fpath:

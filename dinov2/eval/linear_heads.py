@@ -30,10 +30,7 @@ class LinearClassifier(nn.Module):
     """A linear layer on the tokens of the last n blocks."""
 
     def __init__(self, out_dim: int, use_n_blocks: int, use_avgpool: bool, num_classes: int = 1000) -> None:
-        """Initialize the weights from a normal distribution of std 0.01, the biases with 0.
-
-        `out_dim` is the width of the input (`create_linear_input`), and `num_classes` is C.
-        """
+        """Initialize the weights from a normal distribution of std 0.01, the biases with 0; `out_dim` inputs."""
         super().__init__()
         self.out_dim, self.use_n_blocks, self.use_avgpool = out_dim, use_n_blocks, use_avgpool
         self.linear = nn.Linear(out_dim, num_classes)
@@ -120,9 +117,8 @@ def setup_linear_classifiers(
         sample_output: Backbone output for any images; determines the widths.
         n_last_blocks_list: Numbers of blocks.
         learning_rates: For a global batch of 256; they must differ.
-        batch_size: Images per process.
+        batch_size: Images in each of `world_size` processes.
         num_classes: C.
-        world_size: Number of processes.
         seed: Seed of the initial weights.
     """
     rates = [scale_lr(rate, batch_size, world_size) for rate in learning_rates]
@@ -140,11 +136,7 @@ def setup_linear_classifiers(
 
 
 def classifiers_from_state_dict(state: Mapping[str, Tensor], source: str) -> AllClassifiers:
-    """Build the classifiers of a checkpoint, for any grid; `source` names it in errors.
-
-    Raises:
-        ValueError: There are no classifiers, or incomplete ones.
-    """
+    """Build the classifiers of a checkpoint, for any grid; a `ValueError` about `source` if they are incomplete."""
     classifiers = {}
     try:
         for match in filter(None, map(_NAME.fullmatch, state)):

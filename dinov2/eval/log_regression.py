@@ -26,7 +26,7 @@ from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
-from dinov2.eval.results import archive_results, as_table, described_set, run_facts, write_results
+from dinov2.eval.results import archive_results, as_table, counted, described_set, run_facts, write_results
 from dinov2.log import run_command
 
 logger = logging.getLogger(__name__)
@@ -156,8 +156,8 @@ def sweep_C_values(
     if unfinished and distributed.is_main():
         shown = ", ".join([*unfinished[:4], *["..."] * (len(unfinished) > 4)])
         logger.warning(
-            "not converged after %d iterations (--max-train-iters): %d of %d fits, C = %s",
-            *(fitter.max_iter, len(unfinished), len(C_values), shown),
+            "not converged after %s (--max-train-iters): %d of %d fits, C = %s",
+            *(counted(fitter.max_iter, "iteration"), len(unfinished), len(C_values), shown),
         )
     return [everything[i] for i in range(len(C_values))]
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,23 +64,21 @@ def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = Tru
 
 def positive_int(text: str) -> int:
     """Argparse type of an integer of at least 1."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return number
+    return int(_positive(int, text, "an integer of at least 1", 1, math.inf))
 
 
 def positive_number(text: str) -> float:
     """Argparse type of a positive number within the range of float32."""
+    return _positive(float, text, "a number above 0 that is not extreme", 1e-20, 1e20)
+
+
+def _positive(convert: Callable[[str], float], text: str, expected: str, smallest: float, largest: float) -> float:
     try:
-        number = float(text)
+        number = convert(text)
     except ValueError:
-        number = 0.0
-    if not 1e-20 <= number <= 1e20:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 that is not extreme, got {text!r}")
+        number = 0
+    if not smallest <= number <= largest:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return number
 
 
@@ -88,9 +87,7 @@ def setup(args: argparse.Namespace, datasets: Iterable[str] = ()) -> Config:
 
     The configuration is saved as `config.yaml` in the output folder, but never over the file it was read from.
 
-    Raises:
-        ValueError: The configuration, or one of the dataset strings, is invalid. Nothing has been created then.
-        FileNotFoundError: Files of these are missing. Nothing has been created then.
+    If the configuration or one of the dataset strings is wrong, nothing has been created.
     """
     cfg = config.load(args.config_file, args.opts)
     for dataset_str in datasets:
@@ -110,21 +107,15 @@ def setup(args: argparse.Namespace, datasets: Iterable[str] = ()) -> Config:
 def _check_dataset_str(dataset_str: str) -> None:
     """Raise the error of opening a dataset if the string is invalid or a path in it is missing."""
     _, arguments = parse_dataset_str(dataset_str)
-    if not all(
-        Path(value).expanduser().exists() for key, value in arguments.items() if key in ("root", "extra", "file")
-    ):
+    paths = [Path(arguments[key]).expanduser() for key in ("root", "extra", "file") if key in arguments]
+    if not all(path.exists() for path in paths):
         make_dataset(dataset_str=dataset_str)
 
 
 def build_model_for_eval(cfg: Config, pretrained_weights: str | None) -> DinoVisionTransformer:
     """Build the frozen backbone of the teacher on the device of this process.
 
-    Args:
-        cfg: Configuration of the model.
-        pretrained_weights: Path or URL; None: random weights from the seed `train.seed`.
-
-    Raises:
-        ValueError: The weights do not fit the configuration.
+    Weights are a path or URL; None gives random ones, from the seed `train.seed`. A `ValueError` if they do not fit.
     """
     torch.manual_seed(cfg.train.seed)
     model = build_model(**config.backbone_arguments(cfg))
@@ -149,11 +140,7 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[DinoVisionTransform
 
 
 def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> tuple[int, int]:
-    """Sizes (resize, crop) in pixels from the flags, else the published ones or those of a small-image model.
-
-    Raises:
-        ValueError: The crop is not a whole number of patches, or larger than the resized image.
-    """
+    """Sizes (resize, crop) in pixels from the flags, else the published ones or those of a small-image model."""
     trained = cfg.crops.global_crops_size
     small = trained < SMALLEST_PUBLISHED_SIZE
     resize = args.resize_size or (trained if small else published_resize_size)
@@ -230,14 +217,7 @@ def check_labels(
 def open_sets(
     train_name: str, names: Iterable[str], transform: Callable[..., Tensor], options: ImageOptions
 ) -> tuple[dict[str, ImageDataset], dict[str, dict[str, int]]]:
-    """Open a training set and other datasets with the same classes.
-
-    Returns:
-        The datasets by dataset string, and `report_equal_images` of them.
-
-    Raises:
-        ValueError: See `training_dataset` and `labeled_dataset`; also if classes differ.
-    """
+    """Open and compare a training set and others: datasets by dataset string, and `report_equal_images`."""
     train = training_dataset(train_name, transform, options)
     others = {name: labeled_dataset(name, transform, image_options=train.image_options) for name in names}
     for name, other in others.items():
@@ -283,11 +263,7 @@ def labeled_dataset(
     several: bool = False,
     image_options: ImageOptions | None = None,
 ) -> ImageDataset:
-    """Open a dataset with one label per image, or lists of labels if `several`.
-
-    Raises:
-        ValueError: The dataset is empty or lacks such labels.
-    """
+    """Open a dataset with one label per image, or lists of labels if `several`; a `ValueError` if it has none."""
     dataset = make_dataset(dataset_str=dataset_str, transform=transform, image_options=image_options)
     if len(dataset) == 0:
         raise ValueError(f"dataset {dataset_str!r} is empty")

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 import dinov2
 from dinov2.files import atomic_write
 from dinov2.report import charts, curves, images, sections, verdict
-from dinov2.report.numbers import duration, number, percent, readable, rough
+from dinov2.report.numbers import counted, duration, number, percent, readable, rough
 from dinov2.report.read_run import read_runs
 from dinov2.report.run import Run
 
@@ -76,7 +76,7 @@ def template_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"commas": "{:,}".format, "coordinate": "{:.1f}".format, "breakable": breakable}
-    environment.filters |= {each.__name__: each for each in (duration, number, percent, readable, rough)}
+    environment.filters |= {each.__name__: each for each in (counted, duration, number, percent, readable, rough)}
     modules = {"charts": charts, "curves": curves, "images": images, "sections": sections, "verdict": verdict}
     environment.globals |= modules
     return environment

@@ -109,11 +109,9 @@ def _read_state(folder: Path, metrics: Path, notes: list[str]) -> State:
     except OSError as error:
         logger.info("cannot determine whether %s is in use: %s", folder, error)
         locked = None
-    try:
-        checkpoint = max(complete_checkpoints(folder / "checkpoints"), default=None)
-    except OSError as error:
-        notes.append(f"Its checkpoints could not be listed: {error}")
-        checkpoint = None
+    problem = "Its checkpoints could not be listed"
+    checkpoints = folder / "checkpoints"
+    checkpoint = _or_noted(lambda: max(complete_checkpoints(checkpoints), default=None), None, notes, problem)
     return State(
         locked=locked,
         idle_seconds=time.time() - metrics.stat().st_mtime if metrics.exists() else None,
@@ -122,12 +120,12 @@ def _read_state(folder: Path, metrics: Path, notes: list[str]) -> State:
     )
 
 
-def _or_noted(read: Callable[[], T], otherwise: T, notes: list[str]) -> T:
+def _or_noted(read: Callable[[], T], otherwise: T, notes: list[str], problem: str = "A file could not be read") -> T:
     """The result of a function; if it fails, a default, and the reason is noted."""
     try:
         return read()
     except (OSError, ValueError) as error:
-        notes.append(f"A file could not be read: {error}")
+        notes.append(f"{problem}: {error}")
         return otherwise
 
 

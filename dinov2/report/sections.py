@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from dinov2 import config
 from dinov2.config import Config
 from dinov2.report.curves import points_of
-from dinov2.report.numbers import duration, number, percent, result_text, rough, short
+from dinov2.report.numbers import counted, duration, number, percent, result_text, rough, short
 from dinov2.report.results import Result
 from dinov2.report.run import Run
 
@@ -25,8 +25,8 @@ def facts(run: Run) -> Mapping[str, str]:
     return {
         "data": cfg.train.dataset_path,
         "network": ", ".join([*network, f"patches of {cfg.student.patch_size} pixels"]),
-        "steps": f"{run.total_steps:,} steps",
-        "batch": f"{run.global_batch(run.steps_done):,} images{'' if run.sessions else ' of each process'}",
+        "steps": counted(run.total_steps or 0, "step"),
+        "batch": counted(run.global_batch(run.steps_done) or 0, "image") + " of each process" * (not run.sessions),
     }
 
 

@@ -1,14 +1,8 @@
-"""Figures of the features of a frozen backbone, for any model and any images.
+"""Figures of the features of a frozen backbone, for any model and any images (examples: docs/visualization.md).
 
-    python -m dinov2.visualization pca        --model dinov2_vits14 --images FOLDER --output pca.png
-    python -m dinov2.visualization pca        --model dinov2_vits14 --images clip.mp4 --output pca.mp4
-    python -m dinov2.visualization attention  --model dinov2_vits14_reg --images 'cats/*.jpg' --output attention.png
-    python -m dinov2.visualization similarity --model dinov2_vits14 --images a.jpg b.jpg --point 200,150
-    python -m dinov2.visualization neighbors  --model dinov2_vits14 --query a.jpg --images FOLDER
+    python -m dinov2.visualization COMMAND --model dinov2_vits14 --images FOLDER --output FILE
 
-Without a command, `pca` is run: principal components as colors (DINOv2 paper, section 7.5). All images share one basis,
-so similar patches get similar colors in all of them. Colors of two models, or of two runs of the command, are not
-comparable.
+Without a command, `pca` is run. Colors of two models, or of two runs of the command, are not comparable.
 """
 
 import argparse

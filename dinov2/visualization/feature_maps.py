@@ -1,7 +1,6 @@
 """Feature maps of a frozen backbone: patch tokens, attention of the class token, patch similarity.
 
-Images keep their aspect ratio. Sides are rounded to multiples of the patch size, which distorts an image by less than
-half a patch.
+Sides of images are rounded to multiples of the patch size, which distorts an image by less than half a patch.
 
 Shapes: n images, h x w patches of an image, D feature dimension, H heads, R registers, p patch side in pixels.
 """

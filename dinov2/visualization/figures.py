@@ -1,11 +1,7 @@
-"""Four figures of frozen features: PCA, attention, patch similarity and nearest neighbors.
+"""Four figures of frozen features: PCA, attention, patch similarity and nearest neighbors."""
 
-backbone = FrozenBackbone(model, "my model")
-images = list(load_images(list_inputs(["holiday/*.jpg"])))
-pca_sheet(backbone, images).sheet.save("pca.png")
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -61,9 +57,7 @@ def pca_sheet(
         foreground: Color the foreground only; the rest is black.
         smooth: Interpolate between the colors of patches.
     """
-    inputs = _model_inputs(backbone, images, shorter_side)
-    tokens = image_tokens(backbone, inputs, shifts=shifts)
-    _require_finite(tokens, images, backbone)
+    inputs, tokens = _inputs_and_features(backbone, images, shorter_side, partial(image_tokens, shifts=shifts))
     batches = [grid[None] for grid in tokens]
     colormap = fit_pca_colormap(batches, fit_foreground(batches) if foreground else None)
     colors = [colormap(batch)[0] for batch in batches]
@@ -90,9 +84,7 @@ def attention_sheet(
 
     The array of an image is "attention" (H, h, w). See `pca_sheet` for the arguments.
     """
-    inputs = _model_inputs(backbone, images, shorter_side)
-    attention = image_attention(backbone, inputs)
-    _require_finite(attention, images, backbone)
+    inputs, attention = _inputs_and_features(backbone, images, shorter_side, image_attention)
 
     def cell(name: str, values: Tensor) -> Cell:
         # The brightest color is the 99th percentile: a single patch with all the attention would hide the others.
@@ -125,9 +117,7 @@ def similarity_sheet(
     The array of an image is "similarity" (points, h, w). See `feature_maps.parse_point` and `pca_sheet`.
     """
     positions = [parse_point(point, images[0].image.size) for point in points]
-    inputs = _model_inputs(backbone, images, shorter_side)
-    tokens = image_tokens(backbone, inputs)
-    _require_finite(tokens, images, backbone)
+    inputs, tokens = _inputs_and_features(backbone, images, shorter_side, image_tokens)
     rows, columns, _ = tokens[0].shape
     maps = [similarity_maps(tokens, 0, cell_at(position, (rows, columns))) for position in positions]
     low = min(float(values.min()) for row in maps for values in row)
@@ -176,19 +166,23 @@ def _wrap(first: Sequence[Cell], cells: Sequence[Cell], count: int) -> list[list
     return rows + [[*[None] * len(first), *cells[at : at + count]] for at in range(count, len(cells), count)]
 
 
-def _model_inputs(
-    backbone: FrozenBackbone, images: Sequence[LoadedImage], shorter_side: int | None
-) -> list[Image.Image]:
+def _inputs_and_features(
+    backbone: FrozenBackbone,
+    images: Sequence[LoadedImage],
+    shorter_side: int | None,
+    compute: Callable[[FrozenBackbone, Sequence[Image.Image]], list[Tensor]],
+) -> tuple[list[Image.Image], list[Tensor]]:
+    """The images at the sizes of model inputs, and their features, which must be finite."""
     patch_size = backbone.model.patch_size
-    sizes = [(image.size, input_size(image.size, shorter_side, patch_size)) for _, _, image in images]
+    sizes = [(each.image.size, input_size(each.image.size, shorter_side, patch_size)) for each in images]
     log_sizes(sizes, patch_size)
-    return [item.image.resize(after, Image.Resampling.BICUBIC) for item, (_, after) in zip(images, sizes, strict=True)]
-
-
-def _require_finite(features: Sequence[Tensor], images: Sequence[LoadedImage], backbone: FrozenBackbone) -> None:
-    """Raise a `ValueError` that names the image if features (...) of one are not finite, see `require_finite`."""
+    inputs = [
+        each.image.resize(after, Image.Resampling.BICUBIC) for each, (_, after) in zip(images, sizes, strict=True)
+    ]
+    features = compute(backbone, inputs)
     largest = torch.stack([values.abs().amax() for values in features])[:, None]  # keeps NaN and infinity
-    require_finite(largest, [image.path for image in images].__getitem__, backbone.model)
+    require_finite(largest, [each.path for each in images].__getitem__, backbone.model)
+    return inputs, features
 
 
 def _position_of_maximum(values: Tensor) -> tuple[float, float]:

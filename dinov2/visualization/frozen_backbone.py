@@ -55,11 +55,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
-    """Load the backbone that the flags of `add_model_flags` select.
-
-    Raises:
-        ValueError: Contradictory or missing flags, an unknown name, or weights that do not fit.
-    """
+    """Load the backbone that the flags of `add_model_flags` select."""
     _check(args)
     weights, config_file = args.pretrained_weights, args.config_file
     if config_file is None and args.model is None and (teacher := _teacher_folder(weights)):

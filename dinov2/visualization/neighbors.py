@@ -41,7 +41,7 @@ def find_neighbors(
 
     Args:
         backbone: The model.
-        queries: Images to find neighbors of. Those that cannot be read are left out, with a warning.
+        queries: Images that cannot be read are left out, with a warning.
         inputs: Images to search, likewise.
         count: Number of neighbors; fewer if there are fewer images.
         side: Of the center crop in pixels, rounded to a multiple of the patch size; None: as in the k-NN evaluation.

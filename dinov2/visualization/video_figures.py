@@ -1,7 +1,7 @@
 """Videos of the principal components of patch features, beside the frames. Memory use does not grow with the length.
 
-The model runs once on each frame. The tokens are kept in a temporary file beside the output, in float16, until those of
-all frames have been fitted: all frames share one basis and one color range, so that the colors do not flicker.
+The tokens are kept in a temporary file beside the output, in float16, until those of all frames have been fitted: all
+frames share one basis and one color range, so that the colors do not flicker.
 
 Shapes: n frames, h x w patches of a frame, D feature dimension.
 """
