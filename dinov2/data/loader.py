@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from dinov2.data.augment import DataAugmentationDINO, MultiCrop
 from dinov2.data.collate import Batch
 from dinov2.data.device_augment import DeviceAugmentation, RawBatch, make_crops
+from dinov2.data.masking import MaskingGenerator
 from dinov2.data.sample_stream import AugmentedDataset, PositionBatches, StreamCollate
 from dinov2.data.samplers import FINITE, SamplerType, make_sampler
 from dinov2.data.workers import DEFAULT_TIMEOUT, SupervisedLoader
@@ -83,6 +84,9 @@ def make_train_loader(
     batch_size: int,
     num_workers: int,
     seed: int,
+    mask_generator: MaskingGenerator,
+    mask_ratio_tuple: tuple[float, float],
+    mask_probability: float,
     dtype: torch.dtype = torch.float32,
     augment_on: str = "cpu",
     sampler: SamplerType = SamplerType.GLOBAL_ORDER,
@@ -91,7 +95,6 @@ def make_train_loader(
     world_size: int = 1,
     patience: float = DEFAULT_TIMEOUT,
     while_waiting: Callable[[], object] | None = None,
-    **masking: Any,
 ) -> Iterable[Batch] | Iterable[RawBatch]:
     """Build the loader of training: endless batches of one rank, after the first ``start_position`` images of the run.
 
@@ -102,13 +105,13 @@ def make_train_loader(
         dataset: Item i is (PIL image, any target); raises `BadImageError` for an image that cannot be read.
         augmentation: Image -> crops; draws from torch's CPU generator only. Must be picklable, as must the dataset.
         batch_size: B, images per rank and batch.
+        mask_generator, mask_ratio_tuple, mask_probability: See `Masking`.
         augment_on: "cpu", or "device": the loader gives whole images and crop parameters, and `to_device` computes the
             crops there; requires a DataAugmentationDINO whose implementation is not "pil".
         sampler: Order of the images; finite samplers continue with their next epoch.
         start_position: Images used by all ranks before, when a run is resumed. Only GLOBAL_ORDER neither repeats nor
             omits any when ``world_size`` has changed; the other samplers skip what each rank would have read.
         patience, while_waiting: See `SupervisedLoader`.
-        masking: mask_generator, mask_ratio_tuple and mask_probability, see `collate_data_and_cast`.
     """
     raw = _device_augmentation(augmentation, augment_on)
     place: Any = {"batch_size": batch_size, "start_position": start_position, "rank": rank, "world_size": world_size}
@@ -118,7 +121,14 @@ def make_train_loader(
         AugmentedDataset(dataset, raw or augmentation, seed),
         batch_sampler=PositionBatches(indices, **place),
         num_workers=num_workers,
-        collate_fn=StreamCollate(seed=seed, dtype=dtype, crop_format=crop_format, **masking),
+        collate_fn=StreamCollate(
+            seed=seed,
+            mask_generator=mask_generator,
+            mask_ratio_tuple=mask_ratio_tuple,
+            mask_probability=mask_probability,
+            dtype=dtype,
+            crop_format=crop_format,
+        ),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # otherwise it draws from the global one
         patience=patience,

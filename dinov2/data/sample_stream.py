@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from dinov2.data.augment import MultiCrop
-from dinov2.data.collate import Batch, collate_data_and_cast, make_masks
+from dinov2.data.collate import Batch, Masking, collate_data_and_cast, make_masks
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.device_augment import CropFormat, RawBatch, RawImage, pack_raw_batch
 from dinov2.data.images import BadImageError, ImageDecodeError
@@ -130,13 +130,13 @@ class StreamCollate:
     def __call__(self, samples: list[Sample]) -> Batch | RawBatch:
         crops: list[Any] = [sample.crops for sample in samples]
         bad_images = tuple(bad for sample in samples for bad in sample.bad_images)
-        masking: dict[str, Any] = {
-            "mask_ratio_tuple": self.mask_ratio_tuple,
-            "mask_probability": self.mask_probability,
-            "n_tokens": math.prod(self.mask_generator.get_shape()),
-            "mask_generator": self.mask_generator,
-            "rng": random.Random(seed_for(self.seed, "mask", samples[0].position)),
-        }
+        masking = Masking(
+            mask_ratio_tuple=self.mask_ratio_tuple,
+            mask_probability=self.mask_probability,
+            n_tokens=math.prod(self.mask_generator.get_shape()),
+            mask_generator=self.mask_generator,
+            rng=random.Random(seed_for(self.seed, "mask", samples[0].position)),
+        )
         if self.crop_format is None:
             return collate_data_and_cast(crops, dtype=self.dtype, **masking)._replace(bad_images=bad_images)
         masks = make_masks(2 * len(crops), **masking)._replace(bad_images=bad_images)
