@@ -46,9 +46,10 @@ def _restore_logging() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # By far the longest tests come first, so that no process of pytest-xdist is left with them at the end.
-    items.sort(key=lambda item: "slurm" not in item.keywords)
+    # (Keywords have the names of folders too, such as that of the clone.)
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
