@@ -129,7 +129,7 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
     return {
         "dataset": f"{cfg.train.dataset_path}, {num_images:,} images",
         "global batch": f"{batch:,} images ({cfg.train.batch_size_per_gpu} x {world_size} processes{accumulated})",
-        "peak learning rate": f"{cfg.optim.lr:.6g} (base_lr {cfg.optim.base_lr:g}, scaling_rule {cfg.optim.scaling_rule})",
+        "peak learning rate": f"{cfg.optim.lr:.6g} (base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule})",
         "optimizer steps": f"{steps:,} ({cfg.optim.epochs} nominal epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,})",
         "learning-rate warm-up": f"{cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:,} steps",
         **describe_schedules(cfg, cfg.optim.lr),
