@@ -381,7 +381,7 @@ def _read(file: Path | Traversable) -> dict[str, Any]:
 def _parse_override(word: str) -> dict[str, Any]:
     key, equals, text = word.partition("=")
     if not equals:
-        raise ConfigError(f"override {word!r} has no '='; write {word}=VALUE")
+        raise ConfigError(f"override {word!r} has no '='; write {word}=VALUE, and quotes around values with spaces")
     kind = _keys().get(key)
     if kind is str or get_origin(kind) is Literal:  # literally, as YAML would interpret `#`, `: ` or `null`
         if text[:1] in ("'", '"') and text[1:].endswith(text[0]):

@@ -46,18 +46,10 @@ def nearest_distance(features: Tensor) -> Tensor:
 
 
 def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 10, temperature: float = 0.07) -> float:
-    """Leave-one-out accuracy of weighted k-NN classification, in [0, 1], as in the k-NN evaluation.
+    """Leave-one-out accuracy of weighted k-NN classification (Wu et al. 2018, arXiv 1805.01978), in [0, 1].
 
-    See Wu et al. 2018, arXiv 1805.01978.
-
-    Args:
-        features: (n, D), not normalized; n > 1.
-        labels: (n,) int64, from 0.
-        k: Number of neighbors.
-        temperature: Temperature of the softmax over the cosine similarities.
-
-    Returns:
-        The accuracy; NaN if any feature is not finite.
+    As in the k-NN evaluation, but of features (n, D), n > 1, not normalized, with labels (n,) from 0. NaN if any of the
+    features is not finite.
     """
     if not features.isfinite().all():
         return math.nan

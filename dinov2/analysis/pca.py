@@ -1,7 +1,4 @@
-"""Principal components of patch features as colors (DINOv2 paper, section 7.5).
-
-One basis for all images: patches with similar features get similar colors in any image. Colors of two models are not
-comparable.
+"""Principal components of patch features as colors (DINOv2 paper, section 7.5): one basis for all images.
 
 Features come in batches, which together may exceed memory. Only their number, mean and scatter matrix are kept, so the
 result is the exact PCA of all of them, up to rounding.
@@ -103,10 +100,9 @@ class _CenterContrast:
 
 
 def fit_foreground(batches: Iterable[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Fit a foreground classifier to batches of tokens (n, h, w, D).
+    """Fit a foreground classifier to batches of tokens (n, h, w, D), a function (n, h, w, D) -> (n, h, w) bool.
 
-    Returns:
-        A function (n, h, w, D) -> (n, h, w) bool: patches on the objects' side of the mean along the first component.
+    The foreground is on the objects' side of the mean along the first component.
     """
     moments, contrast = Moments(), _CenterContrast()
     for tokens in batches:
@@ -137,16 +133,13 @@ class PCAColormap(NamedTuple):
 def fit_pca_colormap(
     batches: Iterable[Tensor], foreground: Callable[[Tensor], Tensor] | None = None, *, clip: float = 0.0
 ) -> PCAColormap:
-    """Fit the colormap that shows most of the variation of tokens.
+    """Fit the colormap that shows most of the variation of tokens. It gives black if they do not vary.
 
     Args:
         batches: Tokens (n, h, w, D) of images that share one basis; h and w may differ. Iterated over twice.
         foreground: Maps tokens (n, h, w, D) to (n, h, w) bool: the patches to fit and to color. None: all patches.
         clip: Share of the patches of a batch, in [0, 0.5), that is clipped at either end of the range. The range is the
             union of the ranges of the batches.
-
-    Returns:
-        The colormap. It gives black if the features do not vary. Components have the sign for which objects are bright.
     """
     everything, chosen, contrast = Moments(), Moments(), _CenterContrast()
     for tokens in batches:
@@ -155,7 +148,8 @@ def fit_pca_colormap(
         if foreground is not None:
             chosen.add(tokens[foreground(tokens)])
     components = contrast.orient((chosen if chosen.count else everything).components(3))
-    low, high = torch.full((3,), torch.inf, dtype=torch.float64), torch.full((3,), -torch.inf, dtype=torch.float64)
+    low = torch.full((3,), torch.inf, dtype=torch.float64)
+    high = -low
     for tokens in batches:
         vectors = tokens.flatten(0, 2) if foreground is None else tokens[foreground(tokens)]
         values = components.project(vectors).sort(dim=0).values
@@ -170,10 +164,7 @@ def fit_pca_colormap(
 
 
 def pca_colors(tokens: Tensor) -> Tensor:
-    """Colors of the first three principal components: (n, h, w, D) -> (n, h, w, 3) float32 in [0, 1].
-
-    All images share one basis. Black if the features do not vary.
-    """
+    """The `fit_pca_colormap` of tokens (n, h, w, D) applied to them: (n, h, w, 3) float32 in [0, 1]."""
     return fit_pca_colormap([tokens])(tokens)
 
 

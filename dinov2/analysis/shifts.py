@@ -17,13 +17,10 @@ def finer_tokens(tokens_of: Callable[[Tensor], Tensor], images: Tensor, *, patch
         tokens_of: Maps images (n, 3, H, W) to patch tokens (n, H / p, W / p, D).
         images: (n, 3, H, W), H and W multiples of the patch size.
         patch_size: Side p of a patch in pixels.
-        shifts: Number s of shifts in each direction, a divisor of the patch size; 1 runs the model once.
+        shifts: Number s of shifts in each direction; a `ValueError` if it does not divide the patch size.
 
     Returns:
         (n, s * H / p, s * W / p, D).
-
-    Raises:
-        ValueError: `shifts` does not divide the patch size.
     """
     if shifts < 1 or patch_size % shifts:
         raise ValueError(f"shifts = {shifts} must divide the patch size {patch_size}")

@@ -6,7 +6,7 @@ from dinov2.data.collate import Batch, collate_data_and_cast
 from dinov2.data.datasets import make_dataset
 from dinov2.data.loader import make_data_loader
 from dinov2.data.masking import MaskingGenerator
-from dinov2.data.sampler_types import SamplerType
+from dinov2.data.samplers import SamplerType
 
 __all__ = [
     "Batch",

@@ -28,11 +28,10 @@ class DatasetWithEnumeratedTargets(Dataset):
         return self.dataset.get_image_data(index)
 
     def get_target(self, index: int) -> tuple[int, int | list[int] | None]:
-        """Returns (index, target); a target of None stays None."""
         return index, self.dataset.get_target(index)
 
     def get_targets(self) -> np.ndarray | None:
-        """Returns the targets without indices, see `ImageDataset`."""
+        """Returns the targets without indices."""
         return self.dataset.get_targets()
 
     def describe(self, index: int) -> str:

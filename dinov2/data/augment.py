@@ -1,7 +1,6 @@
 """The multi-crop augmentation of training: one image -> two global and L local crops.
 
 All random parameters are drawn first (`dinov2.data.crop_params`) and then applied by one of two implementations.
-
 Legend: G, S side of a global and a local crop; L number of local crops.
 """
 
@@ -112,13 +111,9 @@ class DataAugmentationDINO:
         return self.apply(*self.draw(image))
 
     def draw(self, image: Image.Image | EncodedImage) -> tuple[np.ndarray, CropParams]:
-        """Decode an image, at a reduced scale if its crops allow it, and draw the parameters of its crops.
+        """Decode an image, at a reduced scale if its crops allow it, and draw the parameters of its C crops.
 
-        Returns:
-            Pixels (height, width, 3) uint8, and the parameters of the C crops in pixels of that scale.
-
-        Raises:
-            ImageDecodeError: The data are truncated or corrupt.
+        The pixels are (height, width, 3) uint8; the parameters are in pixels of that scale.
         """
         encoded = EncodedImage(image) if isinstance(image, Image.Image) else image
         seed = int(torch.randint(2**63 - 1, ()))
@@ -129,7 +124,6 @@ class DataAugmentationDINO:
         return pixels, params if reduction == 1 else params.reduced(reduction, width, height)
 
     def apply(self, pixels: np.ndarray, params: CropParams) -> MultiCrop:
-        """Compute the crops with the given parameters."""
         crops = IMPLEMENTATIONS[self.implementation](pixels, zip(params.rows(), self.sides, strict=True))
         first, second, *local_crops = (crop[0].sub_(self.mean).div_(self.std) for crop in crops)
         return MultiCrop((first, second), tuple(local_crops))

@@ -7,7 +7,7 @@ crop; M masked patches in the batch.
 import math
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -29,33 +29,22 @@ class Batch(NamedTuple):
     bad_images: tuple[str, ...] = ()  # "path: reason" of images that could not be read and were replaced by others
 
 
-def collate_data_and_cast(
-    samples: Sequence[MultiCrop],
-    *,
-    mask_ratio_tuple: tuple[float, float],
-    mask_probability: float,
-    dtype: torch.dtype,
-    n_tokens: int,
-    mask_generator: MaskingGenerator,
-    rng: random.Random,
-) -> Batch:
-    """Stack the crops of B images and draw the masks of their global crops.
+class Masking(TypedDict):
+    """How the masks of a batch are drawn."""
 
-    Args:
-        samples: Crops of each image.
-        mask_ratio_tuple: Minimum and maximum fraction of masked patches in a masked crop.
-        mask_probability: Fraction of the 2B global crops that get a mask; 0 when iBOT is off.
-        dtype: Data type of the crops.
-        n_tokens: N, patches of a global crop.
-        mask_generator: Draws one mask.
-        rng: Random number generator of the masks.
-    """
+    mask_ratio_tuple: tuple[float, float]  # minimum and maximum fraction of masked patches in a masked crop
+    mask_probability: float  # fraction of the global crops that get a mask; 0 when iBOT is off
+    n_tokens: int  # N
+    mask_generator: MaskingGenerator  # draws one mask on the patch grid of a global crop
+    rng: random.Random
+
+
+def collate_data_and_cast(samples: Sequence[MultiCrop], *, dtype: torch.dtype, **masking: Unpack[Masking]) -> Batch:
+    """Stack the crops of B images as `dtype`, and draw the masks of their global crops."""
     global_crops = _stacked([sample.global_crops[i] for i in range(2) for sample in samples], dtype)
     num_local = len(samples[0].local_crops)
     local_crops = [sample.local_crops[i] for i in range(num_local) for sample in samples]
-    batch = make_masks(
-        len(global_crops), mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
-    )
+    batch = make_masks(len(global_crops), **masking)
     return batch._replace(
         global_crops=global_crops,
         local_crops=_stacked(local_crops, dtype) if local_crops else global_crops[:0],
@@ -77,19 +66,9 @@ def _stacked(crops: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return stacked
 
 
-def make_masks(
-    num_crops: int,
-    mask_ratio_tuple: tuple[float, float],
-    mask_probability: float,
-    *,
-    n_tokens: int,
-    mask_generator: MaskingGenerator,
-    rng: random.Random,
-) -> Batch:
-    """Build a batch without crops, for ``num_crops`` global crops. Arguments as in `collate_data_and_cast`."""
-    masks, upperbound = draw_masks(
-        num_crops, mask_ratio_tuple, mask_probability, n_tokens=n_tokens, mask_generator=mask_generator, rng=rng
-    )
+def make_masks(num_crops: int, **masking: Unpack[Masking]) -> Batch:
+    """Build a batch without crops, for ``num_crops`` global crops."""
+    masks, upperbound = draw_masks(num_crops, **masking)
     weight = 1 / masks.sum(-1, keepdim=True).clamp(min=1)
     return Batch(
         global_crops=torch.empty(0),
@@ -110,7 +89,7 @@ def draw_masks(
     mask_generator: MaskingGenerator,
     rng: random.Random,
 ) -> tuple[Tensor, int]:
-    """Draw masks for exactly floor(num_crops * mask_probability) of the crops.
+    """Draw masks for exactly floor(num_crops * mask_probability) of the crops, see `Masking`.
 
     The range of ratios is divided into as many equal intervals as there are masked crops, one for each, so that every
     batch covers the whole range evenly. Which crops are masked is random: both, one or none of an image.

@@ -18,10 +18,8 @@ from dinov2.data.crop_params import BRIGHTNESS, CONTRAST, HUE, NEUTRAL_FACTORS, 
 _GRAY = (19595 / 2**16, 38470 / 2**16, 7471 / 2**16)  # Pillow's weights of red, green and blue
 _NEGLIGIBLE = 1e-4  # a pixel of smaller weight cannot change a level
 
-BLUR_RADIUS = 4
-"""The kernel has 9 pixels."""
-SMALLEST_BLURRED = BLUR_RADIUS + 1
-"""Minimum side in pixels, so that borders can be mirrored."""
+BLUR_RADIUS = 4  # the kernel has 9 pixels
+SMALLEST_BLURRED = BLUR_RADIUS + 1  # minimum side in pixels, so that borders can be mirrored
 
 
 def jitter_colors(crop: Tensor, param: CropParam) -> Tensor:
@@ -62,15 +60,11 @@ def blend(crops: Tensor, base: Tensor, factor: float | Tensor) -> Tensor:
 
 
 def shift_hue(crops: Tensor, centers: Tensor) -> Tensor:
-    """Rotate the hue of crops (n, 3, S, S), given the hues to which red, green and blue are mapped.
+    """Rotate the hue of crops (n, 3, S, S), given the hues (n, 3, 1, 1) of red, green and blue from `hue_centers`.
 
     With chroma = maximum - minimum of the channels, the distance of a hue from red, in sixths of a turn, is
     2 + (green + blue - red - maximum) / chroma, with positive sign on green's side. Conversely, a channel is
     chroma * clamp(2 - distance of the hue from the channel's, 0, 1) above the minimum.
-
-    Args:
-        crops: Levels.
-        centers: (n, 3, 1, 1) hues of the channels, see `hue_centers`.
     """
     red, green, blue = crops.split(1, 1)
     maximum = torch.maximum(torch.maximum(red, green), blue)
@@ -94,9 +88,7 @@ def hue_centers(factor: float) -> list[float]:
 def blur(crops: Tensor, weights: Sequence[float] | Sequence[Tensor]) -> Tensor:
     """Blur crops (n, C, S, S) with a separable symmetric kernel; borders are mirrored.
 
-    Args:
-        crops: Crops of at least `SMALLEST_BLURRED` pixels a side.
-        weights: Kernel weights from the center outwards: numbers, or (n, 1, 1, 1) tensors.
+    The weights are those from the center outwards: numbers, or (n, 1, 1, 1) tensors.
     """
     radius = len(weights) - 1
     for dim, border in ((2, (0, 0, radius, radius)), (3, (radius, radius, 0, 0))):
@@ -105,7 +97,11 @@ def blur(crops: Tensor, weights: Sequence[float] | Sequence[Tensor]) -> Tensor:
         crops = padded.narrow(dim, radius, size) * weights[0]
         for offset in range(1, radius + 1):
             for start in (radius - offset, radius + offset):
-                _add_scaled(crops, padded.narrow(dim, start, size), weights[offset])
+                neighbor, weight = padded.narrow(dim, start, size), weights[offset]
+                if isinstance(weight, Tensor):
+                    crops.addcmul_(neighbor, weight)
+                else:
+                    crops.add_(neighbor, alpha=weight)  # several times faster on a CPU
     return crops
 
 
@@ -125,10 +121,3 @@ def _levels(blended: Tensor, factor: float | Tensor) -> Tensor:
     """Clamp and round down as Pillow does, in place."""
     in_range = isinstance(factor, float) and factor <= 1  # an interpolation needs no clamping
     return (blended if in_range else blended.clamp_(0, 255)).floor_()
-
-
-def _add_scaled(x: Tensor, other: Tensor, factor: float | Tensor) -> None:
-    if isinstance(factor, Tensor):
-        x.addcmul_(other, factor)
-    else:
-        x.add_(other, alpha=factor)  # several times faster on a CPU

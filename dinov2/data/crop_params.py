@@ -11,11 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Operations of the color jitter: values in `CropParams.order`, columns of `CropParams.factors`.
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-"""Operations of the color jitter: values in `CropParams.order`, columns of `CropParams.factors`."""
-NEUTRAL_FACTORS = (1.0, 1.0, 1.0, 0.0)
-"""Factors that leave the image unchanged."""
-
+NEUTRAL_FACTORS = (1.0, 1.0, 1.0, 0.0)  # leave the image unchanged
 _ATTEMPTS = 10  # to find a box that fits, as in torchvision
 
 
@@ -43,11 +41,9 @@ class CropParams(NamedTuple):
     solarize: np.ndarray  # (n,) bool
 
     def take(self, which: slice | np.ndarray) -> "CropParams":
-        """Select some of the crops."""
         return CropParams(*(values[which] for values in self))
 
     def rows(self) -> list[CropParam]:
-        """The crops one by one."""
         return [CropParam(*row) for row in zip(*(values.tolist() for values in self), strict=True)]
 
     def reduced(self, reduction: int, width: int, height: int) -> "CropParams":
@@ -68,7 +64,6 @@ def possible_reduction(params: CropParams, sides: Sequence[int]) -> int:
 
 
 def stack_crop_params(parts: Sequence[CropParams]) -> CropParams:
-    """Concatenate the parameters of several images."""
     return CropParams(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
@@ -78,13 +73,10 @@ class CropParamSampler:
     Args:
         scale: (C, 2) range of the area, as a fraction of the image.
         aspect_ratio: Range of width / height, drawn log-uniformly.
-        flip: Probability of the horizontal flip.
+        flip, jitter, gray: Probabilities of the horizontal flip, the color jitter and the conversion to grayscale.
         color_jitter: Strengths of brightness, contrast, saturation and hue.
-        jitter: Probability of the color jitter.
-        gray: Probability of the conversion to grayscale.
-        blur: (C,) probability of blurring.
+        blur, solarize: (C,) probabilities of blurring and of inverting bright pixels.
         blur_sigma: Range of the blur's standard deviation in pixels.
-        solarize: (C,) probability of solarization (inverting bright pixels).
     """
 
     def __init__(
@@ -103,10 +95,9 @@ class CropParamSampler:
         self.scale = np.array(scale, np.float64)
         self.aspect_ratio = (float(aspect_ratio[0]), float(aspect_ratio[1]))
         self.probabilities = np.array([[flip, jitter, gray, b, s] for b, s in zip(blur, solarize, strict=True)])
-        brightness, contrast, saturation, hue = color_jitter
-        strengths = np.array([brightness, contrast, saturation, hue])
-        self.factor_low = np.array([max(0.0, 1 - s) for s in strengths[:HUE]] + [-hue])
-        self.factor_high = np.append(1 + strengths[:HUE], hue)
+        *strengths, hue = color_jitter
+        self.factor_low = np.array([max(0.0, 1 - s) for s in strengths] + [-hue])
+        self.factor_high = np.array([1 + s for s in strengths] + [hue])
         self.blur_sigma = (float(blur_sigma[0]), float(blur_sigma[1]))
 
     def draw(self, width: int, height: int, rng: np.random.Generator) -> CropParams:

@@ -64,29 +64,17 @@ class DeviceAugmentation:
         return RawImage(*self.augmentation.draw(image))
 
     def crop_format(self, dtype: torch.dtype) -> CropFormat:
-        """The format of the augmentation's crops."""
         source = self.augmentation
         mean, std = (tuple(values.flatten().tolist()) for values in (source.mean, source.std))
         return CropFormat(source.global_side, source.local_side, mean, std, dtype)
 
 
 def pack_raw_batch(images: Sequence[RawImage], batch: Batch, crop_format: CropFormat) -> RawBatch:
-    """Put the images of a batch into one buffer.
-
-    Args:
-        images: Images of the batch.
-        batch: Everything else but the crops, see `make_masks`.
-        crop_format: Format of the crops.
-    """
+    """Put the images of a batch into one buffer; ``batch`` is everything else but the crops, see `make_masks`."""
     pixels = shared_tensor([sum(image.pixels.size for image in images)], torch.uint8)
     np.concatenate([image.pixels.reshape(-1) for image in images], out=pixels.numpy())
-    return RawBatch(
-        batch,
-        pixels,
-        np.array([image.pixels.shape[:2] for image in images]),
-        stack_crop_params([image.params for image in images]),
-        crop_format,
-    )
+    sizes = np.array([image.pixels.shape[:2] for image in images])
+    return RawBatch(batch, pixels, sizes, stack_crop_params([image.params for image in images]), crop_format)
 
 
 def make_crops(raw: RawBatch) -> Batch:
@@ -95,11 +83,8 @@ def make_crops(raw: RawBatch) -> Batch:
     count, crops_each = len(sizes), len(params.flip) // len(sizes)
     device, dtype = pixels.device, crop_format.dtype
     mean, std = _move_together([torch.tensor(crop_format.mean), torch.tensor(crop_format.std)], device)
-    sides = (crop_format.global_side, crop_format.local_side)
-    crop_counts = (2, crops_each - 2)
-    all_crops = [
-        torch.empty(n, count, 3, s, s, dtype=dtype, device=device) for n, s in zip(crop_counts, sides, strict=True)
-    ]
+    kinds = ((2, crop_format.global_side), (crops_each - 2, crop_format.local_side))
+    all_crops = [torch.empty(n, count, 3, side, side, dtype=dtype, device=device) for n, side in kinds]
     starts = np.concatenate([[0], np.cumsum(3 * sizes.prod(1))])
     for first, last in _parts(sizes):
         images = _padded(pixels[starts[first] : starts[last]], sizes[first:last])

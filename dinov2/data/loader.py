@@ -13,7 +13,7 @@ from dinov2.data.collate import Batch
 from dinov2.data.device_augment import DeviceAugmentation, RawBatch, make_crops
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.sample_stream import AugmentedDataset, PositionBatches, StreamCollate
-from dinov2.data.sampler_types import FINITE, SamplerType, make_endless_sampler, make_sampler
+from dinov2.data.samplers import FINITE, SamplerType, make_sampler
 from dinov2.data.workers import DEFAULT_TIMEOUT, SupervisedLoader
 
 logger = logging.getLogger(__name__)
@@ -37,40 +37,20 @@ def make_data_loader(
 ) -> DataLoader:
     """Build a torch DataLoader over this rank's part of a dataset.
 
-    The samplers EPOCH and SHARDED_INFINITE are those without the published defects.
-
     Args:
-        dataset: Map-style dataset.
         batch_size: Samples per batch of this rank.
-        num_workers: Number of worker processes; 0 loads in this process.
-        shuffle: Whether samples come in random order.
-        seed: Seed of the sample order.
         sampler_type: Order of the samples; None reads the whole dataset on every rank.
         sampler_size: Samples per epoch over all ranks, for EPOCH only; -1 means the size of the dataset.
         sampler_advance: Samples of this rank to skip at the start, for infinite samplers only.
-        drop_last: Whether to drop an incomplete last batch.
         persistent_workers: Whether to keep the worker processes between epochs; no effect without workers.
         collate_fn: List of samples -> batch; None means torch's default.
-        rank: Rank of this process.
-        world_size: Number of processes.
-
-    Raises:
-        ValueError: An option does not apply to the sampler type.
     """
     _check_sampler_options(sampler_type, shuffle=shuffle, size=sampler_size, advance=sampler_advance)
     sampler = None
     if sampler_type is not None:
-        sampler = make_sampler(
-            sampler_type,
-            sample_count=_num_samples(dataset),
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
-            size=sampler_size if sampler_size > 0 else _num_samples(dataset),
-            start_position=sampler_advance * world_size,
-            rank=rank,
-            world_size=world_size,
-        )
+        place: Any = {"start_position": sampler_advance * world_size, "rank": rank, "world_size": world_size}
+        order: Any = {"sample_count": _num_samples(dataset), "shuffle": shuffle, "seed": seed, "size": sampler_size}
+        sampler = make_sampler(sampler_type, batch_size=batch_size, **order, **place)
     loader = SupervisedLoader(
         dataset,
         batch_size=batch_size,
@@ -125,49 +105,30 @@ def make_train_loader(
         dataset: Item i is (PIL image, any target); raises `BadImageError` for an image that cannot be read.
         augmentation: Image -> crops; draws from torch's CPU generator only. Must be picklable, as must the dataset.
         batch_size: B, images per rank and batch.
-        num_workers: Number of worker processes; 0 loads in this process.
-        seed: Seed of sample order, augmentation and masks.
-        mask_generator: Draws one mask, on the patch grid of a global crop.
-        mask_ratio_tuple: Minimum and maximum fraction of masked patches in a masked crop.
-        mask_probability: Fraction of the global crops that get a mask; 0 when iBOT is off.
-        dtype: Data type of the crops.
+        mask_generator, mask_ratio_tuple, mask_probability: See `Masking`.
         augment_on: "cpu", or "device": the loader gives whole images and crop parameters, and `to_device` computes the
             crops there; requires a DataAugmentationDINO whose implementation is not "pil".
         sampler: Order of the images; finite samplers continue with their next epoch.
         start_position: Images used by all ranks before, when a run is resumed. Only GLOBAL_ORDER neither repeats nor
             omits any when ``world_size`` has changed; the other samplers skip what each rank would have read.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        patience: Seconds to wait for a batch before raising an error; 0 waits forever.
-        while_waiting: Called every second while waiting for a batch; may raise an exception to end the wait.
+        patience, while_waiting: See `SupervisedLoader`.
     """
-    if augment_on not in ("cpu", "device"):
-        raise ValueError(f"unknown augment_on {augment_on!r}; known: cpu, device")
-    raw = _device_augmentation(augmentation) if augment_on == "device" else None
-    indices = make_endless_sampler(
-        sampler,
-        sample_count=_num_samples(dataset),
-        batch_size=batch_size,
-        seed=seed,
-        start_position=start_position,
-        rank=rank,
-        world_size=world_size,
-    )
-    collate = StreamCollate(
-        seed=seed,
-        mask_generator=mask_generator,
-        mask_ratio_tuple=mask_ratio_tuple,
-        mask_probability=mask_probability,
-        dtype=dtype,
-        crop_format=raw.crop_format(dtype) if raw else None,
-    )
+    raw = _device_augmentation(augmentation, augment_on)
+    place: Any = {"batch_size": batch_size, "start_position": start_position, "rank": rank, "world_size": world_size}
+    indices = make_sampler(sampler, sample_count=_num_samples(dataset), seed=seed, endless=True, **place)
+    crop_format = raw.crop_format(dtype) if raw else None
     return SupervisedLoader(
         AugmentedDataset(dataset, raw or augmentation, seed),
-        batch_sampler=PositionBatches(
-            indices, batch_size=batch_size, start_position=start_position, rank=rank, world_size=world_size
-        ),
+        batch_sampler=PositionBatches(indices, **place),
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=StreamCollate(
+            seed=seed,
+            mask_generator=mask_generator,
+            mask_ratio_tuple=mask_ratio_tuple,
+            mask_probability=mask_probability,
+            dtype=dtype,
+            crop_format=crop_format,
+        ),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(seed),  # otherwise it draws from the global one
         patience=patience,
@@ -176,7 +137,11 @@ def make_train_loader(
     )
 
 
-def _device_augmentation(augmentation: Callable[[Any], MultiCrop]) -> DeviceAugmentation:
+def _device_augmentation(augmentation: Callable[[Any], MultiCrop], augment_on: str) -> DeviceAugmentation | None:
+    if augment_on not in ("cpu", "device"):
+        raise ValueError(f"unknown augment_on {augment_on!r}; known: cpu, device")
+    if augment_on == "cpu":
+        return None
     if not isinstance(augmentation, DataAugmentationDINO) or augmentation.implementation == "pil":
         name = getattr(augmentation, "implementation", type(augmentation).__name__)
         raise ValueError(f"augment_on='device' is for DataAugmentationDINO with the tensor implementation, not {name}")
@@ -201,7 +166,12 @@ def _to_cuda(loader: Iterable[Batch] | Iterable[RawBatch], device: torch.device)
             copied = _move(batch, device)
         if ahead is not None:
             yield ahead
-        ahead = _hand_over(copied, copies, torch.cuda.current_stream(device))
+        compute = torch.cuda.current_stream(device)
+        compute.wait_stream(copies)
+        for x in copied:
+            if isinstance(x, Tensor):
+                x.record_stream(compute)  # so that the allocator waits for it before it uses the memory again
+        ahead = copied
     if ahead is not None:
         yield ahead
 
@@ -212,15 +182,6 @@ def _move(batch: Batch | RawBatch, device: torch.device) -> Batch:
         return make_crops(batch._replace(pixels=pixels, batch=_move(batch.batch, device)))
     moved = Batch._make(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in batch)
     return moved._replace(bad_images=tuple(moved.bad_images))  # pinning the memory turned it into a list
-
-
-def _hand_over(batch: Batch, copies: torch.cuda.Stream, compute: torch.cuda.Stream) -> Batch:
-    """Make the compute stream wait for the copies, and the allocator wait for the compute stream."""
-    compute.wait_stream(copies)
-    for x in batch:
-        if isinstance(x, Tensor):
-            x.record_stream(compute)
-    return batch
 
 
 def _num_samples(dataset: Dataset) -> int:

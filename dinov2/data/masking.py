@@ -49,14 +49,9 @@ class MaskingGenerator:
         return self.height, self.width
 
     def __call__(self, num_masking_patches: int = 0, *, rng: random.Random) -> np.ndarray:
-        """Draws one mask.
+        """Draws one mask, (height, width) bool, True where masked.
 
-        Args:
-            num_masking_patches: Most patches to mask. Usually exactly as many are, sometimes one or two fewer.
-            rng: Source of all randomness.
-
-        Returns:
-            Boolean array (height, width), True where masked.
+        At most ``num_masking_patches`` are masked: usually exactly as many, sometimes one or two fewer.
         """
         mask = np.zeros((self.height, self.width), dtype=bool)
         missing = num_masking_patches

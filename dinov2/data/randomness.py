@@ -8,15 +8,6 @@ import hashlib
 
 
 def seed_for(seed: int, purpose: str, *position: int) -> int:
-    """Derives an independent seed for one purpose at one position.
-
-    Args:
-        seed: The seed of the run.
-        purpose: Purpose of the random numbers, for example ``"augment"``.
-        position: Position in the run: one or several integers.
-
-    Returns:
-        An integer in [0, 2**63), the same in every process and Python version.
-    """
+    """Derives an independent seed in [0, 2**63), for example for "augment" at one position of the run."""
     text = ":".join([str(seed), purpose, *map(str, position)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

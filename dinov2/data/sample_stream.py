@@ -10,13 +10,14 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, Sampler
 
 from dinov2.data.augment import MultiCrop
-from dinov2.data.collate import Batch, collate_data_and_cast, make_masks
+from dinov2.data.collate import Batch, Masking, collate_data_and_cast, make_masks
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.device_augment import CropFormat, RawBatch, RawImage, pack_raw_batch
 from dinov2.data.images import BadImageError, ImageDecodeError
@@ -42,25 +43,16 @@ class Sample(NamedTuple):
     bad_images: tuple[str, ...]  # "path: reason" of unreadable images that this one replaces
 
 
+@dataclass(eq=False)
 class PositionBatches(Sampler[list[SamplePosition]]):
-    """Endless batches of sample positions for one rank, from ``start_position`` on.
+    """Endless batches of sample positions for one rank, from ``start_position`` on."""
 
-    Args:
-        indices: Endless sample indices of this rank, beginning at ``start_position``.
-        batch_size: Samples per batch of one rank.
-        start_position: Position at which the first batch of rank 0 begins.
-        rank: Rank of this process.
-        world_size: Number of processes.
-    """
-
-    def __init__(
-        self, indices: Iterable[int], *, batch_size: int, start_position: int, rank: int, world_size: int
-    ) -> None:
-        self.indices = indices
-        self.batch_size = batch_size
-        self.start_position = start_position
-        self.rank = rank
-        self.world_size = world_size
+    indices: Iterable[int]  # endless, of this rank, beginning at ``start_position``
+    _: KW_ONLY
+    batch_size: int  # samples per batch of one rank
+    start_position: int
+    rank: int
+    world_size: int
 
     def __iter__(self) -> Iterator[list[SamplePosition]]:
         indices = iter(self.indices)
@@ -76,7 +68,6 @@ class AugmentedDataset(Dataset[Sample]):
         dataset: Item i is (PIL image, any target); raises BadImageError for an unreadable image.
         augmentation: Draws from torch's CPU generator, which is seeded for each position and restored afterwards. If
             its attribute `accepts_encoded` is true, it gets an `EncodedImage` where the dataset can open one.
-        seed: Seed of the run.
     """
 
     def __init__(self, dataset: Dataset, augmentation: Callable[[Any], MultiCrop | RawImage], seed: int) -> None:
@@ -92,7 +83,8 @@ class AugmentedDataset(Dataset[Sample]):
             try:
                 return Sample(item.position, self._augmented(index, item.position), tuple(bad_images))
             except BadImageError as error:
-                bad_images.append(_with_reason(error))
+                reason, path = str(error.__cause__ or error), error.path
+                bad_images.append(f"{path}: {reason}" if path and path not in reason else reason)
                 rng = random.Random(seed_for(self.seed, "replacement", item.position, attempt))
                 index = rng.randrange(len(self.dataset))  # type: ignore[arg-type]
         raise LoadingError(f"{len(bad_images)} images drawn in a row cannot be read: {'; '.join(bad_images)}")
@@ -109,12 +101,6 @@ class AugmentedDataset(Dataset[Sample]):
                 raise BadImageError(f"cannot read the image of sample {index}: {error}", path=path) from error
 
 
-def _with_reason(error: BadImageError) -> str:
-    """Describe an unreadable image: "path: reason"."""
-    reason = error.__cause__ or error
-    return f"{error.path}: {reason}" if error.path and error.path not in str(reason) else str(reason)
-
-
 def _gives_encoded_images(dataset: Dataset) -> bool:
     """Whether `dataset[i]` is the image that `dataset.open_image(i)` opens, without transforms or overrides."""
     return (
@@ -126,6 +112,7 @@ def _gives_encoded_images(dataset: Dataset) -> bool:
     )
 
 
+@dataclass(kw_only=True, eq=False)
 class StreamCollate:
     """Collates samples to a batch; the masks depend on (seed, position of the first sample).
 
@@ -133,35 +120,24 @@ class StreamCollate:
     `collate_data_and_cast`.
     """
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        mask_generator: MaskingGenerator,
-        mask_ratio_tuple: tuple[float, float],
-        mask_probability: float,
-        dtype: torch.dtype,
-        crop_format: CropFormat | None = None,
-    ) -> None:
-        self.seed = seed
-        self.mask_generator = mask_generator
-        self.mask_ratio_tuple = mask_ratio_tuple
-        self.mask_probability = mask_probability
-        self.dtype = dtype
-        self.crop_format = crop_format
+    seed: int
+    mask_generator: MaskingGenerator
+    mask_ratio_tuple: tuple[float, float]
+    mask_probability: float
+    dtype: torch.dtype
+    crop_format: CropFormat | None = None
 
     def __call__(self, samples: list[Sample]) -> Batch | RawBatch:
         crops: list[Any] = [sample.crops for sample in samples]
         bad_images = tuple(bad for sample in samples for bad in sample.bad_images)
-        masking: dict[str, Any] = {
-            "mask_ratio_tuple": self.mask_ratio_tuple,
-            "mask_probability": self.mask_probability,
-            "n_tokens": math.prod(self.mask_generator.get_shape()),
-            "mask_generator": self.mask_generator,
-            "rng": random.Random(seed_for(self.seed, "mask", samples[0].position)),
-        }
+        masking = Masking(
+            mask_ratio_tuple=self.mask_ratio_tuple,
+            mask_probability=self.mask_probability,
+            n_tokens=math.prod(self.mask_generator.get_shape()),
+            mask_generator=self.mask_generator,
+            rng=random.Random(seed_for(self.seed, "mask", samples[0].position)),
+        )
         if self.crop_format is None:
             return collate_data_and_cast(crops, dtype=self.dtype, **masking)._replace(bad_images=bad_images)
-        return pack_raw_batch(
-            crops, make_masks(2 * len(crops), **masking)._replace(bad_images=bad_images), self.crop_format
-        )
+        masks = make_masks(2 * len(crops), **masking)._replace(bad_images=bad_images)
+        return pack_raw_batch(crops, masks, self.crop_format)

@@ -1,7 +1,8 @@
 """Samplers: the order in which samples are read.
 
-n is the number of samples in the dataset. A sampler yields the indices of one rank: the elements
-``start, start + step, ...`` of a global sequence, with ``start`` the rank and ``step`` the number of ranks.
+``sample_count`` is the number n of samples in the dataset. A sampler yields the indices of one rank: the elements
+``start, start + step, ...`` of a global sequence, with ``start`` the rank (None: 0) and ``step`` the number of ranks
+(None: 1).
 
 Training uses `GlobalOrderSampler`. The others are those of the released code and reproduce its orders.
 """
@@ -10,6 +11,9 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,39 +25,38 @@ from dinov2.data.randomness import seed_for
 logger = logging.getLogger(__name__)
 
 
+class SamplerType(Enum):
+    """Order of the samples."""
+
+    DISTRIBUTED = 0
+    EPOCH = 1
+    INFINITE = 2
+    SHARDED_INFINITE = 3
+    SHARDED_INFINITE_NEW = 4
+    GLOBAL_ORDER = 5
+
+
+FINITE = (SamplerType.DISTRIBUTED, SamplerType.EPOCH)
+
+
+@dataclass(kw_only=True, eq=False)
 class GlobalOrderSampler(Sampler[int]):
     """One endless order of the samples, the same for any number of ranks.
 
     Pass t over the data is a permutation that depends on (seed, t) only. The passes are concatenated and divided into
     global batches of ``batch_size * world_size``, of which each rank gets ``batch_size`` consecutive samples. So no
     sample of a pass is dropped or repeated, and the ranks together get the global batch that one process would get.
-
-    Args:
-        sample_count: N.
-        batch_size: Samples per rank and step.
-        seed: Seed of the order.
-        rank: Rank whose samples are yielded.
-        world_size: Number of ranks.
-        start_position: Samples that all ranks together have read before, when a run is resumed.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        batch_size: int,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        start_position: int = 0,
-    ) -> None:
-        _check_count(sample_count)
-        self.sample_count = sample_count
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.start_position = start_position
+    sample_count: int
+    batch_size: int  # samples per rank and step
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    start_position: int = 0  # samples that all ranks together have read before, when a run is resumed
+
+    def __post_init__(self) -> None:
+        _check_count(self.sample_count)
 
     def __iter__(self) -> Iterator[int]:
         current = -1
@@ -62,50 +65,46 @@ class GlobalOrderSampler(Sampler[int]):
             for position in range(first, first + self.batch_size):
                 pass_index, index = divmod(position, self.sample_count)
                 if pass_index != current:
-                    current, order = pass_index, self._order(pass_index)
+                    generator = torch.Generator().manual_seed(seed_for(self.seed, "order", pass_index))
+                    current, order = pass_index, _permutation(self.sample_count, generator).numpy()
                 yield int(order[index])
 
-    def _order(self, pass_index: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "order", pass_index))
-        return _permutation(self.sample_count, generator).numpy()
 
-
-class EpochSampler(Sampler[int]):
-    """One rank's part of an epoch of ``size`` samples, drawn from as many copies of the dataset as needed.
-
-    Args:
-        size: Samples per epoch, over all ranks.
-        sample_count: N.
-        shuffle: Whether to draw at random; otherwise samples come in the order of the dataset.
-        seed: Seed of the order.
-        start: First element of the global sequence; None means 0.
-        step: Distance between elements of the global sequence; None means 1.
-        published: Whether to draw like the released code, whose seed is ``seed * epoch`` and so has no effect in
-            epoch 0. Otherwise seed and epoch are mixed.
-    """
+class DividedSampler(Sampler[int]):
+    """Base class of the samplers of the released code, in the order of the dataset unless ``shuffle`` is set."""
 
     def __init__(
         self,
         *,
-        size: int,
         sample_count: int,
         shuffle: bool = False,
         seed: int = 0,
         start: int | None = None,
         step: int | None = None,
-        published: bool = True,
     ) -> None:
-        _check_count(sample_count)
-        self.size = size
         self.sample_count = sample_count
         self.shuffle = shuffle
         self.seed = seed
         self.start, self.step = start or 0, step or 1
+
+
+class EpochSampler(DividedSampler):
+    """One rank's part of an epoch of ``size`` samples, drawn from as many copies of the dataset as needed.
+
+    Args:
+        size: Samples per epoch, over all ranks.
+        published: Whether to draw like the released code, whose seed is ``seed * epoch`` and so has no effect in
+            epoch 0. Otherwise seed and epoch are mixed.
+    """
+
+    def __init__(self, *, size: int, published: bool = True, **part: Any) -> None:
+        super().__init__(**part)
+        _check_count(self.sample_count)
+        self.size = size
         self.published = published
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that is drawn next."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -115,43 +114,23 @@ class EpochSampler(Sampler[int]):
         copies = math.ceil(self.size / self.sample_count)
         samples = np.tile(np.arange(self.sample_count), copies)
         if self.shuffle:
-            samples = np.random.default_rng(self._epoch_seed()).choice(samples, self.size, replace=False)
+            seed = seed_for(self.seed, "epoch", self.epoch)
+            if self.published:
+                seed = self.seed * self.epoch if self.seed else self.epoch
+            samples = np.random.default_rng(seed).choice(samples, self.size, replace=False)
         yield from samples[self.start : self.size : self.step].tolist()
 
-    def _epoch_seed(self) -> int:
-        if self.published:
-            return self.seed * self.epoch if self.seed else self.epoch
-        return seed_for(self.seed, "epoch", self.epoch)
 
-
-class InfiniteSampler(Sampler[int]):
+class InfiniteSampler(DividedSampler):
     """Endless passes over the dataset; each pass is shuffled as a whole and then divided among the ranks.
 
-    Args:
-        sample_count: N.
-        shuffle: Whether each pass is a new permutation; otherwise samples come in the order of the dataset.
-        seed: Seed of the generator of all permutations.
-        start: First element of the global sequence; None means 0.
-        step: Distance between elements of the global sequence; None means 1.
-        advance: Samples of this rank to skip at the start.
+    The first ``advance`` samples of this rank are skipped.
     """
 
-    def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-    ) -> None:
-        self.sample_count = sample_count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.start, self.step = start or 0, step or 1
+    def __init__(self, *, advance: int = 0, **part: Any) -> None:
+        super().__init__(**part)
         self.advance = advance
-        _check_count(sample_count - self.start)
+        _check_count(self.sample_count - self.start)
 
     def __iter__(self) -> Iterator[int]:
         in_order = range(self.start, self.sample_count, self.step)
@@ -168,18 +147,13 @@ class InfiniteSampler(Sampler[int]):
                 yield from order[self.start :: self.step].tolist()
 
 
-class ShardedInfiniteSampler(Sampler[int]):
+class ShardedInfiniteSampler(DividedSampler):
     """Endless passes over one shard of the dataset per rank; the shards are drawn once.
 
     Each pass shuffles the shard again. All shards have floor(n / step) samples, so up to ``step - 1`` samples are
     never read. Without shuffling the order is that of `InfiniteSampler`.
 
     Args:
-        sample_count: N.
-        shuffle: Whether to draw the shards and their order at random.
-        seed: Seed of the shards and of the order within them.
-        start: First element of the global sequence; None means 0.
-        step: Distance between elements of the global sequence; None means 1.
         advance: Samples of this rank to skip at the start.
         use_new_shuffle_tensor_slice: Whether to shuffle with one torch call. The released training uses the other
             shuffle, which draws one number per sample and is slow for large shards.
@@ -188,30 +162,16 @@ class ShardedInfiniteSampler(Sampler[int]):
     """
 
     def __init__(
-        self,
-        *,
-        sample_count: int,
-        shuffle: bool = False,
-        seed: int = 0,
-        start: int | None = None,
-        step: int | None = None,
-        advance: int = 0,
-        use_new_shuffle_tensor_slice: bool = False,
-        published: bool = True,
+        self, *, advance: int = 0, use_new_shuffle_tensor_slice: bool = False, published: bool = True, **part: Any
     ) -> None:
-        self.sample_count = sample_count
-        self.shuffle = shuffle
-        self.seed = seed
-        self.start, self.step = start or 0, step or 1
+        super().__init__(**part)
         self.advance = advance
         self.shuffle_shard = _shuffle_at_once if use_new_shuffle_tensor_slice else _shuffle_one_by_one
         self.published = published
-        self.shard_size = sample_count // self.step
+        self.shard_size, left = divmod(self.sample_count, self.step)
         _check_count(self.shard_size)
-        if shuffle and sample_count % self.step:
-            logger.warning(
-                "%d of %d samples are in no shard and are never read", sample_count % self.step, sample_count
-            )
+        if self.shuffle and left:
+            logger.warning("%d of %d samples are in no shard and are never read", left, self.sample_count)
 
     def __iter__(self) -> Iterator[int]:
         if not self.shuffle:
@@ -230,12 +190,7 @@ class ShardedInfiniteSampler(Sampler[int]):
 
 
 class EndlessEpochs(Sampler[int]):
-    """Endless sequence of the epochs of a sampler.
-
-    Args:
-        sampler: A sampler of one epoch.
-        advance: Samples of this rank to skip at the start.
-    """
+    """Endless sequence of the epochs of a sampler, without the first ``advance`` samples of this rank."""
 
     def __init__(self, sampler: EpochSampler | DistributedSampler, *, advance: int = 0) -> None:
         self.sampler = sampler
@@ -248,6 +203,56 @@ class EndlessEpochs(Sampler[int]):
             self.sampler.set_epoch(epoch)
             yield from itertools.islice(self.sampler, skip, None)
             skip = 0
+
+
+def make_sampler(
+    sampler_type: SamplerType,
+    *,
+    sample_count: int,
+    batch_size: int,
+    shuffle: bool = True,
+    seed: int,
+    size: int = -1,
+    start_position: int,
+    rank: int,
+    world_size: int,
+    endless: bool = False,
+) -> Sampler[int]:
+    """Build a sampler; EPOCH and SHARDED_INFINITE are those without the published defects.
+
+    Args:
+        sample_count: Samples in the dataset.
+        batch_size: Samples per batch of this rank.
+        size: Samples per epoch over all ranks, for EPOCH; -1 means `sample_count`.
+        start_position: Samples that all ranks together have read before; ignored by finite samplers.
+        endless: Whether finite samplers continue with their next epoch, and heed `start_position`.
+    """
+    advance = start_position // world_size
+    part: Any = {"sample_count": sample_count, "shuffle": shuffle, "seed": seed, "start": rank, "step": world_size}
+    epoch: EpochSampler | DistributedSampler
+    match sampler_type:
+        case SamplerType.GLOBAL_ORDER:
+            return GlobalOrderSampler(
+                sample_count=sample_count,
+                batch_size=batch_size,
+                seed=seed,
+                rank=rank,
+                world_size=world_size,
+                start_position=start_position,
+            )
+        case SamplerType.INFINITE:
+            return InfiniteSampler(**part, advance=advance)
+        case SamplerType.SHARDED_INFINITE | SamplerType.SHARDED_INFINITE_NEW:
+            at_once = sampler_type is SamplerType.SHARDED_INFINITE_NEW
+            return ShardedInfiniteSampler(
+                **part, advance=advance, use_new_shuffle_tensor_slice=at_once, published=False
+            )
+        case SamplerType.EPOCH:
+            epoch = EpochSampler(**part, size=size if size > 0 else sample_count, published=False)
+        case SamplerType.DISTRIBUTED:
+            counted: Any = range(sample_count)  # it only reads the length
+            epoch = DistributedSampler(counted, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
+    return EndlessEpochs(epoch, advance=advance) if endless else epoch
 
 
 def _check_count(count: int) -> None:

@@ -4,6 +4,7 @@ Shapes: PIL images are RGB; tensors are float32 (3, H, W).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,25 +20,22 @@ IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
 BLUR_KERNEL = [9, 9]  # pixels
 
 
+@dataclass(kw_only=True, eq=False)
 class GaussianBlur:
     """Blurs a PIL image with probability ``p``: kernel of 9 pixels, sigma uniform in [radius_min, radius_max].
 
     ``p`` is the probability of blurring. (The released code blurs with probability 1 - p.)
     """
 
-    def __init__(self, *, p: float = 0.5, radius_min: float = 0.1, radius_max: float = 2.0) -> None:
-        self.p = p
-        self.radius_min = radius_min
-        self.radius_max = radius_max
+    p: float = 0.5
+    radius_min: float = 0.1
+    radius_max: float = 2.0
 
     def __call__(self, image: Image.Image) -> Image.Image:
         if torch.rand(1).item() >= self.p:
             return image
         sigma = torch.empty(1).uniform_(self.radius_min, self.radius_max).item()
         return functional.gaussian_blur(image, BLUR_KERNEL, [sigma, sigma])
-
-    def __repr__(self) -> str:
-        return f"GaussianBlur(p={self.p}, radius_min={self.radius_min}, radius_max={self.radius_max})"
 
 
 class ToNormalizedTensor:

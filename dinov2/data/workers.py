@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torch.utils.data._utils import signal_handling
@@ -46,12 +46,12 @@ CRASHED = (
     "`python -X faulthandler`"
 )
 ENDED = "The scheduler, a user or another program ended it"
+# Usual causes of the signals that kill a worker; `ENDED` for the others.
 ADVICE: dict[int, str] = {
     signal.SIGKILL: NO_MEMORY,
     signal.SIGBUS: NO_SHARED_MEMORY,
     **dict.fromkeys((signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE), CRASHED),
 }
-"""Usual causes of the signals that kill a worker; `ENDED` for the others."""
 
 
 class LoadingError(OSError):
@@ -72,25 +72,20 @@ def outlive_signals(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))
 
 
-class _Slot(NamedTuple):
-    """The entry of a shared table in which this process stores the sample that it is reading."""
-
-    table: Any  # int64, shared by the workers of a loader and its main process
-    row: int
-
-
-_slot: _Slot | None = None
+# The sample that each worker is reading, as an int64 table shared with the main process, and the row of this process.
+_slot: tuple[Any, int] | None = None
 
 
 def note_sample(index: int) -> None:
     """Record the sample that is being read, for messages of the main process; `IDLE` for none."""
     if _slot is not None:
-        _slot.table[_slot.row] = index
+        table, row = _slot
+        table[row] = index
 
 
 def _begin_worker(worker_id: int, table: Any) -> None:
     global _slot
-    _slot = _Slot(table, worker_id)
+    _slot = (table, worker_id)
     outlive_signals(worker_id)
 
 
@@ -99,11 +94,7 @@ class _Failure(NamedTuple):
 
     message: str
     trace: str
-    is_value_error: bool = False
-
-    def throw(self) -> NoReturn:
-        kind = ValueError if self.is_value_error else LoadingError
-        raise kind(self.message) from _TraceOfWorker(self.trace)
+    kind: type[Exception] = LoadingError
 
 
 class _TraceOfWorker(Exception):
@@ -134,26 +125,21 @@ class _Reporting(Dataset[Any]):
             note_sample(IDLE)
 
 
-class _ReportingCollate:
-    """A collate function that passes a `_Failure` on, and returns one where it would raise an error."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, samples: list[Any]) -> Any:
-        if failures := [sample for sample in samples if isinstance(sample, _Failure)]:
-            return failures[0]
-        try:
-            return self.collate(samples)
-        except ValueError as error:
-            return _Failure(str(error), traceback.format_exc(), is_value_error=True)
-        except Exception as error:
-            message = f"cannot collate {len(samples)} images to a batch: {_one_line(error)}"
-            if isinstance(error, MemoryError):
-                message += f". {NO_MEMORY}"
-            elif "shared memory" in message or "No space left" in message:
-                message += f". {NO_SHARED_MEMORY}"
-            return _Failure(message, traceback.format_exc())
+def _collate_or_fail(samples: list[Any], *, collate: Callable[[list[Any]], Any]) -> Any:
+    """Collate samples, but pass a `_Failure` on, and return one where an error would be raised."""
+    if failures := [sample for sample in samples if isinstance(sample, _Failure)]:
+        return failures[0]
+    try:
+        return collate(samples)
+    except ValueError as error:
+        return _Failure(str(error), traceback.format_exc(), ValueError)
+    except Exception as error:
+        message = f"cannot collate {len(samples)} images to a batch: {_one_line(error)}"
+        if isinstance(error, MemoryError):
+            message += f". {NO_MEMORY}"
+        elif "shared memory" in message or "No space left" in message:
+            message += f". {NO_SHARED_MEMORY}"
+        return _Failure(message, traceback.format_exc())
 
 
 def _one_line(error: BaseException) -> str:
@@ -177,23 +163,19 @@ class _Abandoned(BaseException):
     """Raised to end a wait for a batch; no `Exception`, because code in between must not catch it."""
 
     def __init__(self, reason: BaseException) -> None:
-        super().__init__()
         self.reason = reason
 
 
 class SupervisedLoader(DataLoader[Any]):
-    """A DataLoader whose failures raise a `LoadingError` where a batch is requested.
+    """A DataLoader whose failures raise a `LoadingError` where a batch is requested; other arguments are torch's.
 
     Waits can be interrupted in the main thread only; in other threads only the death of a worker is detected.
 
     Args:
         dataset: Map-style dataset; its keys are indices, or have the index as attribute `sample`.
-        num_workers: Number of worker processes; 0 loads in this process.
-        collate_fn: List of samples -> batch; None means torch's default.
         patience: Seconds to wait for a batch; 0 waits forever.
         patience_key: Config key of `patience`, for the error message.
         while_waiting: Called every second of a wait of several seconds; may raise an exception to end it.
-        settings: Further arguments of DataLoader.
     """
 
     def __init__(
@@ -215,7 +197,7 @@ class SupervisedLoader(DataLoader[Any]):
         super().__init__(
             _Reporting(dataset),
             num_workers=num_workers,
-            collate_fn=_ReportingCollate(collate_fn or default_collate),
+            collate_fn=partial(_collate_or_fail, collate=collate_fn or default_collate),
             worker_init_fn=partial(_begin_worker, table=self.table),
             **settings,
         )
@@ -235,9 +217,8 @@ class SupervisedLoader(DataLoader[Any]):
             if _in_main_thread():  # not torch's, which raises errors at any point of the process
                 signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         if started := [process for process in multiprocessing.active_children() if process not in others]:
-            self.workers = sorted(
-                started, key=lambda process: (len(process.name), process.name)
-            )  # names end in a counter
+            started.sort(key=lambda process: (len(process.name), process.name))  # names end in a counter
+            self.workers = started
         return self._supervised(batches)
 
     def _supervised(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -249,7 +230,7 @@ class SupervisedLoader(DataLoader[Any]):
                     except StopIteration:
                         break
                 if isinstance(batch, _Failure):
-                    batch.throw()
+                    raise batch.kind(batch.message) from _TraceOfWorker(batch.trace)
                 yield batch
         except GeneratorExit:  # closed, or garbage-collected
             raise
@@ -270,21 +251,6 @@ class SupervisedLoader(DataLoader[Any]):
     def _waiting(self) -> Iterator[None]:
         """Turn errors of the loader into a `LoadingError`, and limit the time of the wait."""
         global _slot
-        if self.num_workers == 0:
-            _slot = _Slot(self.table, 0)
-        try:
-            with _alarm(self._checks(), min(FIRST_CHECK, self.patience or FIRST_CHECK)):
-                yield
-        except _Abandoned as abandoned:
-            raise abandoned.reason from None
-        except LoadingError:
-            raise
-        except (RuntimeError, OSError, EOFError) as error:  # from torch's loader; errors of the dataset are a _Failure
-            dead = self._death(missed=True)
-            advice = f". {NO_MEMORY}" if getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN) else ""
-            raise LoadingError(dead or f"loading images failed: {_one_line(error)}{advice}") from error
-
-    def _checks(self) -> Callable[[], None]:
         started = time.monotonic()
 
         def check() -> None:
@@ -295,22 +261,35 @@ class SupervisedLoader(DataLoader[Any]):
             if 0 < self.patience <= time.monotonic() - started:
                 raise LoadingError(self._hang())
 
-        return check
+        if self.num_workers == 0:
+            _slot = (self.table, 0)
+        try:
+            with _alarm(check, min(FIRST_CHECK, self.patience or FIRST_CHECK)):
+                yield
+        except _Abandoned as abandoned:
+            raise abandoned.reason from None
+        except LoadingError:
+            raise
+        except (RuntimeError, OSError, EOFError) as error:  # from torch's loader; errors of the dataset are a _Failure
+            dead = self._death(missed=True)
+            advice = f". {NO_MEMORY}" if getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN) else ""
+            raise LoadingError(dead or f"loading images failed: {_one_line(error)}{advice}") from error
 
     def _hang(self) -> str:
         """The message for a batch that does not arrive."""
-        key = f"{self.patience_key}=" if self.patience_key else ""
-        reading = [(worker, index) for worker, index in enumerate(self.table) if index != IDLE]
-        named = "; ".join(
-            f"{self._name(worker)} is reading {self._sample(index)}" for worker, index in reading[:MAX_NAMED]
-        )
+        key, raise_it = self.patience_key, f", or raise {self.patience_key} (0 waits forever)"
+        reading = [
+            f"{self._name(worker)} is reading {describe_sample(self.dataset, index)}"
+            for worker, index in enumerate(self.table)
+            if index != IDLE
+        ]
+        named = "; ".join(reading[:MAX_NAMED])
         stopped = ", ".join(self._name(worker) for worker in range(min(len(self.workers), MAX_NAMED)))
         return (
-            f"no batch of images arrived for {key}{self.patience:g} seconds: "
+            f"no batch of images arrived for {key and f'{key}='}{self.patience:g} seconds: "
             f"{named or f'no image is being read ({stopped})'}. The usual causes are a network drive that does not "
             f"answer, a stopped process, and images that take very long to decode: check the files that are named, "
-            f"try another drive or {FEWER}"
-            + (f", or raise {self.patience_key} (0 waits forever)" if self.patience_key else "")
+            f"try another drive or {FEWER}{key and raise_it}"
         )
 
     def _death(self, *, missed: bool = False) -> str:
@@ -323,7 +302,7 @@ class SupervisedLoader(DataLoader[Any]):
         worker, status = dead[0], dead[0].exitcode or 0
         number = self.workers.index(worker)
         index = self.table[number]
-        reading = f" while it read {self._sample(index)}" if index != IDLE else ""
+        reading = f" while it read {describe_sample(self.dataset, index)}" if index != IDLE else ""
         if status >= 0:
             return f"{self._name(number)} exited with status {status}{reading}: the dataset's code must not exit"
         names = {each.value: each.name for each in signal.Signals}  # not all signals have a name
@@ -336,9 +315,6 @@ class SupervisedLoader(DataLoader[Any]):
             return "this process"
         pid = self.workers[number].pid
         return f"data-loading worker {number} (process {pid}{_state_of(pid)})"
-
-    def _sample(self, index: int) -> str:
-        return describe_sample(self.dataset, index)
 
 
 def _state_of(pid: int | None) -> str:

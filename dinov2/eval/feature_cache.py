@@ -30,33 +30,28 @@ Features = tuple[Tensor, Tensor]
 
 
 class FeatureCache:
-    """Reads and writes the features of one model."""
+    """Reads and writes the features of one model.
+
+    Args:
+        directory: Folder of the files; None disables the cache.
+        facts: Description of the model and of the preprocessing of images, as JSON.
+    """
 
     def __init__(self, directory: Path | None = None, facts: Mapping[str, Any] | None = None) -> None:
-        """Keep the arguments; nothing is read or written yet.
-
-        Args:
-            directory: Folder of the files; None disables the cache.
-            facts: Description of the model and of the preprocessing of images, as JSON.
-        """
         self.directory, self.facts = directory, facts or {}
         self.seconds = 0.0  # spent on reading or extracting features
         self.files: dict[str, str] = {}  # path -> "read" or "written"
 
     def get(self, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
-        """Read the features of a dataset, or compute them by `extract`, which all processes then call.
-
-        Args:
-            kind: Name of the kind of features, such as "class_token".
-            dataset: Dataset of the images.
-            extract: Function that computes the features.
-        """
+        """Read the features of a dataset, of a kind such as "class_token", or `extract` them in all processes."""
         started = time.monotonic()
-        features = extract() if self.directory is None else self._get(self.directory, kind, dataset, extract)
+        features = self._get(kind, dataset, extract)
         self.seconds += time.monotonic() - started
         return features
 
-    def _get(self, directory: Path, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
+    def _get(self, kind: str, dataset: ImageDataset, extract: Callable[[], Features]) -> Features:
+        if self.directory is None:
+            return extract()
         facts = {
             **self.facts,
             "features": kind,
@@ -66,20 +61,17 @@ class FeatureCache:
         }
         described = json.dumps(facts, sort_keys=True)
         digest = hashlib.sha256(described.encode()).hexdigest()
-        path = directory / f"{kind}-{type(dataset).__name__}-{digest[:16]}.pth"
+        path = self.directory / f"{kind}-{type(dataset).__name__}-{digest[:16]}.pth"
         found = _read(path, described, dataset) if path.exists() else None
         if all(distributed.all_gather_object(found is not None)) and found is not None:
             logger.info("features of %d images: from %s", len(found[0]), path)
-            if len(found[0]) < len(dataset):
-                num_bad = len(dataset) - len(found[0])
+            if num_bad := len(dataset) - len(found[0]):
                 logger.warning("%d of %d images could not be read and are omitted", num_bad, len(dataset))
             self.files.setdefault(str(path), "read")
             return found
         features, labels = extract()
-        if distributed.is_main():
-            content = {"features": features.cpu(), "labels": labels.cpu(), "of": described}
-            if _write(path, content):
-                self.files[str(path)] = "written"
+        if distributed.is_main() and _write(path, features, labels, described):
+            self.files[str(path)] = "written"
         return features, labels
 
 
@@ -110,12 +102,12 @@ def _check(features: Tensor, labels: Tensor, dataset: ImageDataset) -> None:
         raise ValueError("features are not finite")
 
 
-def _write(path: Path, content: dict[str, Any]) -> bool:
+def _write(path: Path, features: Tensor, labels: Tensor, described: str) -> bool:
     """Write a file; returns whether that succeeded."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            torch.save(content, file)
+            torch.save({"features": features.cpu(), "labels": labels.cpu(), "of": described}, file)
     except (OSError, RuntimeError) as error:  # the evaluation continues, for example on a full disk
         logger.warning("cannot cache the features: %s", error)
         return False

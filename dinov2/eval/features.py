@@ -98,32 +98,27 @@ def run_model(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def require_finite(features: Tensor, names: Callable[[int], str], model: nn.Module) -> None:
-    """Reject features with NaN or infinite values.
+    """Raise a `ValueError` if the features (n, ...) of a batch of images by a model are not finite.
 
-    Args:
-        features: Features (n, ...) of n images of one batch.
-        names: Row -> description of the image.
-        model: The model that computed them.
-
-    Raises:
-        ValueError: Features are not finite; names the tensor of the weights that is not finite, else the first image.
+    It names the tensor of the weights that is not finite, else the first such image, by `names` (row -> description).
     """
     is_bad = ~features.isfinite().flatten(1).all(dim=1)
     if not is_bad.any():
         return
     backbone = next((module for module in model.modules() if isinstance(module, DinoVisionTransformer)), model)
+    first = names(int(is_bad.int().argmax()))
     for name, weight in backbone.state_dict().items():
         if num_bad := int((~weight.isfinite()).sum()):
             raise ValueError(
                 f"the weights of the model are damaged or have diverged: {num_bad} of the {weight.numel()} values of "
-                f"{name} are NaN or infinite, and so are the features of {names(int(is_bad.int().argmax()))}"
+                f"{name} are NaN or infinite, and so are the features of {first}"
             )
     cause = "the weights, though finite, are too large" if is_bad.all() else "the image is unusual"
     if distributed.device().type != "cpu":
         cause += ", or half precision overflows (compute_precision.teacher.backbone.mixed_precision.param_dtype=fp32)"
     raise ValueError(
-        f"the features of {names(int(is_bad.int().argmax()))} are NaN or infinite, those of {int(is_bad.sum())} of "
-        f"{len(is_bad)} images that were run together: {cause}"
+        f"the features of {first} are NaN or infinite, those of {int(is_bad.sum())} of {len(is_bad)} images that were "
+        f"run together: {cause}"
     )
 
 
@@ -142,29 +137,21 @@ def extract_features(
 
     Args:
         model: Images (B, 3, H, W) -> features (B, ...).
-        dataset: Dataset of (image tensor, label); a label of None is replaced by the index of the image.
+        dataset: Gives (image tensor, label); a label of None is replaced by the index of the image.
         batch_size: Images per batch and process; the ranks share the dataset.
         num_workers: Data loader workers per process.
         gather_on_cpu: Whether to keep the result in host memory.
         autocast_dtype: Precision of the model.
-        cache: Cache of features.
+        cache: Where to look the features up, by `kind`, and to store them.
         kind: Name of the features of this `model` in the cache.
 
     Returns:
-        Features (n, ...) float32 and labels (n,) int64 in the order of the dataset, without unreadable images.
-        Lists of labels are (n, maximum length), padded with -1.
-
-    Raises:
-        ValueError: More than `MAX_BAD_SHARE` of the images cannot be read, or a feature is not finite.
+        Features (n, ...) float32 and labels (n,) int64 in the order of the dataset, without unreadable images, of which
+        at most `MAX_BAD_SHARE` is allowed. Lists of labels are (n, maximum length), padded with -1.
     """
-
-    def compute() -> tuple[Tensor, Tensor]:
-        return _run_over(
-            model, dataset, batch_size, num_workers, gather_on_cpu=gather_on_cpu, autocast_dtype=autocast_dtype
-        )
-
-    features, labels = (cache or FeatureCache()).get(kind, dataset, compute)
     device = torch.device("cpu") if gather_on_cpu else distributed.device()
+    compute = partial(_run_over, model, dataset, batch_size, num_workers, device, autocast_dtype)
+    features, labels = (cache or FeatureCache()).get(kind, dataset, compute)
     return features.to(device), labels.to(device)
 
 
@@ -174,15 +161,14 @@ def _run_over(
     dataset: ImageDataset,
     batch_size: int,
     num_workers: int,
-    *,
-    gather_on_cpu: bool,
+    target_device: torch.device,
     autocast_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Run the model over the dataset; arguments as in `extract_features`."""
+    """Features and labels on `target_device`; other arguments as in `extract_features`."""
     device = distributed.device()
-    target_device = torch.device("cpu") if gather_on_cpu else device
     all_labels = dataset.get_targets()
     width = all_labels.shape[1] if all_labels is not None and all_labels.ndim > 1 else None
+    world_size = distributed.world_size()
     loader = make_data_loader(
         dataset=SkipUnreadable(DatasetWithEnumeratedTargets(dataset)),
         batch_size=batch_size,
@@ -192,33 +178,32 @@ def _run_over(
         drop_last=False,
         collate_fn=partial(collate_skipping_unreadable, collate=partial(collate_enumerated, width=width)),
         rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        world_size=world_size,
     )
     model.eval()
     features, labels, seen = torch.empty(0), torch.empty(0), torch.zeros(len(dataset), dtype=torch.bool)
-    progress = MetricLogger("  ", is_main=distributed.is_main())
-    for images, (index, targets) in progress.log_every(
-        skip_unreadable_batches(loader), 10, "Features:", len(loader), batch_size=batch_size * distributed.world_size()
-    ):
+    progress, batches = MetricLogger("  ", is_main=distributed.is_main()), skip_unreadable_batches(loader)
+    logged = progress.log_every(batches, 10, "Features:", len(loader), batch_size=batch_size * world_size)
+    for images, (index, targets) in logged:
         with autocast(autocast_dtype):
             output = run_model(model, images.to(device, non_blocking=True)).float()
         if not len(features):
             features = torch.zeros(len(dataset), *output.shape[1:], device=target_device)
             labels = torch.full((len(dataset), *targets.shape[1:]), -1, device=target_device)
             seen = seen.to(target_device)
-        gathered = [distributed.all_gather_varied(t.to(device)).to(target_device) for t in (index, output, targets)]
-        require_finite(gathered[1], partial(_describe, dataset, gathered[0]), model)
+        indices, output, targets = (
+            distributed.all_gather_varied(t.to(device)).to(target_device) for t in (index, output, targets)
+        )
+        require_finite(output, partial(_describe, dataset, indices), model)
         # By position: images that were dealt twice to fill up the last batches land in the same place.
-        features[gathered[0]] = gathered[1]
-        labels[gathered[0]] = gathered[2]
-        seen[gathered[0]] = True
-    if not seen.all():
-        _check_unreadable(dataset, (~seen).nonzero().flatten().tolist())
-    return (features, labels) if seen.all() else (features[seen], labels[seen])
+        features[indices], labels[indices], seen[indices] = output, targets, True
+    if seen.all():
+        return features, labels
+    _check_unreadable(dataset, (~seen).nonzero().flatten().tolist())
+    return features[seen], labels[seen]
 
 
 def _describe(dataset: ImageDataset, indices: Tensor, row: int) -> str:
-    """Describe the image in a row of a batch."""
     return dataset.describe(int(indices[row]))
 
 

@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,7 @@ def image_identity(dataset: ImageDataset) -> str:
     It differs for datasets with other images, order or labels. Images without files, such as those of an array, have a
     name only. All processes must call it together; rank 0 reads the file system.
     """
-    return str(distributed.all_gather_object(_identity(dataset) if distributed.is_main() else None)[0])
+    return distributed.from_main(lambda: _identity(dataset))
 
 
 def _identity(dataset: ImageDataset) -> str:
@@ -64,13 +64,9 @@ def file_stats(paths: Iterable[str], count: int) -> np.ndarray:
     stats, remaining = np.empty((count, 2), np.int64), iter(paths)
     chunks = iter(lambda: list(islice(remaining, STATS_AT_ONCE)), [])
     with ThreadPoolExecutor(THREADS) as pool:
-        for number, chunk in enumerate(pool.map(_stat_all, chunks)):
+        for number, chunk in enumerate(pool.map(lambda paths: list(map(_stat, paths)), chunks)):
             stats[number * STATS_AT_ONCE : (number + 1) * STATS_AT_ONCE] = chunk
     return stats
-
-
-def _stat_all(paths: list[str]) -> list[tuple[int, int]]:
-    return [_stat(path) for path in paths]
 
 
 def _stat(path: str) -> tuple[int, int]:
@@ -112,11 +108,6 @@ def report_equal_images(
 
     Only files of equal size are read. Images in archives and arrays are not compared.
 
-    Args:
-        train_name: Dataset string of the training set.
-        train: The training set, whose own copies with different labels are counted too.
-        others: Validation and test sets by dataset string.
-
     Returns:
         For each dataset string the number of `compared` images, of those `equal` to a (in the training set: another)
         training image, and of the latter `with_other_labels` than a copy.
@@ -129,14 +120,12 @@ def report_equal_images(
     found = dict(zip(sets, _count_equal(list(sets.values())), strict=True))
     for name, counts in found.items():
         role = "duplicates" if name == train_name else "also training images"
-        equal, compared = counts["equal"], counts["compared"]
-        if equal and (name != train_name or counts["with_other_labels"]):
-            logger.warning(
-                "%s: %d of %d images are %s (the same bytes), %d of them with another label",
-                *(name, equal, compared, role, counts["with_other_labels"]),
-            )
-        elif equal:
-            logger.info("%s: %d of %d images are %s (the same bytes)", name, equal, compared, role)
+        if counts["equal"]:
+            text = f"{name}: {counts['equal']} of {counts['compared']} images are {role} (the same bytes)"
+            if name != train_name or counts["with_other_labels"]:
+                logger.warning("%s, %d of them with another label", text, counts["with_other_labels"])
+            else:
+                logger.info("%s", text)
     return found
 
 
@@ -152,10 +141,11 @@ def _count_equal(sets: list[LabeledDataset]) -> list[dict[str, int]]:
             for index, digest in digests.items():
                 copies[digest].append(each.labels_at(index))
         needed = 1 if number else 2  # a training image equals itself
-        equal = [index for index, digest in digests.items() if len(copies.get(digest, ())) >= needed]
-        other = [index for index in equal if _contradict(each.labels_at(index), copies[digests[index]])]
+        equal = [(each.labels_at(i), copies[digest]) for i, digest in digests.items() if len(copies[digest]) >= needed]
+        # Neither unlabeled nor with a label in common.
+        num_other = sum(bool(labels) and any(o and not labels & o for o in others) for labels, others in equal)
         compared = int((own_sizes >= 0).sum() - np.isin(own_sizes, skipped).sum())
-        results.append({"compared": compared, "equal": len(equal), "with_other_labels": len(other)})
+        results.append({"compared": compared, "equal": len(equal), "with_other_labels": num_other})
     return results
 
 
@@ -178,10 +168,5 @@ def _digests(dataset: ImageDataset, indices: list[int]) -> dict[int, bytes]:
             return None
 
     with ThreadPoolExecutor(THREADS) as pool:
-        found: Any = zip(indices, pool.map(digest, indices), strict=True)
+        found = zip(indices, pool.map(digest, indices), strict=True)
         return {index: value for index, value in found if value is not None}
-
-
-def _contradict(labels: set[int], others: list[set[int]]) -> bool:
-    """Whether a copy has labels, and none in common with these."""
-    return bool(labels) and any(other and not labels & other for other in others)

@@ -8,7 +8,6 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
-from dinov2.eval.metrics import MetricType, build_metric
-from dinov2.eval.results import archive_results, as_table, run_facts, set_facts, write_results
+from dinov2.eval.metrics import MetricType, build_metric, percent
+from dinov2.eval.results import archive_results, as_table, counted, described_set, run_facts, write_results
 from dinov2.log import run_command
 
 logger = logging.getLogger(__name__)
@@ -44,32 +43,16 @@ Scores = dict[tuple[str, int], dict[str, float]]  # (bank name, k) -> {"top-1": 
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Build the parser of the k-NN evaluation."""
-    parser = argparse.ArgumentParser(
-        description="DINOv2 k-NN evaluation",
-        parents=[setup.get_args_parser(add_help=False)],
-        add_help=add_help,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add(
-        "--nb_knn",
-        "--nb-knn",
-        type=setup.positive_int,
-        nargs="+",
-        default=[10, 20, 100, 200],
-        help="numbers of neighbors that vote",
-    )
+    parser = setup.get_args_parser("DINOv2 k-NN evaluation", add_help)
+    add, positive, ks = parser.add_argument, setup.positive_int, [10, 20, 100, 200]
+    add("--nb_knn", "--nb-knn", type=positive, nargs="+", default=ks, help="numbers of neighbors that vote")
     add("--temperature", type=setup.positive_number, default=0.07, help="softmax temperature of the votes")
     add("--gather-on-cpu", action="store_true", help="keep the gathered features in host memory")
-    add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
+    add("--batch-size", type=positive, default=256, help="images per process in feature extraction")
     add("--num-workers", type=int, default=5, help="data loader workers per process")
     add("--n-per-class-list", type=int, nargs="+", default=[-1], help="images per class in the bank; -1 = all images")
-    add(
-        "--n-tries",
-        type=setup.positive_int,
-        default=1,
-        help="random banks per value of --n-per-class-list, whose scores are averaged",
-    )
+    tries_help = "random banks per value of --n-per-class-list, whose scores are averaged"
+    add("--n-tries", type=positive, default=1, help=tries_help)
     return parser
 
 
@@ -77,6 +60,14 @@ class KnnModule(nn.Module):
     """Weighted vote of the nearest neighbors (Wu et al. 2018, arXiv 1805.01978).
 
     The bank may be in host memory and is copied to `device` in chunks.
+
+    Args:
+        train_features: (n, D) float, L2-normalized rows.
+        train_labels: (n,) int64 in 0..C-1.
+        nb_knn: Values of k; those above n are replaced by n, with a warning.
+        T: Temperature of the softmax over the similarities.
+        device: Where to compute.
+        num_classes: C.
     """
 
     def __init__(
@@ -88,16 +79,6 @@ class KnnModule(nn.Module):
         device: torch.device,
         num_classes: int = 1000,
     ) -> None:
-        """Store the bank.
-
-        Args:
-            train_features: Bank (n, D) float, L2-normalized rows.
-            train_labels: Labels (n,) int64 in 0..C-1.
-            nb_knn: Values of k; those above n are replaced by n, with a warning.
-            T: Temperature of the softmax over the similarities.
-            device: Device of the computation.
-            num_classes: C.
-        """
         super().__init__()
         self.features, self.labels = train_features, train_labels
         self.nb_knn = _possible_ks(nb_knn, len(train_labels))
@@ -171,9 +152,9 @@ def _possible_ks(nb_knn: Sequence[int], bank_size: int) -> list[int]:
     """The distinct values of k in ascending order, at most the size of the bank."""
     if not nb_knn or min(nb_knn) < 1:
         raise ValueError(f"the numbers of neighbors must be at least 1, got {list(nb_knn)}")
-    too_large = [k for k in nb_knn if k > bank_size]
-    if too_large:
-        logger.warning("k = %s: the bank has only %d images, k = %d is used", too_large, bank_size, bank_size)
+    if too_large := [k for k in nb_knn if k > bank_size]:
+        size = counted(bank_size, "image")
+        logger.warning("k = %s: the bank has only %s, k = %d is used", too_large, size, bank_size)
     return sorted({min(k, bank_size) for k in nb_knn})
 
 
@@ -201,31 +182,25 @@ def eval_knn_on_features(
 
     Args:
         train_features: Bank (n, D), L2-normalized.
-        train_labels: Labels (n,) int64.
+        train_labels: (n,) int64.
         val_features: Queries (Q, D), L2-normalized; each rank classifies its share.
-        val_labels: Labels (Q,) int64.
+        val_labels: (Q,) int64.
         nb_knn: Values of k.
         temperature: Temperature of the softmax over similarities.
         n_per_class_list: Negative: the whole bank; n > 0: random banks of n images per class, for which k takes the
             values of `nb_knn` up to n, and n itself.
         n_tries: Random banks per value of n, seeded 0, 1, ...; their scores are averaged.
         metric_type: Type of accuracy.
-        device: Device of the computation; None: the device of the process.
-
-    Returns:
-        Accuracies as fractions by bank and k.
+        device: Where to compute; None: the device of the process.
     """
     num_classes = 1 + int(max(train_labels.max(), val_labels.max()))
+    device = device or distributed.device()
     mine = slice(distributed.rank(), None, distributed.world_size())
-    score = partial(
-        _score_bank,
-        queries=val_features[mine],
-        query_labels=val_labels[mine],
-        temperature=temperature,
-        metric_type=metric_type,
-        device=device or distributed.device(),
-        num_classes=num_classes,
-    )
+
+    def score(features: Tensor, labels: Tensor, ks: Sequence[int]) -> dict[int, dict[str, float]]:
+        knn = KnnModule(features, labels, ks, temperature, device, num_classes)
+        return _score(knn, val_features[mine], val_labels[mine], metric_type)
+
     scores: Scores = {}
     for n in n_per_class_list:
         if n == 0:
@@ -235,7 +210,7 @@ def eval_knn_on_features(
         else:
             ks = sorted(k for k in {*nb_knn, n} if k <= n)
             banks = _few_shot_banks(train_features, train_labels, n, n_tries)
-            name, tries = f"{n} per class", [score(features, labels, ks) for features, labels in banks]
+            name, tries = f"{n} per class", [score(*bank, ks) for bank in banks]
         for k in tries[0]:
             scores[name, k] = {top: sum(t[k][top] for t in tries) / len(tries) for top in tries[0][k]}
     return scores
@@ -247,31 +222,18 @@ def _few_shot_banks(
     """Features and labels of `n_tries` random banks, see `few_shot_index`."""
     fewest = int(labels.bincount().min())
     if fewest < n_per_class:
-        logger.warning(
-            "%d images per class: the smallest class has only %d, all of which are used", n_per_class, fewest
-        )
+        text = "%s per class: the smallest class has only %d, all of which are used"
+        logger.warning(text, counted(n_per_class, "image"), fewest)
     for seed in range(n_tries):
         index = few_shot_index(labels, n_per_class, seed).to(features.device)
         yield features[index], labels[index]
 
 
-def _score_bank(
-    features: Tensor,
-    labels: Tensor,
-    ks: Sequence[int],
-    *,
-    queries: Tensor,
-    query_labels: Tensor,
-    temperature: float,
-    metric_type: MetricType,
-    device: torch.device,
-    num_classes: int,
-) -> dict[int, dict[str, float]]:
-    """Accuracies {k: {"top-1": ...}} for the queries of all ranks with one bank."""
-    knn = KnnModule(features, labels, ks, temperature, device, num_classes)
-    metrics = {k: build_metric(metric_type, num_classes=num_classes).to(device) for k in knn.nb_knn}
-    sims, neighbor_labels = knn.neighbors(queries)
-    batches = zip(*(t.split(QUERY_BATCH) for t in (sims, neighbor_labels, query_labels.to(device))), strict=True)
+def _score(knn: KnnModule, queries: Tensor, labels: Tensor, metric_type: MetricType) -> dict[int, dict[str, float]]:
+    """Accuracies {k: {"top-1": ...}} for the queries of all ranks."""
+    metrics = {k: build_metric(metric_type, num_classes=knn.num_classes).to(knn.device) for k in knn.nb_knn}
+    found = (*knn.neighbors(queries), labels.to(knn.device))
+    batches = zip(*(t.split(QUERY_BATCH) for t in found), strict=True)
     for batch_sims, batch_labels, target in batches:
         for k, votes in knn.votes(batch_sims, batch_labels).items():
             metrics[k].update(votes, target)
@@ -290,7 +252,7 @@ def eval_knn(
     cache: FeatureCache | None = None,
     **protocol: Any,
 ) -> Scores:
-    """Extract the normalized class tokens of both sets and evaluate them (`protocol`: see `eval_knn_on_features`)."""
+    """Extract the normalized class tokens of both sets, and run `eval_knn_on_features(..., **protocol)`."""
 
     def extract(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
         features, labels = extract_features(
@@ -306,8 +268,7 @@ def log_scores(scores: Scores, val_dataset: ImageDataset) -> None:
     for key, accuracies in scores.items():
         for top, accuracy in accuracies.items():
             logger.info("%s %s: %.2f", key, top.replace("top-", "Top "), 100 * accuracy)
-    facts = set_facts(val_dataset)
-    title = f"k-NN classification of {facts['images']} images of {facts['classes']} classes, accuracy in %"
+    title = f"k-NN classification of {described_set(val_dataset)}, accuracy in %"
     rows = [[bank, k, *(100 * s[top] if top in s else None for top in TOPS)] for (bank, k), s in scores.items()]
     logger.info("%s", as_table(title, ["bank", "k", *TOPS], rows))
 
@@ -316,17 +277,16 @@ def main(args: argparse.Namespace) -> None:
     """Run the evaluation of the command line."""
     started = time.monotonic()
     with distributed.session():
-        cfg = setup.setup(args)
+        cfg = setup.setup(args, [args.train_dataset, args.val_dataset])
         transform, cache = setup.eval_transform(args, cfg), setup.feature_cache(args, cfg)
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
-        train_dataset = setup.training_dataset(args.train_dataset, transform, setup.image_options(cfg))
-        val_dataset = setup.labeled_dataset(args.val_dataset, transform, image_options=train_dataset.image_options)
-        equal_images = setup.compare_sets(args.train_dataset, train_dataset, {args.val_dataset: val_dataset})
+        options = setup.image_options(cfg)
+        sets, equal_images = setup.open_sets(args.train_dataset, [args.val_dataset], transform, options)
         scores = eval_knn(
             setup.build_model_for_eval(cfg, args.pretrained_weights),
-            train_dataset,
-            val_dataset,
+            sets[args.train_dataset],
+            sets[args.val_dataset],
             batch_size=args.batch_size,
             num_workers=args.num_workers,
             gather_on_cpu=args.gather_on_cpu,
@@ -337,12 +297,12 @@ def main(args: argparse.Namespace) -> None:
             n_per_class_list=args.n_per_class_list,
             n_tries=args.n_tries,
         )
-        log_scores(scores, val_dataset)
+        log_scores(scores, sets[args.val_dataset])
         metrics: dict[str, dict[str, dict[str, float]]] = {}
         for (name, k), accuracies in scores.items():
-            metrics.setdefault(name, {})[str(k)] = {top: 100 * value for top, value in accuracies.items()}
-        facts = run_facts({args.train_dataset: train_dataset, args.val_dataset: val_dataset}, cache, started)
-        write_results(path, evaluation="knn", metrics=metrics, args=args, **facts, equal_images=equal_images)
+            metrics.setdefault(name, {})[str(k)] = percent(accuracies)
+        facts = run_facts(sets, cache, started) | {"equal_images": equal_images}
+        write_results(path, evaluation="knn", metrics=metrics, args=args, **facts)
 
 
 if __name__ == "__main__":

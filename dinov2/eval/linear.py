@@ -24,12 +24,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
 from dinov2 import distributed
 from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.eval import setup
+from dinov2.eval import linear_data, setup
 from dinov2.eval.feature_cache import FeatureCache, Features
 from dinov2.eval.features import ModelWithIntermediateLayers, autocast, require_finite, tokens_of_blocks
 from dinov2.eval.file_identity import image_identity
 from dinov2.eval.linear_checkpoint import FINAL, RUNNING, LinearCheckpointer, read_checkpoint
-from dinov2.eval.linear_data import EvalSet, LinearSets, equal_images, extract_tokens, make_sets, make_train_loader
+from dinov2.eval.linear_data import EvalSet, LinearSets
 from dinov2.eval.linear_heads import (
     AllClassifiers,
     LinearClassifier,
@@ -41,7 +41,7 @@ from dinov2.eval.linear_heads import (
     setup_linear_classifiers,
 )
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
-from dinov2.eval.results import archive_results, as_table, run_facts, set_facts, write_results
+from dinov2.eval.results import archive_results, as_table, counted, run_facts, set_facts, write_results
 from dinov2.eval.skip_unreadable import skip_unreadable_batches
 from dinov2.log import MetricLogger, run_command
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -73,37 +73,18 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, 3, H, W), labels (B,)
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Build the parser of the linear evaluation."""
-    parser = argparse.ArgumentParser(
-        description="DINOv2 linear evaluation",
-        parents=[setup.get_args_parser(add_help=False)],
-        add_help=add_help,
-        allow_abbrev=False,
-    )
-    add, metric_types = parser.add_argument, [metric_type.value for metric_type in MetricType]
+    parser = setup.get_args_parser("DINOv2 linear evaluation", add_help)
+    add, positive, metric_types = parser.add_argument, setup.positive_int, [each.value for each in MetricType]
     add("--test-datasets", nargs="+", help="dataset strings of further datasets for testing the best classifier")
-    add("--epochs", type=setup.positive_int, default=10, help="number of epochs of --epoch-length iterations")
-    add("--batch-size", type=setup.positive_int, default=128, help="images per process")
+    add("--epochs", type=positive, default=10, help="number of epochs of --epoch-length iterations")
+    add("--batch-size", type=positive, default=128, help="images per process")
     add("--num-workers", type=int, default=8, help="data loader workers per process")
-    add(
-        "--epoch-length",
-        type=setup.positive_int,
-        default=1250,
-        help="iterations per epoch; a checkpoint is written after each",
-    )
-    add(
-        "--save-checkpoint-frequency",
-        type=setup.positive_int,
-        default=20,
-        help="epochs between two checkpoints that are kept",
-    )
-    add("--eval-period-iterations", type=setup.positive_int, default=1250, help="iterations between two validations")
-    add(
-        "--learning-rates",
-        type=setup.positive_number,
-        nargs="+",
-        default=list(LEARNING_RATES),
-        help="learning rates for a batch of 256 images",
-    )
+    length_help = "iterations per epoch; a checkpoint is written after each"
+    add("--epoch-length", type=positive, default=1250, help=length_help)
+    add("--save-checkpoint-frequency", type=positive, default=20, help="epochs between two checkpoints that are kept")
+    add("--eval-period-iterations", type=positive, default=1250, help="iterations between two validations")
+    rates, rates_help = list(LEARNING_RATES), "learning rates for a batch of 256 images"
+    add("--learning-rates", type=setup.positive_number, nargs="+", default=rates, help=rates_help)
     add("--no-resume", action="store_true", help="start anew even if the output folder has a checkpoint")
     add("--val-metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
     add("--test-metric-types", choices=metric_types, nargs="+", help="one per test set (default: as for validation)")
@@ -120,16 +101,9 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 def evaluate_linear_classifiers(
     classifiers: Mapping[str, LinearClassifier], eval_set: EvalSet, features: Features, num_classes: int
 ) -> dict[str, Accuracies]:
-    """Compute the accuracies of each classifier by name, without diverged ones.
+    """Compute the accuracies of each classifier by name, without diverged ones; a `ValueError` if all have diverged.
 
-    Args:
-        classifiers: Classifiers by name.
-        eval_set: Dataset and metric.
-        features: Tokens (n, L, 2, D), all finite, and labels of this rank, see `extract_tokens`.
-        num_classes: Number of classes in the training set.
-
-    Raises:
-        ValueError: All classifiers have diverged.
+    `features` are the tokens, all finite, and labels of this rank (`extract_tokens`), `num_classes` those of training.
     """
     device, mapping = distributed.device(), eval_set.class_mapping
     width = num_classes if mapping is None else len(mapping)
@@ -159,7 +133,7 @@ def evaluate_linear_classifiers(
 
 
 def best_of(scores: Mapping[str, Accuracies]) -> str:
-    """Returns the name of the classifier with the highest top-1 accuracy, the first one if tied."""
+    """Name of the classifier with the highest top-1 accuracy, the first one if tied."""
     return max(scores, key=lambda name: top_1(scores[name]))
 
 
@@ -186,13 +160,13 @@ class Periods(NamedTuple):
 
 
 def build_optimizer(param_groups: list[dict[str, Any]], max_iter: int) -> tuple[Optimizer, LRScheduler]:
-    """Build SGD with momentum, without weight decay, and a cosine schedule of the rates to 0."""
+    """SGD with momentum, without weight decay, and a cosine schedule of the rates to 0."""
     optimizer = SGD(param_groups, momentum=0.9, weight_decay=0)
     return optimizer, CosineAnnealingLR(optimizer, max_iter)
 
 
 def train_step(classifiers: nn.Module, features: Any, labels: Tensor, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Update all classifiers on a batch; returns the mean cross-entropy of each before the update, {name: ()}."""
+    """Update all classifiers on a batch; returns the mean cross-entropy of each before the update."""
     losses = {name: functional.cross_entropy(logits, labels) for name, logits in classifiers(features).items()}
     optimizer.zero_grad()
     torch.stack(list(losses.values())).sum().backward()
@@ -217,20 +191,15 @@ def eval_linear(
 
     Args:
         feature_model: Images -> tokens of the last blocks.
-        classifiers: Grid of classifiers.
-        param_groups: Parameter groups of the optimizer.
+        classifiers, param_groups: See `setup_linear_classifiers`.
         batches_from: Iteration -> batches of this rank from there on.
-        validate: Function that evaluates the classifiers.
+        validate: Evaluates the classifiers.
         periods: Length of training and periods of validations and checkpoints.
-        output_dir: Folder of the checkpoints.
-        resume: Whether to resume from a checkpoint.
-        run, validated_on: See `LinearCheckpointer`.
+        output_dir, run, validated_on: See `LinearCheckpointer`.
+        resume: Whether to start from the latest checkpoint.
 
     Returns:
         The history of validations, without that after the last iteration, which the caller does.
-
-    Raises:
-        ValueError: The features of an image are not finite.
     """
     device = distributed.device()
     optimizer, scheduler = build_optimizer(param_groups, periods.max_iter)
@@ -269,7 +238,7 @@ def validation_record(iteration: int, scores: Mapping[str, Accuracies]) -> dict[
     for name, accuracies in scores.items():
         logger.info("%s top-1: %.2f", name, top_1(accuracies))
     best = best_of(scores)
-    logger.info("best after %d iterations: %s, top-1 %.2f", iteration, best, top_1(scores[best]))
+    logger.info("best after %s: %s, top-1 %.2f", counted(iteration, "iteration"), best, top_1(scores[best]))
     return {"iteration": iteration, "best_classifier": best, "top-1": top_1(scores[best])}
 
 
@@ -279,13 +248,13 @@ def validation_record(iteration: int, scores: Mapping[str, Accuracies]) -> dict[
 def run_eval_linear(
     model: DinoVisionTransformer, sets: LinearSets, args: argparse.Namespace, cfg: Config, cache: FeatureCache
 ) -> dict[str, Any]:
-    """Train and test the classifiers; returns the metrics of the results file, accuracies in percent."""
-    feature_model = ModelWithIntermediateLayers(
-        model, min(max(LAST_BLOCKS), model.n_blocks), partial(autocast, setup.get_autocast_dtype(cfg))
-    )
-    tokens_of = partial(
-        extract_tokens, feature_model, batch_size=args.batch_size, num_workers=args.num_workers, cache=cache
-    )
+    """Train and test the classifiers; returns and logs the metrics of the results file, accuracies in percent."""
+    num_blocks, loading = min(max(LAST_BLOCKS), model.n_blocks), (args.batch_size, args.num_workers)
+    feature_model = ModelWithIntermediateLayers(model, num_blocks, partial(autocast, setup.get_autocast_dtype(cfg)))
+
+    def tokens_of(dataset: ImageDataset) -> Features:
+        return linear_data.extract_tokens(feature_model, dataset, *loading, cache)
+
     val_tokens = tokens_of(sets.val.dataset)
     validate = partial(evaluate_linear_classifiers, eval_set=sets.val, features=val_tokens)
     if sets.train is None:
@@ -320,14 +289,10 @@ def log_results(results: dict[str, Any], sets: LinearSets) -> None:
     """Log the results: the published line, and a table."""
     logger.info("Test Results Dict %s", {key: results[key] for key in ("best_classifier", "test")})
     rows = []
-    for role, each, scores in zip(
-        ["validation", *["test"] * len(sets.tests)],
-        [sets.val, *sets.tests],
-        [results["best_classifier"], *results["test"]],
-        strict=True,
-    ):
-        images = set_facts(each.dataset)["images"]
-        rows.append([role, each.name, each.metric_type.value, images, scores["top-1"], scores.get("top-5")])
+    scores_of_sets = [results["best_classifier"], *results["test"]]
+    for number, (each, scores) in enumerate(zip([sets.val, *sets.tests], scores_of_sets, strict=True)):
+        facts = [each.name, each.metric_type.value, set_facts(each.dataset)["images"]]
+        rows.append(["test" if number else "validation", *facts, scores["top-1"], scores.get("top-5")])
     title = f"linear classification, best on validation: {results['best_classifier']['name']}, accuracy in %"
     logger.info("%s", as_table(title, ["set", "data", "metric", "images", "top-1", "top-5"], rows))
 
@@ -343,22 +308,24 @@ def train_classifiers(
     assert sets.train is not None, "there is a training set"
     num_classes = 1 + int(setup.labels_of(sets.train).max())
     _, crop = setup.image_sizes(args, cfg)
+    max_iter, world_size = args.epochs * args.epoch_length, distributed.world_size()
     classifiers, param_groups = setup_linear_classifiers(
         feature_model(torch.zeros(1, 3, crop, crop, device=distributed.device())),
         [n for n in LAST_BLOCKS if n <= feature_model.n_last_blocks],
         args.learning_rates,
         args.batch_size,
         num_classes,
-        world_size=distributed.world_size(),
+        world_size=world_size,
     )
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     history = eval_linear(
         feature_model,
         classifiers,
         param_groups,
-        partial(make_train_loader, dataset=sets.train, batch_size=args.batch_size, num_workers=args.num_workers),
+        partial(linear_data.make_train_loader, dataset=sets.train, **loading),
         partial(validate, classifiers.by_name(), num_classes=num_classes),
         Periods(
-            max_iter=args.epochs * args.epoch_length,
+            max_iter=max_iter,
             eval_period=args.eval_period_iterations,
             checkpoint_period=args.epoch_length,
             kept_checkpoint_period=args.save_checkpoint_frequency * args.epoch_length,
@@ -370,8 +337,8 @@ def train_classifiers(
             "training set": args.train_dataset,
             "names, sizes, times and labels of its images": image_identity(sets.train)[:16],
             "classes": setup.class_names(sets.train),
-            "images per iteration": args.batch_size * distributed.world_size(),
-            "iterations": args.epochs * args.epoch_length,
+            "images per iteration": args.batch_size * world_size,
+            "iterations": max_iter,
             "learning rates": args.learning_rates,
         },
         validated_on=image_identity(sets.val.dataset),
@@ -383,15 +350,16 @@ def main(args: argparse.Namespace) -> None:
     """Run the evaluation of the command line."""
     started = time.monotonic()
     with distributed.session():
-        cfg = setup.setup(args)
+        train = [] if args.classifier_fpath else [args.train_dataset]
+        cfg = setup.setup(args, [*train, *(each["dataset_str"] for each in linear_data.eval_set_options(args))])
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
-        sets, cache = make_sets(args, cfg), setup.feature_cache(args, cfg)
-        equal = equal_images(sets, args.train_dataset)
+        sets, cache = linear_data.make_sets(args, cfg), setup.feature_cache(args, cfg)
+        equal = linear_data.equal_images(sets, args.train_dataset)
         model = setup.build_model_for_eval(cfg, args.pretrained_weights)
         metrics = run_eval_linear(model, sets, args, cfg, cache)
-        facts = run_facts(sets.by_name(args.train_dataset), cache, started)
-        write_results(path, evaluation="linear", metrics=metrics, args=args, **facts, equal_images=equal)
+        facts = run_facts(sets.by_name(args.train_dataset), cache, started) | {"equal_images": equal}
+        write_results(path, evaluation="linear", metrics=metrics, args=args, **facts)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,15 @@ RUNNING, FINAL = "running_checkpoint_linear_eval", "model_final"
 
 
 class LinearCheckpointer:
-    """Saves (rank 0) and restores the state of a run; every process has the same one."""
+    """Saves (rank 0) and restores the state of a run; every process has the same one.
+
+    Args:
+        output_dir: Folder of the checkpoints and of `last_checkpoint`, which contains the name of the newest one.
+        model: The classifiers, not wrapped.
+        optimizer, scheduler: Saved and restored with the classifiers.
+        run: Settings that identify the run; checkpoints of other runs are rejected.
+        validated_on: Identity of the validation images; the history of other images is discarded.
+    """
 
     def __init__(
         self,
@@ -33,15 +41,6 @@ class LinearCheckpointer:
         run: dict[str, Any],
         validated_on: str = "",
     ) -> None:
-        """Store references.
-
-        Args:
-            output_dir: Folder of the checkpoints and of `last_checkpoint`, which contains the name of the newest one.
-            model: The classifiers, not wrapped.
-            optimizer, scheduler: Saved and restored with the classifiers.
-            run: Settings that identify the run; checkpoints of other runs are rejected.
-            validated_on: Identity of the validation images; the history of other images is discarded.
-        """
         self.output_dir, self.run, self.validated_on = output_dir, run, validated_on
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         self.pointer = output_dir / "last_checkpoint"
@@ -60,14 +59,7 @@ class LinearCheckpointer:
         logger.info("checkpoint of iteration %d: %s", iteration, path)
 
     def load_latest(self) -> tuple[int, list[dict[str, Any]]]:
-        """Restore the newest checkpoint if there is one.
-
-        Returns:
-            The next iteration, and the history of validations.
-
-        Raises:
-            ValueError: The checkpoint belongs to another run, or is damaged.
-        """
+        """Restore the newest checkpoint if there is one; returns the next iteration, and the history of validations."""
         if not self.pointer.is_file():
             return 0, []
         name = self.pointer.read_bytes().decode(errors="replace").strip()
@@ -99,12 +91,7 @@ class LinearCheckpointer:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU; `run` is empty if it is missing, as in published checkpoints.
-
-    Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: The file is damaged, or not a checkpoint of linear classifiers.
-    """
+    """Read a checkpoint to the CPU; `run` is empty if it is missing, as in published checkpoints."""
     state = read_file(path)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path} is not a checkpoint of a linear evaluation: it has no 'model'")

@@ -5,9 +5,8 @@ Shapes: n images of a dataset, L last blocks, D width of the backbone, C' classe
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,8 +46,7 @@ class AugmentedTrainingSet(Dataset[tuple[Tensor, int]]):
     """SamplePosition -> (image, label); the augmentation depends on (seed, position in the run) only."""
 
     def __init__(self, dataset: ImageDataset, seed: int) -> None:
-        self.dataset = dataset
-        self.seed = seed
+        self.dataset, self.seed = dataset, seed
 
     def __getitem__(self, item: SamplePosition) -> tuple[Tensor, int]:
         with torch.random.fork_rng(devices=[]):
@@ -62,19 +60,11 @@ def make_train_loader(
     """Build a loader of endless batches of this rank from `start_iteration` on, as in an uninterrupted run."""
     rank, world_size = distributed.rank(), distributed.world_size()
     start_position = start_iteration * batch_size * world_size
-    order = GlobalOrderSampler(
-        sample_count=len(dataset),
-        batch_size=batch_size,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        start_position=start_position,
-    )
+    share = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "start_position": start_position}
+    order = GlobalOrderSampler(sample_count=len(dataset), seed=seed, **share)
     return SupervisedLoader(
         SkipUnreadable(AugmentedTrainingSet(dataset, seed)),
-        batch_sampler=PositionBatches(
-            order, batch_size=batch_size, start_position=start_position, rank=rank, world_size=world_size
-        ),
+        batch_sampler=PositionBatches(order, **share),
         num_workers=num_workers,
         collate_fn=collate_skipping_unreadable,
         pin_memory=torch.cuda.is_available(),
@@ -92,12 +82,12 @@ class EvalSet(NamedTuple):
 
 
 def make_eval_set(
+    *,
     dataset_str: str,
     transform: Callable[..., Tensor],
-    *,
     metric_type: MetricType,
-    class_mapping_fpath: str | None = None,
-    image_options: ImageOptions | None = None,
+    class_mapping_fpath: str | None,
+    image_options: ImageOptions,
 ) -> EvalSet:
     """Open the dataset of a dataset string, and its class mapping from a `.npy` file."""
     mapping = None if class_mapping_fpath is None else _read_class_mapping(Path(class_mapping_fpath))
@@ -136,12 +126,29 @@ class LinearSets(NamedTuple):
         return train | {each.name: each.dataset for each in (self.val, *self.tests)}
 
 
+def eval_set_options(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Arguments of `make_eval_set` for the validation set and each test set of the command line."""
+    datasets = args.test_datasets or []
+    metric_types = args.test_metric_types or [args.val_metric_type] * len(datasets)
+    mappings = args.test_class_mapping_fpaths or ["None"] * len(datasets)
+    for flag, values in (("--test-metric-types", metric_types), ("--test-class-mapping-fpaths", mappings)):
+        if len(values) != len(datasets):
+            raise ValueError(f"{flag} has {len(values)} values for {len(datasets)} --test-datasets")
+    tests = [
+        (dataset, metric, None if mapping == "None" else mapping)
+        for dataset, metric, mapping in zip(datasets, metric_types, mappings, strict=True)
+    ]
+    return [
+        {"dataset_str": dataset, "metric_type": MetricType(metric), "class_mapping_fpath": mapping}
+        for dataset, metric, mapping in [(args.val_dataset, args.val_metric_type, args.val_class_mapping_fpath), *tests]
+    ]
+
+
 def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
     """Open the datasets of the command line.
 
     Raises:
-        ValueError: The numbers of test sets and of their metrics or class mappings differ, or a dataset has labels that
-            no classifier predicts, or other classes than the training set and no class mapping.
+        ValueError: A dataset has labels that no classifier predicts, or other classes and no class mapping.
     """
     options, train = image_options(cfg), None
     if not args.classifier_fpath:
@@ -151,29 +158,15 @@ def make_sets(args: argparse.Namespace, cfg: Config) -> LinearSets:
         )
         train = training_dataset(args.train_dataset, augmentation, options)
         options = train.image_options
-    make = partial(make_eval_set, transform=eval_transform(args, cfg), image_options=options)
-    datasets = args.test_datasets or []
-    metric_types = args.test_metric_types or [args.val_metric_type] * len(datasets)
-    mappings = args.test_class_mapping_fpaths or ["None"] * len(datasets)
-    for flag, values in (("--test-metric-types", metric_types), ("--test-class-mapping-fpaths", mappings)):
-        if len(values) != len(datasets):
-            raise ValueError(f"{flag} has {len(values)} values for {len(datasets)} --test-datasets")
-    val = make(
-        args.val_dataset,
-        metric_type=MetricType(args.val_metric_type),
-        class_mapping_fpath=args.val_class_mapping_fpath,
-    )
-    tests = [
-        make(dataset, metric_type=MetricType(metric), class_mapping_fpath=None if mapping == "None" else mapping)
-        for dataset, metric, mapping in zip(datasets, metric_types, mappings, strict=True)
-    ]
+    transform = eval_transform(args, cfg)
+    sets = [make_eval_set(transform=transform, image_options=options, **each) for each in eval_set_options(args)]
     if train is not None:
-        _check_classes(class_names(train), labels_of(train), [val, *tests])
-        return LinearSets(train, val, tests)
-    state = read_checkpoint(Path(args.classifier_fpath))
-    num_classes = classifiers_from_state_dict(state["model"], args.classifier_fpath).num_classes
-    _check_classes(state["run"].get("classes") or [], np.arange(num_classes), [val, *tests])
-    return LinearSets(train, val, tests)
+        _check_classes(class_names(train), labels_of(train), sets)
+    else:
+        state = read_checkpoint(Path(args.classifier_fpath))
+        num_classes = classifiers_from_state_dict(state["model"], args.classifier_fpath).num_classes
+        _check_classes(state["run"].get("classes") or [], np.arange(num_classes), sets)
+    return LinearSets(train, val=sets[0], tests=sets[1:])
 
 
 def _check_classes(names: list[str], train_targets: np.ndarray, sets: list[EvalSet]) -> None:

@@ -6,6 +6,7 @@ shallow to deep, patch tokens (B, N, D) and class token (B, D), after the final 
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,14 +30,7 @@ class LinearClassifier(nn.Module):
     """A linear layer on the tokens of the last n blocks."""
 
     def __init__(self, out_dim: int, use_n_blocks: int, use_avgpool: bool, num_classes: int = 1000) -> None:
-        """Initialize the weights from a normal distribution of std 0.01, the biases with 0.
-
-        Args:
-            out_dim: Width of the input, (n or n + 1) * D.
-            use_n_blocks: Number of last blocks n.
-            use_avgpool: Whether the mean patch token is part of the input.
-            num_classes: C.
-        """
+        """Initialize the weights from a normal distribution of std 0.01, the biases with 0; `out_dim` inputs."""
         super().__init__()
         self.out_dim, self.use_n_blocks, self.use_avgpool = out_dim, use_n_blocks, use_avgpool
         self.linear = nn.Linear(out_dim, num_classes)
@@ -56,14 +50,9 @@ class AllClassifiers(nn.Module):
 
     def forward(self, x_tokens_list: TokensOfBlocks) -> dict[str, Tensor]:
         """Logits {name: (B, C)}; classifiers with the same input share it."""
-        inputs: dict[tuple[int, bool], Tensor] = {}
-        logits = {}
-        for name, classifier in self.by_name().items():
-            key = (classifier.use_n_blocks, classifier.use_avgpool)
-            if key not in inputs:
-                inputs[key] = create_linear_input(x_tokens_list, *key)
-            logits[name] = classifier.linear(inputs[key])
-        return logits
+        input_of = cache(partial(create_linear_input, x_tokens_list))
+        heads = self.by_name().items()
+        return {name: head.linear(input_of(head.use_n_blocks, head.use_avgpool)) for name, head in heads}
 
     def by_name(self) -> dict[str, LinearClassifier]:
         return cast(dict[str, LinearClassifier], dict(self.classifiers_dict.items()))
@@ -80,8 +69,7 @@ class LinearPostprocessor(nn.Module):
     def __init__(self, linear_classifier: LinearClassifier, class_mapping: Tensor | None = None) -> None:
         """Store the classifier; `class_mapping` (C',) int64 selects the classes of another dataset from the C."""
         super().__init__()
-        self.linear_classifier = linear_classifier
-        self.class_mapping = class_mapping
+        self.linear_classifier, self.class_mapping = linear_classifier, class_mapping
 
     def forward(self, samples: TokensOfBlocks, targets: Tensor) -> dict[str, Tensor]:
         logits = self.linear_classifier(samples)
@@ -94,11 +82,7 @@ def scale_lr(learning_rate: float, batch_size: int, world_size: int = 1) -> floa
 
 
 def classifier_names(use_n_blocks: int, use_avgpool: bool, rates: Sequence[float]) -> list[str]:
-    """Published names, such as `classifier_4_blocks_avgpool_True_lr_0_00400`, with more decimals if needed.
-
-    Raises:
-        ValueError: Two rates are equal.
-    """
+    """Published names, such as `classifier_4_blocks_avgpool_True_lr_0_00400`, with more decimals if needed."""
     if len(set(rates)) < len(rates):
         raise ValueError(f"learning rates must differ from each other, got {list(rates)}")
     decimals = PUBLISHED_DECIMALS
@@ -132,10 +116,9 @@ def setup_linear_classifiers(
     Args:
         sample_output: Backbone output for any images; determines the widths.
         n_last_blocks_list: Numbers of blocks.
-        learning_rates: Learning rates for a global batch of 256.
-        batch_size: Images per process.
+        learning_rates: For a global batch of 256; they must differ.
+        batch_size: Images in each of `world_size` processes.
         num_classes: C.
-        world_size: Number of processes.
         seed: Seed of the initial weights.
     """
     rates = [scale_lr(rate, batch_size, world_size) for rate in learning_rates]
@@ -153,15 +136,7 @@ def setup_linear_classifiers(
 
 
 def classifiers_from_state_dict(state: Mapping[str, Tensor], source: str) -> AllClassifiers:
-    """Build the classifiers of a checkpoint, for any grid.
-
-    Args:
-        state: State dict of the classifiers.
-        source: Name of the checkpoint, for messages.
-
-    Raises:
-        ValueError: There are no classifiers, or incomplete ones.
-    """
+    """Build the classifiers of a checkpoint, for any grid; a `ValueError` about `source` if they are incomplete."""
     classifiers = {}
     try:
         for match in filter(None, map(_NAME.fullmatch, state)):

@@ -26,7 +26,7 @@ from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.features import extract_features
 from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
-from dinov2.eval.results import archive_results, as_table, run_facts, set_facts, write_results
+from dinov2.eval.results import archive_results, as_table, counted, described_set, run_facts, write_results
 from dinov2.log import run_command
 
 logger = logging.getLogger(__name__)
@@ -48,26 +48,15 @@ class LabeledFeatures(NamedTuple):
 
 def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Build the parser of the logistic regression."""
-    parser = argparse.ArgumentParser(
-        description="DINOv2 logistic regression",
-        parents=[setup.get_args_parser(add_help=False)],
-        add_help=add_help,
-        allow_abbrev=False,
-    )
+    parser = setup.get_args_parser("DINOv2 logistic regression", add_help)
     add = parser.add_argument
-    add(
-        "--finetune-dataset-str",
-        help="dataset string of images for choosing C (default: a tenth of the training set)",
-    )
+    finetune_help = "dataset string of images for choosing C (default: a tenth of the training set)"
+    add("--finetune-dataset-str", help=finetune_help)
     add("--finetune-on-val", action="store_true", help="choose C on the validation set, if no such dataset is given")
     metric_types = [t.value for t in MetricType if t is not MetricType.IMAGENET_REAL_ACCURACY]
     add("--metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
-    add(
-        "--train-features-device",
-        type=_device,
-        default="cpu",
-        help="device of the features; on CUDA cuML is used if installed",
-    )
+    device_help = "device of the features; on CUDA cuML is used if installed"
+    add("--train-features-device", type=_device, default="cpu", help=device_help)
     add("--train-dtype", choices=list(DTYPES), default="float64", help="precision of the fit")
     add("--max-train-iters", type=setup.positive_int, default=1000, help="iterations of the solver")
     add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
@@ -165,15 +154,10 @@ def sweep_C_values(
     everything = {i: scores for part in distributed.all_gather_object(mine) for i, scores in part.items()}
     unfinished = [f"{C:.3g}" for i, C in enumerate(C_values) if not everything[i]["converged"]]
     if unfinished and distributed.is_main():
+        shown = ", ".join([*unfinished[:4], *["..."] * (len(unfinished) > 4)])
         logger.warning(
-            "not converged after %d iterations (--max-train-iters): %d of %d fits, C = %s%s",
-            *(
-                fitter.max_iter,
-                len(unfinished),
-                len(C_values),
-                ", ".join(unfinished[:4]),
-                ", ..." * (len(unfinished) > 4),
-            ),
+            "not converged after %s (--max-train-iters): %d of %d fits, C = %s",
+            *(counted(fitter.max_iter, "iteration"), len(unfinished), len(C_values), shown),
         )
     return [everything[i] for i in range(len(C_values))]
 
@@ -182,25 +166,21 @@ def hold_out(train: LabeledFeatures) -> tuple[LabeledFeatures, LabeledFeatures]:
     """Split a training set into a random tenth (rounded down) for choosing C and the rest: (rest, tenth).
 
     As published, it is the first tenth of a random order, except that the last image of each class stays in the rest.
-
-    Raises:
-        ValueError: There are too few images.
     """
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
-    backwards = train.labels.cpu()[order].flip(0).numpy()
-    _, last_of_class = np.unique(backwards, return_index=True)
-    is_candidate = torch.ones(len(order), dtype=torch.bool)
-    is_candidate[len(order) - 1 - torch.from_numpy(last_of_class)] = False
-    positions = is_candidate.nonzero().flatten()[: len(order) // 10]
+    _, last_of_class = np.unique(train.labels.cpu()[order].flip(0).numpy(), return_index=True)  # counted from the end
+    candidates = np.setdiff1d(np.arange(len(order)), len(order) - 1 - last_of_class)
+    positions = candidates[: len(order) // 10]
     if not len(positions):
         raise ValueError(
             f"{len(order)} training images of {len(last_of_class)} classes are too few to hold out a tenth to choose C "
             "on and leave one of each class: choose it on the validation set with --finetune-on-val, or on another set "
             "with --finetune-dataset-str"
         )
-    is_held_out = torch.zeros(len(order), dtype=torch.bool).index_fill_(0, positions, value=True)
-    tenth, rest = order[is_held_out], order[~is_held_out]
-    return LabeledFeatures(*(t[rest] for t in train)), LabeledFeatures(*(t[tenth] for t in train))
+    is_held_out = torch.zeros(len(order), dtype=torch.bool)
+    is_held_out[positions] = True
+    rest, tenth = (LabeledFeatures(*(t[order[part]] for t in train)) for part in (~is_held_out, is_held_out))
+    return rest, tenth
 
 
 def eval_log_regression(
@@ -220,17 +200,12 @@ def eval_log_regression(
     Returns:
         On rank 0 {"top-1": fraction, ..., "best_C": C, "converged": whether the final fit converged, "sweep":
         [{"C": C, "top-1": ..., "converged": ...}, ...]}; empty on other ranks.
-
-    Raises:
-        ValueError: There are too few images, or all training images are of one class.
     """
-    fitted = everything = train
+    fitted, everything, choice = train, train, val
     if finetune is not None:
         choice = finetune
         everything = LabeledFeatures(*(torch.cat(pair) for pair in zip(train, finetune, strict=True)))
-    elif finetune_on_val:
-        choice = val
-    else:
+    elif not finetune_on_val:
         fitted, choice = hold_out(train)
     sweep = sweep_C_values(fitter, fitted, choice, C_values)
     if not distributed.is_main():
@@ -266,18 +241,11 @@ def eval_log_regression_with_model(
 ) -> dict[str, Any]:
     """Extract the class tokens of the datasets (not normalized) and run `eval_log_regression` on them."""
     device = torch.device(train_features_device)
+    loading = (batch_size, num_workers, device.type == "cpu")
 
     def extract(dataset: ImageDataset) -> LabeledFeatures:
-        features, labels = extract_features(
-            model,
-            dataset,
-            batch_size,
-            num_workers,
-            gather_on_cpu=device.type == "cpu",
-            autocast_dtype=autocast_dtype,
-            cache=cache,
-        )
-        return LabeledFeatures(features.to(device), labels.to(device))
+        found = extract_features(model, dataset, *loading, autocast_dtype=autocast_dtype, cache=cache)
+        return LabeledFeatures(*(tensor.to(device) for tensor in found))
 
     train, val = extract(train_dataset), extract(val_dataset)
     finetune = None if finetune_dataset is None else extract(finetune_dataset)
@@ -290,8 +258,7 @@ def log_scores(metrics: dict[str, Any], val_dataset: ImageDataset) -> None:
     """Log the accuracies, in percent: the published lines, and a table."""
     for top in [key for key in metrics if key.startswith("top-")]:
         logger.info("%s: %s", top, np.round(metrics[top], 1))
-    facts = set_facts(val_dataset)
-    title = f"logistic regression on {facts['images']} images of {facts['classes']} classes, accuracy in %"
+    title = f"logistic regression on {described_set(val_dataset)}, accuracy in %"
     row = [f"{metrics['best_C']:.3g}", metrics["top-1"], metrics.get("top-5")]
     logger.info("%s", as_table(title, ["best C", "top-1", "top-5"], [row]))
 
@@ -300,21 +267,17 @@ def main(args: argparse.Namespace) -> None:
     """Run the evaluation of the command line."""
     started = time.monotonic()
     with distributed.session():
-        cfg = setup.setup(args)
+        names = [name for name in (args.val_dataset, args.finetune_dataset_str) if name]
+        cfg = setup.setup(args, [args.train_dataset, *names])
         if args.finetune_dataset_str and args.finetune_on_val:
             logger.warning("--finetune-on-val has no effect: C is chosen on the images of --finetune-dataset-str")
         transform, cache = setup.eval_transform(args, cfg, RESIZE_SIZE), setup.feature_cache(args, cfg, RESIZE_SIZE)
-        names = (args.val_dataset, args.finetune_dataset_str)
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
-        train_dataset = setup.training_dataset(args.train_dataset, transform, setup.image_options(cfg))
-        options = train_dataset.image_options
-        others = {name: setup.labeled_dataset(name, transform, image_options=options) for name in names if name}
-        equal_images = setup.compare_sets(args.train_dataset, train_dataset, others)
-        sets = {args.train_dataset: train_dataset} | others
+        sets, equal_images = setup.open_sets(args.train_dataset, names, transform, setup.image_options(cfg))
         results = eval_log_regression_with_model(
             setup.build_model_for_eval(cfg, args.pretrained_weights),
-            train_dataset=train_dataset,
+            train_dataset=sets[args.train_dataset],
             val_dataset=sets[args.val_dataset],
             finetune_dataset=sets.get(args.finetune_dataset_str),
             finetune_on_val=args.finetune_on_val,
@@ -330,10 +293,8 @@ def main(args: argparse.Namespace) -> None:
         if distributed.is_main():
             metrics = percent(results) | {"sweep": [percent(scores) for scores in results["sweep"]]}
             log_scores(metrics, sets[args.val_dataset])
-            facts = run_facts(sets, cache, started)
-            write_results(
-                path, evaluation="log_regression", metrics=metrics, args=args, **facts, equal_images=equal_images
-            )
+            facts = run_facts(sets, cache, started) | {"equal_images": equal_images}
+            write_results(path, evaluation="log_regression", metrics=metrics, args=args, **facts)
 
 
 if __name__ == "__main__":

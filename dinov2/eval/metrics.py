@@ -34,32 +34,35 @@ class MetricType(Enum):
     PER_CLASS_ACCURACY = "per_class_accuracy"
     IMAGENET_REAL_ACCURACY = "imagenet_real_accuracy"
 
-    @property
-    def averaging(self) -> AccuracyAveraging:
-        """Averaging of an accuracy with one label per image."""
-        return _AVERAGING[self]
 
-
-_AVERAGING = {
+_AVERAGING = {  # of accuracies with one label per image
     MetricType.MEAN_ACCURACY: AccuracyAveraging.MICRO,
     MetricType.MEAN_PER_CLASS_ACCURACY: AccuracyAveraging.MACRO,
     MetricType.PER_CLASS_ACCURACY: AccuracyAveraging.NONE,
 }
 
 
-class TopKAccuracy(Metric):
-    """Fraction of samples whose label is among their `top_k` highest scores."""
+class _Counts(Metric):
+    """Numbers of correct and of all samples."""
 
     full_state_update = False
     higher_is_better = True
     correct: Tensor
     total: Tensor
 
-    def __init__(self, num_classes: int, top_k: int, averaging: AccuracyAveraging, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int, top_k: int, initial: Tensor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_classes, self.top_k, self.averaging = num_classes, top_k, averaging
-        self.add_state("correct", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros(num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        self.num_classes, self.top_k = num_classes, top_k
+        self.add_state("correct", initial, dist_reduce_fx="sum")
+        self.add_state("total", initial.clone(), dist_reduce_fx="sum")
+
+
+class TopKAccuracy(_Counts):
+    """Fraction of samples whose label is among their `top_k` highest scores."""
+
+    def __init__(self, num_classes: int, top_k: int, averaging: AccuracyAveraging, **kwargs: Any) -> None:
+        super().__init__(num_classes, top_k, torch.zeros(num_classes, dtype=torch.int64), **kwargs)
+        self.averaging = averaging
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch: scores (B, C), labels (B,) int64."""
@@ -80,22 +83,14 @@ class TopKAccuracy(Metric):
         return per_class if self.averaging is AccuracyAveraging.NONE else per_class.mean()
 
 
-class ImageNetReaLAccuracy(Metric):
+class ImageNetReaLAccuracy(_Counts):
     """Fraction of samples with a valid label among their `top_k` highest scores (Beyer et al. 2020, arXiv 2006.07159).
 
     Samples without any valid label are ignored.
     """
 
-    full_state_update = False
-    higher_is_better = True
-    correct: Tensor
-    total: Tensor
-
     def __init__(self, num_classes: int, top_k: int = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_classes, self.top_k = num_classes, top_k
-        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+        super().__init__(num_classes, top_k, torch.tensor(0), **kwargs)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch: scores (B, C), label lists (B, L) int64 padded with -1."""
@@ -117,23 +112,20 @@ class ImageNetReaLAccuracy(Metric):
 def build_metric(
     metric_type: MetricType, *, num_classes: int, ks: Sequence[int] | None = None, sync_on_compute: bool = True
 ) -> MetricCollection:
-    """Build the metrics `top-k` for each k.
+    """Build the metrics `top-k` for each k: a collection whose `compute()` gives {"top-1": ..., "top-5": ...}.
 
     Args:
         metric_type: Type of accuracy.
         num_classes: C, the width of the scores.
         ks: Values of k; None means (1, 5). Those above `num_classes` are ignored.
         sync_on_compute: Whether to sum over processes; off if they evaluate different models.
-
-    Returns:
-        A collection whose `compute()` gives {"top-1": ..., "top-5": ...}.
     """
     ks = [k for k in ks or DEFAULT_KS if k <= num_classes]
 
     def metric(k: int) -> Metric:
         if metric_type is MetricType.IMAGENET_REAL_ACCURACY:
             return ImageNetReaLAccuracy(num_classes, k, sync_on_compute=sync_on_compute)
-        return TopKAccuracy(num_classes, k, metric_type.averaging, sync_on_compute=sync_on_compute)
+        return TopKAccuracy(num_classes, k, _AVERAGING[metric_type], sync_on_compute=sync_on_compute)
 
     # With compute groups, top-5 would share the counts of top-1 if the two agree on the first batch.
     return MetricCollection({f"top-{k}": metric(k) for k in ks}, compute_groups=False)

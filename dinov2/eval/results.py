@@ -37,15 +37,7 @@ def archive_results(path: Path) -> None:
 def write_results(
     path: Path, *, evaluation: str, metrics: Mapping[str, Any], args: argparse.Namespace, **facts: Any
 ) -> None:
-    """Write the results on rank 0.
-
-    Args:
-        path: The JSON file.
-        evaluation: Name of the evaluation.
-        metrics: Metrics; accuracies in percent.
-        args: Arguments of the command line, which are recorded as settings.
-        facts: Further entries, see `run_facts`.
-    """
+    """Write the results on rank 0: metrics with accuracies in percent, settings, and `facts` (see `run_facts`)."""
     if not distributed.is_main():
         return
     record = {
@@ -83,20 +75,11 @@ def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
 
 
 def run_facts(sets: Mapping[str, ImageDataset], cache: FeatureCache, started: float) -> dict[str, Any]:
-    """Entries of a results file about datasets, feature files and time.
-
-    Args:
-        sets: Datasets by dataset string.
-        cache: Cache of the features, after use.
-        started: Start of the evaluation, by `time.monotonic()`.
-    """
+    """Entries of a results file about datasets, feature files and the time since `started`, by `time.monotonic()`."""
     return {
         "sets": {name: set_facts(dataset) for name, dataset in sets.items()},
         "feature_files": cache.files,
-        "seconds": {
-            "features": round(cache.seconds, 2),
-            "rest": round(time.monotonic() - started - cache.seconds, 2),
-        },
+        "seconds": {"features": round(cache.seconds, 2), "rest": round(time.monotonic() - started - cache.seconds, 2)},
     }
 
 
@@ -108,6 +91,17 @@ def set_facts(dataset: ImageDataset) -> dict[str, int]:
     labeled = targets >= 0
     images = labeled.any(axis=1) if targets.ndim > 1 else labeled
     return {"images": int(images.sum()), "classes": len(np.unique(targets[labeled]))}
+
+
+def described_set(dataset: ImageDataset) -> str:
+    """ "21 images of 3 classes"."""
+    facts = set_facts(dataset)
+    return f"{counted(facts['images'], 'image')} of {counted(facts['classes'], 'class', 'classes')}"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """ "1 image", "2 images"."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def as_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

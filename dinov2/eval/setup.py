@@ -3,7 +3,8 @@
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from torch import Tensor
 from dinov2 import config, distributed
 from dinov2.config import DTYPES, Config
 from dinov2.data import make_dataset
+from dinov2.data.datasets import parse_dataset_str
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import ImageOptions
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.file_identity import LabeledDataset, report_equal_images
-from dinov2.eval.results import weights_fingerprint
+from dinov2.eval.results import counted, weights_fingerprint
 from dinov2.log import setup_logging
 from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -32,38 +34,25 @@ PUBLISHED_CROP_SIZE = 224
 SMALLEST_PUBLISHED_SIZE = 96  # a model trained on smaller global crops is evaluated at the size of its crops
 
 
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """Build the parser of the flags common to all evaluations."""
-    parser = argparse.ArgumentParser(description="DINOv2 evaluation", add_help=add_help)
-    parser.add_argument(
-        "--config-file",
-        required=True,
-        help="config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
-        "eval/vits14_pretrain",
-    )
+def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = True) -> argparse.ArgumentParser:
+    """Build a parser with the flags common to all evaluations."""
+    parser = argparse.ArgumentParser(description=description, add_help=add_help, allow_abbrev=False)
+    add = parser.add_argument
+    config_help = "config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
+    add("--config-file", required=True, help=f"{config_help}eval/vits14_pretrain")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--pretrained-weights", help="file, folder (OUT/eval/best) or URL of the weights")
-    weights.add_argument(
-        "--random-init", action="store_true", help="evaluate the network before training, as a baseline"
-    )
-    parser.add_argument(
-        "--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)"
-    )
-    parser.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value"
-    )
-    parser.add_argument("--train-dataset", default="ImageNet:split=TRAIN", help="dataset string")
-    parser.add_argument("--val-dataset", default="ImageNet:split=VAL", help="dataset string")
+    random_help = "evaluate the network before training, as a baseline"
+    weights.add_argument("--random-init", action="store_true", help=random_help)
+    add("--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)")
+    add("--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value")
+    add("--train-dataset", default="ImageNet:split=TRAIN", help="dataset string")
+    add("--val-dataset", default="ImageNet:split=VAL", help="dataset string")
     small = f"for models trained on global crops below {SMALLEST_PUBLISHED_SIZE} pixels: the size of those crops"
-    parser.add_argument(
-        "--resize-size",
-        type=positive_int,
-        help=f"shorter side in pixels to which images are resized (default: 256, for logistic regression 224; {small})",
-    )
-    parser.add_argument(
-        "--crop-size", type=positive_int, help=f"side of the center crop in pixels (default: 224; {small})"
-    )
-    parser.add_argument(
+    resize_help = "shorter side in pixels to which images are resized (default: 256, for logistic regression 224; "
+    add("--resize-size", type=positive_int, help=f"{resize_help}{small})")
+    add("--crop-size", type=positive_int, help=f"side of the center crop in pixels (default: 224; {small})")
+    add(
         "--feature-cache",
         metavar="FOLDER",
         help="cache of extracted features, reused as long as the weights, settings, labels, and the names, sizes and "
@@ -75,35 +64,37 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
 
 def positive_int(text: str) -> int:
     """Argparse type of an integer of at least 1."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
-    return number
+    return int(_positive(int, text, "an integer of at least 1", 1, math.inf))
 
 
 def positive_number(text: str) -> float:
     """Argparse type of a positive number within the range of float32."""
+    return _positive(float, text, "a number above 0 that is not extreme", 1e-20, 1e20)
+
+
+def _positive(convert: Callable[[str], float], text: str, expected: str, smallest: float, largest: float) -> float:
     try:
-        number = float(text)
+        number = convert(text)
     except ValueError:
-        number = 0.0
-    if not 1e-20 <= number <= 1e20:
-        raise argparse.ArgumentTypeError(f"expected a number above 0 that is not extreme, got {text!r}")
+        number = 0
+    if not smallest <= number <= largest:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
     return number
 
 
-def setup(args: argparse.Namespace) -> Config:
+def setup(args: argparse.Namespace, datasets: Iterable[str] = ()) -> Config:
     """Load the configuration, create the output folder and start logging; requires a `distributed.session()`.
 
     The configuration is saved as `config.yaml` in the output folder, but never over the file it was read from.
+
+    If the configuration or one of the dataset strings is wrong, nothing has been created.
     """
+    cfg = config.load(args.config_file, args.opts)
+    for dataset_str in datasets:
+        _check_dataset_str(dataset_str)
     output_dir = Path(args.output_dir).resolve()
     output_dir.mkdir(parents=True, exist_ok=True)
     setup_logging(output_dir, distributed.rank())
-    cfg = config.load(args.config_file, args.opts)
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, output_dir=str(output_dir)))
     path = output_dir / "config.yaml"
     if distributed.is_main() and path != Path(args.config_file).resolve():
@@ -113,15 +104,18 @@ def setup(args: argparse.Namespace) -> Config:
     return cfg
 
 
+def _check_dataset_str(dataset_str: str) -> None:
+    """Raise the error of opening a dataset if the string is invalid or a path in it is missing."""
+    _, arguments = parse_dataset_str(dataset_str)
+    paths = [Path(arguments[key]).expanduser() for key in ("root", "extra", "file") if key in arguments]
+    if not all(path.exists() for path in paths):
+        make_dataset(dataset_str=dataset_str)
+
+
 def build_model_for_eval(cfg: Config, pretrained_weights: str | None) -> DinoVisionTransformer:
-    """Build the teacher's backbone on the device of this process, in evaluation mode.
+    """Build the frozen backbone of the teacher on the device of this process.
 
-    Args:
-        cfg: Configuration of the model.
-        pretrained_weights: Path or URL of the weights; None: random weights from the seed `train.seed`.
-
-    Raises:
-        ValueError: The weights do not fit the configuration.
+    Weights are a path or URL; None gives random ones, from the seed `train.seed`. A `ValueError` if they do not fit.
     """
     torch.manual_seed(cfg.train.seed)
     model = build_model(**config.backbone_arguments(cfg))
@@ -140,17 +134,13 @@ def get_autocast_dtype(cfg: Config) -> torch.dtype:
 
 
 def setup_and_build_model(args: argparse.Namespace) -> tuple[DinoVisionTransformer, torch.dtype]:
-    """Build the frozen backbone of the command line; returns it and its autocast dtype."""
+    """Build the frozen backbone of the command line, and its autocast dtype."""
     cfg = setup(args)
     return build_model_for_eval(cfg, args.pretrained_weights), get_autocast_dtype(cfg)
 
 
 def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> tuple[int, int]:
-    """Sizes in pixels (resize, crop) from the flags, else the published ones or those of a small-image model.
-
-    Raises:
-        ValueError: The crop is not a whole number of patches, or larger than the resized image.
-    """
+    """Sizes (resize, crop) in pixels from the flags, else the published ones or those of a small-image model."""
     trained = cfg.crops.global_crops_size
     small = trained < SMALLEST_PUBLISHED_SIZE
     resize = args.resize_size or (trained if small else published_resize_size)
@@ -163,7 +153,7 @@ def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: in
 
 
 def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> Callable[..., Tensor]:
-    """Build the transform of evaluation images, image -> (3, crop, crop), with the normalization of training."""
+    """Build the transform image -> (3, crop, crop), with the normalization of training."""
     resize, crop = image_sizes(args, cfg, published_resize_size)
     logger.info("images: shorter side to %d pixels, center crop of %d x %d", resize, crop, crop)
     return make_classification_eval_transform(
@@ -192,22 +182,13 @@ def model_facts(args: argparse.Namespace, cfg: Config, published_resize_size: in
     }
 
 
-def check_same_classes(train_dataset: ImageDataset, other: ImageDataset, other_name: str) -> None:
-    """Check that two datasets have the same classes, in which labels are indices.
-
-    Raises:
-        ValueError: Both datasets have class names and these differ.
-    """
-    check_classes(class_names(train_dataset), other, other_name)
-
-
 def class_names(dataset: ImageDataset) -> list[str]:
     """Class names by label; empty if the dataset has none."""
     return list(getattr(dataset, "classes", None) or [])
 
 
 def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> None:
-    """Check a dataset like `check_same_classes`, given the names of the training classes."""
+    """Raise a `ValueError` if a dataset has class names, and others than the training classes, if these have any."""
     others = class_names(other)
     if mine and others and list(mine) != others:
         different = ", ".join(map(str, sorted(set(mine) ^ set(others))[:6])) or "none, but their order differs"
@@ -220,17 +201,7 @@ def check_classes(mine: Sequence[str], other: ImageDataset, other_name: str) -> 
 def check_labels(
     train_targets: np.ndarray, other: ImageDataset, other_name: str, *, num_classes: int | None = None
 ) -> None:
-    """Check the labels of a test dataset; warn of classes without training images.
-
-    Args:
-        train_targets: Labels of the training images.
-        other: Test dataset.
-        other_name: Dataset string of the test dataset.
-        num_classes: Number of classes that a classifier predicts; None: unlimited.
-
-    Raises:
-        ValueError: A label is not below `num_classes`.
-    """
+    """Raise a `ValueError` if a label of a test set is not below `num_classes`; warn of classes not trained on."""
     targets = labels_of(other)
     if num_classes is not None and targets.max() >= num_classes:
         raise ValueError(f"{other_name} has labels up to {targets.max()}, but there are {num_classes} classes, from 0")
@@ -243,18 +214,17 @@ def check_labels(
         )
 
 
-def compare_sets(train_name: str, train: ImageDataset, others: Mapping[str, ImageDataset]) -> dict[str, dict[str, int]]:
-    """Check that the other datasets, by dataset string, fit the training set; returns `report_equal_images`.
-
-    Raises:
-        ValueError: The classes differ.
-    """
+def open_sets(
+    train_name: str, names: Iterable[str], transform: Callable[..., Tensor], options: ImageOptions
+) -> tuple[dict[str, ImageDataset], dict[str, dict[str, int]]]:
+    """Open and compare a training set and others: datasets by dataset string, and `report_equal_images`."""
+    train = training_dataset(train_name, transform, options)
+    others = {name: labeled_dataset(name, transform, image_options=train.image_options) for name in names}
     for name, other in others.items():
-        check_same_classes(train, other, name)
+        check_classes(class_names(train), other, name)
         check_labels(labels_of(train), other, name)
-    return report_equal_images(
-        train_name, LabeledDataset.of(train), {name: LabeledDataset.of(other) for name, other in others.items()}
-    )
+    labeled = {name: LabeledDataset.of(other) for name, other in others.items()}
+    return {train_name: train} | others, report_equal_images(train_name, LabeledDataset.of(train), labeled)
 
 
 def labels_of(dataset: ImageDataset) -> np.ndarray:
@@ -265,18 +235,15 @@ def labels_of(dataset: ImageDataset) -> np.ndarray:
 
 
 def training_dataset(dataset_str: str, transform: Callable[..., Tensor], image_options: ImageOptions) -> ImageDataset:
-    """Open a training set, see `labeled_dataset`.
-
-    Raises:
-        ValueError: See `labeled_dataset`; also if all images are of one class.
-    """
+    """Open a `labeled_dataset`; a `ValueError` also if all images are of one class."""
     dataset = labeled_dataset(dataset_str, transform, image_options=image_options)
     targets = labels_of(dataset)
     if (targets == targets[0]).all():
-        name = next(iter(class_names(dataset)[targets[0] :]), "")
+        name = next((f", {name}" for name in class_names(dataset)[targets[0] :]), "")
+        subject, verb = ("the only image", "is") if len(targets) == 1 else (f"all {len(targets)} images", "are")
         raise ValueError(
-            f"all {len(targets)} images of --train-dataset {dataset_str!r} are of one class (label {targets[0]}"
-            f"{name and f', {name}'}): classification needs at least two; in an image folder, each class is a subfolder"
+            f"{subject} of --train-dataset {dataset_str!r} {verb} of one class (label {targets[0]}{name}): "
+            "classification needs at least two; in an image folder, each class is a subfolder"
         )
     return dataset
 
@@ -296,11 +263,7 @@ def labeled_dataset(
     several: bool = False,
     image_options: ImageOptions | None = None,
 ) -> ImageDataset:
-    """Open a dataset with one label per image, or lists of labels if `several`.
-
-    Raises:
-        ValueError: The dataset is empty or lacks such labels.
-    """
+    """Open a dataset with one label per image, or lists of labels if `several`; a `ValueError` if it has none."""
     dataset = make_dataset(dataset_str=dataset_str, transform=transform, image_options=image_options)
     if len(dataset) == 0:
         raise ValueError(f"dataset {dataset_str!r} is empty")
@@ -314,7 +277,9 @@ def labeled_dataset(
         )
     if targets.ndim == 1 and targets.min() < 0:
         first = dataset.describe(int(targets.argmin()))
-        raise ValueError(f"{(targets < 0).sum()} images of {dataset_str!r} have a label below 0, such as {first}")
+        num_bad = int((targets < 0).sum())
+        verb = "has" if num_bad == 1 else "have"
+        raise ValueError(f"{counted(num_bad, 'image')} of {dataset_str!r} {verb} a label below 0, such as {first}")
     if targets.ndim > 1 and not several:
         raise ValueError(
             f"dataset {dataset_str!r} has lists of labels, which only the metric imagenet_real_accuracy "

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils.data import Dataset, default_collate
 
@@ -28,26 +28,19 @@ class SkipUnreadable(Dataset[Any]):
             return error
 
 
-class UnreadableBatch(NamedTuple):
-    """A batch without readable images."""
-
-    size: int
-    reason: str  # of the first one
-
-
 def collate_skipping_unreadable(samples: Sequence[Any], collate: Callable[[list[Any]], Any] = default_collate) -> Any:
-    """Collate the readable samples; an `UnreadableBatch` if there are none."""
-    readable = [sample for sample in samples if not isinstance(sample, BadImageError)]
-    return collate(readable) if readable else UnreadableBatch(len(samples), str(samples[0]))
+    """Collate the readable samples; the error to raise if there are none."""
+    if readable := [sample for sample in samples if not isinstance(sample, BadImageError)]:
+        return collate(readable)
+    return ValueError(f"none of the {len(samples)} images of a batch can be read; the first: {samples[0]}")
 
 
 def skip_unreadable_batches(batches: Iterable[Any]) -> Iterator[Any]:
-    """Iterate over the batches of a loader with `collate_skipping_unreadable`.
+    """Iterate over the batches of a loader with `collate_skipping_unreadable`, and raise its errors.
 
-    Raises:
-        ValueError: A batch is an `UnreadableBatch`. Not raised in workers, which would add their traceback.
+    They are not raised in workers, which would add their traceback.
     """
     for batch in batches:
-        if isinstance(batch, UnreadableBatch):
-            raise ValueError(f"none of the {batch.size} images of a batch can be read; the first: {batch.reason}")
+        if isinstance(batch, ValueError):
+            raise batch
         yield batch

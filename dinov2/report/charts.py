@@ -43,7 +43,6 @@ class Line(NamedTuple):
 
     @property
     def end_text(self) -> str:
-        """The text at its end."""
         return f"{self.tag} {self.text(self.points[-1][1])}".strip()
 
 
@@ -66,18 +65,17 @@ class Axis(NamedTuple):
     log: bool = False
 
     def at(self, value: float) -> float:
-        """The position of a value."""
         low, high, value = (math.log10(v) for v in (self.low, self.high, value)) if self.log else (*self[:2], value)
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
 
 class Chart(NamedTuple):
-    """A drawing of `WIDTH` x `HEIGHT`: a text alternative, axes, lines with the heights of their end texts, spans."""
+    """A drawing of `WIDTH` x `HEIGHT`."""
 
-    label: str
+    label: str  # text alternative, for screen readers
     x: Axis
     y: Axis
-    lines: list[tuple[Line, float]]
+    lines: list[tuple[Line, float]]  # each with the height of the text at its end
     spans: Sequence[Span]
 
     def points(self, line: Line) -> list[tuple[float, float]]:
@@ -94,14 +92,9 @@ class Chart(NamedTuple):
 def make_chart(
     lines: Sequence[Line], label: str, *, spans: Sequence[Span] = (), steps: float = 0, log: bool = False
 ) -> Chart:
-    """Lay out a chart.
+    """Lay out a chart of lines, at least one, each with at least one point.
 
-    Args:
-        lines: At least one, each with at least one point.
-        label: Text alternative, for screen readers.
-        spans: Steps to shade.
-        steps: Minimal end of the horizontal axis.
-        log: Whether the vertical axis is logarithmic; ignored if a value is not positive.
+    The horizontal axis ends at `steps` or later. The vertical one is logarithmic if `log` and all values are positive.
     """
     values = [value for line in lines for _, value in line.points]
     last = max(steps, *(line.points[-1][0] for line in lines))

@@ -13,18 +13,11 @@ _LOG_SCALE = {"Gradient norms"}
 
 
 class Panel(NamedTuple):
-    """A chart with its title and caption.
-
-    Attributes:
-        title: What it shows.
-        metric: Describes the curves: meaning, unit, direction.
-        legend: (text, style) of each line; empty if there is only one, or if the lines are runs.
-        chart: The drawing.
-    """
+    """A chart with its title and caption."""
 
     title: str
-    metric: Metric
-    legend: list[tuple[str, int]]
+    metric: Metric  # describes the curves: meaning, unit, direction
+    legend: list[tuple[str, int]]  # (text, style) of each line; empty if there is only one, or if the lines are runs
     chart: Chart
 
 
@@ -41,15 +34,16 @@ def panels_by_group(runs: Sequence[Run]) -> dict[str, list[Panel]]:
 
 def _panels(runs: Sequence[Run], metrics: Sequence[Metric]) -> list[Panel]:
     """The charts of some metrics, those of the same chart in sequence."""
+    present = [metric for metric in metrics if any(points_of(run, metric.name) for run in runs)]
     panels = []
-    for title, each in groupby(metrics, key=lambda metric: metric.chart):
-        present = [metric for metric in each if any(points_of(run, metric.name) for run in runs)]
-        if len(runs) == 1 and present:
-            panels.append(_panel(title, present[0], [(m.label, points_of(runs[0], m.name)) for m in present], runs))
-        elif len(runs) > 1:
-            for metric in present:
-                name = f"{title}, {metric.label}" if metric.label else title
-                panels.append(_panel(name, metric, [(run.tag, points_of(run, metric.name)) for run in runs], runs))
+    if len(runs) > 1:
+        for metric in present:
+            title = f"{metric.chart}, {metric.label}" if metric.label else metric.chart
+            panels.append(_panel(title, metric, [(run.tag, points_of(run, metric.name)) for run in runs], runs))
+        return panels
+    for title, each in groupby(present, key=lambda metric: metric.chart):
+        drawn = list(each)
+        panels.append(_panel(title, drawn[0], [(m.label, points_of(runs[0], m.name)) for m in drawn], runs))
     return panels
 
 
@@ -96,12 +90,8 @@ def alarm_spans(run: Run) -> list[Span]:
 
 
 def _images_per_second(run: Run) -> Points:
-    found = []
-    for record in run.records:
-        batch, time = run.global_batch(record["iteration"]), record.get("iter_time", 0.0)
-        if batch and time > 0:
-            found.append((record["iteration"], batch / time))
-    return found
+    timed = [(step, time, run.global_batch(step)) for step, time in run.series("iter_time") if time > 0]
+    return [(step, batch / time) for step, time, batch in timed if batch]
 
 
 def _data_wait(run: Run) -> Points:

@@ -6,7 +6,7 @@ Shapes: n images, h x w patches, D feature width.
 import base64
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import NamedTuple
@@ -30,28 +30,18 @@ FEW_PATCHES = 14  # along a side; fewer show little of the objects in an image
 
 
 class Gallery(NamedTuple):
-    """Rows of images as data URIs; each column belongs to one probe image.
+    """Rows of images as data URIs; each column belongs to one probe image."""
 
-    Attributes:
-        images: The probe images; empty if they were not kept.
-        steps: Colored features at some steps, the earliest first.
-        num_steps: Number of steps that have features.
-        colors: (n, h, w, 3) of the last step; None if there are no features.
-    """
-
-    images: list[str]
-    steps: dict[int, list[str]]
-    num_steps: int
-    colors: Tensor | None
+    images: list[str]  # of the probe; empty if they were not kept
+    steps: dict[int, list[str]]  # colored features at some steps, the earliest first
+    num_steps: int  # that have features
+    colors: Tensor | None  # (n, h, w, 3) of the last step
 
 
 def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
     """The features of a run at steps that are evenly spread.
 
-    Args:
-        run: Run whose files are read.
-        reference: (n, h, w, 3), colors of another run, with which those of the last step are aligned if they have the
-            same shape.
+    The colors of the last step are aligned with those of another run, `reference` (n, h, w, 3) of the same shape.
     """
     files = run.comparable_tokens
     chosen = [list(files)[index] for index in spread(len(files), MAX_STEPS)]
@@ -63,11 +53,9 @@ def gallery(run: Run, reference: Tensor | None = None) -> Gallery:
         found = pca_colors(tokens)
         later = next(reversed(colors.values())) if colors else reference
         colors[step] = aligned(found, later) if later is not None and later.shape == found.shape else found
-    images = (
-        [] if run.images is None else [Image.fromarray(each.transpose(1, 2, 0)) for each in run.images[:MAX_IMAGES]]
-    )
+    images: Iterable[np.ndarray] = () if run.images is None else run.images[:MAX_IMAGES]
     return Gallery(
-        images=[data_uri(image) for image in images],
+        images=[data_uri(Image.fromarray(image.transpose(1, 2, 0))) for image in images],
         steps={step: [data_uri(image) for image in to_images(colors[step])] for step in sorted(colors)},
         num_steps=len(files),
         colors=colors[max(colors)] if colors else None,
@@ -94,14 +82,8 @@ def spread(count: int, most: int) -> list[int]:
 def aligned(colors: Tensor, reference: Tensor) -> Tensor:
     """Permute and invert color channels so that they correlate best with others of the same patches.
 
-    Sign and order of principal components are arbitrary; this makes them follow `reference`.
-
-    Args:
-        colors: (n, h, w, 3) in [0, 1].
-        reference: (n, h, w, 3) in [0, 1].
-
-    Returns:
-        (n, h, w, 3)
+    Sign and order of principal components are arbitrary; this makes them follow `reference`. All are (n, h, w, 3) in
+    [0, 1].
     """
     flat = np.concatenate([each.flatten(0, 2).double().numpy() for each in (colors, reference)], axis=1)
     with np.errstate(invalid="ignore"):  # channels without contrast
@@ -127,8 +109,8 @@ def galleries(runs: Sequence[Run]) -> list[Gallery]:
     """The galleries of several runs; those with the same images have aligned colors."""
     found: list[Gallery] = []
     for run in runs:
-        alike = (each for other, each in zip(runs, found, strict=False) if same_images(run, other))
-        found.append(gallery(run, next((each.colors for each in alike if each.colors is not None), None)))
+        alike = (each.colors for other, each in zip(runs, found, strict=False) if same_images(run, other))
+        found.append(gallery(run, next((colors for colors in alike if colors is not None), None)))
     return found
 
 

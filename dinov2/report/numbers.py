@@ -54,3 +54,8 @@ def duration(seconds: float) -> str:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def counted(number: int, noun: str) -> str:
+    """1 step, 2,000 steps"""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 import dinov2
 from dinov2.files import atomic_write
 from dinov2.report import charts, curves, images, sections, verdict
-from dinov2.report.numbers import duration, number, percent, readable, rough
+from dinov2.report.numbers import counted, duration, number, percent, readable, rough
 from dinov2.report.read_run import read_runs
 from dinov2.report.run import Run
 
@@ -22,22 +22,21 @@ logger = logging.getLogger(__name__)
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None, title: str | None = None) -> Path:
-    """Write the report about some runs.
+    """Write the report about the trainings in some folders, side by side, and return its file.
 
     Args:
-        folders: Output folders of trainings; several are shown side by side.
+        folders: At least one.
         output: File to write; default: `report.html` in the first folder.
-        title: Title of the page; default: the names of the folders.
-
-    Returns:
-        The file.
+        title: Default: the names of the folders.
 
     Raises:
         FileNotFoundError: A folder is not the output folder of a training.
         ValueError: `output` is not the name of an HTML file.
     """
-    if output is not None:
-        _check_output(output)
+    if output is not None and output.is_dir():
+        raise ValueError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--output {output}: the report is a web page, its name must end in .html or .htm")
     runs = read_runs(folders)
     output = output or folders[0] / "report.html"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -45,13 +44,6 @@ def write_report(folders: Sequence[Path], output: Path | None = None, title: str
         file.write(page(runs, title).encode())
     logger.info("report: %s", output)
     return output
-
-
-def _check_output(output: Path) -> None:
-    if output.is_dir():
-        raise ValueError(f"--output {output} is a folder; name a file, such as {output / 'report.html'}")
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise ValueError(f"--output {output}: the report is a web page, its name must end in .html or .htm")
 
 
 def page(runs: Sequence[Run], title: str | None = None) -> str:
@@ -84,7 +76,7 @@ def template_environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"commas": "{:,}".format, "coordinate": "{:.1f}".format, "breakable": breakable}
-    environment.filters |= {each.__name__: each for each in (duration, number, percent, readable, rough)}
+    environment.filters |= {each.__name__: each for each in (counted, duration, number, percent, readable, rough)}
     modules = {"charts": charts, "curves": curves, "images": images, "sections": sections, "verdict": verdict}
     environment.globals |= modules
     return environment

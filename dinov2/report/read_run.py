@@ -18,7 +18,7 @@ from dinov2.report.run import Run, State
 from dinov2.train.checkpoint_folder import complete_checkpoints
 from dinov2.train.environment import ENVIRONMENT_FILE, read_environment
 from dinov2.train.monitor.alarms import find_alarms
-from dinov2.train.monitor.best_teacher import Rating, read_rating
+from dinov2.train.monitor.best_teacher import read_rating
 
 logger = logging.getLogger(__name__)
 
@@ -28,16 +28,10 @@ CONFIG_FILE, METRICS_FILE = "config.yaml", "training_metrics.json"
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read several runs.
-
-    Raises:
-        FileNotFoundError: A folder is not the output folder of a training.
-    """
-    names = short_names(folders)
-    tags = [ascii_uppercase[index] if index < 26 else str(index + 1) for index in range(len(folders))]
-    if len(folders) == 1:
-        tags = [""]
-    return [read_run(*each) for each in zip(folders, names, tags, strict=True)]
+    """Read several runs, see `read_run`."""
+    numbers = range(27, len(folders) + 1)
+    tags = [*ascii_uppercase, *map(str, numbers)][: len(folders)] if len(folders) > 1 else [""]
+    return [read_run(*each) for each in zip(folders, short_names(folders), tags, strict=True)]
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -51,16 +45,13 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 
 def read_run(folder: Path, name: str, tag: str = "") -> Run:
-    """Read one run, finished or not.
-
-    Raises:
-        FileNotFoundError: The folder is not the output folder of a training; the message names the missing files.
-    """
+    """Read one run, finished or not; a `FileNotFoundError` if the folder is not the output folder of a training."""
     metrics = folder / METRICS_FILE
     if not metrics.exists() and not (folder / CONFIG_FILE).exists():
         what = "there is no such folder" if not folder.is_dir() else f"it has neither {CONFIG_FILE} nor {METRICS_FILE}"
         raise FileNotFoundError(f"{folder} is not the output folder of a training: {what}")
     notes: list[str] = []
+    rating = folder / "eval" / "best" / "health.json"
     cfg, text = _read_config(folder / CONFIG_FILE, notes)
     records = _read_metrics(metrics, notes)
     return Run(
@@ -72,7 +63,7 @@ def read_run(folder: Path, name: str, tag: str = "") -> Run:
         alarms=find_alarms(records),
         sessions=_or_noted(lambda: read_environment(folder / ENVIRONMENT_FILE), [], notes),
         results=read_results(folder, notes),
-        best=_or_noted(lambda: _rating(folder / "eval" / "best" / "health.json"), None, notes),
+        best=_or_noted(lambda: read_rating(rating) if rating.exists() else None, None, notes),
         images=read_images(folder / "health" / "images.npz", notes),
         tokens=_find_tokens(folder / "health"),
         state=_read_state(folder, metrics, notes),
@@ -118,11 +109,9 @@ def _read_state(folder: Path, metrics: Path, notes: list[str]) -> State:
     except OSError as error:
         logger.info("cannot determine whether %s is in use: %s", folder, error)
         locked = None
-    try:
-        checkpoint = max(complete_checkpoints(folder / "checkpoints"), default=None)
-    except OSError as error:
-        notes.append(f"Its checkpoints could not be listed: {error}")
-        checkpoint = None
+    problem = "Its checkpoints could not be listed"
+    checkpoints = folder / "checkpoints"
+    checkpoint = _or_noted(lambda: max(complete_checkpoints(checkpoints), default=None), None, notes, problem)
     return State(
         locked=locked,
         idle_seconds=time.time() - metrics.stat().st_mtime if metrics.exists() else None,
@@ -131,18 +120,13 @@ def _read_state(folder: Path, metrics: Path, notes: list[str]) -> State:
     )
 
 
-def _or_noted(read: Callable[[], T], otherwise: T, notes: list[str]) -> T:
+def _or_noted(read: Callable[[], T], otherwise: T, notes: list[str], problem: str = "A file could not be read") -> T:
     """The result of a function; if it fails, a default, and the reason is noted."""
     try:
         return read()
     except (OSError, ValueError) as error:
-        notes.append(f"A file could not be read: {error}")
+        notes.append(f"{problem}: {error}")
         return otherwise
-
-
-def _rating(path: Path) -> Rating | None:
-    """The rating of the teacher that `eval/best` links to, if there is one."""
-    return read_rating(path) if path.exists() else None
 
 
 def read_images(path: Path, notes: list[str]) -> np.ndarray | None:

@@ -16,21 +16,13 @@ _INTERMEDIATE = {"val", "history", "sweep"}  # parts of results files that are n
 
 
 class Result(NamedTuple):
-    """One number of an evaluation.
+    """One number of an evaluation."""
 
-    Attributes:
-        evaluation: Name of the evaluation, such as "knn".
-        teacher: Iteration of the weights; None if they are not a teacher of the run.
-        data: "trained on X, tested on Y", as far as the file has them.
-        name: Name of the number, such as "full, k = 10, top-1".
-        value: Percent; hyperparameters as they are.
-    """
-
-    evaluation: str
-    teacher: int | None
-    data: str
-    name: str
-    value: float
+    evaluation: str  # such as "knn"
+    teacher: int | None  # iteration of the weights; None if they are not a teacher of the run
+    data: str  # "trained on X, tested on Y", as far as the file has them
+    name: str  # such as "full, k = 10, top-1"
+    value: float  # in percent; hyperparameters as they are
 
 
 def read_results(folder: Path, notes: list[str]) -> list[Result]:
@@ -47,19 +39,13 @@ def read_results(folder: Path, notes: list[str]) -> list[Result]:
 
 def _results_of(content: Mapping[str, Any]) -> list[Result]:
     settings = content.get("settings") or {}
-    data = [
-        f"{verb} {settings[key]}"
-        for verb, key in (("trained on", "train_dataset"), ("tested on", "val_dataset"))
-        if settings.get(key)
-    ]
+    verbs = {"train_dataset": "trained on", "val_dataset": "tested on"}
+    data = ", ".join(f"{verb} {settings[key]}" for key, verb in verbs.items() if settings.get(key))
     weights = (content.get("weights") or {}).get("path") or ""
     folder = Path(weights).parent.name.removeprefix("training_")
     teacher = int(folder) if weights.endswith(_TEACHER) and folder.isdecimal() else None
     evaluation = str(content["evaluation"])
-    return [
-        Result(evaluation, teacher, ", ".join(data), name, value)
-        for name, value in _numbers(content["metrics"], evaluation)
-    ]
+    return [Result(evaluation, teacher, data, *each) for each in _numbers(content["metrics"], evaluation)]
 
 
 def _numbers(metrics: Any, evaluation: str, prefix: tuple[str, ...] = ()) -> list[tuple[str, float]]:

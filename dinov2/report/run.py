@@ -17,58 +17,34 @@ Points = list[tuple[float, float]]
 
 
 class State(NamedTuple):
-    """Whether a run is still going, and how it ended.
+    """Whether a run is still going, and how it ended."""
 
-    Attributes:
-        locked: Whether a process holds the lock of the folder; None if the file system does not support locks.
-        idle_seconds: Time since the last record was written; None if there is none.
-        error: Message of the error that ended the run; empty if there was none.
-        checkpoint: Last finished step of the latest checkpoint; None if there is none.
-    """
-
-    locked: bool | None
-    idle_seconds: float | None
-    error: str = ""
-    checkpoint: int | None = None
+    locked: bool | None  # whether a process holds the lock of the folder; None: the file system has no locks
+    idle_seconds: float | None  # since the last record was written
+    error: str = ""  # that ended the run
+    checkpoint: int | None = None  # last finished step of the latest one
 
 
 @dataclass(frozen=True)
 class Run:
-    """The content of the output folder of a run.
+    """The content of the output folder of a run."""
 
-    Attributes:
-        name: Short name, unique on the page.
-        tag: A, B, ...; empty if it is the only run on the page.
-        config: Its configuration; None if there is none that this version understands.
-        config_text: Text of the configuration file.
-        records: One for each logged step, by iteration; finite values only.
-        alarms: Alarms of the records.
-        sessions: Sessions in `environment.json`, the oldest first.
-        results: Results of evaluations.
-        best: Rating of the teacher that `eval/best` links to.
-        images: (n, 3, H, W) uint8, of the probe.
-        tokens: Files with the probe's patch tokens (n, h, w, D), by step.
-        state: Whether it is running, and how it ended.
-        notes: What could not be read.
-    """
-
-    name: str
-    tag: str
-    config: Config | None
+    name: str  # short, unique on the page
+    tag: str  # A, B, ...; empty if it is the only run on the page
+    config: Config | None  # None: there is none that this version understands
     config_text: str
-    records: Sequence[Record]
+    records: Sequence[Record]  # one for each logged step, by iteration; finite values only
     alarms: Sequence[Alarm]
-    sessions: Sequence[Mapping[str, Any]]
+    sessions: Sequence[Mapping[str, Any]]  # in `environment.json`, the oldest first
     results: Sequence[Result]
-    best: Rating | None
-    images: np.ndarray | None
-    tokens: Mapping[int, Path]
+    best: Rating | None  # of the teacher that `eval/best` links to
+    images: np.ndarray | None  # (n, 3, H, W) uint8, of the probe
+    tokens: Mapping[int, Path]  # step -> file with the probe's patch tokens (n, h, w, D)
     state: State
-    notes: Sequence[str]
+    notes: Sequence[str]  # what could not be read
 
     @property
     def title(self) -> str:
-        """The name, with its tag."""
         return f"{self.tag}: {self.name}" if self.tag else self.name
 
     @property

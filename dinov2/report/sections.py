@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from dinov2 import config
 from dinov2.config import Config
 from dinov2.report.curves import points_of
-from dinov2.report.numbers import duration, number, percent, result_text, rough, short
+from dinov2.report.numbers import counted, duration, number, percent, result_text, rough, short
 from dinov2.report.results import Result
 from dinov2.report.run import Run
 
@@ -25,8 +25,8 @@ def facts(run: Run) -> Mapping[str, str]:
     return {
         "data": cfg.train.dataset_path,
         "network": ", ".join([*network, f"patches of {cfg.student.patch_size} pixels"]),
-        "steps": f"{run.total_steps:,} steps",
-        "batch": f"{run.global_batch(run.steps_done):,} images{'' if run.sessions else ' of each process'}",
+        "steps": counted(run.total_steps or 0, "step"),
+        "batch": counted(run.global_batch(run.steps_done) or 0, "image") + " of each process" * (not run.sessions),
     }
 
 
@@ -60,11 +60,11 @@ def key_figures(run: Run) -> Mapping[str, tuple[str, str]]:
 
 def side_by_side(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Key figures and facts of several runs."""
-    figures = [{name: " ".join(texts).strip() for name, texts in key_figures(run).items()} for run in runs]
-    return [
-        {**shown, **{name: text for name, text in facts(run).items() if name != "steps"}}
-        for shown, run in zip(figures, runs, strict=True)
-    ]
+    columns = []
+    for run in runs:
+        figures = {name: " ".join(texts).strip() for name, texts in key_figures(run).items()}
+        columns.append(figures | {name: text for name, text in facts(run).items() if name != "steps"})
+    return columns
 
 
 def comparison_rows(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str], bool]]:
@@ -120,8 +120,8 @@ def setting_tables(runs: Sequence[Run]) -> SettingTables:
 
 
 def _changed(cfg: Config, defaults: Mapping[str, str]) -> dict[str, str]:
-    values = dict(_flat(config.to_dict(cfg)))
-    return {key: value for key, value in values.items() if value != defaults[key] and key not in _SET_BY_THE_RUN}
+    values = _flat(config.to_dict(cfg))
+    return {key: value for key, value in values if value != defaults[key] and key not in _SET_BY_THE_RUN}
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

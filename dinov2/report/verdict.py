@@ -82,12 +82,9 @@ def knn_on_test_images(run: Run) -> dict[str, float]:
 def distinguishes_no_images(run: Run) -> bool:
     """Whether the best teacher of the last dataset has nearly equal features for all images."""
     best = run.best
-    return (
-        best is not None
-        and best.iteration >= run.dataset_start
-        and best.signal != "knn"
-        and best.value < ALL_ALIKE_RANK
-    )
+    if best is None or best.iteration < run.dataset_start:
+        return False
+    return best.signal != "knn" and best.value < ALL_ALIKE_RANK
 
 
 def not_better_than(run: Run) -> float | None:

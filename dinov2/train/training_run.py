@@ -20,7 +20,7 @@ from dinov2.data.device_augment import RawBatch
 from dinov2.data.images import ImageOptions
 from dinov2.data.loader import make_train_loader
 from dinov2.data.masking import published_max_num_patches
-from dinov2.data.sampler_types import SamplerType
+from dinov2.data.samplers import SamplerType
 from dinov2.files import remove_leftovers
 from dinov2.log import MetricLogger, truncate_metrics
 from dinov2.trackers import Tracker, open_trackers

@@ -1,14 +1,8 @@
-"""Figures of the features of a frozen backbone, for any model and any images.
+"""Figures of the features of a frozen backbone, for any model and any images (examples: docs/visualization.md).
 
-    python -m dinov2.visualization pca        --model dinov2_vits14 --images FOLDER --output pca.png
-    python -m dinov2.visualization pca        --model dinov2_vits14 --images clip.mp4 --output pca.mp4
-    python -m dinov2.visualization attention  --model dinov2_vits14_reg --images 'cats/*.jpg' --output attention.png
-    python -m dinov2.visualization similarity --model dinov2_vits14 --images a.jpg b.jpg --point 200,150
-    python -m dinov2.visualization neighbors  --model dinov2_vits14 --query a.jpg --images FOLDER
+    python -m dinov2.visualization COMMAND --model dinov2_vits14 --images FOLDER --output FILE
 
-Without a command, `pca` is run: principal components as colors (DINOv2 paper, section 7.5). All images share one basis,
-so similar patches get similar colors in all of them. Colors of two models, or of two runs of the command, are not
-comparable.
+Without a command, `pca` is run. Colors of two models, or of two runs of the command, are not comparable.
 """
 
 import argparse
@@ -26,6 +20,7 @@ if __package__ in (None, ""):  # run by path from a clone: make the package impo
 import numpy as np
 from PIL import Image
 
+from dinov2.eval.results import counted
 from dinov2.eval.setup import PUBLISHED_CROP_SIZE, positive_int
 from dinov2.files import atomic_write
 from dinov2.log import run_command
@@ -82,30 +77,29 @@ def _add_command(
     commands: Any, name: str, draw: Callable[[argparse.Namespace], None], description: str
 ) -> argparse.ArgumentParser:
     """Add a command with the flags that all commands have."""
-    is_search = name == "neighbors"
-    aliases = ALIASES if is_search else ()
+    aliases: tuple[str, ...] = ()
+    number: int | None = NUM_IMAGES
+    side = DEFAULT_SIDE
+    size_help = "shorter side of the model inputs in pixels; both sides are rounded to multiples of the patch; "
+    size_help += "original: only rounded"
+    if name == "neighbors":
+        aliases, number, side = ALIASES, None, PUBLISHED_CROP_SIZE
+        size_help = "side of the center crop in pixels, as for the k-NN evaluation; rounded to a multiple of the patch"
     parser: argparse.ArgumentParser = commands.add_parser(
         name, aliases=aliases, help=description, description=description
     )
     suffixes = SHEET_SUFFIXES + (WRITABLE_SUFFIXES if name == "pca" else ())
     parser.set_defaults(draw=draw, suffixes=suffixes)
     add_model_flags(parser)
-    images_help = "image files, folders, globs, dataset strings, videos"
-    parser.add_argument("--images", nargs="+", required=True, help=images_help)
-    number = None if is_search else NUM_IMAGES
+    add = parser.add_argument
+    add("--images", nargs="+", required=True, help="image files, folders, globs, dataset strings, videos")
     number_help = "maximum number of images of each folder, glob, dataset or video, evenly spaced (default: "
-    parser.add_argument("--num-images", type=positive_int, default=number, help=f"{number_help}{number or 'all'})")
-    if is_search:
-        size_help = "side of the center crop in pixels, as for the k-NN evaluation; rounded to a multiple of the patch"
-    else:
-        size_help = "shorter side of the model inputs in pixels; both sides are rounded to multiples of the patch; "
-        size_help += "original: only rounded"
-    side = PUBLISHED_CROP_SIZE if is_search else DEFAULT_SIDE
+    add("--num-images", type=positive_int, default=number, help=f"{number_help}{number or 'all'})")
     size_help += f" (default: {side}, or the size of the global crops of a model trained on small images)"
-    parser.add_argument("--size", type=_size, help=size_help)
+    add("--size", type=_size, help=size_help)
     default = "pca.png, of one video pca.mp4" if name == "pca" else f"{name}.png"
-    parser.add_argument("--output", type=Path, help=f"file to write: {', '.join(suffixes)} (default: {default})")
-    parser.add_argument("--npy", action="store_true", help="also write the numbers to .npy files beside it")
+    add("--output", type=Path, help=f"file to write: {', '.join(suffixes)} (default: {default})")
+    add("--npy", action="store_true", help="also write the numbers to .npy files beside it")
     return parser
 
 
@@ -135,12 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """Create the folder of the output.
-
-    Raises:
-        ValueError: The suffix is unknown or does not fit the images, or the output is a folder.
-        OSError: The folder cannot be created.
-    """
+    """Create the folder of the output, if its name is fit."""
     suffix = args.output.suffix.lower()
     if suffix not in args.suffixes:
         raise ValueError(f"--output {args.output} must end in one of {', '.join(args.suffixes)}")
@@ -167,7 +156,7 @@ def _is_one_video(args: argparse.Namespace) -> bool:
 
 
 def draw_pca(args: argparse.Namespace) -> None:
-    """Draw the principal components of images as a figure, or those of a video as a video."""
+    """Draw the principal components of images in a figure, or of a video in a video."""
     if args.foreground:
         logger.info("--foreground assumes that objects cover less of the image border than the background does")
     options = {"shifts": args.shifts, "foreground": args.foreground, "smooth": args.smooth}
@@ -184,16 +173,14 @@ def draw_pca(args: argparse.Namespace) -> None:
         tokens_file=_array_path(args.output, "tokens") if args.npy else None,
         **options,
     )
-    logger.info("%d frames: %s", count, args.output)
+    logger.info("%s: %s", counted(count, "frame"), args.output)
 
 
 def draw_attention(args: argparse.Namespace) -> None:
-    """Draw the attention of the class token."""
     _draw(args, attention_sheet)
 
 
 def draw_similarity(args: argparse.Namespace) -> None:
-    """Draw the similarity of patches to those at some points of the first image."""
     _draw(args, similarity_sheet, points=args.point)
 
 
@@ -207,12 +194,9 @@ def draw_neighbors(args: argparse.Namespace) -> None:
     rows, tokens = find_neighbors(backbone, queries, images, count=args.k, side=args.size, num_workers=args.num_workers)
     if args.npy:
         _save_arrays(args.output, "class_tokens", list(tokens.numpy()))
-    entries = [
-        {
-            "query": query.path,
-            "neighbors": [{"image": image.path, "cosine": round(cosine, 6)} for image, cosine in found],
-        }
-        for query, found in rows
+    entries: list[dict[str, Any]] = [
+        {"query": q.path, "neighbors": [{"image": image.path, "cosine": round(cosine, 6)} for image, cosine in found]}
+        for q, found in rows
     ]
     with atomic_write(args.output.with_suffix(".json")) as file:
         file.write((json.dumps(entries, indent=2) + "\n").encode())
@@ -220,8 +204,9 @@ def draw_neighbors(args: argparse.Namespace) -> None:
     _save_sheet(neighbors_sheet(backbone.name, loaded), args.output)
     fewest = min(len(found) for _, found in rows)
     if fewest < args.k:
-        logger.warning("--k %d: there are only %d other images", args.k, fewest)
-    logger.info("%d queries, the %d nearest of %d images: %s", len(rows), min(fewest, args.k), len(tokens), args.output)
+        logger.warning("--k %d: there are only %s", args.k, counted(fewest, "other image"))
+    num_queries, num_images = counted(len(rows), "query", "queries"), counted(len(tokens), "image")
+    logger.info("%s, the %d nearest of %s: %s", num_queries, min(fewest, args.k), num_images, args.output)
 
 
 def _draw(args: argparse.Namespace, draw: Callable[..., Figure], **options: Any) -> None:
@@ -233,16 +218,15 @@ def _draw(args: argparse.Namespace, draw: Callable[..., Figure], **options: Any)
         for name, arrays in figure.arrays.items():
             _save_arrays(args.output, name, arrays)
     _save_sheet(figure.sheet, args.output)
-    logger.info("%d images: %s", len(images), args.output)
+    logger.info("%s: %s", counted(len(images), "image"), args.output)
 
 
 def _shorter_side(args: argparse.Namespace, backbone: FrozenBackbone) -> int | None:
     """Shorter side of the model inputs in pixels; None keeps the sizes of the images."""
     side = backbone.shorter_side
     if args.size is None and side < DEFAULT_SIDE:
-        logger.info(
-            "the model was trained on images of %d pixels: shorter side %d; --size N for more patches", side, side
-        )
+        text = "the model was trained on images of %d pixels: shorter side %d; --size N for more patches"
+        logger.info(text, side, side)
     return None if args.size == "original" else args.size or side
 
 

@@ -88,8 +88,7 @@ def draw_sheet(
 
     Args:
         rows: Cells from left to right; None leaves a cell empty. A row is as high as its highest image.
-        title: First line of the sheet.
-        subtitle: Lines below the title.
+        title, subtitle: Lines at the top.
         headings: One for each column.
         labels: One for each row, at its left.
         legend: Color scale below the subtitle.
@@ -134,16 +133,16 @@ def contact_sheet(
         cell: Longer side of an image on the sheet in pixels; multiples of the size of feature maps look best.
         **texts: title, subtitle and headings, see `draw_sheet`.
     """
-    last = len(rows) - 1
+    *_, last = rows
     cells: list[list[Cell | None]] = []
-    for start in range(0, len(next(iter(rows.values()))), columns):
-        band = slice(start, start + columns)
-        for index, images in enumerate(rows.values()):
+    labels = []
+    for start in range(0, len(rows[last]), columns):
+        for label, images in rows.items():
             # Versions of one image touch, whatever its proportions: the last row is aligned at the top.
-            lines = captions[band] if captions and index == last else [""] * len(images[band])
-            pairs = zip(images[band], lines, strict=True)
-            cells.append([Cell(image, caption, align_top=index == last) for image, caption in pairs])
-    labels = [label for _ in range(len(cells) // len(rows)) for label in rows]
+            lines = captions if captions and label == last else [""] * len(images)
+            pairs = list(zip(images, lines, strict=True))[start : start + columns]
+            cells.append([Cell(image, caption, align_top=label == last) for image, caption in pairs])
+            labels.append(label)
     return draw_sheet(cells, labels=labels, cell=cell, **texts)
 
 

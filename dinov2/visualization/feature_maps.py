@@ -1,7 +1,6 @@
 """Feature maps of a frozen backbone: patch tokens, attention of the class token, patch similarity.
 
-Images keep their aspect ratio. Sides are rounded to multiples of the patch size, which distorts an image by less than
-half a patch.
+Sides of images are rounded to multiples of the patch size, which distorts an image by less than half a patch.
 
 Shapes: n images, h x w patches of an image, D feature dimension, H heads, R registers, p patch side in pixels.
 """
@@ -9,6 +8,7 @@ Shapes: n images, h x w patches of an image, D feature dimension, H heads, R reg
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, islice
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn import functional
 from dinov2.analysis.shifts import finer_tokens
 from dinov2.data.transforms import ToNormalizedTensor
 from dinov2.eval.features import autocast, run_model
+from dinov2.eval.results import counted
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.visualization.frozen_backbone import FrozenBackbone
 
@@ -31,15 +32,12 @@ BATCH_SIZE = 16  # images in a batch on a GPU; `run_model` splits batches on a C
 
 
 def input_size(size: tuple[int, int], shorter_side: int | None, patch_size: int) -> tuple[int, int]:
-    """Size of the model input for an image.
+    """Size (width, height) of the model input for an image of a size: multiples of the patch size, at least one patch.
 
     Args:
-        size: (width, height) of the image in pixels.
-        shorter_side: Shorter side of the input in pixels, before rounding; None keeps the size of the image.
-        patch_size: Patch side in pixels.
-
-    Returns:
-        (width, height), multiples of the patch size, at least one patch.
+        size: (width, height) in pixels.
+        shorter_side: Of the input in pixels, before rounding; None keeps the size of the image.
+        patch_size: In pixels.
     """
     scale = 1.0 if shorter_side is None else shorter_side / min(size)
     width, height = (max(round(side * scale / patch_size), 1) * patch_size for side in size)
@@ -48,12 +46,11 @@ def input_size(size: tuple[int, int], shorter_side: int | None, patch_size: int)
 
 def log_sizes(sizes: Iterable[tuple[tuple[int, int], tuple[int, int]]], patch_size: int) -> None:
     """Log the distinct changes among pairs of sizes (width, height) before and after resizing."""
-    changes = list(dict.fromkeys(pair for pair in sizes if pair[0] != pair[1]))
-    if not changes:
-        return
-    examples = ", ".join(f"{a[0]} x {a[1]} to {b[0]} x {b[1]}" for a, b in changes[:4])
-    more = f", and {len(changes) - 4} other sizes" if len(changes) > 4 else ""
-    logger.info("resized to multiples of the patch (%d pixels): %s%s", patch_size, examples, more)
+    changes = [f"{a[0]} x {a[1]} to {b[0]} x {b[1]}" for a, b in dict.fromkeys(sizes) if a != b]
+    if len(changes) > 4:
+        changes[4:] = [f"and {counted(len(changes) - 4, 'other size')}"]
+    if changes:
+        logger.info("resized to multiples of the patch (%d pixels): %s", patch_size, ", ".join(changes))
 
 
 def _batches(backbone: FrozenBackbone, images: Iterable[Image.Image]) -> Iterator[Tensor]:
@@ -69,9 +66,8 @@ def _batches(backbone: FrozenBackbone, images: Iterable[Image.Image]) -> Iterato
 
 def image_tokens(backbone: FrozenBackbone, images: Sequence[Image.Image], *, shifts: int = 1) -> list[Tensor]:
     """Patch tokens (s * h, s * w, D) of each image, whose sides are multiples of the patch size; see `patch_tokens`."""
-    dtype = backbone.autocast_dtype
-    batches = _batches(backbone, images)
-    return [t for batch in batches for t in patch_tokens(backbone.model, batch, shifts=shifts, autocast_dtype=dtype)]
+    tokens_of = partial(patch_tokens, backbone.model, shifts=shifts, autocast_dtype=backbone.autocast_dtype)
+    return [tokens for batch in _batches(backbone, images) for tokens in tokens_of(batch)]
 
 
 @torch.inference_mode()
@@ -94,9 +90,6 @@ def patch_tokens(
 
     Returns:
         (n, s * h, s * w, D) float32 on the CPU.
-
-    Raises:
-        ValueError: `shifts` does not divide the patch size.
     """
 
     def forward(batch: Tensor) -> Tensor:
@@ -118,9 +111,8 @@ def patch_tokens(
 
 def image_attention(backbone: FrozenBackbone, images: Sequence[Image.Image]) -> list[Tensor]:
     """Attention (H, h, w) in each image, whose sides are multiples of the patch size; see `class_attention`."""
-    dtype = backbone.autocast_dtype
-    batches = _batches(backbone, images)
-    return [a for batch in batches for a in class_attention(backbone.model, batch, autocast_dtype=dtype)]
+    attention_in = partial(class_attention, backbone.model, autocast_dtype=backbone.autocast_dtype)
+    return [attention for batch in _batches(backbone, images) for attention in attention_in(batch)]
 
 
 @torch.inference_mode()
@@ -158,29 +150,15 @@ def class_attention(
 
 
 def similarity_maps(tokens: Sequence[Tensor], image: int, cell: tuple[int, int]) -> list[Tensor]:
-    """Cosine similarity of one patch to all patches of all images.
-
-    Args:
-        tokens: (h, w, D) of each image.
-        image: Index of the image of the reference patch.
-        cell: (row, column) of the reference patch.
-
-    Returns:
-        (h, w) float32 for each image.
-    """
+    """Cosine similarity of the patch at cell (row, column) of an image to all patches: (h, w, D) each -> (h, w)."""
     reference = functional.normalize(tokens[image][cell].double(), dim=-1)
     return [(functional.normalize(grid.double(), dim=-1) @ reference).float() for grid in tokens]
 
 
 def parse_point(text: str, size: tuple[int, int]) -> tuple[float, float]:
-    """Parse a point of an image.
+    """Parse a point `x,y` of an image of `size` (width, height): fractions (x, y) of width and height, in [0, 1].
 
-    Args:
-        text: `x,y`: two integers are pixels of the original image, two decimal numbers fractions of its sides.
-        size: (width, height) of the image in pixels.
-
-    Returns:
-        Fractions (x, y) of width and height, in [0, 1].
+    Two integers are pixels, two decimal numbers fractions.
 
     Raises:
         ValueError: The text is not a point, or the point is outside the image.

@@ -1,11 +1,7 @@
-"""Four figures of frozen features: PCA, attention, patch similarity and nearest neighbors.
+"""Four figures of frozen features: PCA, attention, patch similarity and nearest neighbors."""
 
-backbone = FrozenBackbone(model, "my model")
-images = list(load_images(list_inputs(["holiday/*.jpg"])))
-pca_sheet(backbone, images).sheet.save("pca.png")
-"""
-
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -37,7 +33,7 @@ class Figure(NamedTuple):
     """A contact sheet and the numbers that it shows."""
 
     sheet: Image.Image
-    arrays: dict[str, list[np.ndarray]]  # name -> one array for each image
+    arrays: dict[str, list[np.ndarray]]  # name -> one for each image
 
 
 def pca_sheet(
@@ -51,24 +47,21 @@ def pca_sheet(
 ) -> Figure:
     """Images, and below each the first three principal components of its patch tokens as red, green and blue.
 
+    The arrays of an image are "tokens" (h, w, D) and "colors" (h, w, 3).
+
     Args:
         backbone: The model.
-        images: The images, which share one basis.
-        shorter_side: Shorter side of the model inputs in pixels; None keeps the sizes of the images.
+        images: They share one basis.
+        shorter_side: Of the model inputs in pixels; None keeps the sizes of the images.
         shifts: Factor by which the grid of tokens is finer, see `feature_maps.patch_tokens`.
         foreground: Color the foreground only; the rest is black.
         smooth: Interpolate between the colors of patches.
-
-    Returns:
-        The figure, with the arrays "tokens" (h, w, D) and "colors" (h, w, 3).
     """
-    inputs = _model_inputs(backbone, images, shorter_side)
-    tokens = image_tokens(backbone, inputs, shifts=shifts)
-    _require_finite(tokens, images, backbone)
+    inputs, tokens = _inputs_and_features(backbone, images, shorter_side, partial(image_tokens, shifts=shifts))
     batches = [grid[None] for grid in tokens]
     colormap = fit_pca_colormap(batches, fit_foreground(batches) if foreground else None)
-    colors = [colormap(batch) for batch in batches]
-    maps = [to_images(color)[0] for color in colors]
+    colors = [colormap(batch)[0] for batch in batches]
+    maps = [to_images(color[None])[0] for color in colors]
     if smooth:
         maps = [colors.resize(each.size, Image.Resampling.BICUBIC) for colors, each in zip(maps, inputs, strict=True)]
     columns = min(len(inputs), 4 if len(inputs) <= 8 else 6 if len(inputs) <= 18 else 10)
@@ -81,9 +74,7 @@ def pca_sheet(
         columns=columns,
         cell=min(SHEET_WIDTH // columns, 320),
     )
-    return Figure(
-        sheet, {"tokens": [grid.numpy() for grid in tokens], "colors": [color[0].numpy() for color in colors]}
-    )
+    return Figure(sheet, {"tokens": [grid.numpy() for grid in tokens], "colors": [color.numpy() for color in colors]})
 
 
 def attention_sheet(
@@ -93,17 +84,16 @@ def attention_sheet(
 
     The array of an image is "attention" (H, h, w). See `pca_sheet` for the arguments.
     """
-    inputs = _model_inputs(backbone, images, shorter_side)
-    attention = image_attention(backbone, inputs)
-    _require_finite(attention, images, backbone)
+    inputs, attention = _inputs_and_features(backbone, images, shorter_side, image_attention)
+
+    def cell(name: str, values: Tensor) -> Cell:
+        # The brightest color is the 99th percentile: a single patch with all the attention would hide the others.
+        return Cell(heat_map(values.numpy(), 0.0, float(values.quantile(0.99))), f"{name}: {values.sum():.0%}")
+
     rows: list[list[Cell | None]] = []
     for image, model_input, heads in zip(images, inputs, attention, strict=True):
-        mean, *cells = (
-            # The brightest color is the 99th percentile: a single patch with all the attention would hide the others.
-            Cell(heat_map(values.numpy(), 0.0, float(values.quantile(0.99))), f"{name}: {values.sum():.0%}")
-            for name, values in [("mean", heads.mean(dim=0)), *((f"head {n}", head) for n, head in enumerate(heads, 1))]
-        )
-        rows += _wrap([Cell(model_input, image.name), mean], cells, HEADS_PER_ROW)
+        first = [Cell(model_input, image.name), cell("mean", heads.mean(dim=0))]
+        rows += _wrap(first, [cell(f"head {n}", head) for n, head in enumerate(heads, 1)], HEADS_PER_ROW)
     sheet = draw_sheet(
         rows,
         title=f"Class token attention of {backbone.name}",
@@ -122,26 +112,23 @@ def similarity_sheet(
     *,
     shorter_side: int | None = DEFAULT_SIDE,
 ) -> Figure:
-    """Cosine similarity of the patches at some points of the first image to all patches; a row for each point.
+    """Cosine similarity of the patches at some `points` of the first image to all patches; a row for each point.
 
-    The array of an image is "similarity" (points, h, w). See `pca_sheet` for the other arguments.
-
-    Args:
-        points: Points of the first image, see `feature_maps.parse_point`.
+    The array of an image is "similarity" (points, h, w). See `feature_maps.parse_point` and `pca_sheet`.
     """
     positions = [parse_point(point, images[0].image.size) for point in points]
-    inputs = _model_inputs(backbone, images, shorter_side)
-    tokens = image_tokens(backbone, inputs)
-    _require_finite(tokens, images, backbone)
+    inputs, tokens = _inputs_and_features(backbone, images, shorter_side, image_tokens)
     rows, columns, _ = tokens[0].shape
     maps = [similarity_maps(tokens, 0, cell_at(position, (rows, columns))) for position in positions]
     low = min(float(values.min()) for row in maps for values in row)
     cells = []
     for position, row in zip(positions, maps, strict=True):
-        overlays = [overlay(each, heat_map(values.numpy(), low, 1.0)) for each, values in zip(inputs, row, strict=True)]
-        line = [Cell(inputs[0], images[0].name, ring=position), Cell(overlays[0], "the same image", ring=position)]
-        for image, colors, values in zip(images[1:], overlays[1:], row[1:], strict=True):
-            line.append(Cell(colors, f"{image.name}: up to {values.max():.2f}", ring=_position_of_maximum(values)))
+        line = [Cell(inputs[0], images[0].name, ring=position)]
+        for image, model_input, values in zip(images, inputs, row, strict=True):
+            colors = overlay(model_input, heat_map(values.numpy(), low, 1.0))
+            is_first = len(line) == 1
+            caption = "the same image" if is_first else f"{image.name}: up to {values.max():.2f}"
+            line.append(Cell(colors, caption, ring=position if is_first else _position_of_maximum(values)))
         cells.append(line)
     sheet = draw_sheet(
         cells,
@@ -179,23 +166,23 @@ def _wrap(first: Sequence[Cell], cells: Sequence[Cell], count: int) -> list[list
     return rows + [[*[None] * len(first), *cells[at : at + count]] for at in range(count, len(cells), count)]
 
 
-def _model_inputs(
-    backbone: FrozenBackbone, images: Sequence[LoadedImage], shorter_side: int | None
-) -> list[Image.Image]:
-    """The images, resized to the sizes of model inputs."""
+def _inputs_and_features(
+    backbone: FrozenBackbone,
+    images: Sequence[LoadedImage],
+    shorter_side: int | None,
+    compute: Callable[[FrozenBackbone, Sequence[Image.Image]], list[Tensor]],
+) -> tuple[list[Image.Image], list[Tensor]]:
+    """The images at the sizes of model inputs, and their features, which must be finite."""
     patch_size = backbone.model.patch_size
-    sizes = [(image.size, input_size(image.size, shorter_side, patch_size)) for _, _, image in images]
+    sizes = [(each.image.size, input_size(each.image.size, shorter_side, patch_size)) for each in images]
     log_sizes(sizes, patch_size)
-    return [
-        item.image if before == after else item.image.resize(after, Image.Resampling.BICUBIC)
-        for item, (before, after) in zip(images, sizes, strict=True)
+    inputs = [
+        each.image.resize(after, Image.Resampling.BICUBIC) for each, (_, after) in zip(images, sizes, strict=True)
     ]
-
-
-def _require_finite(features: Sequence[Tensor], images: Sequence[LoadedImage], backbone: FrozenBackbone) -> None:
-    """Raise a `ValueError` that names the image if features (...) of one are not finite, see `require_finite`."""
+    features = compute(backbone, inputs)
     largest = torch.stack([values.abs().amax() for values in features])[:, None]  # keeps NaN and infinity
-    require_finite(largest, [image.path for image in images].__getitem__, backbone.model)
+    require_finite(largest, [each.path for each in images].__getitem__, backbone.model)
+    return inputs, features
 
 
 def _position_of_maximum(values: Tensor) -> tuple[float, float]:

@@ -37,39 +37,30 @@ class FrozenBackbone(NamedTuple):
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `load_frozen_backbone` reads."""
     group = parser.add_argument_group("the model: --model, --config-file with weights, or --pretrained-weights alone")
-    group.add_argument("--model", metavar="NAME", help=f"a published model: {', '.join(PUBLISHED)}")
-    group.add_argument("--config-file", help="config of the model: YAML file or packaged name")
-    group.add_argument(
-        "--pretrained-weights",
-        metavar="WEIGHTS",
-        help="file, URL, folder of transformers or of a run's teacher (OUT/eval/best); without other flags, the "
-        "architecture is inferred from the tensors, and that of a run's teacher read from the config.yaml of the run",
+    add = group.add_argument
+    add("--model", metavar="NAME", help=f"a published model: {', '.join(PUBLISHED)}")
+    add("--config-file", help="config of the model: YAML file or packaged name")
+    weights_help = (
+        "file, URL, folder of transformers or of a run's teacher (OUT/eval/best); without other flags, the "
+        "architecture is inferred from the tensors, and that of a run's teacher read from the config.yaml of the run"
     )
-    group.add_argument("--random-init", action="store_true", help="untrained model with random weights")
-    group.add_argument(
-        "--num-heads",
-        type=int,
-        help="number of attention heads if there is no config, because the tensors do not determine it (default: that "
-        "of a config.json of transformers beside them, else 64 channels per head)",
+    add("--pretrained-weights", metavar="WEIGHTS", help=weights_help)
+    add("--random-init", action="store_true", help="untrained model with random weights")
+    heads_help = (
+        "number of attention heads if there is no config, because the tensors do not determine it (default: that "
+        "of a config.json of transformers beside them, else 64 channels per head)"
     )
-    group.add_argument(
-        "--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value"
-    )
+    add("--num-heads", type=int, help=heads_help)
+    add("--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value")
 
 
 def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
-    """Load the backbone that the flags of `add_model_flags` select.
-
-    Raises:
-        ValueError: Contradictory or missing flags, an unknown name, or weights that do not fit.
-        FileNotFoundError: The config or the weights do not exist.
-    """
+    """Load the backbone that the flags of `add_model_flags` select."""
     _check(args)
-    weights = args.pretrained_weights
-    config_file = args.config_file
-    if config_file is None and args.model is None and (run_config := _run_config(weights)):
-        logger.info("%s: the model of the run in %s", weights, run_config.parent)
-        config_file = str(run_config)
+    weights, config_file = args.pretrained_weights, args.config_file
+    if config_file is None and args.model is None and (teacher := _teacher_folder(weights)):
+        logger.info("%s: the model of the run in %s", weights, teacher.parent.parent)
+        config_file = str(teacher.parent.parent / "config.yaml")
     if config_file is not None:
         cfg = config.load(config_file, args.opts)
         return FrozenBackbone(
@@ -100,18 +91,19 @@ def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
 
 def _check(args: argparse.Namespace) -> None:
     """Raise a `ValueError` if the flags select no model or more than one."""
-    if args.model is not None and args.model not in PUBLISHED:
+    has_model, has_config = args.model is not None, args.config_file is not None
+    if has_model and args.model not in PUBLISHED:
         raise ValueError(f"unknown --model {args.model!r}; known: {', '.join(PUBLISHED)}")
-    if args.model is not None and args.config_file is not None:
+    if has_model and has_config:
         raise ValueError("--model and --config-file both define the architecture: give one of them")
-    if args.num_heads is not None and args.config_file is not None:
+    if args.num_heads is not None and has_config:
         raise ValueError(
             f"--num-heads {args.num_heads} cannot be used with --config-file, which defines the number of heads: use "
             f"--opts student.num_heads={args.num_heads}"
         )
     if args.random_init and args.pretrained_weights is not None:
         raise ValueError("--random-init and --pretrained-weights exclude one another")
-    if args.pretrained_weights is None and args.model is None and not (args.config_file and args.random_init):
+    if args.pretrained_weights is None and not has_model and not (args.config_file and args.random_init):
         raise ValueError(
             "no model selected: give --model NAME, or --pretrained-weights WEIGHTS (with --config-file if the "
             "architecture cannot be inferred from the tensors), or --config-file CONFIG --random-init"
@@ -124,24 +116,19 @@ def _default_side(trained_side: int) -> int:
 
 
 def _teacher_folder(weights: str) -> Path | None:
-    """The folder of a run's teacher if `weights` is that folder or the file in it."""
+    """The folder of OUT/eval/training_<it>[/teacher_checkpoint.pth] if it is that of a run with OUT/config.yaml."""
     path = Path(weights).absolute()
-    if path.is_dir() and (path / TEACHER_FILE).is_file():
-        return path
-    return path.parent if path.name == TEACHER_FILE else None
-
-
-def _run_config(weights: str) -> Path | None:
-    """The config of the run that wrote these weights to OUT/eval/training_<it>[/teacher_checkpoint.pth]."""
-    folder = _teacher_folder(weights)
-    path = folder.parent.parent / "config.yaml" if folder else None
-    return path if path and path.is_file() else None
+    is_folder = path.is_dir() and (path / TEACHER_FILE).is_file()
+    if not is_folder and path.name != TEACHER_FILE:
+        return None
+    folder = path if is_folder else path.parent
+    return folder if (folder.parent.parent / "config.yaml").is_file() else None
 
 
 def _name(weights: str) -> str:
     """Name of a model in figures: run and iteration of a run's teacher, otherwise the name of the weight file."""
-    run_config, folder = _run_config(weights), _teacher_folder(weights)
-    return f"{run_config.parent.name}/{folder.name}" if run_config and folder else Path(weights).absolute().name
+    folder = _teacher_folder(weights)
+    return f"{folder.parent.parent.name}/{folder.name}" if folder else Path(weights).absolute().name
 
 
 def _name_untrained(config_file: str) -> str:

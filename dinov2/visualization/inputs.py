@@ -4,7 +4,6 @@ import glob
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from dinov2.data.images import (
     read_image_file,
 )
 from dinov2.data.images.survey import survey_images
+from dinov2.eval.results import counted
 from dinov2.visualization.video import Video, is_video
 
 logger = logging.getLogger(__name__)
@@ -46,11 +46,7 @@ class ImageInput(NamedTuple):
     decode: Callable[[], Image.Image]  # returns an upright RGB image, or raises BadImageError
 
     def load(self) -> LoadedImage:
-        """Decode the image.
-
-        Raises:
-            BadImageError: The image cannot be read.
-        """
+        """Decode the image; a `BadImageError` if it cannot be read."""
         return LoadedImage(self.name, self.path, self.decode())
 
 
@@ -65,10 +61,6 @@ def list_inputs(
             `MAX_FRAMES` of a video, because its frames are kept in memory.
         image_options: How image files are decoded. Without a value range, one is measured if there are images of more
             than 8 bits: one for all single files, and one for each glob, folder and dataset.
-
-    Raises:
-        FileNotFoundError: An input does not exist or has no images.
-        ValueError: Invalid dataset string, or a video that cannot be read.
     """
     files = [path for path in (Path(item).expanduser() for item in inputs) if path.is_file()]
     file_options = _with_value_range([path for path in files if not is_video(path)], image_options)
@@ -76,11 +68,7 @@ def list_inputs(
 
 
 def load_images(inputs: Sequence[ImageInput]) -> Iterator[LoadedImage]:
-    """Decode images. One that cannot be read is left out, with a warning.
-
-    Raises:
-        ValueError: There is only one image and it cannot be read, or none of them can.
-    """
+    """Decode images. One that cannot be read is left out, with a warning; a `ValueError` if none can."""
     num_bad = 0
     for item in inputs:
         try:
@@ -101,7 +89,7 @@ def no_readable_image(inputs: Sequence[ImageInput]) -> ValueError:
         inputs[0].decode()
     except BadImageError as error:
         reason = f"; the first: {error}"
-    return ValueError(f"none of {len(inputs)} images can be read{reason}")
+    return ValueError(f"none of {counted(len(inputs), 'image')} can be read{reason}")
 
 
 class TransformedImages(Dataset[tuple[int, Any] | None]):
@@ -171,20 +159,15 @@ def _decode_file(path: Path, options: ImageOptions) -> Image.Image:
 
 def _dataset_inputs(dataset: ImageDataset) -> list[ImageInput]:
     """The samples of a dataset, named by their files if they have some, otherwise by their index."""
-    inputs = []
-    for index in range(len(dataset)):
-        path = dataset.describe(index)
-        name = Path(path).name if Path(path).suffix else f"image {index}"
-        inputs.append(ImageInput(name, path, partial(dataset.get_image, index)))
-    return inputs
+    paths = [dataset.describe(index) for index in range(len(dataset))]
+    names = [Path(path).name if Path(path).suffix else f"image {index}" for index, path in enumerate(paths)]
+    return [ImageInput(*each, partial(dataset.get_image, i)) for i, each in enumerate(zip(names, paths, strict=True))]
 
 
 def _video_frames(path: Path, num_images: int | None) -> list[ImageInput]:
     """Evenly spaced frames, decoded at once: a video can only be decoded from its start."""
     video, count = Video(path), num_images or MAX_FRAMES
     every = max(video.count_frames() // count, 1)
-    frames = []
-    for index, frame in enumerate(islice(video.frames(every=every), count)):
-        seconds = float(index * every / video.rate)
-        frames.append(ImageInput(f"{path.name}, {seconds:.1f} s", f"{path}, {seconds:.3f} s", frame.copy))
-    return frames
+    seconds = (float(index * every / video.rate) for index in range(count))
+    timed = zip(seconds, video.frames(every=every), strict=False)
+    return [ImageInput(f"{path.name}, {at:.1f} s", f"{path}, {at:.3f} s", frame.copy) for at, frame in timed]

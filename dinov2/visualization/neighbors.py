@@ -41,18 +41,14 @@ def find_neighbors(
 
     Args:
         backbone: The model.
-        queries: Images to find neighbors of. Those that cannot be read are left out, with a warning.
+        queries: Images that cannot be read are left out, with a warning.
         inputs: Images to search, likewise.
         count: Number of neighbors; fewer if there are fewer images.
-        side: Side of the center crop in pixels, rounded to a multiple of the patch size; None: that of the k-NN
-            evaluation.
+        side: Of the center crop in pixels, rounded to a multiple of the patch size; None: as in the k-NN evaluation.
         num_workers: Number of processes that decode images.
 
     Returns:
         The neighbors of each readable query, and the class tokens (n, D) of the readable inputs.
-
-    Raises:
-        ValueError: None of the queries or none of the inputs can be read, or a feature is not finite.
     """
     queries, query_features = _class_tokens(backbone, queries, side, num_workers)
     inputs, features = _class_tokens(backbone, inputs, side, num_workers)
@@ -67,16 +63,11 @@ def find_neighbors(
 
 
 def nearest(queries: Tensor, features: Tensor, count: int, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the most similar features.
-
-    Args:
-        queries: (q, D), normalized.
-        features: (n, D), normalized.
-        count: Number k of neighbors, at most n are found.
-        excluded: (q, n) bool, pairs to leave out.
+    """Find the `count` most similar features (n, D) for each query (q, D), all normalized.
 
     Returns:
-        Cosine similarities (q, k) in decreasing order, -inf for excluded pairs, and indices (q, k) into the features.
+        Cosine similarities (q, k) in decreasing order, -inf for `excluded` pairs (q, n), and indices (q, k) into the
+        features, with k = min(count, n).
     """
     similarity = (queries @ features.T).masked_fill(excluded, -torch.inf)
     return similarity.topk(min(count, len(features)), dim=1)

@@ -40,13 +40,12 @@ class Video:
     """A video file.
 
     Attributes:
-        path: Path of the file.
+        path: The file.
         rate: Frames per second; the average if the rate varies.
         size: (width, height) of upright frames in pixels.
         expected_frames: Number of frames according to the header; 0 if it has none.
 
     Raises:
-        FileNotFoundError: The file does not exist.
         ValueError: The file is not a video or is damaged, or the package `av` is missing.
     """
 
@@ -68,12 +67,7 @@ class Video:
         return self.expected_frames or sum(1 for _ in self.arrays())
 
     def arrays(self, size: tuple[int, int] | None = None, *, every: int = 1) -> Iterator[np.ndarray]:
-        """Iterate over upright frames (height, width, 3) uint8.
-
-        Args:
-            size: (width, height) to resize to; None keeps the size.
-            every: Step between frames; 1 gives all of them.
-        """
+        """Iterate over upright frames (height, width, 3) uint8: one of `every`, resized to `size` (width, height)."""
         with self._open() as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
@@ -81,11 +75,8 @@ class Video:
                 if index % every:
                     continue
                 turns = frame.rotation // 90 % 4  # counterclockwise quarter turns, from the orientation of the camera
-                resize = {}
-                if size is not None:
-                    width, height = size if turns % 2 == 0 else size[::-1]
-                    resize = {"width": width, "height": height, "interpolation": "BICUBIC"}
-                array = frame.reformat(format="rgb24", **resize).to_ndarray()
+                width, height = (size if turns % 2 == 0 else size[::-1]) if size else (None, None)
+                array = frame.reformat(width, height, "rgb24", interpolation="BICUBIC" if size else None).to_ndarray()
                 yield np.ascontiguousarray(np.rot90(array, turns)) if turns else array
 
     def frames(self, *, every: int = 1) -> Iterator[Image.Image]:
@@ -110,14 +101,10 @@ def writing_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray],
     """Write a video with a function that appends frames, all of one size. An existing file is replaced at the end.
 
     `.mp4` is H.264 as browsers play it, which needs an even width and height. `.gif` has a palette of 256 colors for
-    every frame.
-
-    Args:
-        path: Path of the video, which determines the format.
-        rate: Frames per second; at most 50 in a GIF.
+    every frame, and at most 50 frames per second.
 
     Raises:
-        ValueError: Unknown suffix, or the package `av` is missing.
+        ValueError: The suffix of `path` is another, or the package `av` is missing.
         OSError: The file cannot be written.
     """
     if path.suffix.lower() not in WRITABLE_SUFFIXES:
@@ -166,11 +153,7 @@ def _palette_graph(av: Any, frame: Any, rate: Fraction) -> Any:
 
 
 def import_av() -> Any:
-    """Import the optional package `av`.
-
-    Raises:
-        ValueError: The package is missing or too old; with the command that installs it.
-    """
+    """Import the optional package `av`; a `ValueError` with the command that installs it if it is missing or old."""
     try:
         av = importlib.import_module("av")
         importlib.import_module("av.filter")

@@ -1,7 +1,7 @@
 """Videos of the principal components of patch features, beside the frames. Memory use does not grow with the length.
 
-The model runs once on each frame. The tokens are kept in a temporary file beside the output, in float16, until those of
-all frames have been fitted: all frames share one basis and one color range, so that the colors do not flicker.
+The tokens are kept in a temporary file beside the output, in float16, until those of all frames have been fitted: all
+frames share one basis and one color range, so that the colors do not flicker.
 
 Shapes: n frames, h x w patches of a frame, D feature dimension.
 """
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from dinov2 import distributed
 from dinov2.analysis.pca import fit_foreground, fit_pca_colormap
 from dinov2.eval.features import require_finite
+from dinov2.eval.results import counted
 from dinov2.files import atomic_write
 from dinov2.visualization.feature_maps import input_size, log_sizes, patch_tokens
 from dinov2.visualization.frozen_backbone import FrozenBackbone
@@ -39,17 +40,14 @@ MIN_OUTPUT_SIDE = 320  # shorter side of the written frames in pixels, reached b
 
 
 class TokenStore:
-    """Patch tokens of frames in a temporary file. Iteration gives batches; to be used in a `with` statement.
+    """Patch tokens (h, w, D) of frames in a temporary file; to be used in a `with` statement.
 
     The file has no name: it disappears with the process, however that ends.
 
     Args:
-        folder: Folder of the file.
-        shape: (h, w, D) of a frame.
-        expected: Expected number of frames, 0 if unknown.
-
-    Raises:
-        OSError: There is not enough free space in the folder.
+        folder: Where the file is.
+        shape: (h, w, D).
+        expected: Number of frames, 0 if unknown; an `OSError` if there is no space for them.
     """
 
     def __init__(self, folder: Path, shape: tuple[int, int, int], expected: int = 0) -> None:
@@ -64,9 +62,6 @@ class TokenStore:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-
-    def __len__(self) -> int:
-        return self.count
 
     def add(self, tokens: Tensor) -> None:
         """Append the tokens (n, h, w, D) of frames."""
@@ -118,21 +113,16 @@ def draw_video(
     smooth: bool = False,
     tokens_file: Path | None = None,
 ) -> int:
-    """Write the frames of a video with their principal components at their right.
+    """Write the frames of a video with their principal components at their right; returns their number.
 
     Args:
         backbone: The model.
         video: The video to read.
-        output: Path of the video to write, .mp4 or .gif, in an existing folder.
-        shorter_side: Shorter side of the model inputs in pixels; None keeps the size of the frames.
+        output: The video to write, .mp4 or .gif, in an existing folder.
+        shorter_side: Of the model inputs in pixels; None keeps the size of the frames.
         every: Step between frames; the rate of the output is lower by this factor.
-        shifts: Factor by which the grid of tokens is finer, see `feature_maps.patch_tokens`.
-        foreground: Color the foreground only; the rest is black.
-        smooth: Interpolate between the colors of patches.
-        tokens_file: Path of a .npy file to write the tokens to.
-
-    Returns:
-        The number of frames written.
+        shifts, foreground, smooth: See `figures.pca_sheet`.
+        tokens_file: A .npy file to write the tokens to.
     """
     patch_size = backbone.model.patch_size
     size = input_size(video.size, shorter_side, patch_size)
@@ -151,7 +141,7 @@ def draw_video(
                     write(np.concatenate(pair, axis=1))
         if tokens_file is not None:
             store.save(tokens_file)
-        return len(store)
+        return store.count
 
 
 def _extract(
@@ -164,11 +154,12 @@ def _extract(
         for batch in _batches(frames):
             images = (torch.from_numpy(batch).permute(0, 3, 1, 2).float().contiguous() / 255 - mean) / std
             tokens = patch_tokens(backbone.model, images, shifts=shifts, autocast_dtype=backbone.autocast_dtype)
-            require_finite(tokens.half(), f"frame {{}} after the first {len(store)}".format, backbone.model)
+            require_finite(tokens.half(), f"frame {{}} after the first {store.count}".format, backbone.model)
             store.add(tokens)
             bar.update(len(batch))
-    speed = len(store) / (time.perf_counter() - start)
-    logger.info("%d frames, %d x %d patches each: %.1f frames/s", len(store), *store.shape[:2], speed)
+    speed = store.count / (time.perf_counter() - start)
+    frame_count = counted(store.count, "frame")
+    logger.info("%s, %d x %d patches each: %.1f frames/s", frame_count, *store.shape[:2], speed)
 
 
 def _batches(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

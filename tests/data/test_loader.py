@@ -22,7 +22,7 @@ from dinov2.data.images import BadImageError
 from dinov2.data.loader import make_data_loader, make_train_loader, to_device
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.sample_stream import AugmentedDataset, StreamCollate
-from dinov2.data.sampler_types import SamplerType
+from dinov2.data.samplers import SamplerType
 from dinov2.data.workers import LoadingError
 
 # Fewer cores than workers, and forking beside threads: both are fine here.

@@ -3,14 +3,15 @@
 import argparse
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from eval_images import CONFIG, tiny_backbone
+from eval_images import CONFIG, command, tiny_backbone
 from PIL import Image
 
 from dinov2 import config
-from dinov2.eval import knn, linear, setup
+from dinov2.eval import knn, linear, log_regression, setup
 
 
 def parsed(*words: str, config_file: str | Path = "eval/vits14_pretrain") -> argparse.Namespace:
@@ -157,3 +158,13 @@ def test_the_config_is_saved_but_not_over_the_one_that_was_read(small: Path, tmp
     saved = config.load(tmp_path / "eval" / "config.yaml")
     assert saved.train.seed == 5 and saved.train.output_dir == str(tmp_path / "eval")
     assert (tmp_path / "eval" / "logs" / "log.txt").is_file()
+
+
+@pytest.mark.parametrize("wrong", ["ImageFoldr:root=/", "ImageFolder:root=/no/such/folder", "ImageList:file=/no/list"])
+@pytest.mark.parametrize("evaluation", [knn, log_regression, linear], ids=["knn", "log_regression", "linear"])
+def test_a_dataset_that_is_not_there_leaves_no_output_folder(tmp_path: Path, evaluation: Any, wrong: str) -> None:
+    words = command(tmp_path)
+    words[words.index("--val-dataset") + 1] = wrong
+    with pytest.raises((ValueError, FileNotFoundError), match="unknown dataset|no such|/no/"):
+        evaluation.main(evaluation.get_args_parser().parse_args(words))
+    assert not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ from eval_images import ImageSet
 from PIL import Image
 
 from dinov2.data import make_dataset
-from dinov2.eval.setup import check_labels, check_same_classes, labeled_dataset
+from dinov2.eval.setup import check_classes, check_labels, class_names, labeled_dataset
 
 
 def folder(root: Path, *classes: str) -> str:
@@ -23,8 +23,8 @@ def test_a_missing_class_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.
     train = make_dataset(dataset_str=folder(tmp_path / "a" / "images", "cats", "dogs", "misc"))
     val = make_dataset(dataset_str=folder(tmp_path / "b" / "images", "dogs", "misc"))
     with pytest.raises(ValueError, match="the validation set has other classes.*2 and 3 classes; not in both: cats"):
-        check_same_classes(train, val, "the validation set")
-    check_same_classes(train, train, "the training set itself")
+        check_classes(class_names(train), val, "the validation set")
+    check_classes(class_names(train), train, "the training set itself")
 
 
 def test_classes_without_training_images_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

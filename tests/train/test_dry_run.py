@@ -26,7 +26,7 @@ def test_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     head = 32 * 32 + 32 + 32 * 8 + 8 + 16 * 8 + 16
     assert facts["dataset"] == "FashionMNIST:split=VAL, 2,000 images"
     assert facts["global batch"] == "4 images (4 x 1 processes)"
-    assert facts["peak learning rate"] == "0.002 (0.032, sqrt_wrt_1024)"
+    assert facts["peak learning rate"] == "0.002 (base_lr 0.032, sqrt_wrt_1024)"
     assert facts["optimizer steps"] == "8 (4 nominal epochs of 2)"
     assert facts["learning-rate warm-up"] == "2 steps"
     assert facts["learning rate"] == "0 at step 0, 0.002 at step 1, 0.0001349 at step 7"

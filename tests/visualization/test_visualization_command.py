@@ -128,7 +128,7 @@ def test_neighbors_leave_out_what_cannot_be_read(
     assert sorted(names) == ["c.png", "d.png", "e.png", "f.png"]
     assert "left out" in caplog.text and "b.png" in caplog.text
     assert "--k 50: there are only 4 other images" in caplog.text
-    assert "1 queries, the 4 nearest of 5 images" in caplog.text
+    assert "1 query, the 4 nearest of 5 images" in caplog.text
 
 
 def test_the_former_module_and_the_british_spelling_of_the_command_still_work() -> None:

@@ -72,12 +72,9 @@ DATASETS: dict[str, Entry] = {
 
 
 def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
-    """Parse a dataset string, `Name(:key=value)*`.
+    """Parse a dataset string `Name(:key=value)*`, such as `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/extra`.
 
     A `:` begins a new key only before a key of the dataset and `=`, so values may contain both `:` and `=`.
-
-    Args:
-        dataset_str: Dataset string such as `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/imagenet-extra`.
 
     Returns:
         The name and the keyword arguments; `split` as a member of the enum of the dataset if it has one, else as text.
@@ -88,10 +85,8 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     name, _, rest = dataset_str.partition(":")
     if name not in DATASETS:
         if os.path.isdir(dataset_str):
-            raise ValueError(
-                f"{dataset_str!r} is a folder, not a dataset string; for its images write "
-                f"ImageFolder:root={dataset_str}"
-            )
+            advice = f"for its images write ImageFolder:root={dataset_str}"
+            raise ValueError(f"{dataset_str!r} is a folder, not a dataset string; {advice}")
         raise ValueError(f"unknown dataset {_quote(name, DATASETS)} in {dataset_str!r}; known: {', '.join(DATASETS)}")
     entry = DATASETS[name]
 
@@ -109,16 +104,13 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     if empty := [key for key, value in arguments.items() if not value]:  # for example from an unset shell variable
         raise ValueError(f"{' and '.join(empty)} empty in {dataset_str!r}; write {_usage(name)}")
     if entry.splits is not None and "split" in arguments:
-        arguments["split"] = _known_split(entry.known_splits, arguments["split"], dataset_str)
+        split, known = arguments["split"], entry.known_splits
+        if split not in known:
+            if key := _key_inside(split):
+                raise _unknown_key(key, dataset_str)
+            raise ValueError(f"unknown split {_quote(split, known)} in {dataset_str!r}; known: {', '.join(known)}")
+        arguments["split"] = known[split]
     return name, arguments
-
-
-def _known_split(known: Mapping[str, Any], split: str, dataset_str: str) -> Any:
-    if split in known:
-        return known[split]
-    if key := _key_inside(split):
-        raise _unknown_key(key, dataset_str)
-    raise ValueError(f"unknown split {_quote(split, known)} in {dataset_str!r}; known: {', '.join(known)}")
 
 
 def make_dataset(
@@ -128,21 +120,17 @@ def make_dataset(
     target_transform: Callable[[Any], Any] | None = None,
     image_options: ImageOptions | None = None,
 ) -> Any:
-    """Build a dataset from a dataset string.
+    """Build a dataset, see `ImageDataset`, from a dataset string.
 
     Args:
-        dataset_str: Dataset string, see `parse_dataset_str`; `~` at the beginning of a path is the home folder.
+        dataset_str: See `parse_dataset_str`; `~` at the beginning of a path is the home folder.
         transform: Function of the images.
         target_transform: Function of the targets.
         image_options: Options of reading image files. Without a value range, it is measured if there are images of more
             than 8 bits, and is then in `image_options` of the dataset.
 
-    Returns:
-        The dataset, see `ImageDataset`.
-
     Raises:
-        ValueError: The string is invalid.
-        FileNotFoundError: The files are missing.
+        ValueError, OSError: The string is invalid, or files are missing or damaged.
     """
     logger.info("using dataset %r", dataset_str)
     name, arguments = parse_dataset_str(dataset_str)

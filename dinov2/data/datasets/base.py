@@ -1,4 +1,4 @@
-"""The base class of all image datasets."""
+"""The base classes of image datasets."""
 
 import hashlib
 import logging
@@ -6,19 +6,28 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dinov2.data.images import DEFAULT_OPTIONS, BadImageError, EncodedImage, ImageOptions, open_image
+from dinov2.data.datasets.file_list import PathTable
+from dinov2.data.images import (
+    DEFAULT_OPTIONS,
+    BadImageError,
+    EncodedImage,
+    ImageOptions,
+    encode_png,
+    open_image,
+    read_image_file,
+)
 from dinov2.data.images.survey import ImageSurvey, survey_images
 
 logger = logging.getLogger(__name__)
 
-NAMES_HASHED = 10_000
-"""Maximum number of names that `ImageDataset.fingerprint` hashes."""
+NAMES_HASHED = 10_000  # by `ImageDataset.fingerprint`, at most
 
 
 def label_table(lists: Sequence[Sequence[int]], width: int | None = None) -> np.ndarray:
@@ -39,12 +48,10 @@ class ImageDataset(Dataset, ABC):
         transforms: Function (image, target) -> (image, target); excludes the other two.
         transform: Function of the image (PIL, RGB).
         target_transform: Function of the target.
-
-    Attributes:
-        image_options: Options of reading image files, with the value range once it is known; set by `make_dataset`.
     """
 
     image_options: ImageOptions = DEFAULT_OPTIONS
+    """Options of reading image files, with the value range once it is known; set by `make_dataset`."""
     _survey: ImageSurvey | None = None
     _has_warned = False
 
@@ -70,20 +77,17 @@ class ImageDataset(Dataset, ABC):
 
     @abstractmethod
     def get_target(self, index: int) -> int | list[int] | None:
-        """Returns the class index of sample `index`, a list for multi-label datasets, None without labels."""
+        """Returns the class index of a sample, a list for multi-label datasets, None without labels."""
 
     def image_files(self) -> Iterator[str]:
         """The file that each image is read from, its own one or an archive; a nonexistent name if there is none.
 
-        Its size and modification time show whether images were replaced. The default is the path from `describe`.
+        Its size and modification time show whether images were replaced.
         """
         return map(self.describe, range(len(self)))
 
     def get_targets(self) -> np.ndarray | None:
-        """Returns the class indices of all samples, (len(self),) int64; None if the dataset has no labels.
-
-        Multi-label targets are a table with a row per sample, see `label_table`.
-        """
+        """Returns the class indices of all samples, (len(self),) int64, or a `label_table`; None without labels."""
         targets: list[Any] = [self.get_target(index) for index in range(len(self))]
         if None in targets:
             return None
@@ -97,10 +101,7 @@ class ImageDataset(Dataset, ABC):
         """Hash the number of samples and their names in order, to detect changes of the dataset.
 
         At most `NAMES_HASHED` names are hashed, evenly spaced, and of each the last two parts of the path, so that the
-        dataset may be moved. A dataset that can hash all names quickly overrides this method.
-
-        Returns:
-            16 hexadecimal digits.
+        dataset may be moved. The result has 16 hexadecimal digits.
         """
         digest = hashlib.blake2b(str(len(self)).encode(), digest_size=8)
         for index in range(0, len(self), max(1, len(self) // NAMES_HASHED)):
@@ -108,9 +109,7 @@ class ImageDataset(Dataset, ABC):
         return digest.hexdigest()
 
     def open_image(self, index: int) -> EncodedImage:
-        """Open the image of sample `index` without decoding or transforming it.
-
-        Errors in its data are raised here or when it is decoded.
+        """Open an image without decoding or transforming it; errors in its data are raised here or when it is decoded.
 
         Raises:
             BadImageError: The image cannot be read; names the index and the file, the cause is chained.
@@ -123,25 +122,21 @@ class ImageDataset(Dataset, ABC):
             return encoded
 
     def survey(self) -> ImageSurvey:
-        """Inspect a random sample of the images and measure the value range for all of them; done once.
-
-        The range maps images of more than 8 bits to 8 bits.
-        """
+        """Inspect some of the images, once, and measure the range that maps those of more than 8 bits to 8 bits."""
         if self._survey is None:
             self._survey = survey_images(self.get_image_data, self.describe, len(self), self.image_options)
             self.image_options = self._survey.options
         return self._survey
 
     def notes(self) -> list[tuple[int, str]]:
-        """Messages about files and images for the user, each with its logging level; see `ImageSurvey.notes`."""
+        """Messages about files and images for the user, each with its logging level."""
         return [(logging.INFO, note) for note in self.notes_on_files()] + self.survey().notes()
 
     def notes_on_files(self) -> list[str]:
-        """Messages about files that were found but are not samples, for log and dry run."""
+        """Messages about files that were found but are not samples."""
         return []
 
     def _warn_of_own_range(self, index: int) -> None:
-        """Warn once if an image has more than 8 bits but the inspected sample had none to measure a range on."""
         if self.image_options.value_range is None and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -151,22 +146,13 @@ class ImageDataset(Dataset, ABC):
             )
 
     def get_image(self, index: int) -> Image.Image:
-        """Decode the image of sample `index`, RGB, not transformed.
-
-        Raises:
-            BadImageError: The image cannot be read or decoded; names the index and the file, the cause is chained.
-        """
+        """Decode an image, RGB, not transformed; errors as in `open_image`."""
         encoded = self.open_image(index)
         with self._naming(index):
             return encoded.load()
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        """Returns image and target of sample `index`, both transformed.
-
-        Raises:
-            IndexError: There is no such sample.
-            BadImageError: See `get_image`.
-        """
+        """Returns image and target of a sample, both transformed; errors as in `open_image`."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of a dataset of {len(self)}")
         image, target = self.get_image(index), self.get_target(index)
@@ -188,3 +174,44 @@ class ImageDataset(Dataset, ABC):
         except Exception as error:
             where = f"sample {index} ({path})" if path else f"sample {index}"
             raise BadImageError(f"cannot read the image of {where}: {error}", path=path) from error
+
+
+class ListedDataset(ImageDataset):
+    """A dataset whose paths or pixels, and labels, are in memory.
+
+    Attributes:
+        root: Folder that paths are relative to.
+        classes: Class names in the order of their indices; empty if there are none.
+    """
+
+    root: Path
+    classes: Sequence[str]
+    _images: Any  # PathTable, or pixels (N, H, W) or (N, H, W, 3) uint8
+    _targets: np.ndarray | None  # (N,) int64; None without labels
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def describe(self, index: int) -> str:
+        return os.path.join(self.root, self._images[index])
+
+    def open_image(self, index: int) -> EncodedImage:
+        if isinstance(self._images, np.ndarray):  # several times faster than by an encoded file
+            return EncodedImage(Image.fromarray(self._images[index]).convert("RGB"))
+        return super().open_image(index)
+
+    def get_image_data(self, index: int) -> bytes:
+        """Returns the file of a sample, or a PNG file of its pixels if it has none."""
+        if isinstance(self._images, PathTable):
+            return read_image_file(self.describe(index), self.image_options)
+        return encode_png(self._images[index])
+
+    def get_target(self, index: int) -> int | None:
+        return None if self._targets is None else int(self._targets[index])
+
+    def get_targets(self) -> np.ndarray | None:
+        return self._targets
+
+    def get_class_name(self, index: int) -> str | None:
+        """Returns the class name of a sample; None without names."""
+        return self.classes[self._targets[index]] if self.classes and self._targets is not None else None

@@ -5,16 +5,13 @@ import importlib.resources
 import io
 import math
 import zlib
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.images import EncodedImage, encode_png
+from dinov2.data.datasets.base import ListedDataset
 
 _MAX_IDX_BYTES = 2**26  # uncompressed; the larger file has 47 MB
 
@@ -26,7 +23,7 @@ class FashionMNISTSplit(Enum):
     VAL = "t10k"
 
 
-class FashionMNIST(ImageDataset):
+class FashionMNIST(ListedDataset):
     """Fashion-MNIST (Zalando, MIT license), with the gray channel repeated three times.
 
     Without `root`, the 10,000 training and 2,000 validation images in the package, which need neither files nor a
@@ -38,10 +35,6 @@ class FashionMNIST(ImageDataset):
         split: A `FashionMNIST.Split`; VAL is the published test split.
         root: Folder of the full dataset.
         transforms, transform, target_transform: See `ImageDataset`.
-
-    Raises:
-        FileNotFoundError: A file of the full dataset is missing.
-        ValueError: A file of the full dataset is malformed.
     """
 
     Split = FashionMNISTSplit
@@ -49,43 +42,14 @@ class FashionMNIST(ImageDataset):
         "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        *,
-        split: FashionMNISTSplit,
-        root: str | Path | None = None,
-        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
-    ) -> None:
-        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+    def __init__(self, *, split: FashionMNISTSplit, root: str | Path | None = None, **transforms: Any) -> None:
+        super().__init__(**transforms)
         self.split = split
         self._images, labels = _embedded(split) if root is None else _full(split, Path(root))  # (length, 28, 28) uint8
         self._targets = labels.astype(np.int64)
 
-    def __len__(self) -> int:
-        return len(self._images)
-
     def describe(self, index: int) -> str:
         return f"FashionMNIST {self.split.name} image {index}"
-
-    def open_image(self, index: int) -> EncodedImage:
-        # Five times faster than by get_image_data.
-        return EncodedImage(Image.fromarray(self._images[index]).convert("RGB"))
-
-    def get_image_data(self, index: int) -> bytes:
-        """Returns sample `index` as a grayscale PNG file."""
-        return encode_png(self._images[index])
-
-    def get_target(self, index: int) -> int:
-        return int(self._targets[index])
-
-    def get_targets(self) -> np.ndarray:
-        return self._targets
-
-    def get_class_name(self, index: int) -> str:
-        """Returns the class name of sample `index`."""
-        return self.classes[self._targets[index]]
 
 
 def _embedded(split: FashionMNISTSplit) -> tuple[np.ndarray, np.ndarray]:
@@ -107,11 +71,7 @@ def _full(split: FashionMNISTSplit, root: Path) -> tuple[np.ndarray, np.ndarray]
 
 
 def _checked(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Check images and labels.
-
-    Raises:
-        ValueError: Their types, shapes or values are invalid.
-    """
+    """Raise a ValueError if types, shapes or values are invalid."""
     if images.dtype != np.uint8 or images.ndim != 3 or labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{images.dtype} images of shape {images.shape}, {labels.dtype} labels of shape {labels.shape}"

@@ -6,8 +6,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,17 +29,12 @@ _REPORT_SECONDS = 30.0  # between log lines while a large folder is listed
 _MOST_KINDS = 12  # kinds of other files in a message
 
 
+@dataclass(eq=False)
 class PathTable:
-    """A read-only sequence of paths in two flat arrays, which worker processes share, unlike millions of `str`.
+    """A read-only sequence of paths in two flat arrays, which worker processes share, unlike millions of `str`."""
 
-    Args:
-        data: (bytes of all paths,) uint8: the concatenated paths, encoded as in the file system.
-        ends: (number of paths,) int64: end of each path in `data`.
-    """
-
-    def __init__(self, data: np.ndarray, ends: np.ndarray) -> None:
-        self.data = data
-        self.ends = ends
+    data: np.ndarray  # (bytes of all paths,) uint8: the concatenated paths, encoded as in the file system
+    ends: np.ndarray  # (number of paths,) int64: end of each path in `data`
 
     @classmethod
     def of(cls, paths: Iterable[str]) -> "PathTable":
@@ -70,25 +66,16 @@ class FileList(NamedTuple):
     images: PathTable  # relative to the folder, with "/" between the parts, sorted
     others: dict[str, int]  # kind of ignored files, such as ".txt" or "named pipe" -> number
 
-    def note_on_others(self) -> str | None:
-        """Message about ignored files."""
-        if not self.others:
-            return None
-        return f"ignored {sum(self.others.values()):,} other file(s): {_summary(self.others)}"
+    def notes(self, root: Path) -> list[str]:
+        count = sum(self.others.values())
+        return [f"{root}: ignored {count:,} other file(s): {_summary(self.others)}"] if count else []
 
 
 def list_images(root: Path) -> FileList:
     """List all images under a folder, at any depth and through links; hidden files and folders are ignored.
 
     Only regular files and links to them are listed. A broken link is listed too, as an unreadable image. The list is
-    cached in the user's cache folder; the cache is valid until a folder under `root` changes.
-
-    Args:
-        root: The folder.
-
-    Raises:
-        FileNotFoundError: The folder or images in it are missing.
-        OSError: A folder cannot be read.
+    cached in the user's cache folder; the cache is valid until a folder under `root` changes. No images are an OSError.
     """
     cache = _cache_path(root)
     files = _load(cache, root)
@@ -111,17 +98,7 @@ def list_images(root: Path) -> FileList:
 
 
 def check_folder(folder: Path, *, given_as: str = "root") -> None:
-    """Check that a path is a readable folder.
-
-    Args:
-        folder: The path.
-        given_as: Key of the path, for messages.
-
-    Raises:
-        FileNotFoundError: There is no such folder; the message names the folders that exist.
-        NotADirectoryError: It is a file; the message names its kind and a remedy.
-        PermissionError: The user may not read it.
-    """
+    """Raise an OSError if a path, the value of the key `given_as`, is no readable folder; it names a remedy."""
     if folder.is_dir():
         if not os.access(folder, os.R_OK | os.X_OK):
             raise PermissionError(f"{given_as}={folder} is a folder without read permission")
@@ -138,43 +115,37 @@ def check_folder(folder: Path, *, given_as: str = "root") -> None:
 
 
 def _shown(path: Path) -> str:
-    """A path, in quotes if it has spaces at its ends or is unprintable."""
+    """A path, in quotes if it has unprintable characters or parts that begin or end with spaces."""
     is_plain = str(path).isprintable() and all(part == part.strip() for part in path.parts)
     return str(path) if is_plain else repr(str(path))
 
 
-_UNPACK = "unpack it and give the folder"
+_UNPACK, _EXPORT = "unpack it and give the folder", "export its images to a folder"
 _FILE_KINDS = {
     ".tar": f"a tar archive: {_UNPACK} (of one tar per class, ImageNet22k reads the folder of the tars)",
-    ".tgz": f"a compressed tar archive: {_UNPACK}",
-    ".tar.gz": f"a compressed tar archive: {_UNPACK}",
-    ".tar.bz2": f"a compressed tar archive: {_UNPACK}",
-    ".tar.xz": f"a compressed tar archive: {_UNPACK}",
-    ".tar.zst": f"a compressed tar archive: {_UNPACK}",
+    **dict.fromkeys((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), f"a compressed tar archive: {_UNPACK}"),
     ".zip": f"a zip archive: {_UNPACK}",
     ".7z": f"a 7z archive: {_UNPACK}",
     ".rar": f"a rar archive: {_UNPACK}",
     ".txt": "a text file: if it lists images, write ImageList:file=...",
-    ".csv": "a table: if it lists images, write ImageList:file=...",
-    ".tsv": "a table: if it lists images, write ImageList:file=...",
-    ".parquet": "a Parquet file: export its images to a folder",
-    ".arrow": "an Arrow file: export its images to a folder",
-    ".tfrecord": "a TFRecord file: export its images to a folder",
-    ".h5": "an HDF5 file: export its images to a folder",
-    ".hdf5": "an HDF5 file: export its images to a folder",
-    ".mdb": "an LMDB database: export its images to a folder",
-    ".npz": "a NumPy archive: export its images to a folder",
-    ".npy": "a NumPy array: export its images to a folder",
+    **dict.fromkeys((".csv", ".tsv"), "a table: if it lists images, write ImageList:file=..."),
+    ".parquet": f"a Parquet file: {_EXPORT}",
+    ".arrow": f"an Arrow file: {_EXPORT}",
+    ".tfrecord": f"a TFRecord file: {_EXPORT}",
+    **dict.fromkeys((".h5", ".hdf5"), f"an HDF5 file: {_EXPORT}"),
+    ".mdb": f"an LMDB database: {_EXPORT}",
+    ".npz": f"a NumPy archive: {_EXPORT}",
+    ".npy": f"a NumPy array: {_EXPORT}",
     "without suffix": "if they are images, list them: ImageList:file=... reads files of any name",
-} | dict.fromkeys(IMAGE_SUFFIXES, "a single image: give its folder")
+    **dict.fromkeys(IMAGE_SUFFIXES, "a single image: give its folder"),
+}
+_CONTENT_KINDS = {b"PK\x03\x04": _FILE_KINDS[".zip"], b"\x1f\x8b": _FILE_KINDS[".tgz"]}
 
 
 def _describe_file(path: Path) -> str:
-    """Kind of a file that should be a folder, and a remedy."""
     if not path.is_file():
         return f"{kind_of_file(path.stat().st_mode)}, not a folder"
-    kinds = (kind for suffix, kind in _FILE_KINDS.items() if path.name.lower().endswith(suffix))
-    kind = next(kinds, None)
+    kind = next((kind for suffix, kind in _FILE_KINDS.items() if path.name.lower().endswith(suffix)), None)
     if kind is None:
         with path.open("rb") as file:
             start = file.read(262)
@@ -184,11 +155,7 @@ def _describe_file(path: Path) -> str:
     return f"a file, not a folder{'' if kind is None else f': {kind}'}"
 
 
-_CONTENT_KINDS = {b"PK\x03\x04": _FILE_KINDS[".zip"], b"\x1f\x8b": _FILE_KINDS[".tgz"]}
-
-
 def _folders_in(folder: Path) -> str:
-    """List the folders in a folder, for the message about a missing one."""
     try:
         names = sorted(path.name for path in folder.iterdir() if path.is_dir())[:20]
     except OSError as error:
@@ -212,11 +179,7 @@ def _found_instead(others: Mapping[str, int]) -> str:
 
 
 def _scan(root: Path) -> tuple[list[str], list[str], list[int], dict[str, int]]:
-    """List images, folders with their modification times, and the number of other files by kind, under a folder.
-
-    Raises:
-        OSError: A folder cannot be read, or links lead to one too often.
-    """
+    """List images, folders, their modification times, and the number of other files by kind."""
     names: list[str] = []
     folders: list[str] = []
     folder_times: list[int] = []
@@ -299,11 +262,6 @@ def _load(cache: Path, root: Path) -> FileList | None:
 
 
 def _stored_paths(stored: Mapping[str, np.ndarray], name: str) -> PathTable:
-    """A table of the cache.
-
-    Raises:
-        KeyError, ValueError: It is missing or inconsistent.
-    """
     data, ends = stored[f"{name}_data"], stored[f"{name}_ends"]
     if data.dtype != np.uint8 or ends.dtype != np.int64 or data.ndim != 1 or ends.ndim != 1:
         raise ValueError(f"{name}: wrong types")
@@ -313,19 +271,16 @@ def _stored_paths(stored: Mapping[str, np.ndarray], name: str) -> PathTable:
 
 
 def _store(cache: Path, files: FileList, folders: PathTable, folder_times: Sequence[int]) -> None:
-    kinds = PathTable.of(files.others)
+    tables: dict[str, Any] = {}
+    for name, table in (("file", files.images), ("folder", folders), ("kind", PathTable.of(files.others))):
+        tables |= {f"{name}_data": table.data, f"{name}_ends": table.ends}
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cache) as file:
             np.savez(
                 file,
-                file_data=files.images.data,
-                file_ends=files.images.ends,
-                folder_data=folders.data,
-                folder_ends=folders.ends,
+                **tables,
                 folder_times=np.array(folder_times, np.int64),
-                kind_data=kinds.data,
-                kind_ends=kinds.ends,
                 kind_counts=np.array(list(files.others.values()), np.int64),
             )
     except OSError as error:

@@ -2,22 +2,20 @@
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.base import ListedDataset
 from dinov2.data.datasets.file_list import PathTable, check_folder, list_images
-from dinov2.data.images import read_image_file
 
 logger = logging.getLogger(__name__)
 
 SPLIT_FOLDERS = {"test", "train", "val", "valid", "validation"}
 
 
-class ImageFolder(ImageDataset):
+class ImageFolder(ListedDataset):
     """All images under a folder, at any depth, in the order of their paths.
 
     If every image is in some folder below `root`, the sorted names of the first-level folders are the classes (as in
@@ -30,28 +28,21 @@ class ImageFolder(ImageDataset):
         root: Folder of the images.
         split: Subfolder of `root` to read instead, such as `val`.
         transforms, transform, target_transform: See `ImageDataset`.
-
-    Raises:
-        OSError: The folder is missing, unreadable, a file, or has no images.
     """
 
-    def __init__(
-        self,
-        *,
-        root: str | Path,
-        split: str | None = None,
-        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
-    ) -> None:
-        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+    def __init__(self, *, root: str | Path, split: str | None = None, **transforms: Any) -> None:
+        super().__init__(**transforms)
         self.root = Path(root) if split is None else Path(root, split)
         check_folder(self.root)
         listed = list_images(self.root)
-        self._files, self._note = listed.images, listed.note_on_others()
-        ranges = _class_ranges(self._files)
+        self._images, self._notes = listed.images, listed.notes(self.root)
+        ranges = _class_ranges(listed.images)
         self.classes = _complete(sorted(ranges), self.root.parent / "train")
-        self._targets = _targets(ranges, self.classes) if ranges else None
+        self._targets = None
+        if ranges:
+            self._targets = np.empty(len(self), np.int64)
+            for class_index, name in enumerate(self.classes):
+                self._targets[ranges.get(name, slice(0))] = class_index
         logger.info("%s: %s", self.root, f"{len(self.classes)} classes" if self.classes else "no labels")
         if self.classes and SPLIT_FOLDERS.issuperset(self.classes):
             logger.warning(
@@ -61,32 +52,14 @@ class ImageFolder(ImageDataset):
                 self.classes[0],
             )
 
-    def __len__(self) -> int:
-        return len(self._files)
-
     def describe(self, index: int) -> str:
-        """The path of the image."""
-        return str(self.root / self._files[index])
+        return str(self.root / self._images[index])
 
     def fingerprint(self) -> str:
-        """Hash the paths of all images below `root`."""
-        return self._files.fingerprint()
-
-    def get_image_data(self, index: int) -> bytes:
-        return read_image_file(self.root / self._files[index], self.image_options)
+        return self._images.fingerprint()
 
     def notes_on_files(self) -> list[str]:
-        return [] if self._note is None else [f"{self.root}: {self._note}"]
-
-    def get_target(self, index: int) -> int | None:
-        return None if self._targets is None else int(self._targets[index])
-
-    def get_targets(self) -> np.ndarray | None:
-        return self._targets
-
-    def get_class_name(self, index: int) -> str | None:
-        """Returns the class folder of sample `index`; None without labels."""
-        return None if self._targets is None else self.classes[self._targets[index]]
+        return self._notes
 
 
 def _class_ranges(files: PathTable) -> dict[str, slice]:
@@ -110,11 +83,3 @@ def _complete(classes: list[str], train: Path) -> list[str]:
         if set(classes) < set(train_classes):
             return sorted(train_classes)
     return classes
-
-
-def _targets(ranges: dict[str, slice], classes: list[str]) -> np.ndarray:
-    """Class index of each file."""
-    targets = np.empty(max(files.stop for files in ranges.values()), np.int64)
-    for class_index, name in enumerate(classes):
-        targets[ranges.get(name, slice(0))] = class_index
-    return targets

@@ -2,25 +2,24 @@
 
 import csv
 import logging
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.base import ListedDataset
 from dinov2.data.datasets.file_list import PathTable
-from dinov2.data.images import kind_of_file, read_image_file
+from dinov2.data.images import kind_of_file
 
 logger = logging.getLogger(__name__)
 
 _MAX_DIGITS = 9  # digits of a class index
 
 
-class ImageList(ImageDataset):
+class ImageList(ListedDataset):
     """The images of a list, in its order, with their labels.
 
     A line of the list is `path<TAB>label`, or in a `.csv` file `path,label` with the usual quotes; without labels it is
@@ -39,8 +38,7 @@ class ImageList(ImageDataset):
         transforms, transform, target_transform: See `ImageDataset`.
 
     Raises:
-        FileNotFoundError: A list, or the first image of `file`, is missing.
-        ValueError: A list is empty, a line is malformed, or a label is not among the classes.
+        OSError, ValueError: A list or the first image of `file` is missing, a line is malformed, a label is unknown.
     """
 
     def __init__(
@@ -49,15 +47,13 @@ class ImageList(ImageDataset):
         file: str | Path,
         root: str | Path | None = None,
         classes: str | Path | None = None,
-        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Any,
     ) -> None:
-        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+        super().__init__(**transforms)
         self.file = Path(file)
         self.root = self.file.parent if root is None else Path(root)
         paths, labels = read_list(self.file)
-        self._paths = PathTable.of(paths)
+        self._images = PathTable.of(paths)
         if not Path(self.describe(0)).is_file():
             raise FileNotFoundError(
                 f"no file {self.describe(0)}, the first image in {self.file}; paths are relative to {self.root}, and "
@@ -67,34 +63,12 @@ class ImageList(ImageDataset):
         self.classes, self._targets = _classes_and_targets(labels, known, self.file)
         logger.info("%s: %s", self.file, "no labels" if labels is None else f"{len(set(labels))} different labels")
 
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def describe(self, index: int) -> str:
-        """The path of the image."""
-        return os.path.join(self.root, self._paths[index])
-
     def fingerprint(self) -> str:
-        """Hash the paths of all images below `root`."""
-        return self._paths.fingerprint()
-
-    def get_image_data(self, index: int) -> bytes:
-        return read_image_file(self.describe(index), self.image_options)
-
-    def get_target(self, index: int) -> int | None:
-        return None if self._targets is None else int(self._targets[index])
-
-    def get_targets(self) -> np.ndarray | None:
-        return self._targets
+        return self._images.fingerprint()
 
 
 def read_list(file: Path) -> tuple[list[str], list[str] | None]:
-    """Read the paths of a list and its labels, None if there are none.
-
-    Raises:
-        FileNotFoundError: The list is missing.
-        ValueError: The list is empty, or its lines differ in their number of columns.
-    """
+    """Read the paths of a list and its labels, None if there are none; see `ImageList`."""
     lines = _lines(file)
     number, first = next(lines, (0, None))
     if first is None:
@@ -128,16 +102,13 @@ def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
     if file.exists() and not file.is_file():
         raise OSError(f"{file} is {kind_of_file(file.stat().st_mode)}, not a list")
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:  # like paths
-        if file.suffix.lower() == ".csv":
-            reader = csv.reader(_without_nul(text, file), skipinitialspace=True)
-            try:
-                yield from ((reader.line_num, row) for row in reader if row)
-            except csv.Error as error:
-                raise ValueError(f"line {reader.line_num} of {file} is malformed: {error}") from error
-        else:
-            for number, line in enumerate(_without_nul(text, file), start=1):
-                if line := line.rstrip("\r\n"):
-                    yield number, line.split("\t")
+        is_csv = file.suffix.lower() == ".csv"
+        dialect: Any = {"skipinitialspace": True} if is_csv else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        reader = csv.reader(_without_nul(text, file), **dialect)
+        try:
+            yield from ((reader.line_num, row) for row in reader if row)
+        except csv.Error as error:
+            raise ValueError(f"line {reader.line_num} of {file} is malformed: {error}") from error
 
 
 def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
@@ -148,12 +119,7 @@ def _without_nul(lines: Iterable[str], file: Path) -> Iterator[str]:
 
 
 def read_class_names(file: Path) -> list[str] | None:
-    """Read the class names in the order of their indices, see `ImageList`; None if the list has class indices instead.
-
-    Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: The file is empty, or a class appears twice.
-    """
+    """Read the class names in the order of their indices, see `ImageList`; None if the list has class indices."""
     names, labels = read_list(file)
     if labels is not None:
         return None if _are_numbers(labels) else sorted(set(labels))

@@ -4,7 +4,6 @@ import csv
 import json
 import logging
 import re
-from collections.abc import Callable
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.base import ImageDataset, label_table
-from dinov2.data.datasets.index_files import INTEGERS, TEXT, ExtraFile, check_classes
+from dinov2.data.datasets.base import label_table
+from dinov2.data.datasets.index_files import INTEGERS, TEXT, ExtraFile, IndexedDataset
 from dinov2.data.images import read_image_file
 
 logger = logging.getLogger(__name__)
 
 JPEG_SUFFIXES = (".jpeg", ".jpg")
 _FIELDS = {"actual_index": INTEGERS, "class_index": INTEGERS, "class_id": TEXT, "class_name": TEXT}
-_NUM_CHECKED = 100  # entries checked when the tables are opened, as checking all of them is slow
-_AT_ONCE = 2**18  # entries compared at once; bounds the memory
 NO_CLASS = 2**32 - 1  # class_index of the test images, whose labels are not public
 
 
@@ -45,11 +42,7 @@ class ImageNetSplit(Enum):
         return f"test/ILSVRC2012_test_{actual_index:08d}.JPEG"
 
     def actual_index(self, path: Path) -> int:
-        """The number in the name of an image.
-
-        Raises:
-            ValueError: The path does not match the images of this split.
-        """
+        """The number in the name of an image; a ValueError if images of this split are not named like this."""
         number = re.search(r"_(\d+)$", path.stem)
         if number is None or not path.as_posix().endswith(self.image_path(int(number[1]), path.parent.name)):
             example = self.image_path(293, "n01440764")
@@ -57,7 +50,7 @@ class ImageNetSplit(Enum):
         return int(number[1])
 
 
-class ImageNet(ImageDataset):
+class ImageNet(IndexedDataset):
     """ImageNet-1k (ILSVRC 2012).
 
     Expects `<root>/train/<wnid>/<wnid>_<n>.JPEG`, `<root>/val/<wnid>/ILSVRC2012_val_<n>.JPEG`,
@@ -67,14 +60,10 @@ class ImageNet(ImageDataset):
 
     Args:
         split: An `ImageNet.Split`.
-        root: Folder of the images.
-        extra: Folder of the tables.
-        real: File of the reassessed labels of VAL, `real.json` of ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159).
-            Targets are then lists of all correct classes, some of them empty.
+        root, extra: Folders of the images and of the tables.
+        real: File of the reassessed labels, `real.json` of ImageNet-ReaL (Beyer et al. 2020, arXiv 2006.07159); for VAL
+            only. Targets are then lists of all correct classes, some of them empty.
         transforms, transform, target_transform: See `ImageDataset`.
-
-    Raises:
-        ValueError: `real` is given for another split.
     """
 
     Split = ImageNetSplit
@@ -86,11 +75,9 @@ class ImageNet(ImageDataset):
         root: str | Path,
         extra: str | Path,
         real: str | Path | None = None,
-        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
+        **transforms: Any,
     ) -> None:
-        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+        super().__init__(**transforms)
         self.root = Path(root)
         self.split = split
         if real is not None and split is not ImageNetSplit.VAL:
@@ -103,31 +90,18 @@ class ImageNet(ImageDataset):
         self._entries = ExtraFile(Path(extra, f"entries-{split.name}.npy"), creation, _FIELDS)
         self._class_ids = ExtraFile(Path(extra, f"class-ids-{split.name}.npy"), creation)
         self._class_names = ExtraFile(Path(extra, f"class-names-{split.name}.npy"), creation)
-        self._length_is_checked = False
-
-    def __len__(self) -> int:
-        length = len(self._entries.array)
-        if not self._length_is_checked:
-            self._check_tables()
-        if length != self.split.official_length and not self._length_is_checked:
-            official = self.split.official_length
-            logger.warning("%s has %d images, ImageNet %s has %d", self.root, length, self.split.name, official)
-        self._length_is_checked = True
-        return length
 
     def _check_tables(self) -> None:
-        """Raise a `ValueError` if the tables are inconsistent; checks only some of the entries."""
-        if self.split is ImageNetSplit.TEST:
-            return
-        num_ids, num_names = len(self._class_ids.array), len(self._class_names.array)
-        if num_ids != num_names:
-            raise self._class_names.damaged(f"it has {num_names} classes, {self._class_ids.path} has {num_ids}")
-        step = max(len(self._entries.array) // _NUM_CHECKED, 1)
-        for index in range(0, len(self._entries.array), step):
-            check_classes(self._entries, self._class_ids, index)
+        length, official = len(self._entries.array), self.split.official_length
+        if self.split is not ImageNetSplit.TEST:
+            num_ids, num_names = len(self._class_ids.array), len(self._class_names.array)
+            if num_ids != num_names:
+                raise self._class_names.damaged(f"it has {num_names} classes, {self._class_ids.path} has {num_ids}")
+            super()._check_tables()
+        if length != official:
+            logger.warning("%s has %d images, ImageNet %s has %d", self.root, length, self.split.name, official)
 
     def describe(self, index: int) -> str:
-        """The path of the image."""
         entry = self._entries.array[index]
         return str(self.root / self.split.image_path(int(entry["actual_index"]), str(entry["class_id"])))
 
@@ -139,17 +113,12 @@ class ImageNet(ImageDataset):
             return None
         if self._real_file is not None:
             return self._real_labels[index]
-        check_classes(self._entries, self._class_ids, index)
-        return int(self._entries.array[index]["class_index"])
+        return super().get_target(index)
 
     def get_targets(self) -> np.ndarray | None:
         if self._real_file is not None:
             return label_table(self._real_labels)
-        if self.split is ImageNetSplit.TEST:
-            return None
-        for start in range(0, len(self), _AT_ONCE):
-            check_classes(self._entries, self._class_ids, slice(start, start + _AT_ONCE))
-        return self._entries.array["class_index"].astype(np.int64)
+        return None if self.split is ImageNetSplit.TEST else super().get_targets()
 
     @cached_property
     def _real_labels(self) -> list[list[int]]:
@@ -162,17 +131,15 @@ class ImageNet(ImageDataset):
         return [by_number[number - 1] for number in numbers.tolist()]
 
     def get_class_id(self, index: int) -> str | None:
-        """Returns the WordNet id of the class of sample `index`, None for TEST."""
-        return None if self.split is ImageNetSplit.TEST else str(self._entries.array[index]["class_id"])
+        return None if self.split is ImageNetSplit.TEST else super().get_class_id(index)
 
     def get_class_name(self, index: int) -> str | None:
-        """Returns the class name of sample `index`, None for TEST."""
+        """Returns the class name of a sample; None without labels."""
         return None if self.split is ImageNetSplit.TEST else str(self._entries.array[index]["class_name"])
 
     def find_class_id(self, class_index: int) -> str:
-        """Returns the WordNet id of a class."""
         self._require_classes()
-        return str(self._class_ids.array[class_index])
+        return super().find_class_id(class_index)
 
     def find_class_name(self, class_index: int) -> str:
         """Returns the name of a class."""
@@ -188,21 +155,16 @@ class ImageNet(ImageDataset):
 
         Raises:
             RuntimeError: `labels.txt` cannot be read.
-            ValueError: A line of `labels.txt`, a class folder or the name of an image is invalid.
-            FileNotFoundError: The folder of the split is missing or has no class folders with images.
+            ValueError, FileNotFoundError: A line of it, a class folder or the name of an image is invalid or missing.
         """
         if self.split is ImageNetSplit.TEST:
-            self._dump_test()
+            entries = np.zeros(self.split.official_length, _entry_dtype("", ""))
+            entries["actual_index"] = np.arange(1, len(entries) + 1)
+            entries["class_index"] = NO_CLASS
+            self._entries.save(entries)
         else:
             self._dump_with_classes()
         logger.info("wrote the extra files of split %s to %s", self.split.name, self._entries.path.parent)
-
-    def _dump_test(self) -> None:
-        length = self.split.official_length
-        entries = np.zeros(length, _entry_dtype("", ""))
-        entries["actual_index"] = np.arange(1, length + 1)
-        entries["class_index"] = NO_CLASS
-        self._entries.save(entries)
 
     def _dump_with_classes(self) -> None:
         name_of_class = _read_labels(self.root / "labels.txt")
@@ -251,7 +213,7 @@ def _entry_dtype(longest_class_id: str, longest_class_name: str) -> np.dtype:
 
 
 def _read_labels(path: Path) -> dict[str, str]:
-    """Read `labels.txt`, lines `wnid,name`: wnid -> name."""
+    """Read the lines `wnid,name`."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
@@ -266,12 +228,7 @@ def _read_labels(path: Path) -> dict[str, str]:
 
 
 def _read_real(path: Path, length: int, num_classes: int) -> list[list[int]]:
-    """Read the reassessed labels of the validation images, in the order of the numbers in their names.
-
-    Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: It is not a JSON list of `length` lists of class indices.
-    """
+    """Read the reassessed labels of the validation images, in the order of the numbers in their names."""
     try:
         lists = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

@@ -7,15 +7,14 @@ import mmap
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.file_list import check_folder
-from dinov2.data.datasets.index_files import INTEGERS, TEXT, ExtraFile, check_classes
+from dinov2.data.datasets.index_files import INTEGERS, TEXT, ExtraFile, IndexedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +28,11 @@ _FIELDS = {
     "filename": TEXT,
 }
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)  # members with contiguous data
-_NUM_CHECKED = 100  # entries checked when the tables are opened
-_AT_ONCE = 2**18  # entries compared at once; bounds the memory
 _MAX_EXPANSION = 100  # of a gzipped image; images hardly shrink, whereas zeros shrink a thousandfold
 UNDECODABLE = {"n06470073_47249.JPEG"}
 
 
-class ImageNet22k(ImageDataset):
+class ImageNet22k(IndexedDataset):
     """ImageNet-22k (all of ImageNet, 21841 classes).
 
     Expects one uncompressed tarball `<root>/<wnid>.tar` per class, and in `extra` the tables that `dump_extra`
@@ -43,23 +40,13 @@ class ImageNet22k(ImageDataset):
     `ImageFolder`.
 
     Args:
-        root: Folder of the tarballs.
-        extra: Folder of the tables.
-        transforms, transform, target_transform: See `ImageDataset`.
+        root, extra: Folders of the tarballs and of the tables.
         mmap_cache_size: Number of tarballs that stay memory-mapped.
+        transforms, transform, target_transform: See `ImageDataset`.
     """
 
-    def __init__(
-        self,
-        *,
-        root: str | Path,
-        extra: str | Path,
-        transforms: Callable[[Any, Any], tuple[Any, Any]] | None = None,
-        transform: Callable[[Any], Any] | None = None,
-        target_transform: Callable[[Any], Any] | None = None,
-        mmap_cache_size: int = 16,
-    ) -> None:
-        super().__init__(transforms=transforms, transform=transform, target_transform=target_transform)
+    def __init__(self, *, root: str | Path, extra: str | Path, mmap_cache_size: int = 16, **transforms: Any) -> None:
+        super().__init__(**transforms)
         if mmap_cache_size < 1:
             raise ValueError(f"mmap_cache_size is {mmap_cache_size}, must be at least 1")
         self.root = Path(root)
@@ -69,20 +56,11 @@ class ImageNet22k(ImageDataset):
         )
         self._entries = ExtraFile(Path(extra, "entries.npy"), creation, _FIELDS)
         self._class_ids = ExtraFile(Path(extra, "class-ids.npy"), creation)
-        self._is_checked = False
         self._mmap_cache_size = mmap_cache_size
         self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()  # by class, least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": OrderedDict()}  # a spawned worker opens its own
-
-    def __len__(self) -> int:
-        if not self._is_checked:
-            step = max(len(self._entries.array) // _NUM_CHECKED, 1)
-            for index in range(0, len(self._entries.array), step):
-                check_classes(self._entries, self._class_ids, index)
-            self._is_checked = True
-        return len(self._entries.array)
 
     def describe(self, index: int) -> str:
         """The tarball and the name of the image in it."""
@@ -94,17 +72,16 @@ class ImageNet22k(ImageDataset):
         return (str(self._tarball(str(class_id))) for class_id in self._entries.array["class_id"])
 
     def get_image_data(self, index: int) -> bytes:
-        """Returns the image file of sample `index`, with the zero padding of its last block in the tarball."""
+        """Returns an image file, with the zero padding of its last block in the tarball."""
         entry = self._entries.array[index]
         tarball = self._map(str(entry["class_id"]))
         start, end = int(entry["start_offset"]), int(entry["end_offset"])
         self._check_member(index, tarball, start, end)
-        if end - start > self.image_options.max_bytes:
-            raise OSError(
-                f"{end - start:,} bytes, limit {self.image_options.max_file_size:,} MiB (images.max_file_size)"
-            )
+        options = self.image_options
+        if end - start > options.max_bytes:
+            raise OSError(f"{end - start:,} bytes, limit {options.max_file_size:,} MiB (images.max_file_size)")
         data = tarball[start + TAR_BLOCK : end]
-        return _unzipped(data, self.image_options.max_bytes) if data.startswith(b"\x1f\x8b") else data
+        return _unzipped(data, options.max_bytes) if data.startswith(b"\x1f\x8b") else data
 
     def _check_member(self, index: int, tarball: mmap.mmap, start: int, end: int) -> None:
         """Raise a `ValueError` if there is no regular file at exactly these bytes of a tarball."""
@@ -119,26 +96,9 @@ class ImageNet22k(ImageDataset):
                 f"entry {index} is wrong: {self.describe(index)} is not at bytes {start} to {end}"
             )
 
-    def get_target(self, index: int) -> int:
-        check_classes(self._entries, self._class_ids, index)
-        return int(self._entries.array[index]["class_index"])
-
-    def get_targets(self) -> np.ndarray:
-        for start in range(0, len(self), _AT_ONCE):
-            check_classes(self._entries, self._class_ids, slice(start, start + _AT_ONCE))
-        return self._entries.array["class_index"].astype(np.int64)
-
-    def get_class_id(self, index: int) -> str:
-        """Returns the WordNet id of the class of sample `index`."""
-        return str(self._entries.array[index]["class_id"])
-
     def get_class_ids(self) -> np.ndarray:
         """Returns the WordNet ids of the classes of all samples, (len(self),) unicode."""
         return np.array(self._entries.array["class_id"])
-
-    def find_class_id(self, class_index: int) -> str:
-        """Returns the WordNet id of a class."""
-        return str(self._class_ids.array[class_index])
 
     def _tarball(self, class_id: str) -> Path:
         return self.root / f"{class_id}.tar"
@@ -162,8 +122,7 @@ class ImageNet22k(ImageDataset):
         without it from the headers in the tarball. Class indices are those of the sorted tarballs.
 
         Raises:
-            FileNotFoundError: There are no tarballs.
-            ValueError: A listing or a tarball is truncated or malformed.
+            FileNotFoundError, ValueError: There are no tarballs, or a listing or a tarball is truncated or malformed.
         """
         check_folder(self.root)
         class_ids = sorted(path.stem for path in self.root.glob("*.tar") if path.is_file())
@@ -199,12 +158,7 @@ class ImageNet22k(ImageDataset):
 
 
 def _unzipped(data: bytes, max_bytes: int) -> bytes:
-    """Decompress a gzip file, as which a few images are stored; zeros may follow it.
-
-    Raises:
-        OSError, EOFError, zlib.error: The file is damaged.
-        ValueError: The content exceeds ``max_bytes``, or its compression ratio is implausible.
-    """
+    """Decompress a gzip file, as which a few images are stored; zeros may follow it."""
     limit = min(max_bytes, 2**20 + _MAX_EXPANSION * len(data))
     with gzip.open(io.BytesIO(data)) as file:
         content = file.read(limit + 1)

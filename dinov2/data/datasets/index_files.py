@@ -1,4 +1,4 @@
-"""Index tables of a dataset in `.npy` files: written once, checked and memory-mapped on first use."""
+"""Datasets that are listed in tables: `.npy` files, written once, checked and memory-mapped on first use."""
 
 import shlex
 import warnings
@@ -8,19 +8,21 @@ from typing import Any
 
 import numpy as np
 
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.files import atomic_write
 
 INTEGERS, TEXT = "iu", "U"  # kinds of NumPy types, for the fields of a table
+_NUM_CHECKED = 100  # entries checked when the tables are opened, as checking all of them is slow
+_AT_ONCE = 2**18  # entries compared at once; bounds the memory
 
 
 class ExtraFile:
-    """One array in an `.npy` file.
+    """One array in an `.npy` file, which may not exist yet; memory-mapped read-only on first use.
 
-    It is memory-mapped read-only on first use. A pickled copy (in a spawned worker process) maps the file itself
-    instead of carrying the array, which for ImageNet has about 600 MB.
+    A pickled copy (in a spawned worker process) maps the file itself instead of carrying the array, which for ImageNet
+    has about 600 MB.
 
     Args:
-        path: The file, which may not exist yet.
         creation: Python statements that create it, for messages.
         fields: Name of each field of the table -> allowed kinds of NumPy types; None for a list of texts.
     """
@@ -39,8 +41,7 @@ class ExtraFile:
         """The one-dimensional content.
 
         Raises:
-            FileNotFoundError: The file is missing; the message has the command that creates it.
-            ValueError: The file is damaged or of another kind; the message has the command that recreates it.
+            FileNotFoundError, ValueError: The file is missing or damaged; the message has the command that creates it.
         """
         if self._array is None:
             try:
@@ -69,49 +70,71 @@ class ExtraFile:
             raise ValueError("it is not an .npy file")
         if array.ndim != 1 or not len(array):
             raise ValueError(f"its shape is {array.shape}, not one-dimensional")
+        kinds = {name: field[0].kind for name, field in (array.dtype.fields or {}).items()}  # of nested arrays: "V"
         if self._fields is None:
             if array.dtype.kind != TEXT:
                 raise ValueError(f"its type is {array.dtype}, not text")
-        elif wrong := [name for name, kinds in self._fields.items() if not _has_field(array.dtype, name, kinds)]:
+        elif wrong := [name for name in self._fields if kinds.get(name, "V") not in self._fields[name]]:
             raise ValueError(f"it has no field {', '.join(wrong)} of the right type, but {array.dtype}")
-        if self.path.stat().st_size != array.offset + array.nbytes:
-            raise ValueError(
-                f"it has {self.path.stat().st_size} bytes, its header declares {array.offset + array.nbytes}"
-            )
+        if (size := self.path.stat().st_size) != (declared := array.offset + array.nbytes):
+            raise ValueError(f"it has {size} bytes, its header declares {declared}")
         return array
 
     def save(self, array: np.ndarray) -> None:
-        """Write the file, and create its folder if needed."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.path) as file:
             np.save(file, array)
         self._array = None
 
 
-def _has_field(dtype: np.dtype, name: str, kinds: str) -> bool:
-    return dtype.names is not None and name in dtype.names and dtype[name].kind in kinds and dtype[name].shape == ()
+class IndexedDataset(ImageDataset):
+    """A dataset whose images and classes are listed in extra files, which subclasses open."""
 
+    _entries: ExtraFile  # a row per image, with the fields `class_index` and `class_id` among others
+    _class_ids: ExtraFile  # WordNet id of each class
+    _is_checked = False
 
-def check_classes(entries: ExtraFile, class_ids: ExtraFile, index: int | slice = slice(None)) -> None:
-    """Check that the classes of entries match the list of classes.
+    def __len__(self) -> int:
+        if not self._is_checked:
+            self._check_tables()
+            self._is_checked = True
+        return len(self._entries.array)
 
-    Args:
-        entries: Table with the fields `class_index` and `class_id`.
-        class_ids: Id of each class.
-        index: Index or slice of the entries to check.
+    def _check_tables(self) -> None:
+        """Raise a `ValueError` if the tables are inconsistent; checks only some of the entries."""
+        length = len(self._entries.array)
+        for index in range(0, length, max(length // _NUM_CHECKED, 1)):
+            self._check_classes(index)
 
-    Raises:
-        ValueError: An entry does not match; the message names the file and the first such entry.
-    """
-    first = index if isinstance(index, int) else index.start or 0
-    rows = np.atleast_1d(entries.array[index])
-    outside = rows["class_index"] >= len(class_ids.array)
-    if not outside.any():
-        outside = class_ids.array[rows["class_index"]] != rows["class_id"]
-    if outside.any():
-        wrong = int(outside.argmax())
-        row = rows[wrong]
-        raise entries.damaged(
-            f"entry {first + wrong} is of class {row['class_index']}, {str(row['class_id'])!r}, which does not "
-            f"match {class_ids.path} of {len(class_ids.array)} classes"
-        )
+    def _check_classes(self, index: int | slice) -> None:
+        """Raise a `ValueError` if the class of an entry is not in the list of classes; names the first such entry."""
+        entries, class_ids = self._entries.array, self._class_ids.array
+        first = index if isinstance(index, int) else index.start
+        rows = np.atleast_1d(entries[index])
+        outside = rows["class_index"] >= len(class_ids)
+        if not outside.any():
+            outside = class_ids[rows["class_index"]] != rows["class_id"]
+        if outside.any():
+            wrong = int(outside.argmax())
+            row = rows[wrong]
+            raise self._entries.damaged(
+                f"entry {first + wrong} is of class {row['class_index']}, {str(row['class_id'])!r}, which does not "
+                f"match {self._class_ids.path} of {len(class_ids)} classes"
+            )
+
+    def get_target(self, index: int) -> int | list[int] | None:
+        self._check_classes(index)
+        return int(self._entries.array[index]["class_index"])
+
+    def get_targets(self) -> np.ndarray | None:
+        for start in range(0, len(self), _AT_ONCE):
+            self._check_classes(slice(start, start + _AT_ONCE))
+        return self._entries.array["class_index"].astype(np.int64)
+
+    def get_class_id(self, index: int) -> str | None:
+        """Returns the WordNet id of the class of a sample; None without labels."""
+        return str(self._entries.array[index]["class_id"])
+
+    def find_class_id(self, class_index: int) -> str:
+        """Returns the WordNet id of a class."""
+        return str(self._class_ids.array[class_index])

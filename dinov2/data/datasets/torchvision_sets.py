@@ -11,23 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.base import ListedDataset
 from dinov2.data.datasets.file_list import PathTable, check_folder
 from dinov2.data.datasets.torchvision_sources import SOURCES, Arrays, Pairs, Source
-from dinov2.data.images import EncodedImage, encode_png, read_image_file
 
 logger = logging.getLogger(__name__)
 
 TRAIN_SHARE = 0.8  # of each class, for datasets without published splits
 
 
-class TorchvisionSet(ImageDataset):
+class TorchvisionSet(ListedDataset):
     """A classification dataset of torchvision, which locates and checks the files and gives the labels.
 
-    Images are read and decoded like those of other datasets. Files are in the order of their paths; labels are those of
-    torchvision. Nothing is downloaded by default.
+    Files are in the order of their paths; labels are those of torchvision. Nothing is downloaded by default.
 
     Caltech101, Caltech256, EuroSAT, SEMEION and SUN397 have no published splits: without `split` the whole dataset is
     read. For them TRAIN is 80 % of each class and TEST the rest, by a split of this package that depends on the names
@@ -43,9 +40,8 @@ class TorchvisionSet(ImageDataset):
         options: Options from `SOURCES[name].options`, such as `partition` of DTD.
 
     Raises:
-        FileNotFoundError: The files are missing, or not those that torchvision expects.
-        OSError: The files cannot be downloaded.
-        ValueError: The split or an option is invalid, a file is malformed, or a package for reading it is missing.
+        OSError: The files are missing, not those that torchvision expects, or cannot be downloaded.
+        ValueError: An argument is invalid, a file is malformed, or a package for reading it is missing.
     """
 
     def __init__(
@@ -79,32 +75,11 @@ class TorchvisionSet(ImageDataset):
         self.classes, samples = self._open(source, arguments, _converted("download", download, bool))
         self._store(samples, None if source.splits or split is None else _converted("seed", seed or 0, int))
 
-    def __len__(self) -> int:
-        return len(self._images)
-
     def describe(self, index: int) -> str:
         """The path of the image, or its index if images have no files of their own."""
         if isinstance(self._images, PathTable):
-            return os.path.join(self.root, self._images[index])
-        return f"{self.name} {self.split or ''} image {index}".replace("  ", " ")
-
-    def open_image(self, index: int) -> EncodedImage:
-        if isinstance(self._images, np.ndarray):  # several times faster than by an encoded file
-            return EncodedImage(Image.fromarray(self._images[index]).convert("RGB"))
-        return super().open_image(index)
-
-    def get_image_data(self, index: int) -> bytes:
-        """Returns the file of sample `index`, or the image as a PNG file if it has none."""
-        image = self._images[index]
-        if isinstance(image, str):
-            return read_image_file(os.path.join(self.root, image), self.image_options)
-        return encode_png(image)
-
-    def get_target(self, index: int) -> int | None:
-        return None if self._targets is None else int(self._targets[index])
-
-    def get_targets(self) -> np.ndarray | None:
-        return self._targets
+            return super().describe(index)
+        return " ".join(filter(None, (self.name, self.split, f"image {index}")))
 
     def _store(self, samples: Pairs | Arrays, seed: int | None) -> None:
         """Store the samples, files in the order of their paths; with a seed, only those of the split."""
@@ -125,7 +100,7 @@ class TorchvisionSet(ImageDataset):
         self._targets = None if (labels < 0).any() else labels
 
     def _open(self, source: Source, arguments: dict[str, Any], download: bool) -> tuple[list[str], Pairs | Arrays]:
-        """Read class names and samples; download them if missing and `download`."""
+        """Read class names and samples, perhaps after a download."""
         # torchvision raises OSError or RuntimeError for missing or wrong files.
         if not download:
             try:
@@ -154,12 +129,7 @@ class TorchvisionSet(ImageDataset):
         return self._read(source, arguments)
 
     def _read(self, source: Source, arguments: dict[str, Any]) -> tuple[list[str], Pairs | Arrays]:
-        """Read class names and samples by torchvision.
-
-        Raises:
-            OSError, RuntimeError: Files are missing or wrong.
-            ValueError: Reading fails for any other reason.
-        """
+        """Read class names and samples by torchvision; an error for other reasons than the files is a ValueError."""
         defaults: dict[str, Any] = {"download": False} if source.can_download else {}
         if "loader" in inspect.signature(source.dataset_class).parameters:
             defaults["loader"] = os.fspath
@@ -182,7 +152,6 @@ class TorchvisionSet(ImageDataset):
         return _class_names(dataset), samples
 
     def _advice(self, source: Source) -> str:
-        """A remedy for missing files."""
         if not source.can_download:
             return "torchvision cannot download it"
         given = {"split": self.split, "root": self.root, **self._options, "download": "true"}
@@ -194,7 +163,7 @@ def split_samples(names: Sequence[str], labels: np.ndarray, split: str | None, s
     """Indices of the samples in a split of a dataset without published splits, in ascending order.
 
     The samples of each class are sorted by a hash of seed and name; the first `TRAIN_SHARE` of them, at least one, are
-    TRAIN, the others TEST. The split is the same on all machines.
+    TRAIN, the others TEST.
     """
     order = sorted(range(len(names)), key=lambda index: sha256(os.fsencode(f"{seed} {names[index]}")).digest())
     by_class: dict[int, list[int]] = {}
@@ -216,11 +185,6 @@ def _class_names(dataset: Any) -> list[str]:
 
 
 def _converted(key: str, value: Any, to: type) -> Any:
-    """Convert the text of a key of a dataset string to a type.
-
-    Raises:
-        ValueError: The text cannot be converted.
-    """
     try:
         return {"true": True, "false": False}[str(value).lower()] if to is bool else to(value)
     except (KeyError, ValueError):
@@ -230,7 +194,7 @@ def _converted(key: str, value: Any, to: type) -> Any:
 
 @contextmanager
 def _one_process_at_a_time(root: Path) -> Iterator[None]:
-    """Lock a folder during a download: one process of a distributed run downloads, the others wait for it."""
+    """Lock a folder: one process of a distributed run downloads, the others wait for it."""
     import fcntl
 
     root.mkdir(parents=True, exist_ok=True)

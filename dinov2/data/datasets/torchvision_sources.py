@@ -1,7 +1,9 @@
 """The classification datasets of torchvision: their splits, and functions that read their samples."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +13,15 @@ from torchvision import datasets
 # --- Readers: torchvision dataset -> paths or arrays of its images, and their classes; no image is decoded ---------
 
 
+@dataclass(frozen=True)
 class HDF5Images:
     """The images `x` of an HDF5 file, which is opened for each image: open files survive neither fork nor pickling."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    path: Path
+    count: int
 
     def __len__(self) -> int:
-        import h5py
-
-        with h5py.File(self.path) as file:
-            return len(file["x"])
+        return self.count
 
     def __getitem__(self, index: int) -> np.ndarray:
         import h5py
@@ -60,10 +60,6 @@ def _read_pets(dataset: Any) -> Pairs:
     return list(zip(dataset._images, dataset._labels, strict=True))
 
 
-def _read_gtsrb(dataset: Any) -> Pairs:
-    return dataset._samples
-
-
 def _read_caltech(dataset: Any, pattern: str) -> Pairs:
     names = [pattern.format(name=name, order=order) for order, name in enumerate(dataset.categories, start=1)]
     numbered = zip(dataset.y, dataset.index, strict=True)
@@ -71,15 +67,14 @@ def _read_caltech(dataset: Any, pattern: str) -> Pairs:
 
 
 def _read_fer2013(dataset: Any) -> Arrays:
-    return Arrays(
-        np.stack([pixels.numpy() for pixels, _ in dataset._samples]), [target for _, target in dataset._samples]
-    )
+    images, targets = zip(*dataset._samples, strict=True)
+    return Arrays(np.stack([pixels.numpy() for pixels in images]), targets)
 
 
 def _read_pcam(dataset: Any) -> Arrays:
     files = {kind: dataset._base_folder / name for kind, (name, *_) in dataset._FILES[dataset._split].items()}
-    with dataset.h5py.File(files["targets"]) as file:
-        return Arrays(HDF5Images(files["images"]), file["y"][:].reshape(-1))
+    with dataset.h5py.File(files["targets"]) as targets, dataset.h5py.File(files["images"]) as images:
+        return Arrays(HDF5Images(files["images"], len(images["x"])), targets["y"][:].reshape(-1))
 
 
 # --- The table -------------------------------------------------------------------------------------------------------
@@ -101,21 +96,25 @@ class Source(NamedTuple):
     def split_names(self) -> tuple[str, ...]:
         return tuple(self.splits) or ("TRAIN", "TEST")
 
+    # Required and optional keys of a dataset string.
+
     @property
     def required(self) -> tuple[str, ...]:
-        """Required keys of a dataset string."""
         return ("split", "root") if self.splits else ("root",)
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """Optional keys of a dataset string."""
         division = () if self.splits else ("split", "seed")
         return (*division, *self.options, *(("download",) if self.can_download else ()))
 
 
-_FLAG: dict[str, dict[str, Any]] = {"TRAIN": {"train": True}, "TEST": {"train": False}}
-_TRAIN_TEST: dict[str, dict[str, Any]] = {"TRAIN": {"split": "train"}, "TEST": {"split": "test"}}
-_TRAIN_VAL_TEST: dict[str, dict[str, Any]] = {name.upper(): {"split": name} for name in ("train", "val", "test")}
+def _splits(argument: str, **values: Any) -> dict[str, dict[str, Any]]:
+    return {name: {argument: value} for name, value in values.items()}
+
+
+_FLAG = _splits("train", TRAIN=True, TEST=False)
+_TRAIN_TEST = _splits("split", TRAIN="train", TEST="test")
+_TRAIN_VAL_TEST = _splits("split", TRAIN="train", VAL="val", TEST="test")
 
 # Excluded: ImageNet and Fashion-MNIST, which have their own modules; datasets whose images have several classes or none
 # (CelebA, captions, segmentation, videos); those with other classes for testing than for training (Omniglot, LFW);
@@ -136,7 +135,7 @@ SOURCES: dict[str, Source] = {
         "caltech256/256_ObjectCategories",
         partial(_read_caltech, pattern="256_ObjectCategories/{name}/{order:03d}_"),
     ),
-    "Country211": Source(datasets.Country211, _TRAIN_VAL_TEST | {"VAL": {"split": "valid"}}, "country211"),
+    "Country211": Source(datasets.Country211, _splits("split", TRAIN="train", VAL="valid", TEST="test"), "country211"),
     "DTD": Source(datasets.DTD, _TRAIN_VAL_TEST, "dtd", options={"partition": int}),
     "EMNIST": Source(
         datasets.EMNIST,
@@ -148,41 +147,31 @@ SOURCES: dict[str, Source] = {
     "FER2013": Source(datasets.FER2013, _TRAIN_TEST, "fer2013", _read_fer2013, can_download=False),
     "FGVCAircraft": Source(
         datasets.FGVCAircraft,
-        _TRAIN_VAL_TEST | {"TRAINVAL": {"split": "trainval"}},
+        _TRAIN_VAL_TEST | _splits("split", TRAINVAL="trainval"),
         "fgvc-aircraft-2013b",
         options={"annotation_level": str},
     ),
     "Flowers102": Source(datasets.Flowers102, _TRAIN_VAL_TEST, "flowers-102"),
     "Food101": Source(datasets.Food101, _TRAIN_TEST, "food-101"),
-    "GTSRB": Source(datasets.GTSRB, _TRAIN_TEST, "gtsrb", _read_gtsrb),
+    "GTSRB": Source(datasets.GTSRB, _TRAIN_TEST, "gtsrb", attrgetter("_samples")),
     "INaturalist": Source(  # of 2021; torchvision has no splits of earlier years
         datasets.INaturalist,
-        {
-            "TRAIN": {"version": "2021_train"},
-            "TRAIN_MINI": {"version": "2021_train_mini"},
-            "VAL": {"version": "2021_valid"},
-        },
+        _splits("version", TRAIN="2021_train", TRAIN_MINI="2021_train_mini", VAL="2021_valid"),
     ),
-    "Imagenette": Source(
-        datasets.Imagenette, {"TRAIN": {"split": "train"}, "VAL": {"split": "val"}}, options={"size": str}
-    ),
+    "Imagenette": Source(datasets.Imagenette, _splits("split", TRAIN="train", VAL="val"), options={"size": str}),
     "KMNIST": Source(datasets.KMNIST, _FLAG, "KMNIST", read_arrays),
     "MNIST": Source(datasets.MNIST, _FLAG, "MNIST", read_arrays),
     "OxfordIIITPet": Source(
         datasets.OxfordIIITPet,
-        {"TRAIN": {"split": "trainval"}, "TEST": {"split": "test"}},  # trainval is published as one split
+        _splits("split", TRAIN="trainval", TEST="test"),  # trainval is published as one split
         "oxford-iiit-pet",
         _read_pets,
     ),
     "PCAM": Source(datasets.PCAM, _TRAIN_VAL_TEST, "pcam", _read_pcam),
     "Places365": Source(
         datasets.Places365,
-        {
-            "TRAIN": {"split": "train-standard"},
-            "TRAIN_CHALLENGE": {"split": "train-challenge"},
-            "VAL": {"split": "val"},
-            "TEST": {"split": "test"},  # has no labels
-        },
+        # TEST has no labels
+        _splits("split", TRAIN="train-standard", TRAIN_CHALLENGE="train-challenge", VAL="val", TEST="test"),
         "categories_places365.txt",
         options={"small": bool},
     ),
@@ -193,13 +182,13 @@ SOURCES: dict[str, Source] = {
     "SEMEION": Source(datasets.SEMEION, {}, "semeion.data", read_arrays),
     "STL10": Source(
         datasets.STL10,
-        _TRAIN_TEST | {"UNLABELED": {"split": "unlabeled"}},
+        _splits("split", TRAIN="train", TEST="test", UNLABELED="unlabeled"),
         "stl10_binary",
         read_arrays,
         options={"folds": int},
     ),
     "SUN397": Source(datasets.SUN397, {}, "SUN397"),
-    "SVHN": Source(datasets.SVHN, _TRAIN_TEST | {"EXTRA": {"split": "extra"}}, read=read_arrays),
+    "SVHN": Source(datasets.SVHN, _splits("split", TRAIN="train", TEST="test", EXTRA="extra"), read=read_arrays),
     "StanfordCars": Source(datasets.StanfordCars, _TRAIN_TEST, "stanford_cars", can_download=False),
     "USPS": Source(datasets.USPS, _FLAG, read=read_arrays),
 }

@@ -1,8 +1,4 @@
-"""Decode image files of any kind to upright 8-bit RGB images; encode pixels as PNG.
-
-All images of datasets, visualizations and evaluations are read and decoded here, see `read_image_file` and
-`open_image`.
-"""
+"""Decode image files of any kind to upright 8-bit RGB images, for the whole package; encode pixels as PNG."""
 
 import io
 import os
@@ -46,41 +42,29 @@ class ImageDecodeError(ValueError):
 
 
 class BadImageError(RuntimeError):
-    """A sample of a dataset has no usable image (missing, unreadable or undecodable file).
-
-    Attributes:
-        path: Source of the image, from `describe(index)` of the dataset.
-    """
+    """A sample of a dataset has no usable image (missing, unreadable or undecodable file)."""
 
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
-        self.path = path
+        self.path = path  # from `describe(index)` of the dataset
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Options of reading image files: the section `images` of the configuration.
+    """Options of reading image files: the section `images` of the configuration."""
 
-    Attributes:
-        value_range: Pixel values (low, high) mapped to 0 and 255, for images of more than 8 bits; None: measured.
-        max_pixels: Maximum number of pixels of an image; larger ones are unreadable.
-        max_file_size: Maximum size of an image file in MiB; larger ones are unreadable.
-        background: Color (red, green, blue), each from 0 to 255, that transparent images are composited on; None:
-            transparency is dropped, which shows the colors under it.
-    """
-
-    value_range: ValueRange | None = None
-    max_pixels: int = 178_956_970
-    max_file_size: int = 1024
+    value_range: ValueRange | None = None  # mapped to 0 and 255, for images of more than 8 bits; None: measured
+    max_pixels: int = 178_956_970  # larger images are unreadable
+    max_file_size: int = 1024  # in MiB; larger files are unreadable
+    # Color (red, green, blue), each from 0 to 255, that transparent images are composited on; None: transparency is
+    # dropped, which shows the colors under it.
     background: tuple[int, int, int] | None = None
 
     @property
     def max_bytes(self) -> int:
-        """Maximum size of an image file in bytes."""
         return self.max_file_size * 2**20
 
     def with_range(self, value_range: ValueRange | None) -> "ImageOptions":
-        """Returns the options with another value range."""
         return replace(self, value_range=value_range)
 
 
@@ -88,13 +72,9 @@ DEFAULT_OPTIONS = ImageOptions()
 
 
 def read_image_file(path: str | Path, options: ImageOptions = DEFAULT_OPTIONS) -> bytes:
-    """Read the content of an image file.
-
-    Raises:
-        OSError: The file is missing, not a regular file (a named pipe, a device, a folder), or above the size limit.
-    """
-    # Without O_NONBLOCK, opening a named pipe waits forever for a writer.
-    with _descriptor(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC) as descriptor:
+    """Read an image file; one that is not regular (a named pipe, a device) or above the size limit is an OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening a named pipe waits forever for a writer
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is {kind_of_file(status.st_mode)}, not a regular file")
@@ -104,13 +84,6 @@ def read_image_file(path: str | Path, options: ImageOptions = DEFAULT_OPTIONS) -
             )
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(status.st_size)
-
-
-@contextmanager
-def _descriptor(path: str | Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags)
-    try:
-        yield descriptor
     finally:
         os.close(descriptor)
 
@@ -122,22 +95,18 @@ def kind_of_file(mode: int) -> str:
 
 
 class EncodedImage:
-    """An image of known size whose pixels are decoded on request, optionally at a reduced scale.
-
-    Attributes:
-        size: (width, height), upright.
-    """
+    """An image of known size whose pixels are decoded on request, optionally at a reduced scale."""
 
     def __init__(self, image: Image.Image) -> None:
         """Wrap an upright RGB image."""
         self._image = image
-        self.size = image.size
+        self.size = image.size  # (width, height), upright
 
     def load(self, reduction: int = 1) -> Image.Image:
         """Decode to mode RGB, with sides divided by ``reduction`` (1, 2, 4 or 8) and rounded up.
 
         Raises:
-            ImageDecodeError: The data are truncated or corrupt.
+            ImageDecodeError: The data are truncated or corrupt; so for all methods that decode.
         """
         return self._image if reduction == 1 else self._image.reduce(reduction)
 
@@ -150,19 +119,13 @@ class ImageFile(EncodedImage):
     """An image file of which only the header has been read; JPEG files decode faster at a reduced scale.
 
     Attributes:
-        size: (width, height), upright.
         options: Options of reading it; datasets set their value range before it is decoded.
         tiff: Header of a TIFF file, else None.
         is_deep: Whether it has more than 8 bits per sample, which are mapped to 8 bits.
     """
 
     def __init__(self, data: bytes, options: ImageOptions) -> None:
-        """Read the header.
-
-        Raises:
-            ValueError: The image has too many pixels, or decoding would take too long.
-            Exception: Of any type, for a damaged file.
-        """
+        """Read the header; errors are of any type."""
         self.options = options
         self._data = data
         check_header(data)
@@ -209,18 +172,15 @@ class ImageFile(EncodedImage):
         with _decoding(self._data):
             if self.is_deep or self._is_unsupported_by_pillow:
                 samples = read_samples(self._data, self.tiff, self.options.max_pixels)
-                image = map_to_rgb(samples, self.tiff, self.options.value_range)
-                image = _to_rgb(
-                    image if samples.is_upright else _to_upright(image, self._orientation), self.options.background
-                )
+                image, is_upright = map_to_rgb(samples, self.tiff, self.options.value_range), samples.is_upright
             else:
                 image, self._opened = self.opened, None
                 if isinstance(image, JpegImageFile) and reduction > 1:
                     image.draft(None, (max(image.width // reduction, 1), max(image.height // reduction, 1)))
                     reduction = 1
-                image.load()  # before the orientation: Pillow rotates TIFF while loading
-                upright = image if self.tiff is not None else _to_upright(image, self._orientation)
-                image = _to_rgb(upright, self.options.background)
+                image.load()
+                is_upright = self.tiff is not None  # Pillow rotates TIFF while loading
+            image = _to_rgb(image if is_upright else _to_upright(image, self._orientation), self.options.background)
             return image if reduction == 1 else image.reduce(reduction)
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
@@ -228,11 +188,7 @@ class ImageFile(EncodedImage):
         return super().pixels(reduction) if fast is None else fast
 
     def samples(self) -> Samples:
-        """Decode the first band, or the first three, of an image of more than 8 bits.
-
-        Raises:
-            ImageDecodeError: The data are truncated or corrupt.
-        """
+        """Decode the first band, or the first three, of an image of more than 8 bits."""
         with _decoding(self._data):
             return read_samples(self._data, self.tiff, self.options.max_pixels)
 
@@ -247,17 +203,10 @@ class ImageFile(EncodedImage):
 
     @property
     def has_alpha(self) -> bool:
-        """Whether the image may have transparent pixels."""
-        if self.tiff is not None and self.tiff.alpha is not None:
-            return True
-        return _may_be_transparent(self.opened) if self.tiff is None else False
+        return _may_be_transparent(self.opened) if self.tiff is None else self.tiff.alpha is not None
 
     def is_transparent(self) -> bool:
-        """Whether any pixel is not opaque; decodes the image.
-
-        Raises:
-            ImageDecodeError: The data are truncated or corrupt.
-        """
+        """Whether any pixel is not opaque; decodes the image."""
         if self.is_deep or self._is_unsupported_by_pillow:
             return self.samples().is_transparent
         with _decoding(self._data):
@@ -266,7 +215,6 @@ class ImageFile(EncodedImage):
 
     @property
     def has_more_frames(self) -> bool:
-        """Whether the file has pages or frames after the first."""
         return self.tiff.has_more_pages if self.tiff is not None else getattr(self.opened, "is_animated", False)
 
     @property
@@ -279,12 +227,9 @@ class ImageFile(EncodedImage):
 
 
 def _decode_by_torchvision(data: bytes) -> np.ndarray | None:
-    """Decode a JPEG file by torchvision: the pixels of Pillow, but a third faster; None if that fails.
-
-    Then Pillow decodes it or raises the error. torchvision has deprecated its decoder.
-    """
+    """Decode a JPEG file by torchvision, to the pixels of Pillow, a third faster; None if that fails."""
     with warnings.catch_warnings(), suppress(ImportError, AttributeError, RuntimeError):
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # torchvision has deprecated its decoder
         from torchvision.io import decode_jpeg
 
         return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0).numpy()
@@ -304,10 +249,6 @@ def open_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> ImageFil
       this image alone, see `value_range.RangeMeasurement`; datasets measure one range for all their images.
     - Of more than three bands the first three are used, of two the first; of pages and frames the first.
 
-    Args:
-        data: Content of the file.
-        options: Options of reading it.
-
     Raises:
         ImageDecodeError: The data are corrupt, the format is not supported, or there are too many pixels.
     """
@@ -316,11 +257,7 @@ def open_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> ImageFil
 
 
 def decode_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> Image.Image:
-    """Decode an image file to an upright image in mode RGB; see `open_image`.
-
-    Raises:
-        ImageDecodeError: The file cannot be decoded.
-    """
+    """Decode an image file to an upright image in mode RGB, see `open_image`."""
     return open_image(data, options).load()
 
 

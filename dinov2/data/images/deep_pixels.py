@@ -23,37 +23,25 @@ class Samples(NamedTuple):
 
     @property
     def opaque(self) -> float:
-        """Alpha of an opaque pixel."""
         if self.alpha is None or self.alpha.dtype.kind == "f":
             return 1.0
         return float(np.iinfo(self.alpha.dtype).max)
 
     @property
     def is_transparent(self) -> bool:
-        """Whether any pixel is not opaque."""
         return self.alpha is not None and float(self.alpha.min()) < self.opaque
 
 
 def check_usable(tiff: TiffHeader) -> None:
-    """Reject samples that are neither grayscale nor RGB.
-
-    Raises:
-        ValueError: The samples are something else; the message describes the file.
-    """
+    """Raise a ValueError for samples that are neither grayscale nor RGB."""
     if tiff.kind == "c" or tiff.photometric not in (0, 1, 2):
         raise ValueError(f"{tiff}, color model {tiff.photometric}, which cannot be used; convert it to gray or RGB")
 
 
 def read_samples(data: bytes, tiff: TiffHeader | None, max_pixels: int) -> Samples:
-    """Read the first band of an image file, or the first three, and its alpha.
+    """Read the first band of an image file, or the first three, and its alpha; errors are of any type.
 
-    Args:
-        data: Content of the file.
-        tiff: Header of a TIFF file; None for other files, which have 16 bits (PNG, PPM) or one band.
-        max_pixels: Maximum number of pixels of an image, see `ImageOptions`.
-
-    Raises:
-        Exception: Of any type, for a damaged file; the message describes a TIFF file that cannot be used.
+    Files other than TIFF have 16 bits (PNG, PPM) or one band.
     """
     is_upright = False
     if tiff is None:
@@ -70,15 +58,9 @@ def read_samples(data: bytes, tiff: TiffHeader | None, max_pixels: int) -> Sampl
 
 
 def map_to_rgb(samples: Samples, tiff: TiffHeader | None, value_range: ValueRange | None) -> Image.Image:
-    """Map samples to 8 bits.
+    """Map samples to an image in mode RGB, or RGBA if there is alpha.
 
-    Args:
-        samples: Pixels as stored.
-        tiff: Header of the file if it is TIFF, else None.
-        value_range: Range that is mapped to 0..255; None: measured on these values alone, see `RangeMeasurement`.
-
-    Returns:
-        An image in mode RGB, or RGBA if there is alpha.
+    Without a ``value_range``, the range is measured on these values alone, see `RangeMeasurement`.
     """
     if tiff is not None and not tiff.is_deep:
         value_range = (0.0, float(2**tiff.bits - 1))

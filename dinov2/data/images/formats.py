@@ -14,16 +14,9 @@ from PIL import Image
 
 # Format -> the module of Pillow that reads it. None of them starts another program, unlike that of EPS.
 FORMATS = {
-    "JPEG": "Jpeg",
-    "PNG": "Png",
-    "WEBP": "WebP",
-    "TIFF": "Tiff",
-    "BMP": "Bmp",
-    "GIF": "Gif",
-    "PPM": "Ppm",
-    "JPEG2000": "Jpeg2K",
-    "AVIF": "Avif",
-}
+    "JPEG": "Jpeg", "PNG": "Png", "WEBP": "WebP", "TIFF": "Tiff", "BMP": "Bmp", "GIF": "Gif", "PPM": "Ppm",
+    "JPEG2000": "Jpeg2K", "AVIF": "Avif",
+}  # fmt: skip
 
 # First bytes of other files that are often found among images -> their kind.
 _OTHERS = {
@@ -50,7 +43,7 @@ class UnknownFormatError(ValueError):
 
 @cache
 def _openers() -> list[tuple[Callable[[bytes], bool | str], Callable[..., Any]]]:
-    """For each format that this Pillow supports: a test of the first bytes, and the class that reads the file."""
+    """For each format that this Pillow supports: a test of the first bytes, and what opens the file."""
     for name in FORMATS.values():
         with suppress(ImportError):  # AVIF needs Pillow 11.3
             importlib.import_module(f"PIL.{name}ImagePlugin")
@@ -61,12 +54,11 @@ def _openers() -> list[tuple[Callable[[bytes], bool | str], Callable[..., Any]]]
 def open_header(data: bytes) -> Image.Image:
     """Open an image file of a format in `FORMATS`, detected by its content, without decoding its pixels.
 
-    `Image.open` of Pillow is not used because its limit on pixels cannot be set per image.
-
     Raises:
         UnknownFormatError: The file has another format.
         Exception: Of any type, for a damaged file.
     """
+    # Not Image.open, whose limit on pixels cannot be set per image.
     prefix = data[:16]
     for accept, factory in _openers():
         accepted = accept(prefix)
@@ -120,12 +112,7 @@ def is_deep(image: Image.Image) -> bool:
 def read_16_bits(image: Image.Image, again: Image.Image) -> np.ndarray | None:
     """Read all 16 bits of an image with several samples per pixel, of which Pillow keeps 8: decodes each half in turn.
 
-    Args:
-        image: Image, opened but not loaded.
-        again: The same image, opened a second time.
-
-    Returns:
-        Samples (H, W, S) uint16; None for a layout that is not supported.
+    The image must be opened twice, but not loaded. The samples are (H, W, S) uint16; None for an unsupported layout.
     """
     if image.format == "PPM":
         return _read_ppm(image)
@@ -136,8 +123,7 @@ def read_16_bits(image: Image.Image, again: Image.Image) -> np.ndarray | None:
         return halves[..., 0::2] << 8 | halves[..., 1::2]
     if mode not in ("RGB", "RGBX", "RGBA") or order not in ("L", "B", "N"):
         return None
-    native_is_little = sys.byteorder == "little"
-    swapped = {"L": "B", "B": "L", "N": "B" if native_is_little else "L"}[order]
+    swapped = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}[order]
     _set_raw_mode(again, f"{mode};16{swapped}")
     return np.asarray(image).astype(np.uint16) << 8 | np.asarray(again)
 

@@ -15,32 +15,20 @@ _MAX_SLOW_BYTES = 2**25  # bytes in formats that Pillow decodes in Python, at ab
 
 
 def check_header(data: bytes) -> None:
-    """Reject a file whose header has too many parts.
-
-    Raises:
-        ValueError: A limit is exceeded; the message names it.
-    """
+    """Raise a ValueError for a file whose header has too many parts."""
     for begin, check in _CHECKS.items():
         if data.startswith(begin):
             check(data)
 
 
 def check_pixels(size: tuple[int, int], limit: int) -> None:
-    """Reject an image of more pixels than ``limit``.
-
-    Raises:
-        ValueError: The limit is exceeded; the message names the size, the limit and its key.
-    """
+    """Raise a ValueError for an image, (width, height), of more pixels than ``limit``."""
     if (pixels := size[0] * size[1]) > limit:
         raise ValueError(f"{pixels:,} pixels ({size[0]} x {size[1]}), limit {limit:,} (images.max_pixels)")
 
 
 def check_jpeg_scans(data: bytes, size: tuple[int, int]) -> None:
-    """Reject a JPEG file with so many scans that decoding it would take minutes.
-
-    Raises:
-        ValueError: The limit is exceeded; the message names the number of scans.
-    """
+    """Raise a ValueError for a JPEG file with so many scans that decoding it would take minutes."""
     scans = data.count(b"\xff\xda")  # includes those of a thumbnail; compressed pixels never contain these bytes
     if scans > _MAX_SCANS or scans * size[0] * size[1] > _MAX_SCANNED_PIXELS:
         raise ValueError(f"a JPEG of {size[0]} x {size[1]} pixels in {scans:,} scans, which would take too long")
@@ -102,7 +90,5 @@ _CHECKS: dict[bytes, Callable[[bytes], None]] = {
     b"\x89PNG\r\n\x1a\n": _check_png,
     b"GIF8": _check_gif,
     b"BM": _check_bmp,
-    b"P1": _check_plain_pnm,
-    b"P2": _check_plain_pnm,
-    b"P3": _check_plain_pnm,
+    **dict.fromkeys((b"P1", b"P2", b"P3"), _check_plain_pnm),
 }

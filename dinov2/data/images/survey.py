@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dinov2.data.images import ImageOptions, open_image
-from dinov2.data.images.value_range import RangeMeasurement, num_levels, share_outside, to_8_bit
+from dinov2.data.images.value_range import RangeMeasurement, share_outside, to_8_bit
 
 NUM_SAMPLED = 64  # images, evenly spaced in the dataset
 LARGE = 100 * 10**6  # pixels from which an image slows down loading
@@ -24,31 +24,18 @@ _MOST_NAMED = 5  # unreadable images in a message
 
 @dataclass
 class ImageSurvey:
-    """Statistics of the sampled images of a dataset.
+    """Statistics of the sampled images of a dataset: numbers of images, unless stated otherwise."""
 
-    Attributes:
-        options: Options of reading images, with the value range if one was measured.
-        num_sampled: Number of images in the sample.
-        unreadable: Path and reason of each image that cannot be opened.
-        num_deep: Images of more than 8 bits.
-        num_extra_bands: Images with more bands than are used.
-        num_transparent: Images with transparent pixels.
-        num_more_frames: Images with more than one page or frame.
-        num_large: Images of more than 100 megapixels.
-        num_lost_bits: Images of more than 8 bits in a format of which only 8 are read.
-        measurement: Pixel values of images of more than 8 bits.
-    """
-
-    options: ImageOptions
+    options: ImageOptions  # of reading images, with the value range if one was measured
     num_sampled: int = 0
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    num_deep: int = 0
-    num_extra_bands: int = 0
-    num_transparent: int = 0
-    num_more_frames: int = 0
-    num_large: int = 0
-    num_lost_bits: int = 0
-    measurement: RangeMeasurement = field(default_factory=RangeMeasurement)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # path and reason
+    num_deep: int = 0  # of more than 8 bits
+    num_extra_bands: int = 0  # with more bands than are used
+    num_transparent: int = 0  # with transparent pixels
+    num_more_frames: int = 0  # with more than one page or frame
+    num_large: int = 0  # of more than `LARGE` pixels
+    num_lost_bits: int = 0  # of more than 8 bits in a format of which only 8 are read
+    measurement: RangeMeasurement = field(default_factory=RangeMeasurement)  # of images of more than 8 bits
 
     def notes(self) -> list[tuple[int, str]]:
         """Messages for the user, each with its logging level; none for a dataset of plain 8-bit images."""
@@ -70,60 +57,55 @@ class ImageSurvey:
         notes += [(logging.INFO, f"{count:,} {sample} {what}") for count, what in counts if count]
         if self.unreadable:
             named = [f"{path}: {reason}" for path, reason in self.unreadable[:_MOST_NAMED]]
-            more = [f"and {len(self.unreadable) - _MOST_NAMED} more"] if len(self.unreadable) > _MOST_NAMED else []
-            listed = "; ".join(named + more)
-            notes.append((logging.INFO, f"{len(self.unreadable):,} {sample} cannot be read: {listed}"))
+            if len(self.unreadable) > _MOST_NAMED:
+                named.append(f"and {len(self.unreadable) - _MOST_NAMED} more")
+            notes.append((logging.INFO, f"{len(self.unreadable):,} {sample} cannot be read: {'; '.join(named)}"))
         return notes
 
     def _notes_on_values(self) -> list[tuple[int, str]]:
         value_range, measured = self.options.value_range, self.measurement
-        empty = measured.num_images - len(measured.samples)
-        text = f"{empty} of {measured.num_images} images of more than 8 bits have no finite value and become black"
+        num_measured = measured.types.total()
+        empty = num_measured - len(measured.samples)
+        text = f"{empty} of {num_measured} images of more than 8 bits have no finite value and become black"
         notes = [(logging.WARNING, text)] if empty else []
         if value_range is None or not measured.samples:
             return notes
         low, high = (f"{value:,.6g}" for value in value_range)
-        types = " and ".join(sorted(measured.types))
-        found = f"{measured.smallest:,.6g} to {measured.largest:,.6g}"
         text = (
-            f"{self.num_deep:,} of {self.num_sampled:,} images sampled have more than 8 bits: pixel values of {types}"
+            f"{self.num_deep:,} of {self.num_sampled:,} images sampled have more than 8 bits: pixel values of "
+            f"{' and '.join(sorted(measured.types))} from {measured.smallest:,.6g} to {measured.largest:,.6g}; "
+            f"{low} to {high} is mapped to 0..255 (images.value_range sets this)"
         )
-        mapped = f"{low} to {high} is mapped to 0..255 (images.value_range sets this)"
-        notes.append((logging.INFO, f"{text} from {found}; {mapped}"))
+        notes.append((logging.INFO, text))
         clipped = float(np.mean([share_outside(values, value_range) for values in measured.samples]))
         if clipped > _MUCH_CLIPPED:
             text = f"{100 * clipped:.1f} % of the pixel values are outside {low} to {high} and are clipped"
             notes.append((logging.WARNING, f"{text} (images.value_range)"))
         poor = sum(
-            num_levels(to_8_bit(values, value_range)) < min(FEW_LEVELS, num_levels(values))
+            np.unique(to_8_bit(values, value_range)).size < min(FEW_LEVELS, np.unique(values).size)
             for values in measured.samples
         )
         if poor:
             text = (
-                f"{poor} of {len(measured.samples)} images of more than 8 bits keep fewer than {FEW_LEVELS} gray levels"
+                f"{poor} of {len(measured.samples)} images of more than 8 bits keep fewer than {FEW_LEVELS} gray "
+                f"levels of 256: {low} to {high} is too wide a range for them (images.value_range)"
             )
-            level = logging.WARNING if poor > _MANY_POOR * len(measured.samples) else logging.INFO
-            notes.append((level, f"{text} of 256: {low} to {high} is too wide a range for them (images.value_range)"))
+            notes.append((logging.WARNING if poor > _MANY_POOR * len(measured.samples) else logging.INFO, text))
         return notes
 
 
 def survey_images(
     read: Callable[[int], bytes], describe: Callable[[int], str], length: int, options: ImageOptions
 ) -> ImageSurvey:
-    """Inspect some images of a dataset, evenly spaced.
+    """Inspect some of the ``length`` images of a dataset, given functions index -> image file, and index -> its path.
 
-    Args:
-        read: Index of a sample -> content of its image file.
-        describe: Index of a sample -> its path.
-        length: Number of samples.
-        options: Options of reading; a missing value range is measured if there are images of more than 8 bits.
+    A value range that is missing in the options is measured if there are images of more than 8 bits.
     """
     survey = ImageSurvey(options)
-    count = min(NUM_SAMPLED, length)
+    survey.num_sampled = count = min(NUM_SAMPLED, length)
     deep: list[tuple[int, int]] = []  # sample and its number of pixels
     decoded = 0
     for index in (position * length // count for position in range(count)):
-        survey.num_sampled += 1
         try:
             image = open_image(read(index), options)
             pixels = math.prod(image.size)

@@ -28,30 +28,17 @@ _KIND_NAME = {"u": "unsigned integers", "i": "signed integers", "f": "floating-p
 
 
 class TiffHeader(NamedTuple):
-    """The header of the first page of a TIFF file.
+    """The header of the first page of a TIFF file."""
 
-    Attributes:
-        size: Stored (width, height) in pixels.
-        bits: Maximum number of bits per sample.
-        samples: Samples per pixel.
-        kind: Type of the samples as a NumPy kind: "u", "i", "f" or "c".
-        photometric: Color model: 0: white is 0; 1: black is 0; 2: RGB; 3: palette; others as in the TIFF specification.
-        extra: Meaning of the samples after the colors: 0: unspecified; 1 and 2: alpha.
-        compression: Number of the compression scheme.
-        orientation: Orientation as in EXIF.
-        nodata: Value of pixels without data, as written by GDAL.
-        has_more_pages: Whether another page follows.
-    """
-
-    size: tuple[int, int]
-    bits: int
-    samples: int
-    kind: str
-    photometric: int
-    extra: tuple[int, ...]
-    compression: int
-    orientation: int
-    nodata: float | None
+    size: tuple[int, int]  # stored (width, height) in pixels
+    bits: int  # maximum per sample
+    samples: int  # per pixel
+    kind: str  # type of the samples as a NumPy kind: "u", "i", "f" or "c"
+    photometric: int  # color model; 0: white is 0; 1: black is 0; 2: RGB; 3: palette; others as in the specification
+    extra: tuple[int, ...]  # meaning of the samples after the colors; 0: unspecified; 1 and 2: alpha
+    compression: int  # number of the scheme
+    orientation: int  # as in EXIF
+    nodata: float | None  # value of pixels without data, as written by GDAL
     has_more_pages: bool
 
     @property
@@ -82,11 +69,7 @@ def is_tiff(data: bytes) -> bool:
 
 
 def read_tiff_header(data: bytes) -> TiffHeader:
-    """Read the tags of the first page, and reject those that would take too much memory or time in a library.
-
-    Raises:
-        ValueError: Tags are missing, truncated or too large.
-    """
+    """Read the tags of the first page; those that are missing or damaged, or take a library too long, are errors."""
     order, is_big = "<" if data[:2] == b"II" else ">", data[2 if data[:2] == b"II" else 3] == 43
     try:
         tags, following = _read_tags(data, order, is_big)
@@ -95,15 +78,13 @@ def read_tiff_header(data: bytes) -> TiffHeader:
     if 256 not in tags or 257 not in tags:
         raise ValueError("a TIFF without width and height")
     samples = tags.get(277, (1,))[0]
-    kinds, photometric = tags.get(339, (1,)), tags.get(262, (1,))[0]
-    extra = tags.get(338, ())
     return TiffHeader(
         size=(tags[256][0], tags[257][0]),
         bits=max(tags.get(258, (1,))),
         samples=samples,
-        kind=_KIND.get(max(kinds), "c"),
-        photometric=photometric,
-        extra=extra[:samples],
+        kind=_KIND.get(max(tags.get(339, (1,))), "c"),
+        photometric=tags.get(262, (1,))[0],
+        extra=tags.get(338, ())[:samples],
         compression=tags.get(259, (1,))[0],
         orientation=tags.get(274, (1,))[0],
         nodata=_nodata(tags.get(42113, ())),
@@ -150,13 +131,9 @@ def _nodata(text: tuple[int, ...]) -> float | None:
 
 
 def read_stored(data: bytes, header: TiffHeader) -> np.ndarray:
-    """Read the first page with `tifffile`, which supports all numbers of bands and bits, but not all compressions.
+    """Read the samples (H, W, S) of the first page with `tifffile`.
 
-    Returns:
-        Samples as stored, (H, W, S).
-
-    Raises:
-        ValueError: The file is damaged, or its compression or layout is not supported.
+    It supports all numbers of bands and bits, but not all compressions; its errors are of any type.
     """
     import tifffile
 
@@ -166,8 +143,10 @@ def read_stored(data: bytes, header: TiffHeader) -> np.ndarray:
         samples, axes = page.asarray(), page.axes
     if axes not in ("YX", "YXS", "SYX"):
         raise ValueError(f"its axes are {axes}, not rows, columns and samples")
-    samples = samples[..., None] if axes == "YX" else samples
-    samples = np.moveaxis(samples, 0, -1) if axes == "SYX" else samples
+    if axes == "YX":
+        samples = samples[..., None]
+    elif axes == "SYX":
+        samples = np.moveaxis(samples, 0, -1)
     if math.prod(samples.shape) != math.prod(header.size) * header.samples:
         raise ValueError(f"its samples have shape {samples.shape}")
     return samples

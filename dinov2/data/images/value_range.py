@@ -3,6 +3,7 @@
 The range is measured on some images and used for all, so that equal values have equal gray levels in all images.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
@@ -25,29 +26,17 @@ class RangeMeasurement:
 
     Outliers, less than 0.1 % of the values, are ignored if the range with them would be more than 8 times as wide.
     Values that are not finite are always ignored.
-
-    Attributes:
-        types: NumPy name of each type -> number of images.
-        smallest: Minimum of all values.
-        largest: Maximum of all values.
-        samples: For each image about 65,536 finite values at most, float64.
     """
 
     def __init__(self) -> None:
-        self.types: dict[str, int] = {}
-        self.smallest, self.largest = np.inf, -np.inf
+        self.types: Counter[str] = Counter()  # NumPy name of each type -> number of images
+        self.smallest, self.largest = np.inf, -np.inf  # of all values
+        self.samples: list[np.ndarray] = []  # of each image about 65,536 finite values at most, float64
         self._whole = True
-        self.samples: list[np.ndarray] = []
-
-    @property
-    def num_images(self) -> int:
-        """Number of images measured."""
-        return sum(self.types.values())
 
     def add(self, values: np.ndarray) -> None:
         """Add the values of an image, of any shape and real type."""
-        name = values.dtype.name
-        self.types[name] = self.types.get(name, 0) + 1
+        self.types[values.dtype.name] += 1
         flat = values.reshape(-1)
         is_float = np.issubdtype(values.dtype, np.floating)
         if is_float:
@@ -94,14 +83,8 @@ def measure_range(images: Iterable[np.ndarray]) -> ValueRange | None:
 def to_8_bit(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
     """Map ``value_range`` to 0..255; values outside are clipped, NaN becomes black.
 
-    For [0, 2^n - 1] with n >= 8 the upper 8 bits are kept, as usual for such data; other ranges are scaled and rounded.
-
-    Args:
-        values: Values of any shape and real type.
-        value_range: (low, high); equal numbers map everything to black.
-
-    Returns:
-        Levels of the same shape, uint8.
+    For [0, 2^n - 1] with n >= 8 the upper 8 bits are kept, as usual for such data; other ranges are scaled and rounded,
+    those of equal numbers to black. The result has the shape of the values, of any real type, and is uint8.
     """
     if values.dtype.itemsize == 2 and values.dtype.kind in "ui":  # a lookup table is ten times faster than arithmetic
         native = values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -124,12 +107,7 @@ def _scaled(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
 
 
 def share_outside(values: np.ndarray, value_range: ValueRange) -> float:
-    """Fraction of the values that `to_8_bit` clips, from 0 to 1; values that are not finite do not count."""
+    """Fraction of the values that `to_8_bit` clips, not counting those that are not finite."""
     low, high = value_range
     outside = (values < low) | (values > high)
     return float((outside & np.isfinite(values)).mean()) if values.size else 0.0
-
-
-def num_levels(values: np.ndarray) -> int:
-    """Number of distinct values."""
-    return int(np.unique(values).size)

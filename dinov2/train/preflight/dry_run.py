@@ -19,7 +19,7 @@ from dinov2.trackers import check_trackers
 from dinov2.train.checkpoint import load_initial_weights
 from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
-from dinov2.train.monitor.probe_images import NoLabels, labeled_dataset
+from dinov2.train.monitor.probe_images import NoLabels, balanced_positions, labeled_dataset
 from dinov2.train.preflight.checks import check_settings
 from dinov2.train.preflight.memory import estimate, masked_patches_per_image
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
@@ -86,12 +86,13 @@ def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, st
 
 def _knn(cfg: Config, dataset: ImageDataset) -> str:
     try:
-        labeled_dataset(cfg, dataset)
+        _, targets = labeled_dataset(cfg, dataset)
     except NoLabels as error:
         return f"none, {error}"
     period = cfg.health.knn_period
     when = "with every teacher dump" if period is None else f"every {period} steps"
-    return f"{cfg.health.knn_images} images of {cfg.health.knn_dataset or cfg.train.dataset_path}, {when}"
+    num_images = len(balanced_positions(targets, cfg.health.knn_images))
+    return f"{num_images} images of {cfg.health.knn_dataset or cfg.train.dataset_path}, {when}"
 
 
 def _check_readable(dataset: ImageDataset, max_bad_share: float) -> list[BadImageError]:
@@ -128,7 +129,7 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
     return {
         "dataset": f"{cfg.train.dataset_path}, {num_images:,} images",
         "global batch": f"{batch:,} images ({cfg.train.batch_size_per_gpu} x {world_size} processes{accumulated})",
-        "peak learning rate": f"{cfg.optim.lr:.6g} ({cfg.optim.base_lr:g}, {cfg.optim.scaling_rule})",
+        "peak learning rate": f"{cfg.optim.lr:.6g} (base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule})",
         "optimizer steps": f"{steps:,} ({cfg.optim.epochs} nominal epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,})",
         "learning-rate warm-up": f"{cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:,} steps",
         **describe_schedules(cfg, cfg.optim.lr),
