@@ -177,9 +177,12 @@ def init(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessInfo:
     if process.world_size > 1:
         address = "env://" if process.source == "torchrun" else f"tcp://{process.master_addr}:{process.master_port}"
         logger.debug("process %d of %d connects to %s", process.rank, process.world_size, address)
+        store, *_ = next(dist.rendezvous(address, process.rank, process.world_size, timeout=timeout))
+        if target.type == "cuda":
+            _refuse_shared_gpu(store, process, target)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo",
-            init_method=address,
+            store=store,
             rank=process.rank,
             world_size=process.world_size,
             timeout=timeout,
@@ -187,6 +190,19 @@ def init(timeout: timedelta = DEFAULT_TIMEOUT) -> ProcessInfo:
         )
     _process = process
     return process
+
+
+def _refuse_shared_gpu(store: dist.Store, process: ProcessInfo, device: torch.device) -> None:
+    """Raise a ValueError if two processes of this machine have the same GPU: NCCL would fail, or wait forever."""
+    mine = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+    store.set(f"gpu of {process.rank}", mine)
+    first = process.rank - process.local_rank
+    ranks = range(first, min(first + process.local_world_size, process.world_size))  # usually those of this machine
+    gpus = [store.get(f"gpu of {rank}").decode() for rank in ranks]
+    if gpus.count(mine) > 1:
+        raise ValueError(
+            f"{len(gpus)} processes on this machine have {len(set(gpus))} GPUs: start at most one process for each GPU"
+        )
 
 
 def close() -> None:

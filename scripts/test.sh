@@ -4,6 +4,7 @@
 #   bash scripts/test.sh                       lint, and the fast tests
 #   bash scripts/test.sh slurm                 also those that submit jobs to a SLURM of their own on this machine, and
 #                                              those that look at pages in a browser
+#   bash scripts/test.sh cuda                  CUDA's host code on a stub of its libraries; needs gcc and no GPU
 #   bash scripts/test.sh all                   also the slow ones, and those that need a GPU
 #   bash scripts/test.sh oldest                a selection, with the lowest versions that the requirements allow
 #   bash scripts/test.sh [all] tests/hub -x    further words go to pytest
@@ -46,7 +47,7 @@ install_browser() {
 # What a run with the lowest versions must do: train, compile, write checkpoints, resume, attend with every backend,
 # reproduce the recordings, be loaded and converted, evaluate, draw, read images.
 oldest=(
-    tests/test_config.py tests/test_golden.py tests/test_packaging.py tests/layers tests/loss
+    tests/cuda tests/test_config.py tests/test_golden.py tests/test_packaging.py tests/layers tests/loss
     tests/tools/test_checkpoints.py tests/train/test_{checkpoint_folder,compile,dry_run,resume}.py
     tests/train/test_processes.py::test_a_run_continues_on_another_number_of_processes
     tests/test_quickstart.py::test_quickstart_leaves_everything_in_one_folder_and_runs_twice
@@ -56,7 +57,7 @@ oldest=(
 )
 
 shared_out=(-n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder)
-selection=(-m "not slow and not slurm and not gpu")
+selection=(-m "not slow and not slurm and not cuda and not gpu")
 case ${1:-} in
     slurm)
         install_slurm
@@ -68,6 +69,10 @@ case ${1:-} in
         install_slurm
         install_browser
         selection=()
+        shift
+        ;;
+    cuda)
+        selection=(-m cuda)
         shift
         ;;
     oldest)

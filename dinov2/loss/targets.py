@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from dinov2.distributed import all_reduce_max, all_reduce_sum
 
+LARGEST_PIECE = 2**27  # scores that are processed at once, except on a CPU
+
 
 @torch.no_grad()
 def softmax_centering(scores: Tensor, center: Tensor, temperature: float) -> Tensor:
@@ -100,7 +102,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 def _pieces(scores: Tensor) -> list[slice]:
     """Slices of rows of scores (R, ...) that fit in the cache of a CPU; on other devices they only bound the memory."""
-    size = max((2**19 if scores.is_cpu else 2**27) // max(scores[0:1].numel(), 1), 1)
+    size = max((2**19 if scores.is_cpu else LARGEST_PIECE) // max(scores[0:1].numel(), 1), 1)
     return [slice(first, first + size) for first in range(0, len(scores), size)]
 
 

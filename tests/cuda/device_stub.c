@@ -299,6 +299,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *properties, int devic
         .sharedMemPerBlockOptin = 232448,
         .maxBlocksPerMultiProcessor = 32,
         .concurrentKernels = 1,
+        .uuid = {.bytes = {1 + device}},
     };
     return cudaSuccess;
 }

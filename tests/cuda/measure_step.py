@@ -27,7 +27,7 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import clip_and_step
 from dinov2.train.training_run import uses_fp16
 
-STEPS = 4
+STEPS, STEPS_COMPILED = 4, 22  # the latter with as many numbers of masked patches
 NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4)
 
 
@@ -46,8 +46,8 @@ def make_batches(cfg: Config) -> Iterator[Batch]:
     for seed in range(1000):
         batch = make_masks(
             2 * size,
-            cfg.ibot.mask_ratio_min_max,
-            cfg.ibot.mask_sample_probability,
+            mask_ratio_tuple=cfg.ibot.mask_ratio_min_max,
+            mask_probability=cfg.ibot.mask_sample_probability,
             n_tokens=side**2,
             mask_generator=generator,
             rng=random.Random(seed),
@@ -68,10 +68,16 @@ class Phases:
         torch.cuda.reset_peak_memory_stats()
 
     def end(self, name: str) -> None:
-        attention = {kind: rehearsal.num_calls(f"flash_{kind}") for kind in ("fwd", "bwd")}
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        self.records[name] = rehearsal.counters() | {f"attention_{k}": v for k, v in attention.items()} | {"gib": peak}
+        record: dict[str, Any] = rehearsal.counters()
+        record["kernels"] -= rehearsal.num_calls("im2col")  # one for each image, of the convolution without cuDNN
+        record |= {f"attention_{kind}": rehearsal.num_calls(f"flash_{kind}") for kind in ("fwd", "bwd")}
+        self.records[name] = record | {"gib": torch.cuda.max_memory_allocated() / 2**30}
         self.start()
+
+
+def num_graphs() -> int:
+    """Number of programs that the compiler has made so far."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"]) if "torch._dynamo" in sys.modules else 0
 
 
 def main() -> None:
@@ -91,7 +97,8 @@ def main() -> None:
     scaler, guard = torch.amp.GradScaler("cuda", enabled=uses_fp16(cfg)), NonFiniteGuard(1000)
     batches = iter(to_device(make_batches(cfg), device))
     warned: list[str] = []
-    for step in range(STEPS):
+    graphs = 0
+    for step in range(STEPS_COMPILED if cfg.train.compile else STEPS):
         # The first steps choose kernels, compile, and allocate the moments.
         torch.cuda.set_sync_debug_mode("warn" if step >= 2 else "default")
         with warnings.catch_warnings(record=True) as found:
@@ -117,14 +124,15 @@ def main() -> None:
             phases.end("moving average")
             del losses, norms
         torch.cuda.set_sync_debug_mode("default")
+        graphs = graphs if step > 1 else num_graphs()
         warned += [f"{warning.filename}:{warning.lineno}: {warning.message}" for warning in found if step >= 2]
-    counters: dict[str, int] = torch._dynamo.utils.counters["graph_break"] if cfg.train.compile else {}
     record = {
         "phases": phases.records,
         "synchronizing": [text for text in warned if "synchroniz" in text],
         "peak_gib": max(phase["gib"] for phase in phases.records.values()),
         "predicted_gib": estimate(cfg, model, 1, 1).memory / 2**30,
-        "graph_breaks": dict(counters),
+        "graph_breaks": dict(torch._dynamo.utils.counters["graph_break"]) if cfg.train.compile else {},
+        "recompilations": num_graphs() - graphs,
     }
     print(json.dumps(record))
 

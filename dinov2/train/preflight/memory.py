@@ -3,7 +3,8 @@
 The model of `parallelize` and `fully_shard`:
 
 - A parameter is split along its first dimension over n processes and padded to equal shards. Weights of student and
-  teacher, gradients and the two moments of AdamW are float32: 5 x 4 bytes per element of every shard, permanently.
+  teacher, gradients and the two moments of AdamW are float32: 5 x 4 bytes per element of every shard. Without
+  accumulation the gradients are absent while activations add up.
 - A unit (a block or several; the rest of a backbone; a head) is gathered before it runs, in `param_dtype`: a receive
   buffer, then the whole parameters. If freed after use, the peak is the rest of the backbone, one unit and the buffer
   of the next. Otherwise units add up until the backward pass frees them one by one.
@@ -21,12 +22,13 @@ Not counted: temporary memory of the optimizer and kernels, and buffers of commu
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from dinov2.config import DTYPES, Config, ModulePrecision
+from dinov2.loss.targets import LARGEST_PIECE
 from dinov2.train.parallel import FREED_AFTER_FORWARD, local_tensors, num_shards, units_of_blocks
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
@@ -35,19 +37,13 @@ STRATEGIES: tuple[str, ...] = get_args(get_type_hints(ModulePrecision)["sharding
 FLOAT32 = 4  # bytes
 COPIES_OF_STUDENT = 4  # Weights, gradients and two AdamW moments. The teacher has weights only
 
-SAVED_PER_TOKEN_AND_BLOCK = 17
-"""Activations kept for the backward pass, in units of the width: 2 norms (3), qkv and attention (5), MLP (9)."""
-
-_SAVED = {"none": (0, SAVED_PER_TOKEN_AND_BLOCK), "selective": (1, 10), "full": (1, 0)}
-"""By activation checkpointing: (for all tokens: the input of the block; for tokens kept by stochastic depth: the
-outputs of matrix products (qkv 3, projection 1, MLP 5) and attention (1), or everything)."""
-
 
 @dataclass(frozen=True)
 class Estimate:
     """Bytes of one process, the one with the most if parameters cannot be divided evenly."""
 
-    state: float  # shards of weights, gradients and moments, permanent
+    state: float  # shards of weights, gradients and moments
+    gradients: float  # those of the state that are absent when the backward pass begins
     gathered: float  # whole weights, at the peak
     reducing: float  # whole gradients before they are sharded, at the peak
     activations: float  # approximate
@@ -56,8 +52,8 @@ class Estimate:
 
     @property
     def memory(self) -> float:
-        """Peak memory in bytes."""
-        return self.state + self.gathered + self.reducing + self.activations
+        """Peak memory in bytes: gradients grow while activations shrink."""
+        return self.state + self.gathered + self.reducing + max(self.activations - self.gradients, 0)
 
 
 def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_machine: int) -> Estimate:
@@ -68,8 +64,10 @@ def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_
         how = getattr(cfg.compute_precision.student, name), getattr(cfg.compute_precision.teacher, name)
         networks.append(_Network(sharding_units(network, cfg.student.block_chunks), *how, num_processes, per_machine))
     steps = cfg.train.accumulate_steps
+    shards = sum(network.shard for network in networks) * FLOAT32
     return Estimate(
-        state=sum(network.shard for network in networks) * (COPIES_OF_STUDENT + 1) * FLOAT32,
+        state=shards * (COPIES_OF_STUDENT + 1),
+        gradients=shards if steps == 1 else 0,
         gathered=_gathered(networks),
         reducing=_reducing(networks, steps),
         activations=_activations(cfg, model),
@@ -190,25 +188,51 @@ def _itemsize(dtype: str) -> int:
 # --- Activations -----------------------------------------------------------------------------------------------------
 
 
+def saved_in_block(block: nn.Module, value_bytes: int, rate: float, checkpointing: str) -> tuple[int, int]:
+    """Bytes kept for the backward pass of a block: (for each token, for each token that stochastic depth keeps).
+
+    On CUDA with autocast: norms compute in float32 and keep their input, everything else is in `value_bytes`, and so
+    are the tokens between blocks if there is stochastic depth.
+
+    Args:
+        block: A block of a vision transformer; may be on the meta device.
+        value_bytes: Bytes of a number in `param_dtype`.
+        rate: Rate of stochastic depth.
+        checkpointing: Value of `train.activation_checkpointing`.
+    """
+    parts = cast(Any, block)
+    width, mlp = parts.norm1.weight.numel(), parts.mlp
+    hidden = 2 * mlp.w3.in_features if hasattr(mlp, "w12") else mlp.fc1.out_features
+    stream_bytes = value_bytes if rate > 0 else FLOAT32
+    branches = 2 * width * stream_bytes  # outputs of attention and MLP, before LayerScale
+    products = 4 * width + hidden  # qkv, attention, hidden layer
+    if checkpointing == "none":  # inputs and outputs of the norms; the hidden layer after its activation
+        return 0, 2 * width * (FLOAT32 + value_bytes) + (products + hidden) * value_bytes + branches
+    selective = (products + 2 * width) * value_bytes
+    return width * stream_bytes, selective if checkpointing == "selective" else 0
+
+
 def _activations(cfg: Config, model: SSLMetaArch) -> float:
-    """Approximate bytes for the backward pass of a micro-batch, and for the targets of all micro-batches of a step."""
-    arch, crops, backbone, masked = cfg.student, cfg.crops, model.student_backbone, masked_patches_per_image(cfg)
+    """Bytes for the backward pass of a micro-batch, when it begins, and the targets of all micro-batches of a step."""
+    arch, crops, masked = cfg.student, cfg.crops, masked_patches_per_image(cfg)
+    blocks, batch_size = list(model.student_backbone.blocks), cfg.train.batch_size_per_gpu
     value_bytes = _itemsize(cfg.compute_precision.student.backbone.mixed_precision.param_dtype)
     extra = 1 + arch.num_register_tokens
     tokens = NUM_GLOBAL_CROPS * ((crops.global_crops_size // arch.patch_size) ** 2 + extra)
     tokens += crops.local_crops_number * ((crops.local_crops_size // arch.patch_size) ** 2 + extra)
-    of_all, of_kept = _SAVED[cfg.train.activation_checkpointing]
-    not_dropped = 1 - arch.drop_path_rate
-    per_token = backbone.n_blocks * (of_all + of_kept * not_dropped)
-    if cfg.train.activation_checkpointing != "none":  # the recomputed block has all activations
-        per_token += (SAVED_PER_TOKEN_AND_BLOCK - of_kept) * not_dropped
+    pixels = NUM_GLOBAL_CROPS * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
+    of_all, of_kept = saved_in_block(blocks[0], value_bytes, arch.drop_path_rate, cfg.train.activation_checkpointing)
+    per_token = len(blocks) * (of_all + of_kept * (1 - arch.drop_path_rate))
+    batches = 2 * 3 * pixels * value_bytes  # this one, and the next one of the loader
     rows = (  # scores: rows of the student, rows of the teacher, prototypes
         (NUM_GLOBAL_CROPS + crops.local_crops_number, NUM_GLOBAL_CROPS, cfg.dino.head_n_prototypes),
         (masked, masked, (cfg.ibot if cfg.ibot.separate_head else cfg.dino).head_n_prototypes),
     )
     targets = FLOAT32 * cfg.train.accumulate_steps
-    scores = sum((student * (FLOAT32 + value_bytes) + teacher * targets) * width for student, teacher, width in rows)
-    return cfg.train.batch_size_per_gpu * (tokens * per_token * backbone.embed_dim * value_bytes + scores)
+    scores = sum((student * 2 * value_bytes + teacher * targets) * width for student, teacher, width in rows)
+    largest = batch_size * max(student * width for student, _, width in rows)
+    pieces = 2 * FLOAT32 * min(largest, LARGEST_PIECE)  # of scores and their softmax in float32
+    return batch_size * (tokens * per_token + batches + scores) + pieces
 
 
 def masked_patches_per_image(cfg: Config) -> float:
