@@ -350,7 +350,7 @@ def all_gather_varied(tensor: Tensor) -> Tensor:
     mine = tensor.detach()
     if not is_enabled():
         return mine.clone()
-    sizes = all_gather_cat(torch.tensor([len(mine)], device=mine.device)).tolist()
+    sizes = all_gather_object(len(mine))  # on the host, which needs them
     padded = mine.new_zeros((max(sizes), *mine.shape[1:]))
     padded[: len(mine)] = mine
     parts = all_gather_cat(padded).split(max(sizes)) if max(sizes) else (padded,) * len(sizes)

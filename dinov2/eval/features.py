@@ -190,17 +190,18 @@ def _run_over(
         if not len(features):
             features = torch.zeros(len(dataset), *output.shape[1:], device=target_device)
             labels = torch.full((len(dataset), *targets.shape[1:]), -1, device=target_device)
-            seen = seen.to(target_device)
-        indices, output, targets = (
-            distributed.all_gather_varied(t.to(device)).to(target_device) for t in (index, output, targets)
-        )
-        require_finite(output, partial(_describe, dataset, indices), model)
+        index = distributed.all_gather_varied(index)
+        output, targets = (distributed.all_gather_varied(t.to(device)).to(target_device) for t in (output, targets))
+        require_finite(output, partial(_describe, dataset, index), model)
         # By position: images that were dealt twice to fill up the last batches land in the same place.
-        features[indices], labels[indices], seen[indices] = output, targets, True
+        seen[index] = True
+        rows = index.to(target_device)
+        features[rows], labels[rows] = output, targets
     if seen.all():
         return features, labels
     _check_unreadable(dataset, (~seen).nonzero().flatten().tolist())
-    return features[seen], labels[seen]
+    kept = seen.to(target_device)
+    return features[kept], labels[kept]
 
 
 def _describe(dataset: ImageDataset, indices: Tensor, row: int) -> str:

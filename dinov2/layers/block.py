@@ -139,7 +139,8 @@ class Block(nn.Module):
         x = self.norm1(x)
         if branch is None:
             return self.attn(x)
-        if getattr(self.attn.forward, "__func__", None) is _TAKES_SEGMENTS:
+        # Compilers evaluate this as Python does, unlike a comparison of `self.attn.forward.__func__`.
+        if type(self.attn).forward is _TAKES_SEGMENTS and "forward" not in self.attn.__dict__:
             return self.attn(x, branch.segments, branch.ends)
         return pack([self.attn(group) for group in unpack(x, branch.segments)])[0]  # custom attention takes batches
 

@@ -1,0 +1,97 @@
+"""Whole commands on CUDA's host code: training with checkpoints and a resume, several processes, what reads a teacher.
+
+All numbers are zeros on the stub: what is tested is that everything runs, on the device that it should.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rehearsal
+from PIL import Image
+
+pytestmark = pytest.mark.cuda
+
+MODULES = [f"{side}.{name}" for side in ("student", "teacher") for name in ("backbone", "dino_head", "ibot_head")]
+SETTINGS = [
+    *(f"compute_precision.{module}.mixed_precision.param_dtype=bf16" for module in MODULES),
+    *("student.embed_dim=128", "student.num_heads=2", "train.OFFICIAL_EPOCH_LENGTH=6", "optim.epochs=1"),
+    *("optim.warmup_epochs=0", "teacher.warmup_teacher_temp_epochs=0", "train.checkpoint_period=2"),
+    *("health.period=3", "evaluation.eval_period_iterations=3"),
+]
+
+
+def train_words(output_dir: Path, *overrides: str) -> list[str]:
+    config_file = str(rehearsal.ROOT / "tests" / "train" / "tiny.yaml")
+    return [
+        "dinov2/train/train.py",
+        "--config-file",
+        config_file,
+        "--output-dir",
+        str(output_dir),
+        *SETTINGS,
+        *overrides,
+    ]
+
+
+def steps(output_dir: Path) -> list[int]:
+    return [json.loads(line)["iteration"] for line in (output_dir / "training_metrics.json").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(stub: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with three checkpoints that was resumed for two steps, with compiled blocks."""
+    output_dir = tmp_path_factory.mktemp("cuda") / "run"
+    rehearsal.run(stub, *train_words(output_dir))
+    output = rehearsal.run(stub, *train_words(output_dir, "optim.epochs=2", "train.augment_on=device"))
+    assert "device cuda:0" in output and "resum" in output
+    return output_dir
+
+
+def test_a_run_writes_checkpoints_and_resumes(run: Path) -> None:
+    assert steps(run) == list(range(12))
+    names = sorted(path.name for path in (run / "checkpoints").glob("model_*"))
+    assert names == ["model_0000007", "model_0000009", "model_0000011"]
+    assert (run / "eval" / "training_11" / "teacher_checkpoint.pth").is_file()
+
+
+def test_its_teacher_is_evaluated_drawn_and_exported(run: Path, stub: Path, tmp_path: Path) -> None:
+    weights = ["--config-file", run / "config.yaml", "--pretrained-weights", run / "eval" / "training_11"]
+    datasets = ["--train-dataset", "FashionMNIST:split=VAL", "--val-dataset", "FashionMNIST:split=VAL"]
+    Image.new("RGB", (60, 40)).save(tmp_path / "image.png")
+    image = ["--images", tmp_path, "--output", tmp_path / "pca.jpg"]
+    knn = ["--output-dir", tmp_path / "knn", "--num-workers", "0", "--batch-size", "256"]
+    assert "cuda" in rehearsal.run(stub, "dinov2/eval/knn.py", *weights, *datasets, *knn)
+    rehearsal.run(stub, "-m", "dinov2.visualization", "pca", *weights, *image)
+    rehearsal.run(stub, "-m", "dinov2.tools", "convert", run / "eval" / "training_11", tmp_path / "hf", "--to", "hf")
+    assert (tmp_path / "pca.jpg").is_file() and (tmp_path / "knn").is_dir() and (tmp_path / "hf").is_dir()
+
+
+@pytest.mark.parametrize("strategy", ["FULL_SHARD", "HYBRID_SHARD"])
+def test_two_processes_shard_on_two_gpus_and_resume(strategy: str, stub: Path, tmp_path: Path) -> None:
+    overrides = [f"compute_precision.{module}.sharding_strategy={strategy}" for module in MODULES]
+    for epochs in ("1", "2"):
+        words = train_words(tmp_path / "run", *overrides, f"optim.epochs={epochs}")
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        rehearsal.run(stub, *launch, *words, num_devices=2)
+    assert steps(tmp_path / "run") == list(range(12))
+
+
+def test_more_processes_than_gpus_are_refused_with_their_numbers(stub: Path, tmp_path: Path) -> None:
+    for num_processes, num_devices in ((2, 1), (3, 2)):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+        result = subprocess.run(
+            [sys.executable, *launch, *train_words(tmp_path / "run")],
+            cwd=rehearsal.ROOT,
+            env=rehearsal.environment(stub, num_devices),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode != 0
+        assert f"{num_processes} processes on this machine" in result.stderr, result.stderr
+        assert f"{num_devices} GPUs: start at most" in result.stderr
+    assert not (tmp_path / "run").exists()
