@@ -224,5 +224,8 @@ def _check_unreadable(dataset: ImageDataset, unreadable: Sequence[int]) -> None:
     except BadImageError as error:
         reason = f"; the first: {error}"
     if len(unreadable) > MAX_BAD_SHARE * len(dataset):
-        raise ValueError(f"{len(unreadable)} of {len(dataset)} images cannot be read{reason}")
+        raise ValueError(
+            f"{len(unreadable)} of {len(dataset)} images cannot be read, more than the {MAX_BAD_SHARE:.0%} that may be "
+            f"omitted: remove or repair them{reason}"
+        )
     logger.warning("%d of %d images cannot be read and are omitted%s", len(unreadable), len(dataset), reason)

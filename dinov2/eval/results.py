@@ -67,6 +67,8 @@ def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
         path = cache_path(path_or_url)
     else:
         path = Path(url2pathname(url.path) if url.scheme == "file" else path_or_url)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights at {path}")
     digest = hashlib.sha256()
     for part in files_in(path) if path.is_dir() else [path]:
         with part.open("rb") as file:

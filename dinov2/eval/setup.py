@@ -93,6 +93,8 @@ def setup(args: argparse.Namespace, datasets: Iterable[str] = ()) -> Config:
     for dataset_str in datasets:
         _check_dataset_str(dataset_str)
     output_dir = Path(args.output_dir).resolve()
+    if output_dir.exists() and not output_dir.is_dir():
+        raise NotADirectoryError(f"--output-dir {output_dir} is a file")
     output_dir.mkdir(parents=True, exist_ok=True)
     setup_logging(output_dir, distributed.rank())
     cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, output_dir=str(output_dir)))
@@ -106,7 +108,10 @@ def setup(args: argparse.Namespace, datasets: Iterable[str] = ()) -> Config:
 
 def _check_dataset_str(dataset_str: str) -> None:
     """Raise the error of opening a dataset if the string is invalid or a path in it is missing."""
-    _, arguments = parse_dataset_str(dataset_str)
+    try:
+        _, arguments = parse_dataset_str(dataset_str)
+    except ValueError as error:
+        raise ValueError(f"{error} (--train-dataset, --val-dataset and --test-datasets name datasets)") from error
     paths = [Path(arguments[key]).expanduser() for key in ("root", "extra", "file") if key in arguments]
     if not all(path.exists() for path in paths):
         make_dataset(dataset_str=dataset_str)

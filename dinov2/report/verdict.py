@@ -44,6 +44,8 @@ def _problem(run: Run) -> str:
     lost = len(accuracy) > 1 and accuracy[-1] < (accuracy[0] + max(accuracy)) / 2  # half of the gain
     if lost and max(accuracy) > chance:
         return "Unclear: k-NN accuracy fell"
+    if accuracy and accuracy[-1] <= chance:
+        return "Unclear: k-NN is not better than guessing"
     if loss and loss.last >= loss.first and len(accuracy) < 2:
         return "Unclear: the loss did not fall"
     if unmonitored(run):

@@ -85,7 +85,7 @@ def _on_sigterm(job_id: str, signum: int, frame: FrameType | None) -> None:
 
 
 def requeue(job_id: str) -> None:
-    """Requeue this job, unless it was cancelled or requeued already, which also sends SIGTERM."""
+    """Requeue this job, unless it was canceled or requeued already, which also sends SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the commands below
     try:
         squeue = ["squeue", "--noheader", "--jobs", job_id, "--format", "%T"]

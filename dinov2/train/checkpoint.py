@@ -35,7 +35,7 @@ from dinov2.train.checkpoint_folder import (
     one_process_is_enough,
     stored_names,
 )
-from dinov2.train.checkpoint_metadata import write_checksums
+from dinov2.train.checkpoint_metadata import METADATA_FILE, write_checksums
 from dinov2.train.checkpoint_state import STATE_FILE, read_state
 from dinov2.train.parallel import full_tensor
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -280,9 +280,13 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
     """Load networks and centers into a model that is not sharded yet, without optimizer state.
 
-    The source is a checkpoint folder, a file with a whole checkpoint, or an exported teacher: one network with its
-    heads, which initializes both student and teacher. A ValueError if it does not fit the model, or is not finite.
+    The source is a checkpoint folder, a run's output (its newest checkpoint), a file with a whole checkpoint, or an
+    exported teacher or its folder: one network with its heads, which initializes both student and teacher. A ValueError
+    if it does not fit the model, or is not finite.
     """
+    if (folder := Path(source)).is_dir() and not (folder / METADATA_FILE).exists():
+        teacher = folder / "teacher_checkpoint.pth"
+        source = teacher if teacher.is_file() else latest_checkpoint(folder / "checkpoints") or folder
     if Path(source).is_dir():
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
         try:

@@ -103,9 +103,10 @@ class BadImageGuard:
         for bad in bad_images:
             self._log(bad)
         if self.bad > self.max_share * self.seen and self.seen >= self.MIN_IMAGES:
+            number = f"{len(self._logged)} or more" if len(self._logged) == self.MAX_LINES else len(self._logged)
             raise OSError(
-                f"{self.bad} of the first {self.seen} images drawn could not be read, more than "
-                f"train.max_bad_image_share={self.max_share}; the last one was {self._last}"
+                f"{self.bad} of the first {self.seen} images drawn ({number} different) could not be read, more than "
+                f"train.max_bad_image_share={self.max_share}: remove them or raise it; the last one was {self._last}"
             )
 
     def _log(self, bad: str) -> None:

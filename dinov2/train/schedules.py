@@ -101,10 +101,10 @@ def describe_schedules(cfg: Config, lr: float) -> dict[str, str]:
     else:
         temperature = f"{cfg.teacher.teacher_temp:.4g}"
     frozen = min(cfg.optim.freeze_last_layer_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH, last + 1)
-    highest = f"{schedules.lr[peak]:.4g} at step {peak:,}"
+    highest = f"{schedules.lr[peak]:.4g} at step {peak:,}, " if peak else ""
     learns = "never learns" if frozen > last else f"learns from step {frozen:,}"
     return {
-        "learning rate": f"{start.lr:.4g} at step 0, {highest}, {end.lr:.4g} at step {last:,}",
+        "learning rate": f"{start.lr:.4g} at step 0, {highest}{end.lr:.4g} at step {last:,}",
         "weight decay": f"{start.wd:.4g} to {end.wd:.4g}",
         "teacher momentum": f"{start.momentum:.6g} to {end.momentum:.6g}",
         "teacher temperature": temperature,

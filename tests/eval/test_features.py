@@ -79,7 +79,10 @@ def test_broken_images_are_left_out_and_named(caplog: pytest.LogCaptureFixture) 
 
 
 def test_too_many_broken_images_are_an_error() -> None:
-    with pytest.raises(ValueError, match="3 of 200 images cannot be read; the first: .*sample 1 .*no supported image"):
+    with pytest.raises(
+        ValueError,
+        match="3 of 200 images cannot be read, more than the 1% .*; the first: .*sample 1 .*no supported image",
+    ):
         extract_features(tiny_backbone(), ImageSet(200, broken=[1, 70, 190]), 64, 0)
     batch = collate_skipping_unreadable([BadImageError("no file a.png"), BadImageError("no file b.png")])
     with pytest.raises(ValueError, match="none of the 2 images of a batch can be read; the first: no file a.png"):

@@ -120,7 +120,7 @@ def test_the_launcher_says_where_to_look_and_asks_for_no_gpu(undisturbed: Job) -
 # --- It is stopped and goes on ---------------------------------------------------------------------------------------
 
 
-def test_preempted_requeued_and_cancelled_a_training_continues_exactly(
+def test_preempted_requeued_and_canceled_a_training_continues_exactly(
     undisturbed: Job, slow: Job, bereft: Job, cluster: Cluster, folder: Path
 ) -> None:
     """Only the signals' checkpoints can explain it: there is no periodic one."""
@@ -157,7 +157,7 @@ def test_preempted_requeued_and_cancelled_a_training_continues_exactly(
     job.wait_for_state("CANCELLED")
     assert starts(job) == stopped_after[:-1], "no step was lost or repeated"
 
-    again = Job(cluster, TRAIN, job.folder, *words)  # the folder of a cancelled job is as good as any
+    again = Job(cluster, TRAIN, job.folder, *words)  # the folder of a canceled job is as good as any
     again.finish()
     assert starts(again) == stopped_after
     assert_same_run(again.folder, undisturbed.folder)

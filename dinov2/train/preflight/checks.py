@@ -10,6 +10,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from dinov2.config import Config, ConfigError, Dino, Ibot
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.loss import DINOLoss
 from dinov2.train.preflight.memory import masked_patches_per_image
 from dinov2.train.schedules import build_schedules, global_batch_size, scale_lr
@@ -47,6 +48,17 @@ def check_settings(cfg: Config, world_size: int) -> list[str]:
         *_crops(cfg),
         *_pixels(cfg),
         *_health(cfg),
+    ]
+
+
+def check_images(cfg: Config, dataset: ImageDataset) -> list[str]:
+    """A warning if more of the sampled images cannot be read than the run tolerates."""
+    survey = dataset.survey()
+    if len(survey.unreadable) <= cfg.train.max_bad_image_share * max(survey.num_sampled, 1):
+        return []
+    return [
+        f"{len(survey.unreadable)} of {survey.num_sampled} images sampled cannot be read: the run stops once the share "
+        f"of such images is above train.max_bad_image_share={cfg.train.max_bad_image_share:g}"
     ]
 
 
@@ -166,7 +178,7 @@ def _teacher_average(cfg: Config) -> Iterator[str]:
         yield f"{keys}: below {MIN_MOMENTUM} the teacher is almost a copy of the student"
     initial_share = ((first + final) / 2) ** steps  # the mean of the cosine schedule
     if initial_share > MAX_INITIAL_SHARE:
-        yield f"{keys}: after the {steps} steps of the run the teacher is still {initial_share:.0%} its initial weights"
+        yield f"{keys}: after the {steps} steps of the run {initial_share:.0%} of the teacher are initial weights"
 
 
 def _temperature(cfg: Config) -> Iterator[str]:

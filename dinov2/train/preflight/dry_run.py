@@ -20,7 +20,7 @@ from dinov2.train.checkpoint import load_initial_weights
 from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
 from dinov2.train.monitor.probe_images import NoLabels, balanced_positions, labeled_dataset
-from dinov2.train.preflight.checks import check_settings
+from dinov2.train.preflight.checks import check_images, check_settings
 from dinov2.train.preflight.memory import estimate, masked_patches_per_image
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
@@ -54,13 +54,8 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
             "",
             f"note: a step takes {batch:,} images, but the dataset has {len(dataset):,}: images repeat within a step",
         ]
-    survey = dataset.survey()
-    known = {path for path, _ in survey.unreadable}
-    if len(known) > cfg.train.max_bad_image_share * max(survey.num_sampled, 1):
-        findings.append(
-            f"{len(known)} of {survey.num_sampled} images sampled cannot be read: the run stops once the share of such "
-            f"images is above train.max_bad_image_share={cfg.train.max_bad_image_share:g}"
-        )
+    findings += check_images(cfg, dataset)
+    known = {path for path, _ in dataset.survey().unreadable}
     notes = [f"{'warning' if level > logging.INFO else 'note'}: {note}" for level, note in dataset.notes()]
     notes += [f"note: {error}" for error in unreadable if error.path not in known]
     lines += ["", *notes] if notes else []
