@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dinov2.layers import Attention, Block, Mlp, NestedTensorBlock, SwiGLUFFN
+from dinov2.layers import Attention, Block, Mlp, NestedTensorBlock, SwiGLUFFN, pack
+from dinov2.layers.stochastic_depth import draw_branches
 
 DIM = 8
 
@@ -265,6 +266,37 @@ def test_gradients_skip_with_the_samples() -> None:
     assert 0 < untouched.sum() < 6
     assert torch.equal(gradient[untouched], torch.ones_like(gradient[untouched]))
     assert (gradient[~untouched] != 1).flatten(1).any(dim=1).all()
+
+
+def test_branches_drawn_for_all_blocks_are_those_that_each_block_would_draw() -> None:
+    blocks = [block_of(rate) for rate in (0.5, 0.0, 0.3)]
+    tokens, segments = pack([torch.randn(10, 5, DIM), torch.randn(20, 3, DIM)])
+    torch.manual_seed(1)
+    one_by_one = tokens
+    for block in blocks:
+        one_by_one = block(one_by_one, segments)
+    torch.manual_seed(1)
+    together = tokens
+    for block, branches in zip(blocks, draw_branches(segments, [0.5, 0.0, 0.3], tokens.device), strict=True):
+        together = block(together, segments, branches=branches)
+    assert torch.equal(together, one_by_one)
+
+
+def test_gradients_of_kept_and_dropped_tokens_are_those_of_the_formula() -> None:
+    block = block_of(0.5).double()
+    tokens, segments = pack([torch.randn(6, 3, DIM, dtype=torch.float64)])
+    [(attention, ffn)] = draw_branches(segments, [0.5], tokens.device)
+
+    def naive(x: Tensor) -> Tensor:
+        residual = block.ls1(block.attn(block.norm1(x[attention.rows]), attention.segments))
+        x = x.index_add(0, attention.rows, residual * attention.scale)
+        return x.index_add(0, ffn.rows, block.ls2(block.mlp(block.norm2(x[ffn.rows]))) * ffn.scale)
+
+    x, y = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    weighting = torch.randn_like(tokens)
+    ours = torch.autograd.grad((block(x, segments, branches=(attention, ffn)) * weighting).sum(), x)
+    expected = torch.autograd.grad((naive(y) * weighting).sum(), y)
+    torch.testing.assert_close(ours, expected)
 
 
 # --- Masking residuals: single batches up to a rate of 0.1 -----------------------------------------------------------

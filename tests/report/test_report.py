@@ -254,6 +254,17 @@ def test_a_run_without_alarms_is_not_healthy_whatever_it_has_learned(
     assert judge(replace(run, records=records))[1] == headline
 
 
+def test_an_accuracy_that_is_not_above_guessing_is_not_healthy(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", images=False), "run")
+    for accuracy, headline in ((57.5, "Unclear: k-NN is not better than guessing"), (70.0, "Healthy so far")):
+        records = [
+            {"iteration": step, "total_loss": 5.0 - step, "cls_target_information": 1.0, "cls_target_capacity": 5.0}
+            | {"knn": accuracy - 2 + step, "knn_chance": 65.8}
+            for step in range(3)
+        ]
+        assert judge(replace(run, records=records))[1] == headline
+
+
 def alarmed(run: Run, **changes: object) -> Run:
     alarm = Alarm("data starvation", 100, 200, True, "images came late", "use more of them")
     return replace(run, alarms=[alarm._replace(**changes)])  # type: ignore[arg-type]

@@ -339,6 +339,14 @@ def test_a_few_broken_images_are_replaced_named_and_survived(tmp_path: Path, cap
     assert f"drawn): {tmp_path / 'images' / '000.png'}: " in told[0] and "decode" in told[0]
 
 
+def test_files_that_are_no_images_are_announced_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = images(tmp_path / "images", num_broken=0)
+    (tmp_path / "images" / "notes.png").write_text("no image")
+    run_train(tmp_path / "out", dataset, *FOLDER, "train.max_bad_image_share=0.01", "optim.epochs=1")
+    [warning] = [message for message in caplog.messages if "once the share of such" in message]
+    assert warning.startswith("1 of ") and warning.endswith("is above train.max_bad_image_share=0.01")
+
+
 def test_too_many_broken_images_stop_the_run(tmp_path: Path) -> None:
     dataset = images(tmp_path / "images", num_broken=6)
     message = r"\d+ of the first \d+ images drawn \([1-6] different\) could not be read, more than train.max_bad_image_"

@@ -62,6 +62,20 @@ def test_a_teacher_dump_gives_both_networks(trained: Path, tmp_path: Path) -> No
         assert_equal({name: started[f"{side}.{name}"] for name in teacher}, teacher)
 
 
+@pytest.mark.parametrize("source", ["eval/training_7", "eval/best"])
+def test_the_folder_of_a_teacher_is_its_file(source: str, trained: Path) -> None:
+    by_folder, by_file = tiny_model(CENTERING), tiny_model(CENTERING)
+    load_training_weights(by_folder, trained / source)
+    load_training_weights(by_file, dump(trained))
+    assert_equal(by_folder.state_dict(), by_file.state_dict())
+
+
+def test_the_output_of_a_run_is_its_newest_checkpoint(trained: Path) -> None:
+    model = tiny_model(CENTERING)
+    load_training_weights(model, trained)
+    assert_equal(model.state_dict(), model_in(trained))
+
+
 def test_so_does_the_file_of_a_whole_checkpoint_with_its_student_and_centers(trained: Path, tmp_path: Path) -> None:
     assert tools.main(["convert", str(trained), str(tmp_path / "full.pth"), "--to", "full"]) == 0
     model = tiny_model(CENTERING)
