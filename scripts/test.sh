@@ -50,7 +50,6 @@ oldest=(
     tests/cuda tests/test_config.py tests/test_golden.py tests/test_packaging.py tests/layers tests/loss
     tests/tools/test_checkpoints.py tests/train/test_{checkpoint_folder,compile,dry_run,resume}.py
     tests/train/test_processes.py::test_a_run_continues_on_another_number_of_processes
-    tests/test_quickstart.py::test_quickstart_leaves_everything_in_one_folder_and_runs_twice
     tests/hub/test_hub.py tests/models/test_{intermediate_layers,peers,weights}.py
     "tests/models/test_export.py::test_onnx_with_any_batch_and_size[dinov2_vits14]"
     tests/eval/test_{features,knn,linear,log_regression}.py tests/visualization/test_visualization_command.py

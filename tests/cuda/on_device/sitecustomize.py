@@ -4,6 +4,7 @@ import torch
 import torch.nn.attention.varlen
 
 torch.backends.cudnn.enabled = False  # a library of its own, which the stub does not have
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 _trunc_normal_ = torch.nn.init.trunc_normal_
 _bincount = torch.bincount
