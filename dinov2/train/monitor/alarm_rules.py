@@ -5,6 +5,7 @@ small runs, healthy ones and runs made to fail in known ways (`tests/train/monit
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import StrEnum
 
@@ -29,7 +30,7 @@ class AlarmKind(StrEnum):
         return self is not AlarmKind.DATA_STARVATION
 
 
-class Rule:
+class Rule(ABC):
     """One sign of one kind of failure; an instance keeps what it needs of the earlier records of a run."""
 
     kind: AlarmKind
@@ -48,12 +49,12 @@ class Rule:
             return False
         return all(name in record for name in self.metrics)
 
+    @abstractmethod
     def check(self, record: Record, *, warm: bool) -> str | None:
         """Describe the sign of a failure in a record with the metrics; "" if there is none, None if it cannot tell.
 
         `warm`: whether the warm-up of the learning rate is over.
         """
-        raise NotImplementedError
 
 
 class FewPrototypes(Rule):
