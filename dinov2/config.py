@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -361,7 +361,9 @@ def _find(file: str | Path) -> Path | Traversable:
     name = str(file).removeprefix("dinov2/").removeprefix("configs/").removesuffix(".yaml")
     if name in packaged_names():
         return _packaged() / f"{name}.yaml"
-    raise FileNotFoundError(f"no configuration file {str(file)!r}; packaged names: {', '.join(packaged_names())}")
+    nearest = get_close_matches(name, packaged_names(), n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    raise FileNotFoundError(f"no configuration file {str(file)!r}; {hint}packaged names: {', '.join(packaged_names())}")
 
 
 def _read(file: Path | Traversable) -> dict[str, Any]:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# Longer than a teacher dump of ViT-g or listing a dataset takes on one process while the others wait.
+# Longer than a teacher checkpoint of ViT-g or listing a dataset takes on one process while the others wait.
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 _TORCHRUN = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

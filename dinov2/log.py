@@ -311,6 +311,7 @@ class MetricLogger:
         is_main: Whether this process writes the file, shows the progress bar, and passes records to `listeners`.
         mean_over_processes: See `SmoothedValue`; all processes must then print together.
         hidden: Meters that are not shown on the console.
+        scheduled: Meters of which the console shows the last value instead of the median.
     """
 
     def __init__(
@@ -321,13 +322,14 @@ class MetricLogger:
         is_main: bool = True,
         mean_over_processes: Callable[[Tensor], Tensor] | None = None,
         hidden: Sequence[str] = (),
+        scheduled: Sequence[str] = (),
     ) -> None:
         self.meters: dict[str, SmoothedValue] = {}
         self.delimiter = delimiter
         self.output_file = Path(output_file) if output_file is not None and is_main else None
         self.is_main = is_main
         self.mean_over_processes = mean_over_processes
-        self.hidden = hidden
+        self.hidden, self.scheduled = hidden, scheduled
         self.listeners: list[Callable[[Mapping[str, float]], object]] = []
         self._notes: dict[str, float] = {}
         self._line_is_due = False
@@ -437,7 +439,7 @@ class MetricLogger:
             listener(record)
 
     def _lines(self, loop: _Loop, index: int) -> tuple[str, str]:
-        """The line for the log file, and that for the console: medians with short names, speed, remaining time."""
+        """The line for the log file, and that for the console: numbers with short names, speed, remaining time."""
         stop, iter_time, data_time = loop.iterations.stop, loop.iter_time.avg, loop.data_time.avg
         number, wait = f"{index:{len(str(stop))}d}/{stop}", f"{data_time / iter_time:.0%}"
         left = _clock(loop.elapsed()[1] * (loop.iterations[-1] - index))
@@ -450,8 +452,9 @@ class MetricLogger:
         parts.append(f"data wait: {wait}")
         if torch.cuda.is_available():
             parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
-        shown = {name: meter.median for name, meter in self.meters.items() if meter.count and name not in self.hidden}
-        values = [f"{name.removesuffix('_loss')} {value:.4g}" for name, value in shown.items()]
+        shown = {name: meter for name, meter in self.meters.items() if meter.count and name not in self.hidden}
+        numbers = {name: meter.value if name in self.scheduled else meter.median for name, meter in shown.items()}
+        values = [f"{name.removesuffix('_loss')} {number:.4g}" for name, number in numbers.items()]
         facts += [f"data wait {wait}", f"{left} left"]
         short = [f"{loop.header} {number}", "  ".join(values), "  ".join(facts)]
         return self.delimiter.join(parts).strip(), " | ".join(filter(None, short))

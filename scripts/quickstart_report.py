@@ -38,7 +38,7 @@ Accuracies = dict[str, dict[int, float]]  # features -> {k: top-1 in percent}
 
 
 def latest_teacher(folder: Path) -> Path:
-    """Find the teacher dump of the last step.
+    """Find the teacher checkpoint of the last step.
 
     Raises:
         FileNotFoundError: There is none.

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """Memory growth in a long training: trains from JPEG files with workers and fits the growth; prints JSON.
 
-A small network is trained on generated, photograph-like JPEG files, with log lines, health measurements,
-teacher dumps and checkpoints as often as in a real run per unit of time. Every few seconds the memory of the training
-process and of each worker is sampled: its proportional set size (PSS), which shares out common pages, and its anonymous
-memory. Lines are fitted to what comes after the first minutes, when caches and pools have filled; a leak is a slope of
+A small network is trained on generated, photograph-like JPEG files, with log lines, health measurements, teachers and
+checkpoints as often as in a real run per unit of time. Every few seconds the memory of the training process and of each
+worker is sampled: its proportional set size (PSS), which shares out common pages, and its anonymous memory. Lines are
+fitted to what comes after the first minutes, when caches and pools have filled; a leak is a slope of the
 anonymous memory that is clearly above its standard error. PSS also grows when processes write to pages that they have
 shared since a worker was forked, which happens once for each page. Linux only.
 

@@ -9,7 +9,8 @@
 #   bash scripts/test.sh oldest                a selection, with the lowest versions that the requirements allow
 #   bash scripts/test.sh [all] tests/hub -x    further words go to pytest
 #
-# The files of tests are shared out over the processors, at most four; `-n 0` as a further word runs one after the other.
+# The files of tests are shared out over the processors, at most four, and over one more with SLURM, whose tests mostly
+# wait; `-n 0` as a further word runs one after the other.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 cd "$ROOT"
@@ -47,7 +48,7 @@ install_browser() {
 # What a run with the lowest versions must do: train, compile, write checkpoints, resume, attend with every backend,
 # reproduce the recordings, be loaded and converted, evaluate, draw, read images.
 oldest=(
-    tests/cuda tests/test_config.py tests/test_golden.py tests/test_packaging.py tests/layers tests/loss
+    tests/cuda/test_cuda_step.py tests/test_config.py tests/test_golden.py tests/test_packaging.py tests/layers tests/loss
     tests/tools/test_checkpoints.py tests/train/test_{checkpoint_folder,compile,dry_run,resume}.py
     tests/train/test_processes.py::test_a_run_continues_on_another_number_of_processes
     tests/hub/test_hub.py tests/models/test_{intermediate_layers,peers,weights}.py
@@ -63,6 +64,7 @@ case ${1:-} in
         install_slurm
         install_browser
         selection=(-m "not slow and not gpu")
+        shared_out+=(-n "$(($(nproc) < 4 ? $(nproc) + 1 : 4))")
         shift
         ;;
     all)

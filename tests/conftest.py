@@ -20,7 +20,7 @@ settings.load_profile("dinov2")
 
 
 def pytest_report_header() -> str:
-    names = ("torch", "torchvision", "numpy", "pillow", "omegaconf", "scikit-learn", "torchmetrics", "safetensors")
+    names = ("torch", "torchvision", "numpy", "pillow", "omegaconf", "scikit-learn", "safetensors")
     return f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names)
 
 

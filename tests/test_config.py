@@ -267,6 +267,12 @@ def test_missing_file_is_an_error_that_lists_the_packaged_names(name, tmp_path, 
     assert repr(name) in str(error.value)
 
 
+def test_a_misspelled_recipe_gets_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"'train/vitl16_shrt'; did you mean train/vitl16_short\? packaged"):
+        load("train/vitl16_shrt")
+
+
 @pytest.mark.parametrize("text", ["", "# nothing\n", "student:\n  # arch: vit_small\n", "student: {}"])
 def test_empty_files_and_sections_leave_the_defaults(text, tmp_path):
     assert load(write(tmp_path / "a.yaml", text)) == load()

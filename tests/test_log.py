@@ -65,6 +65,16 @@ def test_the_console_shows_a_short_line_and_the_file_the_whole(
     assert "wd: 0.1 (0.1)" in (tmp_path / "logs" / "log.txt").read_text()
 
 
+def test_the_console_shows_the_last_value_of_a_schedule_and_the_median_of_a_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(tmp_path)
+    meters = MetricLogger(scheduled=("lr",))
+    for step in meters.log_every(range(5), 4, "Training", 5):
+        meters.update(lr=float(step), loss=float(step))
+    assert "| lr 4  loss 2 |" in capsys.readouterr().out
+
+
 def test_notes_are_in_the_record_of_their_iteration_and_make_it_one(tmp_path: Path) -> None:
     heard: list[Any] = []
     meters = MetricLogger(output_file=tmp_path / "m.json")

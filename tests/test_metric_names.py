@@ -27,7 +27,7 @@ def test_alarms_and_ratings_use_metrics_of_the_table() -> None:
 def test_a_kind_of_alarm_is_monitored_if_all_metrics_of_one_of_its_rules_are_logged() -> None:
     assert monitored_kinds(BY_NAME) == list(AlarmKind)
     assert monitored_kinds([]) == monitored_kinds(["data_wait"]) == []
-    assert monitored_kinds(["data_wait", "data_time"]) == [AlarmKind.DATA_STARVATION]
+    assert monitored_kinds(["data_wait", "data_time"]) == [AlarmKind.DATA_BOTTLENECK]
 
 
 def test_trackers_sort_losses_that_are_not_in_the_table_with_the_others() -> None:

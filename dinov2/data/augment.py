@@ -12,8 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as pillow
 
 from dinov2.data.color_ops import SMALLEST_BLURRED, jitter_colors
 from dinov2.data.crop_params import NEUTRAL_FACTORS, CropParam, CropParams, CropParamSampler, possible_reduction
@@ -142,6 +140,10 @@ def tensor_crops(pixels: np.ndarray, crops: Iterable[tuple[CropParam, int]]) -> 
 
 def pil_crops(pixels: np.ndarray, crops: Iterable[tuple[CropParam, int]]) -> Iterator[Tensor]:
     """The same crops by torchvision's operations on PIL images."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as pillow
+
+    jitter = (pillow.adjust_brightness, pillow.adjust_contrast, pillow.adjust_saturation, pillow.adjust_hue)
     image = Image.fromarray(pixels)
     for param, side in crops:
         crop = pillow.resized_crop(image, *param.box, [side, side], InterpolationMode.BICUBIC)
@@ -149,7 +151,7 @@ def pil_crops(pixels: np.ndarray, crops: Iterable[tuple[CropParam, int]]) -> Ite
             crop = pillow.hflip(crop)
         for operation in param.order:
             if param.factors[operation] != NEUTRAL_FACTORS[operation]:
-                crop = _JITTER[operation](crop, param.factors[operation])
+                crop = jitter[operation](crop, param.factors[operation])
         if param.gray:
             crop = pillow.rgb_to_grayscale(crop, num_output_channels=3)
         if param.sigma > 0:
@@ -159,7 +161,6 @@ def pil_crops(pixels: np.ndarray, crops: Iterable[tuple[CropParam, int]]) -> Ite
         yield pillow.pil_to_tensor(crop)[None].to(torch.float32, memory_format=torch.contiguous_format)
 
 
-_JITTER = (pillow.adjust_brightness, pillow.adjust_contrast, pillow.adjust_saturation, pillow.adjust_hue)
 IMPLEMENTATIONS: dict[str, Callable[[np.ndarray, Iterable[tuple[CropParam, int]]], Iterator[Tensor]]] = {
     "tensor": tensor_crops,
     "pil": pil_crops,

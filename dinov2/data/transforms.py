@@ -5,14 +5,15 @@ Shapes: PIL images are RGB; tensors are float32 (3, H, W).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode, functional
+
+if TYPE_CHECKING:  # its import takes seconds, so it is imported where it is used
+    from torchvision.transforms import Compose, InterpolationMode, Normalize
 
 IMAGENET_DEFAULT_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_DEFAULT_STD = (0.229, 0.224, 0.225)
@@ -35,6 +36,8 @@ class GaussianBlur:
         if torch.rand(1).item() >= self.p:
             return image
         sigma = torch.empty(1).uniform_(self.radius_min, self.radius_max).item()
+        from torchvision.transforms import functional
+
         return functional.gaussian_blur(image, BLUR_KERNEL, [sigma, sigma])
 
 
@@ -51,29 +54,36 @@ class ToNormalizedTensor:
         return tensor.div_(255).sub_(self.mean).div_(self.std)
 
 
-class MaybeToTensor(transforms.ToTensor):
-    """ToTensor that leaves tensors as they are."""
+class MaybeToTensor:
+    """torchvision's ToTensor, but tensors are left as they are."""
 
     def __call__(self, image: Image.Image | np.ndarray | Tensor) -> Tensor:
-        return image if isinstance(image, Tensor) else super().__call__(image)
+        from torchvision.transforms import functional
+
+        return image if isinstance(image, Tensor) else functional.to_tensor(image)
 
 
 def make_normalize_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
-) -> transforms.Normalize:
+) -> "Normalize":
     """Normalization of float tensors (3, H, W) in [0, 1]."""
-    return transforms.Normalize(mean=mean, std=std)
+    from torchvision.transforms import Normalize
+
+    return Normalize(mean=mean, std=std)
 
 
 def make_classification_train_transform(
     *,
     crop_size: int = 224,
-    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    interpolation: "InterpolationMode | None" = None,
     hflip_prob: float = 0.5,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> transforms.Compose:
-    """Random crop and flip, as linear evaluation trains with: image -> (3, crop_size, crop_size)."""
+) -> "Compose":
+    """Random crop and flip, as in linear evaluation, bicubic by default: image -> (3, crop_size, crop_size)."""
+    from torchvision import transforms
+
+    interpolation = interpolation or transforms.InterpolationMode.BICUBIC
     steps: list[Callable[[Any], Any]] = [transforms.RandomResizedCrop(crop_size, interpolation=interpolation)]
     if hflip_prob > 0:
         steps.append(transforms.RandomHorizontalFlip(hflip_prob))
@@ -83,12 +93,15 @@ def make_classification_train_transform(
 def make_classification_eval_transform(
     *,
     resize_size: int = 256,
-    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+    interpolation: "InterpolationMode | None" = None,
     crop_size: int = 224,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
-) -> transforms.Compose:
-    """Shorter side to ``resize_size``, center crop: image -> (3, crop_size, crop_size)."""
+) -> "Compose":
+    """Shorter side to ``resize_size``, center crop, bicubic by default: image -> (3, crop_size, crop_size)."""
+    from torchvision import transforms
+
+    interpolation = interpolation or transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
         [
             transforms.Resize(resize_size, interpolation=interpolation),

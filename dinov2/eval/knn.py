@@ -1,6 +1,7 @@
 """k-NN classification with frozen features: no training, no hyperparameters but k and a temperature.
 
-Shapes: n bank (training) images, Q queries, D feature width, C classes, K the maximum k.
+Shapes: n training images (their features are the bank that is searched), Q queries, D feature width, C classes, K the
+largest k.
 """
 
 import argparse
@@ -13,6 +14,11 @@ from typing import Any
 
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from dinov2.flags.evaluation import knn_parser as get_args_parser
+
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before the imports that take seconds
 
 import torch
 from torch import Tensor, nn
@@ -39,21 +45,6 @@ GROUP = 16  # similarities per group; groups are compared by their maxima first
 TOPS = ("top-1", "top-5")
 
 Scores = dict[tuple[str, int], dict[str, float]]  # (bank name, k) -> {"top-1": fraction, ...}
-
-
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """Build the parser of the k-NN evaluation."""
-    parser = setup.get_args_parser("DINOv2 k-NN evaluation", add_help)
-    add, positive, ks = parser.add_argument, setup.positive_int, [10, 20, 100, 200]
-    add("--nb_knn", "--nb-knn", type=positive, nargs="+", default=ks, help="numbers of neighbors that vote")
-    add("--temperature", type=setup.positive_number, default=0.07, help="softmax temperature of the votes")
-    add("--gather-on-cpu", action="store_true", help="keep the gathered features in host memory")
-    add("--batch-size", type=positive, default=256, help="images per process in feature extraction")
-    add("--num-workers", type=int, default=5, help="data loader workers per process")
-    add("--n-per-class-list", type=int, nargs="+", default=[-1], help="images per class in the bank; -1 = all images")
-    tries_help = "random banks per value of --n-per-class-list, whose scores are averaged"
-    add("--n-tries", type=positive, default=1, help=tries_help)
-    return parser
 
 
 class KnnModule(nn.Module):
@@ -154,7 +145,7 @@ def _possible_ks(nb_knn: Sequence[int], bank_size: int) -> list[int]:
         raise ValueError(f"the numbers of neighbors must be at least 1, got {list(nb_knn)}")
     if too_large := [k for k in nb_knn if k > bank_size]:
         size = counted(bank_size, "image")
-        logger.warning("k = %s: the bank has only %s, k = %d is used", too_large, size, bank_size)
+        logger.warning("k = %s: the training set has only %s, k = %d is used", too_large, size, bank_size)
     return sorted({min(k, bank_size) for k in nb_knn})
 
 
@@ -270,7 +261,7 @@ def log_scores(scores: Scores, val_dataset: ImageDataset) -> None:
             logger.info("%s %s: %.2f", key, top.replace("top-", "Top "), 100 * accuracy)
     title = f"k-NN classification of {described_set(val_dataset)}, accuracy in %"
     rows = [[bank, k, *(100 * s[top] if top in s else None for top in TOPS)] for (bank, k), s in scores.items()]
-    logger.info("%s", as_table(title, ["bank", "k", *TOPS], rows))
+    logger.info("%s", as_table(title, ["images", "k", *TOPS], rows))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -306,4 +297,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(get_args_parser().parse_args())))
+    sys.exit(run_command(lambda: main(ARGS)))

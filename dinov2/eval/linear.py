@@ -15,6 +15,11 @@ from typing import Any, NamedTuple
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from dinov2.flags.evaluation import linear_parser as get_args_parser
+
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before the imports that take seconds
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,7 +45,7 @@ from dinov2.eval.linear_heads import (
     scale_lr,
     setup_linear_classifiers,
 )
-from dinov2.eval.metrics import Accuracies, MetricType, build_metric, percent, top_1
+from dinov2.eval.metrics import Accuracies, build_metric, percent, top_1
 from dinov2.eval.results import archive_results, as_table, counted, run_facts, set_facts, write_results
 from dinov2.eval.skip_unreadable import skip_unreadable_batches
 from dinov2.log import MetricLogger, run_command
@@ -66,32 +71,8 @@ logger = logging.getLogger(__name__)
 RESULTS_FILE = "results_eval_linear.json"
 LAST_BLOCKS = (1, 4)
 SCORED_AT_ONCE = 1024  # images
-LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (B, 3, H, W), labels (B,)
-
-
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """Build the parser of the linear evaluation."""
-    parser = setup.get_args_parser("DINOv2 linear evaluation", add_help)
-    add, positive, metric_types = parser.add_argument, setup.positive_int, [each.value for each in MetricType]
-    add("--test-datasets", nargs="+", help="dataset strings of further datasets for testing the best classifier")
-    add("--epochs", type=positive, default=10, help="number of epochs of --epoch-length iterations")
-    add("--batch-size", type=positive, default=128, help="images per process")
-    add("--num-workers", type=int, default=8, help="data loader workers per process")
-    length_help = "iterations per epoch; a checkpoint is written after each"
-    add("--epoch-length", type=positive, default=1250, help=length_help)
-    add("--save-checkpoint-frequency", type=positive, default=20, help="epochs between two checkpoints that are kept")
-    add("--eval-period-iterations", type=positive, default=1250, help="iterations between two validations")
-    rates, rates_help = list(LEARNING_RATES), "learning rates for a batch of 256 images"
-    add("--learning-rates", type=setup.positive_number, nargs="+", default=rates, help=rates_help)
-    add("--no-resume", action="store_true", help="start anew even if the output folder has a checkpoint")
-    add("--val-metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
-    add("--test-metric-types", choices=metric_types, nargs="+", help="one per test set (default: as for validation)")
-    add("--classifier-fpath", help="checkpoint of classifiers to evaluate without training")
-    add("--val-class-mapping-fpath", help=".npy file with the training class of each class in the validation set")
-    add("--test-class-mapping-fpaths", nargs="+", help="the same for each test set; None for no mapping")
-    return parser
 
 
 # --- Scores ----------------------------------------------------------------------------------------------------------
@@ -364,4 +345,4 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     words = "the same command again continues from the latest checkpoint"
-    sys.exit(run_command(lambda: main(get_args_parser().parse_args()), after_interrupt=words))
+    sys.exit(run_command(lambda: main(ARGS), after_interrupt=words))

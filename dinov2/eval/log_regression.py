@@ -16,6 +16,11 @@ from typing import Any, NamedTuple
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from dinov2.flags.evaluation import log_regression_parser as get_args_parser
+
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before the imports that take seconds
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -44,35 +49,6 @@ class LabeledFeatures(NamedTuple):
 
     features: Tensor  # (n, D)
     labels: Tensor  # (n,) int64
-
-
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """Build the parser of the logistic regression."""
-    parser = setup.get_args_parser("DINOv2 logistic regression", add_help)
-    add = parser.add_argument
-    finetune_help = "dataset string of images for choosing C (default: a tenth of the training set)"
-    add("--finetune-dataset-str", help=finetune_help)
-    add("--finetune-on-val", action="store_true", help="choose C on the validation set, if no such dataset is given")
-    metric_types = [t.value for t in MetricType if t is not MetricType.IMAGENET_REAL_ACCURACY]
-    add("--metric-type", choices=metric_types, default=MetricType.MEAN_ACCURACY.value)
-    device_help = "device of the features; on CUDA cuML is used if installed"
-    add("--train-features-device", type=_device, default="cpu", help=device_help)
-    add("--train-dtype", choices=list(DTYPES), default="float64", help="precision of the fit")
-    add("--max-train-iters", type=setup.positive_int, default=1000, help="iterations of the solver")
-    add("--batch-size", type=setup.positive_int, default=256, help="images per process in feature extraction")
-    add("--num-workers", type=int, default=0, help="data loader workers per process")
-    return parser
-
-
-def _device(text: str) -> str:
-    """Argparse type of a device of this machine."""
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise argparse.ArgumentTypeError(f"expected cpu or, on a machine with a GPU, cuda, got {text!r}")
-    return text
 
 
 class LogRegModule(nn.Module):
@@ -298,4 +274,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(lambda: main(get_args_parser().parse_args())))
+    sys.exit(run_command(lambda: main(ARGS)))

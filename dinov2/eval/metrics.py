@@ -1,17 +1,18 @@
 """Classification metrics, accumulated over batches and processes.
 
-Shapes: B samples, C classes. All results are fractions in 0..1. Counts are torchmetrics states, which `compute()` sums
-over the ranks of a process group.
+Shapes: B samples, C classes. All results are fractions in 0..1.
 """
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+
+from dinov2 import distributed
+from dinov2.flags.evaluation import MetricType as MetricType
 
 DEFAULT_KS = (1, 5)
 
@@ -26,15 +27,6 @@ class AccuracyAveraging(Enum):
     NONE = "none"  # no averaging: one accuracy per class
 
 
-class MetricType(Enum):
-    """The metrics of the command line."""
-
-    MEAN_ACCURACY = "mean_accuracy"
-    MEAN_PER_CLASS_ACCURACY = "mean_per_class_accuracy"
-    PER_CLASS_ACCURACY = "per_class_accuracy"
-    IMAGENET_REAL_ACCURACY = "imagenet_real_accuracy"
-
-
 _AVERAGING = {  # of accuracies with one label per image
     MetricType.MEAN_ACCURACY: AccuracyAveraging.MICRO,
     MetricType.MEAN_PER_CLASS_ACCURACY: AccuracyAveraging.MACRO,
@@ -42,26 +34,30 @@ _AVERAGING = {  # of accuracies with one label per image
 }
 
 
-class _Counts(Metric):
-    """Numbers of correct and of all samples."""
+class _Counts:
+    """Numbers of correct and of all samples: those of this process, until `compute` sums them over processes."""
 
-    full_state_update = False
-    higher_is_better = True
-    correct: Tensor
-    total: Tensor
+    def __init__(self, num_classes: int, top_k: int, shape: tuple[int, ...], *, sync_on_compute: bool = True) -> None:
+        self.num_classes, self.top_k, self.sync_on_compute = num_classes, top_k, sync_on_compute
+        self.correct, self.total = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
 
-    def __init__(self, num_classes: int, top_k: int, initial: Tensor, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_classes, self.top_k = num_classes, top_k
-        self.add_state("correct", initial, dist_reduce_fx="sum")
-        self.add_state("total", initial.clone(), dist_reduce_fx="sum")
+    def to(self, device: torch.device) -> Self:
+        """Move the counts to the device of the scores."""
+        self.correct, self.total = self.correct.to(device), self.total.to(device)
+        return self
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """Numbers of correct and of all samples, float64."""
+        if self.sync_on_compute:
+            return distributed.all_reduce_sum(self.correct).double(), distributed.all_reduce_sum(self.total).double()
+        return self.correct.double(), self.total.double()
 
 
 class TopKAccuracy(_Counts):
     """Fraction of samples whose label is among their `top_k` highest scores."""
 
     def __init__(self, num_classes: int, top_k: int, averaging: AccuracyAveraging, **kwargs: Any) -> None:
-        super().__init__(num_classes, top_k, torch.zeros(num_classes, dtype=torch.int64), **kwargs)
+        super().__init__(num_classes, top_k, (num_classes,), **kwargs)
         self.averaging = averaging
 
     def update(self, preds: Tensor, target: Tensor) -> None:
@@ -76,7 +72,7 @@ class TopKAccuracy(_Counts):
 
     def compute(self) -> Tensor:
         """The accuracy, () or (C,) float64."""
-        correct, total = self.correct.double(), self.total.double()
+        correct, total = self._sums()
         if self.averaging is AccuracyAveraging.MICRO:
             return correct.sum() / total.sum()
         per_class = correct / total.clamp(min=1)
@@ -90,7 +86,7 @@ class ImageNetReaLAccuracy(_Counts):
     """
 
     def __init__(self, num_classes: int, top_k: int = 1, **kwargs: Any) -> None:
-        super().__init__(num_classes, top_k, torch.tensor(0), **kwargs)
+        super().__init__(num_classes, top_k, (), **kwargs)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add a batch: scores (B, C), label lists (B, L) int64 padded with -1."""
@@ -106,13 +102,33 @@ class ImageNetReaLAccuracy(_Counts):
 
     def compute(self) -> Tensor:
         """The accuracy, () float64."""
-        return self.correct.double() / self.total
+        correct, total = self._sums()
+        return correct / total
+
+
+class AccuracyCollection(dict[str, TopKAccuracy | ImageNetReaLAccuracy]):
+    """Accuracies by name, `top-1`, `top-5` and so on, of the same samples."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move the counts to the device of the scores."""
+        for metric in self.values():
+            metric.to(device)
+        return self
+
+    def update(self, preds: Tensor, target: Tensor) -> None:  # type: ignore[override]
+        """Add a batch: scores (B, C) and labels (B,), or (B, L) for ImageNet-ReaL."""
+        for metric in self.values():
+            metric.update(preds, target)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The accuracies of all samples so far, of all processes."""
+        return {name: metric.compute() for name, metric in self.items()}
 
 
 def build_metric(
     metric_type: MetricType, *, num_classes: int, ks: Sequence[int] | None = None, sync_on_compute: bool = True
-) -> MetricCollection:
-    """Build the metrics `top-k` for each k: a collection whose `compute()` gives {"top-1": ..., "top-5": ...}.
+) -> AccuracyCollection:
+    """Build the metrics `top-k` for each k, whose `compute()` gives {"top-1": ..., "top-5": ...}.
 
     Args:
         metric_type: Type of accuracy.
@@ -122,13 +138,12 @@ def build_metric(
     """
     ks = [k for k in ks or DEFAULT_KS if k <= num_classes]
 
-    def metric(k: int) -> Metric:
+    def metric(k: int) -> TopKAccuracy | ImageNetReaLAccuracy:
         if metric_type is MetricType.IMAGENET_REAL_ACCURACY:
             return ImageNetReaLAccuracy(num_classes, k, sync_on_compute=sync_on_compute)
         return TopKAccuracy(num_classes, k, _AVERAGING[metric_type], sync_on_compute=sync_on_compute)
 
-    # With compute groups, top-5 would share the counts of top-1 if the two agree on the first batch.
-    return MetricCollection({f"top-{k}": metric(k) for k in ks}, compute_groups=False)
+    return AccuracyCollection({f"top-{k}": metric(k) for k in ks})
 
 
 def top_1(accuracies: Accuracies) -> float:

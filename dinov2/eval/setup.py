@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.file_identity import LabeledDataset, report_equal_images
 from dinov2.eval.results import counted, weights_fingerprint
+from dinov2.flags.evaluation import PUBLISHED_CROP_SIZE, SMALLEST_PUBLISHED_SIZE
+from dinov2.flags.evaluation import get_args_parser as get_args_parser
 from dinov2.log import setup_logging
 from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -30,56 +31,6 @@ from dinov2.models.weights import load_backbone
 logger = logging.getLogger(__name__)
 
 MOST_CLASSES = 1_000_000  # larger labels are no class indices, but for example product numbers
-PUBLISHED_CROP_SIZE = 224
-SMALLEST_PUBLISHED_SIZE = 96  # a model trained on smaller global crops is evaluated at the size of its crops
-
-
-def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = True) -> argparse.ArgumentParser:
-    """Build a parser with the flags common to all evaluations."""
-    parser = argparse.ArgumentParser(description=description, add_help=add_help, allow_abbrev=False)
-    add = parser.add_argument
-    config_help = "config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
-    add("--config-file", required=True, help=f"{config_help}eval/vits14_pretrain")
-    weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--pretrained-weights", help="file, folder (OUT/eval/best) or URL of the weights")
-    random_help = "evaluate the network before training, as a baseline"
-    weights.add_argument("--random-init", action="store_true", help=random_help)
-    add("--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)")
-    add("--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value")
-    add("--train-dataset", default="ImageNet:split=TRAIN", help="dataset string")
-    add("--val-dataset", default="ImageNet:split=VAL", help="dataset string")
-    small = f"for models trained on global crops below {SMALLEST_PUBLISHED_SIZE} pixels: the size of those crops"
-    resize_help = "shorter side in pixels to which images are resized (default: 256, for logistic regression 224; "
-    add("--resize-size", type=positive_int, help=f"{resize_help}{small})")
-    add("--crop-size", type=positive_int, help=f"side of the center crop in pixels (default: 224; {small})")
-    add(
-        "--feature-cache",
-        metavar="FOLDER",
-        help="cache of extracted features, reused as long as the weights, settings, labels, and the names, sizes and "
-        "modification times of the images are the same; may be shared by several evaluations (default: features in the "
-        "output folder); none: no cache",
-    )
-    return parser
-
-
-def positive_int(text: str) -> int:
-    """Argparse type of an integer of at least 1."""
-    return int(_positive(int, text, "an integer of at least 1", 1, math.inf))
-
-
-def positive_number(text: str) -> float:
-    """Argparse type of a positive number within the range of float32."""
-    return _positive(float, text, "a number above 0 that is not extreme", 1e-20, 1e20)
-
-
-def _positive(convert: Callable[[str], float], text: str, expected: str, smallest: float, largest: float) -> float:
-    try:
-        number = convert(text)
-    except ValueError:
-        number = 0
-    if not smallest <= number <= largest:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-    return number
 
 
 def setup(args: argparse.Namespace, datasets: Iterable[str] = ()) -> Config:

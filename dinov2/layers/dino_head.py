@@ -8,7 +8,17 @@ from torch.nn import functional as F
 
 
 class DINOHead(nn.Module):
-    """MLP of `nlayers` linear layers to a bottleneck, L2 normalization, then scores against `out_dim` prototypes."""
+    """MLP to a bottleneck, L2 normalization, then scores against prototypes.
+
+    Args:
+        in_dim: Width D of the features.
+        out_dim: Number of prototypes K.
+        use_bn: Normalize the hidden layers over the batch; the input must then be (B, D).
+        nlayers: Number of linear layers of the MLP, at least 1, with GELU between them.
+        hidden_dim: Width of the hidden layers.
+        bottleneck_dim: Width of the bottleneck.
+        mlp_bias: Whether the layers of the MLP have a bias.
+    """
 
     def __init__(
         self,

@@ -9,8 +9,13 @@ from torch.nn import functional as F
 class Mlp(nn.Module):
     """Linear, activation, Linear; parameters `fc1` and `fc2`.
 
-    The hidden width and that of the result are by default the width D of the tokens; `drop` is the dropout rate after
-    each layer, in [0, 1].
+    Args:
+        in_features: Width D of the tokens.
+        hidden_features: Width of the hidden layer; None: D.
+        out_features: Width of the result; None: D.
+        act_layer: Builds the activation.
+        drop: Dropout rate after each layer, in [0, 1].
+        bias: Whether both layers have a bias.
     """
 
     def __init__(
@@ -38,8 +43,15 @@ class SwiGLUFFN(nn.Module):
     """SiLU-gated network (Shazeer, arXiv 2002.05202); `w12` packs the gate and the value, `w3` projects back.
 
     The hidden width is reduced to two thirds, rounded up to a multiple of 8, to keep the parameter count of an `Mlp`.
-    As published, `act_layer` is ignored; activations other than SiLU and the default of `Block` are rejected, and so is
-    dropout.
+    As published, `act_layer` is ignored.
+
+    Args:
+        in_features: Width D of the tokens.
+        hidden_features: Width of the hidden layer before the reduction; None: D.
+        out_features: Width of the result; None: D.
+        act_layer: None, `nn.SiLU`, or the default of `Block`, `nn.GELU`; a ValueError for others.
+        drop: Must be 0, otherwise a ValueError: there is no dropout.
+        bias: Whether both layers have a bias.
     """
 
     def __init__(

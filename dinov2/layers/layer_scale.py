@@ -5,7 +5,13 @@ from torch import Tensor, nn
 
 
 class LayerScale(nn.Module):
-    """Multiply the last dimension by a learned gain `gamma`, initially one number or one for each channel (D,)."""
+    """Multiply the last dimension by a learned gain `gamma` (D,).
+
+    Args:
+        dim: Number of channels D.
+        init_values: Initial gain of all channels, or of each (D,).
+        inplace: Multiply the input itself.
+    """
 
     def __init__(self, dim: int, init_values: float | Tensor = 1e-5, inplace: bool = False) -> None:
         super().__init__()

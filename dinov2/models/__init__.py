@@ -25,5 +25,5 @@ def build_model(arch: str, **kwargs: Any) -> DinoVisionTransformer:
         )
     name = arch.removesuffix("_memeff")
     if name not in ARCHS:
-        raise ValueError(f"unknown backbone {arch!r}; known: {', '.join(ARCHS)}")
+        raise ValueError(f"unknown backbone {arch!r} (student.arch of a config); known: {', '.join(ARCHS)}")
     return ARCHS[name](**{key: value for key, value in kwargs.items() if value is not None})

@@ -5,7 +5,6 @@ rank itself (`dinov2.distributed`).
 """
 
 import argparse
-import dataclasses
 import logging
 import multiprocessing
 import os
@@ -29,10 +28,9 @@ from dinov2.run.failures import error_message, read_failures
 from dinov2.run.slurm import submit
 from dinov2.run.submission import (
     LaunchError,
-    Submission,
     check_counts,
-    make_parser,
     num_local_processes,
+    parse,
     per_slurm_node,
     uses_slurm,
     warn_of_flags_without_effect,
@@ -64,9 +62,7 @@ def launch(
         check: (config, number of processes) -> warnings; may raise a ConfigError. Called before a job is queued; the
             task itself checks again.
     """
-    parser = make_parser(get_args_parser(add_help=False))
-    args = parser.parse_intermixed_args(argv)
-    submission = Submission(**{field.name: vars(args).pop(field.name) for field in dataclasses.fields(Submission)})
+    args, submission = parse(get_args_parser, argv)
     task = Task(function, args)
     dry_run = getattr(args, "dry_run", False)
     setup_logging()

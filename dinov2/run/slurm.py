@@ -7,6 +7,7 @@ it by themselves.
 """
 
 import copy
+import io
 import logging
 import os
 import shlex
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -182,7 +184,8 @@ def submit(task: Task, submission: Submission, name: str) -> int:
     permitted = partition.limits(submission.partition)
     executor.update_parameters(**executor_parameters(submission, name, output_dir, permitted))
     try:
-        job = executor.submit(Job(task))
+        with redirect_stderr(io.StringIO()):  # submitit prints what it then raises
+            job = executor.submit(Job(task))
     except (FailedJobError, FailedSubmissionError) as error:
         if is_new:  # contains only files of the refused submission
             shutil.rmtree(output_dir, ignore_errors=True)

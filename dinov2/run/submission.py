@@ -4,7 +4,10 @@ import argparse
 import dataclasses
 import logging
 import shutil
+from collections.abc import Callable, Sequence
 from typing import Literal
+
+from dinov2.flags import CommandParser
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ class Submission:
 
 def make_parser(task_parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Build a parser of the flags of a task and of `Submission`."""
-    parser = argparse.ArgumentParser(description=task_parser.description, parents=[task_parser], allow_abbrev=False)
+    parser = CommandParser(description=task_parser.description, parents=[task_parser])
     group = parser.add_argument_group("launching", "all but the first three flags are for SLURM only")
     add = group.add_argument
     add("--launcher", choices=("auto", "slurm", "local"), default="auto", help="auto: SLURM if available")
@@ -93,6 +96,14 @@ def make_parser(task_parser: argparse.ArgumentParser) -> argparse.ArgumentParser
         "inherit its environment (may be repeated)",
     )
     return parser
+
+
+def parse(
+    get_args_parser: Callable[..., argparse.ArgumentParser], argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Submission]:
+    """Parse the command line of a launcher (None: that of the process) into the arguments of its task and the rest."""
+    args = make_parser(get_args_parser(add_help=False)).parse_intermixed_args(argv)
+    return args, Submission(**{field.name: vars(args).pop(field.name) for field in dataclasses.fields(Submission)})
 
 
 def uses_slurm(submission: Submission) -> bool:

@@ -12,61 +12,29 @@ convert dinov2_vits14_reg OUT.onnx --to onnx    # a published model, downloaded
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+
+from dinov2.flags.tools import BACKBONE_FORMS, CHECKPOINT_FORMS, get_args_parser
+
+if __name__ == "__main__":
+    get_args_parser().parse_args()  # for --help and wrong flags, before the imports that take seconds
 
 from dinov2.log import run_command
-from dinov2.models.export import FORMS as BACKBONE_FORMS
-from dinov2.models.published import PUBLISHED
 from dinov2.tools.backbone_forms import convert_backbone
-from dinov2.tools.checkpoint_forms import FORMS as CHECKPOINT_FORMS
 from dinov2.tools.checkpoint_forms import convert_checkpoint
 from dinov2.tools.inspection import inspect
-
-_TO = (
-    "full: student, teacher, centers of the losses and optimizer state; teacher, student: one network with its heads; "
-    "backbone: the teacher's backbone without heads; hf: a folder for transformers; timm: the key names of timm; "
-    "safetensors, torch: a backbone with the published key names; onnx, torch.export: a program for any batch and "
-    "image size. All forms from hf on hold one backbone, and are compared with the source before they are kept"
-)
-
-
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m dinov2.tools", description="Inspect and convert weights, checkpoints.")
-    commands = parser.add_subparsers(required=True, metavar="inspect|convert")
-
-    inspecting = commands.add_parser("inspect", help="print the contents of weights or of a checkpoint")
-    inspecting.add_argument("--names", action="store_true", help="list every tensor with its shape and dtype")
-    inspecting.set_defaults(command=lambda args: inspect(args.path, args.checkpoint_key, args.num_heads, args.names))
-
-    converting = commands.add_parser("convert", help="write weights or a checkpoint in another form")
-    converting.set_defaults(command=convert)
-    for command in (inspecting, converting):
-        command.add_argument(
-            "path",
-            metavar="PATH",
-            help="a run's output folder (newest checkpoint), a checkpoint folder model_<iteration>, a file (.pth, "
-            ".safetensors), a URL, a folder of transformers, or the name of a published model",
-        )
-        command.add_argument("--num-heads", type=int, help="attention heads; default: 64 channels per head")
-        command.add_argument(
-            "--checkpoint-key", metavar="NAME", help="the network to use if PATH holds several; default: teacher"
-        )
-    converting.add_argument("--model", choices=PUBLISHED, metavar="NAME", help="architecture; default: inferred")
-    converting.add_argument("output", type=Path, metavar="OUTPUT", help="the file to write, with --to hf the folder")
-    converting.add_argument("--to", required=True, choices=[*CHECKPOINT_FORMS, *BACKBONE_FORMS], help=_TO)
-    converting.add_argument(
-        "--format",
-        choices=("torch", "safetensors"),
-        help=f"file format for --to {', '.join(CHECKPOINT_FORMS)}; default: by the suffix of OUTPUT",
-    )
-    converting.add_argument("--force", action="store_true", help="replace OUTPUT if it exists")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (None: that of the process); returns the exit status."""
     args = get_args_parser().parse_args(argv)
-    return run_command(lambda: args.command(args))
+
+    def command() -> None:
+        if args.command == "inspect":
+            inspect(args.path, args.checkpoint_key, args.num_heads, args.names)
+        else:
+            convert(args)
+
+    return run_command(command)
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -127,4 +127,5 @@ def _evaluation_command(contents: Contents, output: Path) -> str:
     configs = [folder / "config.yaml" for folder in path.absolute().parents[:3]]
     config_file = next((str(path) for path in configs if path.is_file()), "CONFIG")
     words = ["python", "dinov2/run/eval/knn.py", "--config-file", config_file, "--pretrained-weights", str(output)]
+    words += ["--output-dir", str(output.with_suffix("") / "knn")]
     return f"{shlex.join(words)} --train-dataset TRAIN --val-dataset VAL"

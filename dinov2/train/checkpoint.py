@@ -11,8 +11,9 @@ import logging
 import runpy
 import shutil
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -270,11 +271,22 @@ def archive_run(output_dir: Path) -> None:
 
 def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
     """Load the initial weights of the config, if any, before sharding: student.pretrained_weights, MODEL.WEIGHTS."""
-    if cfg.student.pretrained_weights:
-        load_backbone(model.student_backbone, cfg.student.pretrained_weights)
+    if source := cfg.student.pretrained_weights:
+        with _naming_key("student.pretrained_weights"):
+            load_backbone(model.student_backbone, source)
         model.teacher.load_state_dict(model.student.state_dict())
-    if cfg.MODEL.WEIGHTS:
-        load_training_weights(model, cfg.MODEL.WEIGHTS)
+    if source := cfg.MODEL.WEIGHTS:
+        with _naming_key("MODEL.WEIGHTS"):
+            load_training_weights(model, source)
+
+
+@contextmanager
+def _naming_key(key: str) -> Iterator[None]:
+    """Name the key of the config in errors about weights."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:

@@ -19,6 +19,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from dinov2.flags.train import get_args_parser
+
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_intermixed_args()  # before the imports that take seconds
+
 import numpy as np
 import torch
 from torch import nn
@@ -54,24 +59,6 @@ from dinov2.train.training_run import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
-    """Build the parser of the published flags and --dry-run."""
-    parser = argparse.ArgumentParser("DINOv2 training", add_help=add_help, allow_abbrev=False)
-    parser.add_argument(
-        "--config-file", required=True, help="YAML file, or the name of a packaged one such as train/vitl16_short"
-    )
-    parser.add_argument("--no-resume", action="store_true", help="start anew even if the output folder has checkpoints")
-    parser.add_argument("--eval-only", action="store_true", help="write the teacher of the latest checkpoint and exit")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check config, data and weights, print the plan, and exit"
-    )
-    parser.add_argument(
-        "--output-dir", "--output_dir", default="", help="where everything is written (default: the current folder)"
-    )
-    parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides, such as optim.epochs=10")
-    return parser
 
 
 def main(args: argparse.Namespace) -> None:
@@ -263,4 +250,4 @@ def dump_teacher_only(cfg: Config, model: SSLMetaArch, *, resume: bool) -> None:
 
 if __name__ == "__main__":
     hint = "the same command again continues the training"
-    sys.exit(run_command(lambda: main(get_args_parser().parse_intermixed_args()), after_interrupt=hint))
+    sys.exit(run_command(lambda: main(ARGS), after_interrupt=hint))

@@ -160,6 +160,7 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
         is_main=distributed.is_main(),
         mean_over_processes=distributed.all_reduce_mean,
         hidden=("wd", "mom", "last_layer_lr", "current_batch_size", "teacher_temp"),
+        scheduled=("lr",),
     )
     global_batch = global_batch_size(cfg, distributed.world_size())
     setup = Setup(distributed.world_size(), global_batch, len(dataset), dataset.fingerprint())

@@ -12,14 +12,14 @@ from dinov2 import config, distributed
 from dinov2.data.images import DEFAULT_OPTIONS, ImageOptions
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from dinov2.eval import setup
+from dinov2.flags.evaluation import SMALLEST_PUBLISHED_SIZE
+from dinov2.flags.visualization import DEFAULT_SIDE
 from dinov2.models.backbones import build_published, load_from_weights
 from dinov2.models.published import PUBLISHED
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import TEACHER_FILE
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_SIDE = 448  # shorter side of the inputs of models that were trained on images of the published sizes, in pixels
 
 
 class FrozenBackbone(NamedTuple):
@@ -34,28 +34,8 @@ class FrozenBackbone(NamedTuple):
     image_options: ImageOptions = DEFAULT_OPTIONS  # how image files are decoded
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that `load_frozen_backbone` reads."""
-    group = parser.add_argument_group("the model: --model, --config-file with weights, or --pretrained-weights alone")
-    add = group.add_argument
-    add("--model", metavar="NAME", help=f"a published model: {', '.join(PUBLISHED)}")
-    add("--config-file", help="config of the model: YAML file or packaged name")
-    weights_help = (
-        "file, URL, folder of transformers or of a run's teacher (OUT/eval/best); without other flags, the "
-        "architecture is inferred from the tensors, and that of a run's teacher read from the config.yaml of the run"
-    )
-    add("--pretrained-weights", metavar="WEIGHTS", help=weights_help)
-    add("--random-init", action="store_true", help="untrained model with random weights")
-    heads_help = (
-        "number of attention heads if there is no config, because the tensors do not determine it (default: that "
-        "of a config.json of transformers beside them, else 64 channels per head)"
-    )
-    add("--num-heads", type=int, help=heads_help)
-    add("--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value")
-
-
 def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
-    """Load the backbone that the flags of `add_model_flags` select."""
+    """Load the backbone that the flags of a command select."""
     _check(args)
     weights, config_file = args.pretrained_weights, args.config_file
     if config_file is None and args.model is None and (teacher := _teacher_folder(weights)):
@@ -112,7 +92,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _default_side(trained_side: int) -> int:
     """Default shorter side of model inputs: `DEFAULT_SIDE`, but for models trained on small images theirs."""
-    return trained_side if trained_side < setup.SMALLEST_PUBLISHED_SIZE else DEFAULT_SIDE
+    return trained_side if trained_side < SMALLEST_PUBLISHED_SIZE else DEFAULT_SIDE
 
 
 def _teacher_folder(weights: str) -> Path | None:

@@ -136,6 +136,10 @@ def _list_input(
 
 def _spaced(images: Sequence[ImageInput], num_images: int | None) -> list[ImageInput]:
     count = len(images) if num_images is None else min(num_images, len(images))
+    if count < len(images):
+        logger.info(
+            "%d of %d images are used, evenly spaced (--num-images, for queries --num-queries)", count, len(images)
+        )
     return [images[position * len(images) // count] for position in range(count)]
 
 

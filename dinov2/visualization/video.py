@@ -16,11 +16,11 @@ from PIL import Image
 
 from dinov2.data.images import ImageDecodeError, open_image, read_image_file
 from dinov2.files import atomic_write
+from dinov2.flags.visualization import WRITABLE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-WRITABLE_SUFFIXES = (".mp4", ".gif")
 
 _DEFAULT_RATE = Fraction(25)  # frames per second of files without a frame rate
 _MAX_GIF_RATE = Fraction(50)  # viewers slow down faster ones

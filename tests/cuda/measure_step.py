@@ -27,7 +27,7 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import clip_and_step
 from dinov2.train.training_run import uses_fp16
 
-STEPS, STEPS_COMPILED = 4, 22  # the latter with as many numbers of masked patches
+STEPS, STEPS_COMPILED = 3, 22  # the latter with as many numbers of masked patches
 NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4)
 
 

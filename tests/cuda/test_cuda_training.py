@@ -80,18 +80,17 @@ def test_two_processes_shard_on_two_gpus_and_resume(strategy: str, stub: Path, t
 
 
 def test_more_processes_than_gpus_are_refused_with_their_numbers(stub: Path, tmp_path: Path) -> None:
-    for num_processes, num_devices in ((2, 1), (3, 2)):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-        result = subprocess.run(
-            [sys.executable, *launch, *train_words(tmp_path / "run")],
-            cwd=rehearsal.ROOT,
-            env=rehearsal.environment(stub, num_devices),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert result.returncode != 0
-        assert f"{num_processes} processes on this machine" in result.stderr, result.stderr
-        assert f"{num_devices} GPUs: start at most" in result.stderr
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    result = subprocess.run(
+        [sys.executable, *launch, *train_words(tmp_path / "run")],
+        cwd=rehearsal.ROOT,
+        env=rehearsal.environment(stub, 2),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "3 processes on this machine" in result.stderr, result.stderr
+    assert "2 GPUs: start at most" in result.stderr
     assert not (tmp_path / "run").exists()

@@ -89,7 +89,7 @@ def test_k_larger_than_the_bank_becomes_its_size(caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING):
         votes = KnnModule(bank, labels, [3, 10, 20], TEMPERATURE, CPU, NUM_CLASSES)(bank)
     assert list(votes) == [3, 6]
-    assert "k = [10, 20]: the bank has only 6 images, k = 6 is used" in caplog.text
+    assert "k = [10, 20]: the training set has only 6 images, k = 6 is used" in caplog.text
 
 
 def test_impossible_numbers_are_named() -> None:
@@ -147,7 +147,7 @@ def test_the_command_writes_scores_settings_and_hash(tmp_path: Path, capsys: pyt
     log = capsys.readouterr().out
     assert f"('full', 3) Top 1: {top_1:.2f}" in log
     table = log.rpartition("k-NN classification of 21 images of 3 classes, accuracy in %\n")[2].splitlines()
-    assert table[0].split() == ["bank", "k", "top-1", "top-5"]
+    assert table[0].split() == ["images", "k", "top-1", "top-5"]
     assert table[1].split() == ["full", "3", f"{top_1:.2f}", "-"], "three classes have no top-5"
     assert [facts["images"] for facts in results["sets"].values()] == [30, 21]
     assert list(results["feature_files"].values()) == ["written", "written"]

@@ -28,6 +28,7 @@ from dinov2.eval.linear_heads import (
     scale_lr,
     setup_linear_classifiers,
 )
+from dinov2.flags.evaluation import LEARNING_RATES
 
 RATES = (0.01, 0.1)
 BATCH_SIZE, MAX_ITER = 4, 8
@@ -167,7 +168,7 @@ def test_augmentation_depends_on_the_position_alone() -> None:
 def test_names_are_the_published_ones_and_distinguish_all_rates() -> None:
     assert scale_lr(1e-3, 128, 8) == pytest.approx(4e-3)
     assert classifier_names(4, True, [4e-3]) == ["classifier_4_blocks_avgpool_True_lr_0_00400"]
-    halved = [rate / 2 for rate in linear.LEARNING_RATES]  # one process with batches of 128
+    halved = [rate / 2 for rate in LEARNING_RATES]  # one process with batches of 128
     names = classifier_names(1, False, halved)
     assert len(set(names)) == 13
     assert names[:2] == [

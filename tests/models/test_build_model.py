@@ -39,9 +39,8 @@ def test_the_published_suffix_is_ignored() -> None:
 
 @pytest.mark.parametrize("arch", ["vit_tiny", "", "memeff", "vit_small_memeff_memeff"])
 def test_an_unknown_name_lists_the_known_ones(arch: str) -> None:
-    with pytest.raises(
-        ValueError, match=f"unknown backbone '{arch}'; known: vit_small, vit_base, vit_large, vit_giant2"
-    ):
+    known = "vit_small, vit_base, vit_large, vit_giant2"
+    with pytest.raises(ValueError, match=rf"unknown backbone '{arch}' \(student.arch of a config\); known: {known}"):
         build_model(arch)
 
 

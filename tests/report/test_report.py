@@ -266,7 +266,7 @@ def test_an_accuracy_that_is_not_above_guessing_is_not_healthy(tmp_path: Path) -
 
 
 def alarmed(run: Run, **changes: object) -> Run:
-    alarm = Alarm("data starvation", 100, 200, True, "images came late", "use more of them")
+    alarm = Alarm("data bottleneck", 100, 200, True, "images came late", "use more of them")
     return replace(run, alarms=[alarm._replace(**changes)])  # type: ignore[arg-type]
 
 
@@ -274,12 +274,12 @@ def test_alarms_are_shown_with_their_steps_and_shaded(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run", images=False), "run")
     html = page([alarmed(run)])
     text = Parsed(html).text
-    assert "Ended healthy, after alarms" in text and "Alarms: data starvation (over)." in text
-    assert "Data starvation over Steps 100 to 200: images came late. What to do use more of them" in text
+    assert "Ended healthy, after alarms" in text and "Alarms: data bottleneck (over)." in text
+    assert "Data bottleneck over Steps 100 to 200: images came late. What to do use more of them" in text
     charts = html.count('<svg class="chart"')
-    assert charts > 20 and html.count('<g class="span"><title>data starvation</title>') == charts
+    assert charts > 20 and html.count('<g class="span"><title>data bottleneck</title>') == charts
     text = Parsed(page([alarmed(run, over=False)])).text
-    assert "Needs attention: data starvation" in text and "Since step 100: images came late." in text
+    assert "Needs attention: data bottleneck" in text and "Since step 100: images came late." in text
     assert "span" not in Parsed(page([run])).attributes("class")
 
 

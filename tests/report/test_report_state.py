@@ -127,7 +127,7 @@ def test_a_run_whose_health_was_not_measured_is_not_called_healthy(tmp_path: Pat
     text = parsed(folder).text
     assert "Finished, not monitored" in text and "Its health was not measured (health.period=0)." in text
     assert "Healthy" not in text and "No alarms" not in text
-    assert "None, but little was monitored: data starvation." in text
+    assert "None, but little was monitored: data bottleneck." in text
     rewrite(folder, lambda line: {key: value for key, value in line.items() if key != "data_wait"})
     assert "None, but little was monitored: nothing." in parsed(folder).text
 
@@ -156,7 +156,7 @@ def test_a_run_that_is_measured_periodically_is_monitored(tmp_path: Path) -> Non
 def test_only_alarms_whose_metrics_were_logged_count_as_monitored(tmp_path: Path) -> None:
     folder = bare_run(tmp_path / "run")
     rewrite(folder, lambda line: {key: value for key, value in line.items() if not key.startswith("probe")})
-    assert "None. Monitored: collapse, divergence, data starvation." in parsed(folder).text
+    assert "None. Monitored: collapse, divergence, data bottleneck." in parsed(folder).text
 
 
 def test_a_value_of_the_untrained_network_is_marked(tmp_path: Path) -> None:

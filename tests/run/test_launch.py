@@ -183,6 +183,21 @@ def test_settings_that_cannot_train_are_refused_before_they_wait_in_a_queue(
     assert not (tmp_path / "called").exists()
 
 
+def test_a_refusal_by_sbatch_is_printed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sbatch", "srun"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: invalid account' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--config-file", "train/quickstart", "--launcher", "slurm", "--output-dir", str(tmp_path / "out")])
+    errors = capfd.readouterr().err
+    assert errors.count("sbatch: error: invalid account") == 1
+    assert "requested 1 node(s), on each 8 GPU(s)" in errors
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_runs_here_and_knows_how_many_processes_there_would_be(script: Path, tmp_path: Path) -> None:
     result = run(script, "--launcher", "local", "--ngpus", "3", "--dry-run", "--output-dir", "../out")
     assert result.returncode == 0, result.stderr

@@ -321,7 +321,8 @@ def test_without_safetensors_the_error_says_what_to_install(
 
 def test_convert_prints_how_to_evaluate_the_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "my weights.pth"
-    expected = f"--config-file {run}/config.yaml --pretrained-weights '{output}' --train-dataset TRAIN"
+    weights = f"--pretrained-weights '{output}' --output-dir '{tmp_path}/my weights/knn'"
+    expected = f"--config-file {run}/config.yaml {weights} --train-dataset TRAIN"
     for source in (run, next(run.glob("eval/*/*.pth"))):
         convert(source, output, "teacher", "--force")
         assert f"python dinov2/run/eval/knn.py {expected}" in capsys.readouterr().out

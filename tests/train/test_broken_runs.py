@@ -66,4 +66,4 @@ def test_a_slow_loader_starves_the_run(
         return original(self, index)
 
     monkeypatch.setattr(FashionMNIST, "open_image", slow)
-    assert alarms_of(tmp_path, caplog) == {"data starvation"}
+    assert alarms_of(tmp_path, caplog) == {"data bottleneck"}

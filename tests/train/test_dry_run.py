@@ -35,7 +35,7 @@ def test_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["teacher temperature"] == "0.04 to 0.07 at step 1, then constant"
     assert facts["last layer of the heads"] == "learns from step 0"
     assert facts["checkpoints"] == "4: every 2 steps and after the last one"
-    assert facts["teacher dumps"] == "2: every 4 steps and after the last one"
+    assert facts["teacher checkpoints"] == "2: every 4 steps and after the last one"
     assert facts["images seen"] == "32, the dataset 0.0 times"
     assert facts["parameters of dino_head"] == f"{head:,}"
     assert facts["parameters of backbone"] == "30,944"
@@ -143,8 +143,11 @@ PROBLEMS: dict[str, tuple[Problem, str]] = {
     "one prototype": (lambda _: ["dino.head_n_prototypes=1"], "dino.head_n_prototypes = 1"),
     "nothing to train": (lambda _: ["dino.loss_weight=0", "ibot.loss_weight=0"], "nothing to train"),
     "unknown arch": (lambda _: ["student.arch=vit_huge"], "vit_huge"),
-    "no weights": (lambda _: ["student.pretrained_weights=/none.pth"], "no weights at /none.pth"),
-    "no model": (lambda _: ["MODEL.WEIGHTS=/none.pth"], "no weights at /none.pth"),
+    "no weights": (
+        lambda _: ["student.pretrained_weights=/none.pth"],
+        "student.pretrained_weights: no weights at /none.pth",
+    ),
+    "no model": (lambda _: ["MODEL.WEIGHTS=/none.pth"], "MODEL.WEIGHTS: no weights at /none.pth"),
     "no checkpoint": (lambda tmp: [f"MODEL.WEIGHTS={tmp}"], "cannot load the model from"),
     "pretrained weights of another model": (
         lambda tmp: (

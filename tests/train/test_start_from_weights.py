@@ -1,4 +1,4 @@
-"""Where a run may start from, and --eval-only: checkpoints, teacher dumps, backbones; strictly, or not at all."""
+"""Where a run may start from, and --eval-only: checkpoints, teacher checkpoints, backbones; strictly, or not at all."""
 
 from pathlib import Path
 
@@ -122,7 +122,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float, trained: 
 
 
 def test_missing_weights_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no weights at .*nowhere.pth"):
+    with pytest.raises(FileNotFoundError, match="MODEL.WEIGHTS: no weights at .*nowhere.pth"):
         run_train(tmp_path, "MODEL.WEIGHTS=/nowhere.pth")
     with pytest.raises(ValueError, match=f"cannot load the model from {tmp_path}: .*metadata"):
         load_training_weights(tiny_model(), tmp_path)

@@ -30,9 +30,13 @@ def test_files_folders_globs_and_datasets_can_be_mixed(folder: Path) -> None:
     assert len(reds(["FashionMNIST:split=VAL", str(folder / "5.png")], 3)) == 4
 
 
-def test_some_of_many_are_evenly_spaced(folder: Path) -> None:
+def test_some_of_many_are_evenly_spaced_and_announced(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     assert reds([str(folder), str(folder / "*.png")], 3) == [0, 20, 40] * 2
+    message = "3 of 6 images are used, evenly spaced (--num-images, for queries --num-queries)"
+    assert caplog.messages.count(message) == 2
     assert reds([str(folder)], 100) == reds([str(folder)])
+    assert caplog.messages.count(message) == 2
 
 
 def test_a_file_whose_name_looks_like_a_glob_is_itself(folder: Path) -> None:

@@ -130,11 +130,14 @@ class TorchvisionSet(ListedDataset):
 
     def _read(self, source: Source, arguments: dict[str, Any]) -> tuple[list[str], Pairs | Arrays]:
         """Read class names and samples by torchvision; an error for other reasons than the files is a ValueError."""
+        from torchvision import datasets  # takes seconds
+
+        dataset_class = getattr(datasets, self.name)
         defaults: dict[str, Any] = {"download": False} if source.can_download else {}
-        if "loader" in inspect.signature(source.dataset_class).parameters:
+        if "loader" in inspect.signature(dataset_class).parameters:
             defaults["loader"] = os.fspath
         try:
-            dataset = source.dataset_class(str(self.root), **(defaults | arguments))
+            dataset = dataset_class(str(self.root), **(defaults | arguments))
             samples = source.read(dataset)
         except ImportError as error:
             package = str(error.name).partition(".")[0]

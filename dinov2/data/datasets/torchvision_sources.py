@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torchvision import datasets
 
 # --- Readers: torchvision dataset -> paths or arrays of its images, and their classes; no image is decoded ---------
 
@@ -81,9 +80,8 @@ def _read_pcam(dataset: Any) -> Arrays:
 
 
 class Source(NamedTuple):
-    """A dataset of torchvision."""
+    """A dataset of torchvision: the class of this name in `torchvision.datasets`."""
 
-    dataset_class: Callable[..., Any]
     # Split in a dataset string -> arguments of the class. There is no VAL if no validation split is published, so that
     # models are not selected on the test split by accident. Empty: there are no published splits.
     splits: dict[str, dict[str, Any]]
@@ -114,81 +112,72 @@ def _splits(argument: str, **values: Any) -> dict[str, dict[str, Any]]:
 
 _FLAG = _splits("train", TRAIN=True, TEST=False)
 _TRAIN_TEST = _splits("split", TRAIN="train", TEST="test")
+_EMNIST = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
+_QMNIST = ("train", "test", "test10k", "test50k", "nist")
 _TRAIN_VAL_TEST = _splits("split", TRAIN="train", VAL="val", TEST="test")
 
 # Excluded: ImageNet and Fashion-MNIST, which have their own modules; datasets whose images have several classes or none
 # (CelebA, captions, segmentation, videos); those with other classes for testing than for training (Omniglot, LFW);
 # LSUN, which is stored in databases.
 SOURCES: dict[str, Source] = {
-    "CIFAR10": Source(datasets.CIFAR10, _FLAG, "cifar-10-batches-py", read_arrays),
-    "CIFAR100": Source(datasets.CIFAR100, _FLAG, "cifar-100-python", read_arrays),
-    "CLEVRClassification": Source(datasets.CLEVRClassification, _TRAIN_VAL_TEST, "clevr"),  # TEST has no labels
+    "CIFAR10": Source(_FLAG, "cifar-10-batches-py", read_arrays),
+    "CIFAR100": Source(_FLAG, "cifar-100-python", read_arrays),
+    "CLEVRClassification": Source(_TRAIN_VAL_TEST, "clevr"),  # TEST has no labels
     "Caltech101": Source(
-        datasets.Caltech101,
         {},
         "caltech101/101_ObjectCategories/BACKGROUND_Google",  # which torchvision requires, but does not read
         partial(_read_caltech, pattern="101_ObjectCategories/{name}/image_"),
     ),
     "Caltech256": Source(
-        datasets.Caltech256,
         {},
         "caltech256/256_ObjectCategories",
         partial(_read_caltech, pattern="256_ObjectCategories/{name}/{order:03d}_"),
     ),
-    "Country211": Source(datasets.Country211, _splits("split", TRAIN="train", VAL="valid", TEST="test"), "country211"),
-    "DTD": Source(datasets.DTD, _TRAIN_VAL_TEST, "dtd", options={"partition": int}),
+    "Country211": Source(_splits("split", TRAIN="train", VAL="valid", TEST="test"), "country211"),
+    "DTD": Source(_TRAIN_VAL_TEST, "dtd", options={"partition": int}),
     "EMNIST": Source(
-        datasets.EMNIST,
-        {f"{name}_{kind.upper()}": {"split": kind} | _FLAG[name] for kind in datasets.EMNIST.splits for name in _FLAG},
+        {f"{name}_{kind.upper()}": {"split": kind} | _FLAG[name] for kind in _EMNIST for name in _FLAG},
         "EMNIST",
         read_arrays,
     ),
-    "EuroSAT": Source(datasets.EuroSAT, {}, "eurosat"),
-    "FER2013": Source(datasets.FER2013, _TRAIN_TEST, "fer2013", _read_fer2013, can_download=False),
+    "EuroSAT": Source({}, "eurosat"),
+    "FER2013": Source(_TRAIN_TEST, "fer2013", _read_fer2013, can_download=False),
     "FGVCAircraft": Source(
-        datasets.FGVCAircraft,
         _TRAIN_VAL_TEST | _splits("split", TRAINVAL="trainval"),
         "fgvc-aircraft-2013b",
         options={"annotation_level": str},
     ),
-    "Flowers102": Source(datasets.Flowers102, _TRAIN_VAL_TEST, "flowers-102"),
-    "Food101": Source(datasets.Food101, _TRAIN_TEST, "food-101"),
-    "GTSRB": Source(datasets.GTSRB, _TRAIN_TEST, "gtsrb", attrgetter("_samples")),
+    "Flowers102": Source(_TRAIN_VAL_TEST, "flowers-102"),
+    "Food101": Source(_TRAIN_TEST, "food-101"),
+    "GTSRB": Source(_TRAIN_TEST, "gtsrb", attrgetter("_samples")),
     "INaturalist": Source(  # of 2021; torchvision has no splits of earlier years
-        datasets.INaturalist,
         _splits("version", TRAIN="2021_train", TRAIN_MINI="2021_train_mini", VAL="2021_valid"),
     ),
-    "Imagenette": Source(datasets.Imagenette, _splits("split", TRAIN="train", VAL="val"), options={"size": str}),
-    "KMNIST": Source(datasets.KMNIST, _FLAG, "KMNIST", read_arrays),
-    "MNIST": Source(datasets.MNIST, _FLAG, "MNIST", read_arrays),
+    "Imagenette": Source(_splits("split", TRAIN="train", VAL="val"), options={"size": str}),
+    "KMNIST": Source(_FLAG, "KMNIST", read_arrays),
+    "MNIST": Source(_FLAG, "MNIST", read_arrays),
     "OxfordIIITPet": Source(
-        datasets.OxfordIIITPet,
         _splits("split", TRAIN="trainval", TEST="test"),  # trainval is published as one split
         "oxford-iiit-pet",
         _read_pets,
     ),
-    "PCAM": Source(datasets.PCAM, _TRAIN_VAL_TEST, "pcam", _read_pcam),
-    "Places365": Source(
-        datasets.Places365,
-        # TEST has no labels
+    "PCAM": Source(_TRAIN_VAL_TEST, "pcam", _read_pcam),
+    "Places365": Source(  # TEST has no labels
         _splits("split", TRAIN="train-standard", TRAIN_CHALLENGE="train-challenge", VAL="val", TEST="test"),
         "categories_places365.txt",
         options={"small": bool},
     ),
-    "QMNIST": Source(
-        datasets.QMNIST, {name.upper(): {"what": name} for name in datasets.QMNIST.subsets}, "QMNIST", read_arrays
-    ),
-    "RenderedSST2": Source(datasets.RenderedSST2, _TRAIN_VAL_TEST, "rendered-sst2"),
-    "SEMEION": Source(datasets.SEMEION, {}, "semeion.data", read_arrays),
+    "QMNIST": Source({name.upper(): {"what": name} for name in _QMNIST}, "QMNIST", read_arrays),
+    "RenderedSST2": Source(_TRAIN_VAL_TEST, "rendered-sst2"),
+    "SEMEION": Source({}, "semeion.data", read_arrays),
     "STL10": Source(
-        datasets.STL10,
         _splits("split", TRAIN="train", TEST="test", UNLABELED="unlabeled"),
         "stl10_binary",
         read_arrays,
         options={"folds": int},
     ),
-    "SUN397": Source(datasets.SUN397, {}, "SUN397"),
-    "SVHN": Source(datasets.SVHN, _splits("split", TRAIN="train", TEST="test", EXTRA="extra"), read=read_arrays),
-    "StanfordCars": Source(datasets.StanfordCars, _TRAIN_TEST, "stanford_cars", can_download=False),
-    "USPS": Source(datasets.USPS, _FLAG, read=read_arrays),
+    "SUN397": Source({}, "SUN397"),
+    "SVHN": Source(_splits("split", TRAIN="train", TEST="test", EXTRA="extra"), read=read_arrays),
+    "StanfordCars": Source(_TRAIN_TEST, "stanford_cars", can_download=False),
+    "USPS": Source(_FLAG, read=read_arrays),
 }

@@ -14,7 +14,12 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from dinov2.eval.linear import get_args_parser
+from dinov2.flags.evaluation import linear_parser as get_args_parser
+from dinov2.run.submission import parse
+
+if __name__ == "__main__":
+    parse(get_args_parser)  # for --help and wrong flags, before the imports that take seconds
+
 from dinov2.run.launch import launch
 
 

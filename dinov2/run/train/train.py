@@ -11,9 +11,14 @@ from pathlib import Path
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[3])
 
+from dinov2.flags.train import get_args_parser
+from dinov2.run.submission import parse
+
+if __name__ == "__main__":
+    parse(get_args_parser)  # for --help and wrong flags, before the imports that take seconds
+
 from dinov2.run.launch import launch
 from dinov2.train.preflight.checks import check_settings
-from dinov2.train.train import get_args_parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

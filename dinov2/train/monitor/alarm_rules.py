@@ -22,12 +22,12 @@ class AlarmKind(StrEnum):
     COLLAPSE = "collapse"
     DIVERGENCE = "divergence"
     DENSE_DECAY = "decay of dense features"
-    DATA_STARVATION = "data starvation"
+    DATA_BOTTLENECK = "data bottleneck"
 
     @property
     def concerns_network(self) -> bool:
         """Whether the network is affected, and not only the speed of training."""
-        return self is not AlarmKind.DATA_STARVATION
+        return self is not AlarmKind.DATA_BOTTLENECK
 
 
 class Rule(ABC):
@@ -248,7 +248,7 @@ class SimilarPatches(Rule):
 class WaitingForData(Rule):
     """Steps wait for their images."""
 
-    kind, patience, metrics = AlarmKind.DATA_STARVATION, 5, ("data_wait", "data_time")
+    kind, patience, metrics = AlarmKind.DATA_BOTTLENECK, 5, ("data_wait", "data_time")
     advice = (
         "Use more loader processes (train.num_workers) or cores, put the images on a faster disk or store them "
         "smaller, or augment on the device (train.augment_on=device)."

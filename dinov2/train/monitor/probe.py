@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
 from dinov2 import distributed
 from dinov2.analysis.feature_statistics import leave_one_out_accuracy, patch_similarity, rank_me
@@ -89,6 +88,8 @@ class Probe:
 
     def _read(self, dataset: ImageDataset, positions: np.ndarray) -> ProbeImages:
         """Read this process's share of the images at some positions; unreadable ones are replaced by the next."""
+        from torchvision.transforms import v2
+
         side = self.cfg.crops.global_crops_size
         resize = v2.Resize(side, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         to_pixels = v2.Compose([resize, v2.CenterCrop(side), v2.PILToTensor()])

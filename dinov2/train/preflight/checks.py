@@ -125,7 +125,7 @@ def _longer_than_the_run(cfg: Config) -> Iterator[str]:
     for key, consequence in {
         "train.checkpoint_period": "the only checkpoint is that of the last step",
         "train.checkpoint_keep_every": "no checkpoint is kept for good",
-        "health.knn_period": "k-NN is measured at the start, with teacher dumps and at the end only",
+        "health.knn_period": "k-NN is measured at the start, with teacher checkpoints and at the end only",
     }.items():
         if (attrgetter(key)(cfg) or 0) > steps:
             yield f"{_set(cfg, key)} is longer than the run of {steps} steps: {consequence}"

@@ -85,7 +85,7 @@ def _knn(cfg: Config, dataset: ImageDataset) -> str:
     except NoLabels as error:
         return f"none, {error}"
     period = cfg.health.knn_period
-    when = "with every teacher dump" if period is None else f"every {period} steps"
+    when = "with every teacher checkpoint" if period is None else f"every {period} steps"
     num_images = len(balanced_positions(targets, cfg.health.knn_images))
     return f"{num_images} images of {cfg.health.knn_dataset or cfg.train.dataset_path}, {when}"
 
@@ -129,7 +129,7 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
         "learning-rate warm-up": f"{cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:,} steps",
         **describe_schedules(cfg, cfg.optim.lr),
         "checkpoints": _how_often(cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH, steps),
-        "teacher dumps": _how_often(cfg.evaluation.eval_period_iterations, steps),
+        "teacher checkpoints": _how_often(cfg.evaluation.eval_period_iterations, steps),
         "images seen": f"{steps * batch:,}, the dataset {steps * batch / num_images:.1f} times",
         **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
         "FLOPs per image": f"{flops / 1e9:.1f} GFLOP (student and teacher, forward and backward)",

@@ -62,7 +62,7 @@ def test_an_empty_run_and_one_without_health_raise_none() -> None:
         ("divergence", {"total_loss": 7.5, "cls_target_information": 0.2}),
         ("divergence", {"probe_patch_norm": 900.0, "probe_patch_rank_me": 30.0}),
         ("decay of dense features", {"probe_patch_similarity": 0.7}),
-        ("data starvation", {"data_wait": 0.6}),
+        ("data bottleneck", {"data_wait": 0.6}),
     ],
 )
 def test_each_sign_raises_its_alarm_and_no_other(kind: str, changed: dict[str, float]) -> None:
@@ -108,7 +108,7 @@ def test_an_alarm_is_logged_once_and_continues_in_a_resumed_run(caplog: pytest.L
         for record in records[:30]:
             first.update(record)
         assert [r.levelname for r in caplog.records] == ["WARNING"]
-        assert "data starvation" in caplog.text and "train.num_workers" in caplog.text
+        assert "data bottleneck" in caplog.text and "train.num_workers" in caplog.text
         caplog.clear()
         resumed = AlarmMonitor(records[:30])
         for record in records[30:]:

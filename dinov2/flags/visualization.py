@@ -1,0 +1,122 @@
+"""The flags of the figures of features."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dinov2.flags import CommandParser, positive_int
+from dinov2.flags.evaluation import PUBLISHED_CROP_SIZE
+
+COMMANDS = ("pca", "attention", "similarity", "neighbors")
+ALIASES = ("neighbours",)  # of "neighbors"
+SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+WRITABLE_SUFFIXES = (".mp4", ".gif")  # of videos
+DEFAULT_SIDE = 448  # shorter side of the inputs of models that were trained on images of the published sizes, in pixels
+NUM_IMAGES = 30  # default number of images of each folder, glob, dataset or video
+NUM_QUERIES = 10
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Build the parser of `python -m dinov2.visualization`."""
+    parser = CommandParser(
+        "python -m dinov2.visualization", description="Figures of the features of a frozen backbone."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
+    pca = _add_command(commands, "pca", "principal components of patch features as colors")
+    pca.add_argument("--foreground", action="store_true", help="color the foreground only; the rest is black")
+    pca.add_argument("--smooth", action="store_true", help="interpolate between the colors of patches")
+    shifts_help = "run the model on N x N shifted copies of each image, for an N times finer grid (default: 1)"
+    pca.add_argument("--shifts", type=positive_int, default=1, metavar="N", help=shifts_help)
+    every_help = "of a video that becomes a video, use every Nth frame (default: 1)"
+    pca.add_argument("--every", type=positive_int, default=1, metavar="N", help=every_help)
+    _add_command(commands, "attention", "attention of the class token in the last block, per head")
+    similarity = _add_command(commands, "similarity", "similarity of all patches to some of them")
+    point_help = (
+        "points of the first image, a row each. Two integers: pixels of the original image; two numbers with a decimal "
+        "point: fractions of its width and height (0.5,0.25)"
+    )
+    similarity.add_argument("--point", nargs="+", required=True, metavar="X,Y", help=point_help)
+    neighbors = _add_command(commands, "neighbors", "nearest neighbors of images; also a .json list")
+    query_help = "images to find neighbors of: files, folders, globs, dataset strings"
+    neighbors.add_argument("--query", nargs="+", required=True, help=query_help)
+    number_help = f"maximum number of queries of each folder, glob or dataset, evenly spaced (default: {NUM_QUERIES})"
+    neighbors.add_argument("--num-queries", type=positive_int, default=NUM_QUERIES, help=number_help)
+    neighbors.add_argument("--k", type=positive_int, default=5, help="number of neighbors (default: 5)")
+    neighbors.add_argument("--num-workers", type=int, default=0, help="processes that decode images (default: 0)")
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line (None: that of the process); without a command, `pca` is run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = get_args_parser()
+    if words and words[0] not in (*COMMANDS, *ALIASES, "-h", "--help"):
+        if not words[0].startswith("-"):
+            parser.error(f"unknown command {words[0]!r}; choose from {', '.join(COMMANDS)}")
+        words.insert(0, "pca")
+    # argparse would take a negative point for a flag.
+    if negative := next((word for word in words if re.fullmatch(r"-[\d.]+,.*", word)), None):
+        parser.error(f"the point {negative} is outside of any image")
+    args = parser.parse_args(words)
+    if args.command is None:
+        parser.error(f"no command; choose from {', '.join(COMMANDS)}")
+    return args
+
+
+def output_suffixes(command: str) -> tuple[str, ...]:
+    """Suffixes of the files that a command can write."""
+    return SHEET_SUFFIXES + (WRITABLE_SUFFIXES if command == "pca" else ())
+
+
+def _add_command(commands: Any, name: str, description: str) -> argparse.ArgumentParser:
+    """Add a command with the flags that all commands have."""
+    aliases: tuple[str, ...] = ()
+    number: int | None = NUM_IMAGES
+    side = DEFAULT_SIDE
+    size_help = "shorter side of the model inputs in pixels; both sides are rounded to multiples of the patch; "
+    size_help += "original: only rounded"
+    if name == "neighbors":
+        aliases, number, side = ALIASES, None, PUBLISHED_CROP_SIZE
+        size_help = "side of the center crop in pixels, as for the k-NN evaluation; rounded to a multiple of the patch"
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, aliases=aliases, help=description, description=description
+    )
+    parser.set_defaults(command=name)
+    add_model_flags(parser)
+    add = parser.add_argument
+    add("--images", nargs="+", required=True, help="image files, folders, globs, dataset strings, videos")
+    number_help = "maximum number of images of each folder, glob, dataset or video, evenly spaced (default: "
+    add("--num-images", type=positive_int, default=number, help=f"{number_help}{number or 'all'})")
+    size_help += f" (default: {side}, or the size of the global crops of a model trained on small images)"
+    add("--size", type=_size, help=size_help)
+    default = "pca.png, of one video pca.mp4" if name == "pca" else f"{name}.png"
+    add("--output", type=Path, help=f"file to write: {', '.join(output_suffixes(name))} (default: {default})")
+    add("--npy", action="store_true", help="also write the numbers to .npy files beside it")
+    return parser
+
+
+def _size(text: str) -> int | str:
+    return text if text == "original" else positive_int(text)
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that select the model."""
+    group = parser.add_argument_group("the model: --model, --config-file with weights, or --pretrained-weights alone")
+    add = group.add_argument
+    add("--model", metavar="NAME", help="a published model, such as dinov2_vits14_reg")
+    add("--config-file", help="config of the model: YAML file or packaged name")
+    weights_help = (
+        "file, URL, folder of transformers or of a run's teacher (OUT/eval/best); without other flags, the "
+        "architecture is inferred from the tensors, and that of a run's teacher read from the config.yaml of the run"
+    )
+    add("--pretrained-weights", metavar="WEIGHTS", help=weights_help)
+    add("--random-init", action="store_true", help="untrained model with random weights")
+    heads_help = (
+        "number of attention heads if there is no config, because the tensors do not determine it (default: that "
+        "of a config.json of transformers beside them, else 64 channels per head)"
+    )
+    add("--num-heads", type=int, help=heads_help)
+    add("--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value")
