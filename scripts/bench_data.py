@@ -253,7 +253,7 @@ def time_device_augmentation(files: list[bytes], args: argparse.Namespace, devic
         if repeat:
             seconds.append((time.perf_counter() - started) / args.batch_size)
     return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu, where nobody would do it",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu, for comparison only",
         "batch_size": args.batch_size,
         "ms_per_image": round(1000 * statistics.median(seconds), 3),
     }

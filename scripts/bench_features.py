@@ -3,7 +3,7 @@
     python scripts/bench_features.py [--arch vit_small] [--size 224] [--batch-size 32] [--precision fp32] [--rounds 7]
 
 All are the same network with random weights, in evaluation mode without gradients, and give the class tokens of one
-batch; `ours` as the evaluations compute them, on a CPU a few images at a time. To tell what comes from that, it is also
+batch; `ours` as the evaluations compute them, on a CPU a few images at a time. To separate this effect, it is also
 timed in one pass and the others in the same slices. `ratio` is [median, least, most] over the rounds of a side's time /
 ours in the same round: above 1 we are faster; `ratio_of_work` is the same of CPU seconds, which other programs disturb
 less (with OMP_NUM_THREADS=1; a GPU makes them meaningless). Needs timm and transformers.

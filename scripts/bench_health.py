@@ -75,12 +75,12 @@ def main() -> None:
     sides: dict[str, Callable[[], object]] = {
         "step": partial(step, line=False),
         "step with line": partial(step, line=True),
-        "look": panel.probe.measure,
+        "probe": panel.probe.measure,
     }
     seconds = alternate(sides, args.rounds, device)
     knn = alternate({"knn": panel.probe.knn}, 1, device)
     seconds = Seconds(seconds.wall | knn.wall, seconds.work | knn.work)
-    periods = {"line": cfg.train.log_period, "look": panel.period, "knn": panel.knn_period or panel.dump_period}
+    periods = {"line": cfg.train.log_period, "probe": panel.period, "knn": panel.knn_period or panel.dump_period}
     record: dict[str, Any] = {
         **vars(args),
         "batch_size": cfg.train.batch_size_per_gpu,

@@ -239,7 +239,7 @@ def reset_peak() -> int:
 def peak() -> int:
     """Peak resident bytes."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, "Linux says so"
+    assert found, "on Linux"
     return int(found[1]) * 1024
 
 

@@ -3,7 +3,7 @@
 #
 #   bash scripts/test.sh                       lint, and the fast tests
 #   bash scripts/test.sh slurm                 also those that submit jobs to a SLURM of their own on this machine, and
-#                                              those that look at pages in a browser
+#                                              those that open pages in a browser
 #   bash scripts/test.sh cuda                  CUDA's host code on a stub of its libraries; needs gcc and no GPU
 #   bash scripts/test.sh all                   also the slow ones, and those that need a GPU
 #   bash scripts/test.sh oldest                a selection, with the lowest versions that the requirements allow
@@ -16,7 +16,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 cd "$ROOT"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # tests are small: more threads make them slower
 
-# The programs of SLURM, which need no configuration of this machine. Where they are missing the tests say so.
+# The programs of SLURM, which need no configuration of this machine. Without them these tests are skipped with the reason.
 install_slurm() {
     local program packages=(slurmctld slurmd slurm-client munge)
     for program in slurmctld slurmd sbatch munged; do
@@ -31,7 +31,7 @@ install_slurm() {
     done
 }
 
-# A browser without a window, to look at pages as people do. Where there is none the tests say so.
+# A browser without a window, to open pages as users do. Without one these tests are skipped with the reason.
 install_browser() {
     local program
     for program in chromium chromium-browser google-chrome chrome; do

@@ -56,8 +56,8 @@ def test_a_checkpoint_and_what_it_costs(num_processes: int) -> None:
 def test_what_watching_a_run_costs() -> None:
     record = record_of("bench_health", *TINY_STEP, "health.knn_images=32", *TINY)
     assert all(is_spread(times) for times in record["seconds"].values())
-    look, step = (record["seconds"][name][0] for name in ("look", "step"))
-    assert look / step / 100 <= record["share_of_step_time"] < 1
+    probe, step = (record["seconds"][name][0] for name in ("probe", "step"))
+    assert probe / step / 100 <= record["share_of_step_time"] < 1
 
 
 def test_a_step_and_its_phases() -> None:

@@ -778,7 +778,7 @@ def test_any_word_at_all_is_loaded_or_refused_with_an_error_that_quotes_it(word)
             assert override.startswith("train.output_dir=") <= (cfg.train.output_dir == word)
 
 
-# What people write after `=`, and what that is for a key of each type.
+# Texts after `=`, and their values for a key of each type.
 VALUES = st.one_of(
     st.sampled_from(AWKWARD),
     st.floats(allow_nan=False).map(repr),

@@ -1,4 +1,4 @@
-"""dinov2.distributed: every process learns its rank, and the collectives do what their names say."""
+"""dinov2.distributed: detection of the rank, and collectives."""
 
 import os
 import random

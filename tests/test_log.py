@@ -76,9 +76,9 @@ def test_the_console_shows_the_last_value_of_a_schedule_and_the_median_of_a_loss
 
 
 def test_notes_are_in_the_record_of_their_iteration_and_make_it_one(tmp_path: Path) -> None:
-    heard: list[Any] = []
+    records_heard: list[Any] = []
     meters = MetricLogger(output_file=tmp_path / "m.json")
-    meters.listeners = [heard.append]
+    meters.listeners = [records_heard.append]
     for step in meters.log_every(range(10), 5):
         if step == 3:
             assert not meters.line_is_due()
@@ -87,7 +87,7 @@ def test_notes_are_in_the_record_of_their_iteration_and_make_it_one(tmp_path: Pa
     assert [record["iteration"] for record in records] == [0, 3, 5, 9]
     assert [record.get("rank") for record in records] == [None, 1.5, None, None]
     assert "lost" not in records[1]
-    assert heard == records
+    assert records_heard == records
 
 
 def test_a_torn_line_is_not_read(tmp_path: Path) -> None:
@@ -153,15 +153,15 @@ def test_warnings_are_logged(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full")
 @pytest.mark.parametrize(
-    ("said", "expected"), [({}, "interrupted"), ({"after_interrupt": "go on"}, "interrupted; go on")]
+    ("options", "expected"), [({}, "interrupted"), ({"after_interrupt": "go on"}, "interrupted; go on")]
 )
 def test_an_interrupted_command_reports_only_what_applies_to_it(
-    said: dict[str, str], expected: str, capsys: pytest.CaptureFixture[str]
+    options: dict[str, str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    assert run_command(interrupted, **said) == 130
+    assert run_command(interrupted, **options) == 130
     assert capsys.readouterr().err == f"error: {expected}\n"
 
 

@@ -1,4 +1,4 @@
-"""Names that code imports from the published package: each is the thing that it was, or says where that is now."""
+"""Names that code imports from the published package: each exists, or its error names the replacement."""
 
 import importlib
 import subprocess

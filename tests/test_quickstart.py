@@ -1,4 +1,4 @@
-"""The quickstart: one command leaves everything in one folder; its parts say what is wrong when something is."""
+"""The quickstart: one command leaves everything in one folder; errors of its parts name their cause."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Geometry of small line charts, which `templates/chart.html` draws as SVG in the type and colors of the page.
 
-Lines differ by color and by dashes and have their last values at their ends, so that they can be told apart in black
+Lines differ by color and by dashes and have their last values at their ends, so that they can be distinguished in black
 and white. Colors are the classes `line-0`, ... of the style sheet.
 """
 
@@ -29,7 +29,7 @@ class Stroke(NamedTuple):
 
 
 def stroke(style: int) -> Stroke:
-    """The look of a line: styles differ by color and dashes; after the last color they repeat with other dashes."""
+    """The style of a line: styles differ by color and dashes; after the last color they repeat with other dashes."""
     return Stroke(style % NUM_STYLES, DASHES[(style + style // NUM_STYLES) % len(DASHES)])
 
 

@@ -130,7 +130,7 @@ def contact_sheet(
         rows: Label -> n images. After `columns` images all rows start again below.
         captions: One for each of the n images.
         columns: Number of images in a row.
-        cell: Longer side of an image on the sheet in pixels; multiples of the size of feature maps look best.
+        cell: Longer side of an image on the sheet in pixels; multiples of the size of feature maps are sharpest.
         **texts: title, subtitle and headings, see `draw_sheet`.
     """
     *_, last = rows

@@ -1,4 +1,4 @@
-"""Finds the recorded sets of a folder, replays each, and reports. ``REPLAYS`` says what is called for which set."""
+"""Finds the recorded sets of a folder, replays each, and reports. ``REPLAYS`` names the replay of each set."""
 
 import argparse
 import json
@@ -67,7 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 def check_folder(folder: Path, *, only: Sequence[str] | None = None, verbose: bool = False) -> bool:
     """Replays the recorded sets of a folder, or those named in ``only``; returns whether there are any and all are ok.
 
-    A JSON file that has neither the key ``set`` nor tensors beside it tells about other files and is no set.
+    A JSON file that has neither the key ``set`` nor tensors beside it describes other files and is no set.
     """
     if not folder.is_dir():
         sys.exit(f"no folder at {folder}")
@@ -90,7 +90,7 @@ def _only_tells(path: Path) -> bool:
     try:
         return "set" not in json.loads(path.read_text())
     except ValueError:
-        return False  # nobody knows: its line will say that it cannot be read
+        return False  # unknown: its line will report that it cannot be read
 
 
 def check(path: Path, *, verbose: bool = False) -> bool:
@@ -98,7 +98,7 @@ def check(path: Path, *, verbose: bool = False) -> bool:
     start = time.monotonic()
     try:
         comparison = Comparison(Recording(path), verbose=verbose)
-    except Exception as error:  # missing, damaged, or not what it says it is; the other sets are to be replayed
+    except Exception as error:  # missing, damaged, or of another kind than its name; the other sets are to be replayed
         print(f"{path.stem}: NOT OK, cannot be read: {error}", flush=True)
         return False
     _replay(comparison)

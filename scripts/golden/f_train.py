@@ -1,7 +1,7 @@
 """Set f: training trajectories, from given weights and batches to given losses and final weights.
 
 The steps are those of ``dinov2.train.train``. What happens inside the first iteration (logits, targets, gradients
-before clipping) is looked at in a copy of the networks, since the training step keeps it to itself.
+before clipping) is computed in a copy of the networks, since the training step does not return it.
 """
 
 import copy

@@ -38,7 +38,7 @@ SCORE_TOLERANCE = 1e-6
 PROBABILITY_TOLERANCE = 1e-4
 # What a fit minimizes, relative. It stops where rounding hides any further descent, which is a point for strong and
 # a flat valley for weak regularization: at C = 1e5 the objectives of two machines agree to 1e-8 or better while single
-# probabilities differ by 4e-4. There the objective is what tells a right fit, and probabilities are a sanity check.
+# probabilities differ by 4e-4. There the objective decides if a fit is right, and probabilities are a sanity check.
 OBJECTIVE_TOLERANCE = 1e-7
 WEAK_REGULARIZATION = 1e3  # C above it
 WEAK_PROBABILITY_TOLERANCE = 2e-3

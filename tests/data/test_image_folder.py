@@ -31,7 +31,7 @@ def add(root, *paths):
 
 
 def settle(root):
-    """Lets the folders look as if they had not changed for a while."""
+    """Makes the folders older, as if they had not changed for a while."""
     for folder, _, _ in os.walk(root):
         os.utime(folder, (1_000_000, 1_000_000))
 
@@ -145,7 +145,7 @@ def test_the_list_is_kept_and_used(root, cache, monkeypatch):
     settle(root)
     first = ImageFolder(root=root)
     assert len(list(cache.iterdir())) == 1
-    monkeypatch.setattr(file_list, "_scan", None)  # a second look at the files would fail
+    monkeypatch.setattr(file_list, "_scan", None)  # a second scan of the files would fail
     again = ImageFolder(root=root)
     assert paths(again) == paths(first)
     assert again.get_targets().tolist() == [0, 1]

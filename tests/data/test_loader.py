@@ -52,7 +52,7 @@ class ImageSet(Dataset):
 
 
 class IndexOnly(ImageSet):
-    """Images whose pixels say which they are."""
+    """Images whose pixels are their index."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.new("RGB", (16, 16), (index, 0, 0)), index

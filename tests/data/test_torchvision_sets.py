@@ -1,6 +1,6 @@
 """The sets of torchvision read as what was written in the files that it expects; nothing is downloaded unasked.
 
-What is written is random images with known classes; only the checksums of the published files are not looked at.
+What is written is random images with known classes; only the checksums of the published files are not compared.
 """
 
 import gzip
@@ -182,7 +182,7 @@ def test_a_missing_package_for_pcam_is_named(tmp_path, monkeypatch):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """A server of Kuzushiji-MNIST, of which torchvision is told; yields the requests that it gets."""
+    """A server of Kuzushiji-MNIST, used by torchvision; yields the requests that it gets."""
     raw = tmp_path / "published" / "KMNIST" / "raw"
     (tmp_path / "published").mkdir()
     LAYOUTS["KMNIST"](tmp_path / "published")

@@ -1,4 +1,4 @@
-"""Transforms give torchvision's pixels, and do what they do as often as they say."""
+"""Transforms give torchvision's pixels, with the given probabilities."""
 
 import numpy as np
 import pytest

@@ -64,7 +64,7 @@ def kill_itself(signum: int) -> Callable[[], object]:
 
 
 def hang() -> None:
-    """As reading from a FIFO that nobody writes to: in a system call, which goes on after a signal."""
+    """Like reading from a FIFO without a writer: in a system call, which goes on after a signal."""
     os.read(os.pipe()[0], 1)
 
 

@@ -1,4 +1,4 @@
-"""From a command line to the right backbone and the right image size, or an error that says what is wrong."""
+"""From a command line to the right backbone and the right image size, or an error that names the cause."""
 
 import argparse
 import logging
@@ -101,7 +101,7 @@ def test_the_backbone_is_that_of_the_weights_and_frozen(small: Path, tmp_path: P
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(model(images), expected(images))
     assert not model.training and not any(p.requires_grad for p in model.parameters())
-    assert dtype == torch.float32  # on the CPU, though the config says fp16
+    assert dtype == torch.float32  # on the CPU, though the config has fp16
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def test_the_command_writes_scores_settings_and_hash(tmp_path: Path, capsys: pyt
     assert list(results["metrics"]) == ["full", "2 per class"]
     assert list(results["metrics"]["full"]) == ["3", "5"]
     top_1 = results["metrics"]["full"]["3"]["top-1"]
-    assert 80 < top_1 <= 100  # the colors are easily told apart
+    assert 80 < top_1 <= 100  # the colors are easily distinguished
     log = capsys.readouterr().out
     assert f"('full', 3) Top 1: {top_1:.2f}" in log
     table = log.rpartition("k-NN classification of 21 images of 3 classes, accuracy in %\n")[2].splitlines()

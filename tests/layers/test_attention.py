@@ -1,4 +1,4 @@
-"""Attention: what it computes, and that every backend computes the same or says that it cannot run."""
+"""Attention: every backend computes the same, or reports that it cannot run."""
 
 import contextlib
 import importlib.util
@@ -228,9 +228,7 @@ def test_auto_on_a_cpu_is_sdpa(dtype: torch.dtype) -> None:
     assert best_backend("cpu", dtype, 64) == "sdpa"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("xformers") is None, reason="says something only where xFormers is installed"
-)
+@pytest.mark.skipif(importlib.util.find_spec("xformers") is None, reason="needs xFormers")
 def test_on_a_cpu_xformers_is_not_even_imported() -> None:
     program = """
 import sys, torch

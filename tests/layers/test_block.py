@@ -110,7 +110,7 @@ def test_the_published_order_of_arguments() -> None:
 
 
 class MeanOfTokens(nn.Module):
-    """Attention of somebody else, who knows batches only."""
+    """Attention of a user, which takes batches only."""
 
     def __init__(self, dim: int, num_heads: int, **options: object) -> None:
         super().__init__()

@@ -97,7 +97,7 @@ def test_targets_are_as_close_to_double_precision_as_the_published_order_of_oper
 
 @pytest.mark.parametrize("depth", [60.0, 75.0, 87.0])
 def test_a_row_far_below_all_others_keeps_its_precision(depth: float) -> None:
-    """Just within what float32 can tell from zero, one row among many."""
+    """One row among many, just above the underflow of float32."""
     scores = 0.5 * scores_of(400, 16)
     scores[7] -= depth - 4
     expected = scores.double()
@@ -109,7 +109,7 @@ def test_a_row_far_below_all_others_keeps_its_precision(depth: float) -> None:
 
 @pytest.mark.parametrize("gain", [1.0, 3.0, 10.0])
 def test_large_gains_with_unused_prototypes_lose_no_precision(gain: float) -> None:
-    """Half of the prototypes score far below the others everywhere: balancing must still tell their scores apart."""
+    """Half of the prototypes score far below the others everywhere: balancing must still distinguish their scores."""
     scores = scores_of(16, 64, scale=0.2)
     scores[:, :32] -= 1.0
     expected = gain * scores.double() / 0.04

@@ -1,4 +1,4 @@
-"""Networks for other runtimes: exported as people export the published models, they compute the same at any size."""
+"""Networks for other runtimes: exported like the published models, they compute the same at any size."""
 
 import logging
 import warnings

@@ -87,4 +87,4 @@ def test_the_end_of_a_job_script_reports_and_removes_the_records(tmp_path: Path)
     assert (first.returncode, first.stdout) == (0, "")
     assert first.stderr.startswith("error: no folder /x (process 2 of 4")
     assert not any(note.exists() for note in notes)
-    assert (second.returncode, second.stderr) == (1, ""), "nothing to tell"
+    assert (second.returncode, second.stderr) == (1, ""), "nothing to report"

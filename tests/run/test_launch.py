@@ -52,7 +52,7 @@ DEFAULT = Submission(
     setup=[],
 )
 
-# A task that says who it is: one file per process, holding what it was given.
+# A task that writes one file per process with its rank and arguments.
 TASK = """
 import argparse, json, os, signal, sys, time
 from pathlib import Path
@@ -103,13 +103,13 @@ def fate(what):
 
 
 if __name__ == "__main__":
-    sys.exit(launch("tell:main", get_args_parser, "tell"))
+    sys.exit(launch("task_script:main", get_args_parser, "task_script"))
 """
 
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    path = tmp_path / "code" / "tell.py"
+    path = tmp_path / "code" / "task_script.py"
     path.parent.mkdir()
     path.write_text(textwrap.dedent(TASK))
     return path
@@ -273,7 +273,7 @@ def test_wrong_commands_are_usage_errors_with_a_remedy(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(SystemExit) as exit_info:
-        launch("tell:main", make_task_parser, "tell", ["--config-file", "train/vitl16_short", *words])
+        launch("task_script:main", make_task_parser, "task_script", ["--config-file", "train/vitl16_short", *words])
     assert exit_info.value.code == 2
     assert re.search(message, capsys.readouterr().err, re.DOTALL)
 
@@ -414,7 +414,7 @@ def test_defaults_are_the_published_values_within_the_limits() -> None:
 
 def test_the_output_folder_is_absolute_and_knows_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    task = Task("tell:main", argparse.Namespace(output_dir="runs/%j/x"))
+    task = Task("task_script:main", argparse.Namespace(output_dir="runs/%j/x"))
     assert task.with_output_dir("42").args.output_dir == str(tmp_path / "runs/42/x")
     assert task.with_output_dir(None).args.output_dir == str(tmp_path / "runs/%j/x")
     assert task.args.output_dir == "runs/%j/x", "the arguments handed in stay as they are"
@@ -422,10 +422,10 @@ def test_the_output_folder_is_absolute_and_knows_the_job(tmp_path: Path, monkeyp
 
 
 def test_a_requeued_job_resumes_even_after_no_resume() -> None:
-    job = Job(Task("tell:main", argparse.Namespace(output_dir="x", no_resume=True)))
+    job = Job(Task("task_script:main", argparse.Namespace(output_dir="x", no_resume=True)))
     again = pickle.loads(pickle.dumps(job)).checkpoint().function
     assert isinstance(again, Job)
-    assert again.task == Task("tell:main", argparse.Namespace(output_dir="x", no_resume=False))
+    assert again.task == Task("task_script:main", argparse.Namespace(output_dir="x", no_resume=False))
     assert job.task.args.no_resume, "the running job is not changed"
 
 
@@ -441,7 +441,7 @@ def test_a_job_of_two_tasks_through_submitit_is_one_group_and_resumes_when_resta
     executor = submitit.AutoExecutor({str(tmp_path / "jobs" / "%j")!r}, cluster="local")
     executor.update_parameters(tasks_per_node=2, timeout_min=2)
     args = argparse.Namespace(output_dir={str(tmp_path / "jobs" / "%j")!r}, rank_1=None, no_resume=True)
-    job = executor.submit(Job(Task("tell:main", args)))
+    job = executor.submit(Job(Task("task_script:main", args)))
     assert job.results() == [0, 0]
     sys.stdout.write(job.job_id)
     """

@@ -1,4 +1,4 @@
-"""A job that is told to end by SIGTERM requeues itself, if nobody else has decided what becomes of it."""
+"""A job that gets SIGTERM requeues itself, unless it has been requeued or canceled already."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A training in several processes that a launcher started stops, with a checkpoint, when the launcher is told to."""
+"""A training in several processes that a launcher started stops, with a checkpoint, when the launcher gets a signal."""
 
 import os
 import re

@@ -136,7 +136,7 @@ class Cluster:
         self.run("slurmd", "-f", self.env["SLURM_CONF"], "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """End a node as a loss of power does: its daemon and all that it started are gone, and say nothing."""
+        """End a node as a loss of power does: its daemon and all that it started are gone, without a message."""
         tasks = self.processes(SLURMD_NODENAME=node)
         _send(signal.SIGKILL, {self._pid(f"slurmd.{node}"), *map(_parent, tasks), *tasks})
 
@@ -177,7 +177,7 @@ class Cluster:
     # --- Talking to it ---
 
     def run(self, *command: str) -> str:
-        """Run a command that talks to the cluster; what it says on its standard output.
+        """Run a command of the cluster and return its standard output.
 
         Raises:
             subprocess.CalledProcessError: if it fails.

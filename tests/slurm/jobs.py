@@ -1,4 +1,4 @@
-"""Jobs of the launchers, as a person submits, follows and disturbs them."""
+"""Jobs of the launchers: submitted, followed and disturbed as by a user."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TRAIN = "dinov2/run/train/train.py"
 
 
 def launch(cluster: Cluster, script: str, *words: str) -> str:
-    """Run a launcher; what it says."""
+    """Run a launcher and return its output."""
     env = {name: value for name, value in cluster.env.items() if not name.startswith("PYTHONPATH")}
     result = subprocess.run(
         [sys.executable, script, *words],
@@ -49,8 +49,8 @@ class Job:
 
     def __init__(self, cluster: Cluster, script: str, output_dir: Path, *words: str) -> None:
         self.cluster = cluster
-        self.said = launch(cluster, script, "--ngpus", "0", "--output-dir", str(output_dir), *words)
-        (self.id,) = re.findall(r"submitted job (\d+)", self.said)
+        self.output = launch(cluster, script, "--ngpus", "0", "--output-dir", str(output_dir), *words)
+        (self.id,) = re.findall(r"submitted job (\d+)", self.output)
         self.folder = Path(str(output_dir).replace("%j", self.id))
 
     # --- Following it ---

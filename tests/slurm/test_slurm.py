@@ -1,6 +1,6 @@
 """The launchers on a real Slurm: whatever stops a training, it goes on where it was and ends as if nothing had been.
 
-Jobs that mostly wait are started first and looked at last.
+Jobs that mostly wait are started first and checked last.
 """
 
 import os
@@ -55,7 +55,7 @@ def slow(cluster: Cluster, folder: Path, undisturbed: Job) -> Job:
 
 @pytest.fixture(scope="module")
 def bereft(cluster: Cluster, folder: Path, slow: Job) -> Iterator[Job]:
-    """Started early: two processes on two nodes, one of which is lost. Its command says --no-resume."""
+    """Started early: two processes on two nodes, one of which is lost. Its command has --no-resume."""
     others = ",".join([*cluster.nodes[:2], slow.facts["NodeList"]])
     words = (*TWO, "--exclude", others, "--no-resume", *RECIPE, "train.checkpoint_period=4")
     job = Job(cluster, TRAIN, folder / "bereft", *words)
@@ -105,14 +105,14 @@ def test_the_published_command_trains_on_two_nodes_with_two_processes_each(undis
 
 
 def test_the_launcher_says_where_to_look_and_asks_for_no_gpu(undisturbed: Job) -> None:
-    for said in (
+    for line in (
         f"output: {undisturbed.folder}",
         f"logs:   {undisturbed.folder}/logs/log.txt",
         f"tail -F {undisturbed.folder}/{undisturbed.id}_0_log.out",
         f"squeue -j {undisturbed.id}",
         f"scancel {undisturbed.id}",
     ):
-        assert said in undisturbed.said
+        assert line in undisturbed.output
     assert "gpu" not in undisturbed.facts["TRES"]
     assert undisturbed.facts["TimeLimit"] == "01:00:00", "the partition's, as the published 2800 minutes are more"
 
@@ -176,7 +176,7 @@ def test_an_error_of_a_person_ends_the_job_and_is_its_last_line(cluster: Cluster
 
 
 def test_a_signal_at_the_start_is_not_lost_and_a_killed_process_ends_the_job(cluster: Cluster, folder: Path) -> None:
-    cluster.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # nothing starts until somebody watches
+    cluster.run("scontrol", "update", "PartitionName=low", "State=DOWN")  # nothing starts before the test does
     try:
         job = Job(cluster, TRAIN, folder / "killed", *TWO, *RECIPE)
     finally:

@@ -1,4 +1,4 @@
-"""A model and runs so small that a step takes milliseconds (`tiny.yaml`), and ways to look at what a run leaves."""
+"""A model and runs so small that a step takes milliseconds (`tiny.yaml`), and functions that read what a run wrote."""
 
 import ctypes
 import itertools

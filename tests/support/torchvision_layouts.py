@@ -1,4 +1,4 @@
-"""Small datasets in the files that torchvision expects: {name: function that writes one and says what is in it}.
+"""Small datasets in the files that torchvision expects: {name: function that writes one and returns its content}.
 
 Each function is given the root and returns {split: [(pixels, class), ...]}; the split of an undivided set is None.
 """

@@ -23,12 +23,12 @@ SETTINGS = [
 
 
 def alarms_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, *words: str) -> set[str]:
-    """The kinds of alarms that a run has raised, which are those that its metrics file tells."""
+    """The kinds of alarms that a run has raised, which are those in its metrics file."""
     with caplog.at_level("WARNING", "dinov2.train.monitor.alarms"):
         run_train(tmp_path, *SETTINGS, *words)
-    told = {record.args[0] for record in caplog.records if record.name == "dinov2.train.monitor.alarms"}  # type: ignore[index]
-    assert told == {alarm.kind for alarm in find_alarms(read_records(tmp_path / "training_metrics.json"))}
-    return told  # type: ignore[return-value]
+    raised = {record.args[0] for record in caplog.records if record.name == "dinov2.train.monitor.alarms"}  # type: ignore[index]
+    assert raised == {alarm.kind for alarm in find_alarms(read_records(tmp_path / "training_metrics.json"))}
+    return raised  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])

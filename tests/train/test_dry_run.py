@@ -1,4 +1,4 @@
-"""--dry-run says what a run would be, trains nothing, writes nothing, and fails on whatever would stop the run."""
+"""--dry-run prints the plan of a run, trains and writes nothing, and fails on whatever would stop the run."""
 
 import re
 from collections.abc import Callable

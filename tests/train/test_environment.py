@@ -1,4 +1,4 @@
-"""What a run was made on is written down at every start, so that somebody else can make it again."""
+"""The environment of a run is recorded at every start."""
 
 import json
 import logging

@@ -333,10 +333,10 @@ def test_a_few_broken_images_are_replaced_named_and_survived(tmp_path: Path, cap
     with caplog.at_level(logging.WARNING, "dinov2"):
         run_train(tmp_path / "out", dataset, *FOLDER, "train.max_bad_image_share=0.1")
     assert checkpoints(tmp_path / "out") == [11]
-    told = [message for message in caplog.messages if message.startswith("unreadable image")]
-    assert len(told) == 1, "though it came up in every second of 12 batches"
-    assert told[0].startswith("unreadable image replaced by another (1 of ")
-    assert f"drawn): {tmp_path / 'images' / '000.png'}: " in told[0] and "decode" in told[0]
+    warnings = [message for message in caplog.messages if message.startswith("unreadable image")]
+    assert len(warnings) == 1, "though it came up in every second of 12 batches"
+    assert warnings[0].startswith("unreadable image replaced by another (1 of ")
+    assert f"drawn): {tmp_path / 'images' / '000.png'}: " in warnings[0] and "decode" in warnings[0]
 
 
 def test_files_that_are_no_images_are_announced_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

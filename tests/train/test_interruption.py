@@ -192,7 +192,7 @@ def test_training_continues_while_a_checkpoint_is_written_which_appears_when_com
         assert disk_is_slow.wait(60)
         return write_data(*args)
 
-    def look(*args: Any) -> bool:
+    def spy(*args: Any) -> bool:
         if (tmp_path / "checkpoints").exists():
             seen_while_writing.append(checkpoints(tmp_path))
             if len(seen_while_writing) == 2:
@@ -200,7 +200,7 @@ def test_training_continues_while_a_checkpoint_is_written_which_appears_when_com
         return clip_and_step(*args)
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", slowly)
-    monkeypatch.setattr(train, "clip_and_step", look)
+    monkeypatch.setattr(train, "clip_and_step", spy)
     run_train(tmp_path)
     assert seen_while_writing[:2] == [[], []], "two more steps were taken meanwhile"
     assert_same_end(tmp_path, straight, 7)

@@ -1,4 +1,4 @@
-"""What a process is said to hold and send is what a naive count finds, and what real processes hold and send."""
+"""The predicted memory and traffic of a process are those of a naive count and of real processes."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Parameter groups have the published multipliers and number; clipping and the moving average are what they say."""
+"""Parameter groups have the published multipliers and number; clipping and the moving average are exact."""
 
 from collections import Counter
 

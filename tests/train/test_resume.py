@@ -302,7 +302,7 @@ def test_when_it_is_deleted_the_run_continues_from_the_one_before(straight: Path
 
 @contextmanager
 def unreadable(path: Path) -> Iterator[None]:
-    """Nobody may read a file or folder in here, not even root."""
+    """No user may read a file or folder in here, not even root."""
     mode = path.stat().st_mode
     path.chmod(0)
     try:
@@ -357,15 +357,15 @@ def test_other_data_and_another_batch_are_warned_of(tmp_path: Path, caplog: pyte
     folder = f"train.dataset_path=ImageFolder:root={write_images(tmp_path / 'images', 6)}"
     run_train(tmp_path / "out", folder, "optim.epochs=2")
     run_train(tmp_path / "out", folder, "optim.epochs=3")
-    told = "resuming on other data or processes than before: "
-    assert warnings_of(caplog, told) == [], "the same images"
+    warning = "resuming on other data or processes than before: "
+    assert warnings_of(caplog, warning) == [], "the same images"
     (tmp_path / "images" / "000.png").rename(tmp_path / "images" / "1000.png")
     run_train(tmp_path / "out", folder, "optim.epochs=4")
-    (message,) = warnings_of(caplog, told)
+    (message,) = warnings_of(caplog, warning)
     assert "hash of the names of its images" in message and "images of the dataset" not in message
     shutil.copy(tmp_path / "images" / "001.png", tmp_path / "images" / "more.png")
     run_train(tmp_path / "out", folder, "optim.epochs=5", "train.batch_size_per_gpu=3")
-    message = warnings_of(caplog, told)[-1]
+    message = warnings_of(caplog, warning)[-1]
     assert "images of a step: 4 -> 3; images of the dataset: 6 -> 7; hash of the names of its images" in message
 
 
@@ -448,5 +448,5 @@ def test_a_run_shorter_than_the_period_ends_with_its_teacher(tmp_path: Path) -> 
 def test_resuming_with_other_settings_names_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run_train(tmp_path, "optim.epochs=2")
     run_train(tmp_path, "optim.min_lr=1e-5")
-    told = [message for message in caplog.messages if message.startswith("resuming with other settings")]
-    assert len(told) == 1 and "optim.epochs: 2 -> 4" in told[0] and "optim.min_lr: " in told[0]
+    messages = [message for message in caplog.messages if message.startswith("resuming with other settings")]
+    assert len(messages) == 1 and "optim.epochs: 2 -> 4" in messages[0] and "optim.min_lr: " in messages[0]

@@ -1,4 +1,4 @@
-"""Training works: it learns, on one process and on two alike; and the commands do what a person expects of them."""
+"""Training learns, on one process and on two alike; and the commands of training."""
 
 import subprocess
 from pathlib import Path

@@ -223,7 +223,7 @@ _FOLDER, _FILE = "folder", "file"
 
 
 def _kind_of(entry: os.DirEntry[str]) -> str:
-    """What an entry of a folder is; a link that leads nowhere is a file. Only links need a look at the disk."""
+    """What an entry of a folder is; a link that leads nowhere is a file. Only links need another access to the disk."""
     try:
         if entry.is_dir():
             return _FOLDER

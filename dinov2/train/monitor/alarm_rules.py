@@ -51,7 +51,7 @@ class Rule(ABC):
 
     @abstractmethod
     def check(self, record: Record, *, warm: bool) -> str | None:
-        """Describe the sign of a failure in a record with the metrics; "" if there is none, None if it cannot tell.
+        """Describe the sign of a failure in a record; "" if there is none, None if the record does not show it.
 
         `warm`: whether the warm-up of the learning rate is over.
         """

@@ -254,7 +254,7 @@ def test_the_best_teacher_is_not_chosen_by_an_uninformative_metric(
     assert (tmp_path / "best").resolve().name == ("training_11" if by == "knn" else "training_3")
     (tmp_path / "training_15").mkdir()
     rate_teacher(tmp_path / "training_15", 15, {"probe_cls_rank_me": 1.0, "knn": 50.0, "knn_chance": 35.0})
-    assert (tmp_path / "best").resolve().name == "training_15", "which k-NN tells from the others"
+    assert (tmp_path / "best").resolve().name == "training_15", "the best by k-NN"
     (tmp_path / "training_19").mkdir()
     rate_teacher(tmp_path / "training_19", 19, {"probe_cls_rank_me": math.nan, "knn": 35.0, "knn_chance": 35.0})
     assert (tmp_path / "best").resolve().name == "training_15"
