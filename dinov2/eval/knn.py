@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_knn.json"
 
-# Similarities are computed for this many queries and bank images at once (64 MiB).
-QUERY_BATCH = 256
+# Similarities are computed for this many queries and bank images at once (128 MiB).
+QUERY_BATCH = 512
 BANK_CHUNK = 65536
 GROUP = 16  # similarities per group; groups are compared by their maxima first
 
@@ -95,22 +96,16 @@ class KnnModule(nn.Module):
         labels = torch.zeros_like(sims, dtype=torch.int64)
         mean = self.features.mean(dim=0).to(self.device, torch.float32)
         queries = queries - mean
-        memory = queries.new_empty(min(QUERY_BATCH, len(queries)) * min(BANK_CHUNK, len(self.labels)))
+        search = search_with_faiss if self.device.type == "cpu" and find_spec("faiss") else search_with_torch
+        centered = queries.new_empty(min(BANK_CHUNK, len(self.labels)), queries.shape[1])
         for start in range(0, len(self.labels), BANK_CHUNK):
-            bank = self.features[start : start + BANK_CHUNK].to(self.device, torch.float32) - mean
-            offset = torch.linalg.vector_norm(bank, dim=1).square() / -2
+            chunk = self.features[start : start + BANK_CHUNK].to(self.device, torch.float32)
+            bank = torch.sub(chunk, mean, out=centered[: len(chunk)])
             bank_labels = self.labels[start : start + BANK_CHUNK].to(self.device)
-            for first in range(0, len(queries), QUERY_BATCH):
-                rows = slice(first, first + QUERY_BATCH)
-                part = queries[rows]
-                found = memory[: len(part) * len(bank)].view(len(part), len(bank))
-                with torch.autocast(self.device.type, enabled=False):  # half precision causes ties
-                    torch.addmm(offset, part, bank.T, out=found)
-                values, positions = _largest(found, min(largest_k, len(bank)))
-                candidates = torch.cat([labels[rows], bank_labels[positions]], dim=1)
-                best = torch.cat([sims[rows], values], dim=1).topk(largest_k, dim=1)
-                sims[rows] = best.values
-                labels[rows] = candidates.gather(1, best.indices)
+            values, positions = search(queries, bank, min(largest_k, len(bank)))
+            candidates = torch.cat([labels, bank_labels[positions]], dim=1)
+            sims, best = torch.cat([sims, values], dim=1).topk(largest_k, dim=1)
+            labels = candidates.gather(1, best)
         return sims, labels
 
     def votes(self, sims: Tensor, labels: Tensor) -> dict[int, Tensor]:
@@ -123,18 +118,48 @@ class KnnModule(nn.Module):
         return {k: empty.scatter_add(1, labels[:, :k], weights[:, :k]) for k in self.nb_knn}
 
 
+def search_with_torch(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find the k nearest rows of the bank (n, D) for each query (Q, D).
+
+    Returns:
+        Similarities (Q, k), largest first: -|q - b|^2 / 2 up to a constant per query; and rows of the bank (Q, k).
+    """
+    offset = torch.linalg.vector_norm(bank, dim=1).square() / -2
+    memory = queries.new_empty(min(QUERY_BATCH, len(queries)) * len(bank))
+    parts = []
+    for part in queries.split(QUERY_BATCH):
+        found = memory[: len(part) * len(bank)].view(len(part), len(bank))
+        with torch.autocast(queries.device.type, enabled=False):  # half precision causes ties
+            torch.addmm(offset, part, bank.T, out=found)
+        parts.append(_largest(found, k))
+    sims, positions = zip(*parts, strict=True)
+    return torch.cat(sims), torch.cat(positions)
+
+
+def search_with_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same on a CPU by the library faiss, which is faster there."""
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    squares, positions = faiss.knn(queries.numpy(), bank.numpy(), k, metric=faiss.METRIC_L2)
+    return torch.from_numpy(squares) / -2, torch.from_numpy(positions)
+
+
 def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest values of each row and their positions, (Q, n) -> (Q, k), (Q, k); faster than `topk`.
 
-    With the columns in groups, the k largest values are in the k groups with the largest maxima.
+    With the columns in groups, the k largest values are in the k groups with the largest maxima, or in the last columns
+    that fill no group.
     """
     num_groups, rest = divmod(sims.shape[1], GROUP)
-    if rest or num_groups <= 2 * k:
+    if num_groups <= 2 * k:
         largest = sims.topk(k, dim=1)
         return largest.values, largest.indices
-    groups = sims.view(len(sims), GROUP, num_groups).amax(dim=1).topk(k, dim=1, sorted=False).indices
+    grouped = sims[:, : GROUP * num_groups].unflatten(1, (GROUP, num_groups))
+    groups = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
     members = torch.arange(GROUP, device=sims.device) * num_groups
-    positions = (groups[:, None] + members[:, None]).flatten(1)
+    last = torch.arange(GROUP * num_groups, sims.shape[1], device=sims.device).expand(len(sims), rest)
+    positions = torch.cat([(groups[:, None] + members[:, None]).flatten(1), last], dim=1)
     largest = sims.gather(1, positions).topk(k, dim=1)
     return largest.values, positions.gather(1, largest.indices)
 

@@ -41,6 +41,13 @@ def brute_force(bank: Tensor, labels: Tensor, queries: Tensor, k: int, largest_k
     return votes
 
 
+@pytest.fixture(params=["torch", "faiss"])
+def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search with and without the optional faiss."""
+    monkeypatch.setattr(knn, "find_spec", lambda name: name == request.param)
+
+
+@pytest.mark.usefixtures("search")
 @pytest.mark.parametrize(("chunk", "batch"), [(1000, 1000), (7, 5), (1, 1)])
 def test_votes_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch, chunk: int, batch: int) -> None:
     monkeypatch.setattr(knn, "BANK_CHUNK", chunk)  # also smaller than the largest k
@@ -62,6 +69,7 @@ def test_the_largest_are_those_of_topk(width: int, k: int) -> None:
     assert torch.equal(sims.gather(1, positions), values)
 
 
+@pytest.mark.usefixtures("search")
 def test_autocast_does_not_reach_the_similarities() -> None:
     bank, labels = features_and_labels(50, seed=0)
     queries, _ = features_and_labels(12, seed=1)
@@ -72,6 +80,7 @@ def test_autocast_does_not_reach_the_similarities() -> None:
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
+@pytest.mark.usefixtures("search")
 def test_features_that_are_close_to_each_other_are_distinguished() -> None:
     """As those of an untrained network with a small LayerScale, whose cosines are all 1 in float32."""
     bank, labels = features_and_labels(200, seed=0, spread=2e-4)
