@@ -1,9 +1,13 @@
 """Run training steps of a recipe on the stub device and print, phase by phase, what the last one asked of it, as JSON.
 
 measure_step.py CONFIG_FILE [key=value ...]
+
+With COMPILER=aot_eager in the environment, blocks are traced, forward and backward, but no kernels are generated.
 """
 
+import functools
 import json
+import os
 import random
 import sys
 import warnings
@@ -12,6 +16,7 @@ from typing import Any
 
 import rehearsal
 import torch
+from torch import nn
 
 from dinov2 import config
 from dinov2.config import DTYPES, Config
@@ -82,6 +87,8 @@ def num_graphs() -> int:
 
 def main() -> None:
     cfg = config.load(sys.argv[1], sys.argv[2:])
+    if compiler := os.environ.get("COMPILER"):
+        nn.Module.compile = functools.partialmethod(nn.Module.compile, backend=compiler)  # type: ignore[method-assign]
     device = torch.device("cuda")
     torch.set_float32_matmul_precision("high")
     with device:
