@@ -7,6 +7,7 @@ All find the 200 nearest of a bank for every query, by brute force; ours also vo
     bare       PyTorch: matrix product and top-k, 256 queries at a time against the whole bank
     sklearn    `NearestNeighbors(algorithm="brute")` of scikit-learn; on the CPU
     faiss      `IndexFlatIP`, if faiss is installed; on the CPU
+    torch      ours without faiss, by which ours searches if it is installed; on the CPU
 
 `ratio` is [median, least, most] over the rounds of our time / the side's in the same round: below 1 we are faster.
 `ratio_of_work` is the same of CPU seconds, which other programs disturb less (with OMP_NUM_THREADS=1; not on a GPU).
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dinov2.eval.knn import QUERY_BATCH, KnnModule
+from dinov2.eval.knn import BANK_CHUNK, QUERY_BATCH, KnnModule, search_with_torch
 from scripts.bench_memory import peak, reset_peak
 from scripts.side_by_side import alternate, hardware, ratios
 
@@ -61,6 +62,19 @@ def faiss(bank: Tensor) -> Search:
     return lambda queries: torch.from_numpy(index.search(queries.numpy(), K)[1])
 
 
+def ours_by_torch(bank: Tensor) -> Search:
+    """The search of `KnnModule` where faiss is not installed."""
+    mean = bank.mean(dim=0)
+
+    def search(queries: Tensor) -> Tensor:
+        parts = [search_with_torch(queries - mean, part - mean, K) for part in bank.split(BANK_CHUNK)]
+        sims = torch.cat([sims for sims, _ in parts], dim=1)
+        positions = torch.cat([found + index * BANK_CHUNK for index, (_, found) in enumerate(parts)], dim=1)
+        return positions.gather(1, sims.topk(K, dim=1).indices)
+
+    return search
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="k-NN against other searches by brute force")
     for name, default in (("bank", 200_000), ("queries", 2000), ("width", 384), ("rounds", 5)):
@@ -86,6 +100,7 @@ def main() -> None:
         searches["sklearn"] = sklearn(bank)
         if importlib.util.find_spec("faiss"):
             searches["faiss"] = faiss(bank)
+            searches["torch"] = ours_by_torch(bank)
     positions = KnnModule(bank, torch.arange(args.bank, device=device), [K], 0.07, device)
     _, expected = positions.neighbors(queries[:CHECKED])
     found = {name: share_in_both(expected, search(queries[:CHECKED])) for name, search in searches.items()}
