@@ -116,6 +116,8 @@ class DinoVisionTransformer(nn.Module):
 
     def init_weights(self, init_std: float = 0.02, pos_embed_std: float = 0.02) -> None:
         """Initialize tokens, positions and linear weights; the patch projection keeps PyTorch's default."""
+        if self.cls_token.is_meta:
+            return  # there is nothing to fill, and PyTorch would import its compiler for that
         nn.init.trunc_normal_(self.pos_embed, std=pos_embed_std)
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.zeros_(self.mask_token)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CONFIG_FILE, run_train, tiny_model, write_images
+from tiny import CONFIG_FILE, run_script, run_train, tiny_model, write_images
 
 from dinov2.train import train
 
@@ -69,6 +69,15 @@ def test_it_writes_nothing_touches_no_gpu_and_no_process_group(tmp_path: Path) -
     dry_run(tmp_path / "deep" / "out")
     assert list(tmp_path.iterdir()) == []
     assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+
+
+def test_it_does_not_import_the_compiler(tmp_path: Path) -> None:
+    """Which PyTorch does to draw normal numbers on the meta device, and which takes a second."""
+    words = ["--dry-run", "--config-file", str(CONFIG_FILE), "--output-dir", str(tmp_path / "out")]
+    start = "import sys; from dinov2.train import train"
+    run = f"train.main(train.get_args_parser().parse_intermixed_args({words}))"
+    result = run_script("-c", f"{start}; {run}; assert 'torch._dynamo' not in sys.modules")
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_batch_of_all_processes_counts(
