@@ -34,7 +34,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from dinov2 import config
 from dinov2.config import Config
@@ -54,6 +53,7 @@ from dinov2.train.optim import (
     set_hyperparameters,
 )
 from dinov2.train.parallel import parallelize
+from dinov2.train.preflight.flops import product_speed, step_flops
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets
 from dinov2.train.train import clip_and_step
@@ -276,46 +276,6 @@ def make_batch(cfg: Config, device: str = "cpu") -> Batch:
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 
-class _WithoutNumbers(SSLMetaArch):
-    """A model for the meta device, which does not support autocast."""
-
-    @contextlib.contextmanager
-    def _precision(self, side: str, module: str) -> Iterator[torch.dtype]:
-        yield torch.float32
-
-
-def flops_of_step(cfg: Config) -> int:
-    """Floating-point operations of the matrix products and attention of one step, teacher and gradients included."""
-    student, dino = (
-        dataclasses.replace(cfg.student, attention_backend="sdpa"),
-        dataclasses.replace(cfg.dino, koleo_loss_weight=0.0),  # autocast again, and next to nothing
-    )
-    cfg = dataclasses.replace(cfg, student=student, dino=dino)
-    batch = Batch._make(x.to("meta") if isinstance(x, Tensor) else x for x in make_batch(cfg))
-    with torch.device("meta"):
-        model = _WithoutNumbers(cfg).train()
-        with FlopCounterMode(display=False) as counter:
-            [targets] = model.targets([batch], NOW.teacher_temp)
-            losses, _ = model(batch, targets)
-            losses.total.backward()
-    return counter.get_total_flops() * cfg.train.accumulate_steps
-
-
-def product_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of one large matrix product, the best of several."""
-    side, repeats = (8192, 20) if device.type == "cuda" else (1536, 5)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * side**3 * repeats / best
-
-
 def phases_of(side: Side, batches: Iterator[Batch]) -> dict[str, float]:
     """Milliseconds of each phase in one step, which synchronizes the device after each phase."""
     times = dict.fromkeys(PHASES, 0.0)
@@ -362,7 +322,9 @@ def main() -> None:
         runs = [phases_of(side, batches) for _ in range(min(args.rounds, 3))]
         phases[name] = {phase: round(statistics.median(run[phase] for run in runs), 2) for phase in PHASES}
     medians = {name: statistics.median(times) for name, times in seconds.wall.items()}
-    flops, product = flops_of_step(cfg), product_flops(config.DTYPES[args.precision], device)
+    flops = step_flops(cfg, sides["ours"].model).model
+    size = {"side": 8192, "repeats": 20} if device.type == "cuda" else {"side": 1536, "repeats": 5}
+    product = product_speed(config.DTYPES[args.precision], device, **size)
     images = cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps
     record: dict[str, Any] = {
         **vars(args),

@@ -37,7 +37,7 @@ def draw_branches(segments: Segments, rates: Sequence[float], device: torch.devi
     """
     on_cuda = device.type == "cuda"
     everything = Branch(segments, sequence_ends(segments, device) if on_cuda else None)
-    kept = [tuple((_num_kept(count, rate), length) for count, length in segments) for rate in rates]
+    kept = [tuple((num_kept(count, rate), length) for count, length in segments) for rate in rates]
     drawn = [_draw_index(segments, kept[block]) for block, rate in enumerate(rates) if rate > 0 for _ in range(2)]
     if not drawn:
         return [(everything, everything)] * len(rates)
@@ -57,7 +57,7 @@ def draw_branches(segments: Segments, rates: Sequence[float], device: torch.devi
     return branches
 
 
-def _num_kept(count: int, rate: float) -> int:
+def num_kept(count: int, rate: float) -> int:
     """Sequences of a group that are kept."""
     return min(max(int(count * (1 - rate)), 1), count)
 

@@ -9,6 +9,11 @@ from typing import Any
 
 import pytest
 import rehearsal
+import torch
+
+from dinov2 import config
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from scripts.roofline import bytes_of_step, kernels_of_step
 
 pytestmark = pytest.mark.cuda
 
@@ -69,6 +74,23 @@ def test_the_number_of_kernels_is_within_its_budget(way: str, stub: Path) -> Non
     kernels = {name: phase["kernels"] for name, phase in measure(stub, *WAYS[way])["phases"].items()}
     assert {name: kernels[name] for name in BUDGET if kernels[name] > BUDGET[name]} == {}
     assert sum(kernels.values()) <= 2940
+
+
+@pytest.mark.parametrize(("recipe", "drop_path"), [("vitl16_short", 0.3), ("vitl16_short", 0.0), ("vitl14", 0.4)])
+def test_the_roofline_has_the_kernels_and_bytes_of_a_step(recipe: str, drop_path: float, stub: Path) -> None:
+    settings = [f"student.drop_path_rate={drop_path}", "train.batch_size_per_gpu=32"]
+    words = [f"train/{recipe}", *in_precision("bf16"), *settings]
+    cfg = config.load(words[0], words[1:])
+    with torch.device("meta"):
+        model = SSLMetaArch(cfg)
+    phases = rehearsal.run_json(stub, rehearsal.HERE / "measure_step.py", *words)["phases"]
+    for name, number in kernels_of_step(cfg, model).items():
+        assert abs(number - phases[name]["kernels"]) < max(0.1 * number, 10), name
+    counted = rehearsal.run_json(stub, rehearsal.HERE / "measure_bytes.py", *words)
+    moved = bytes_of_step(cfg, model)
+    others = ("products", "optimizer", "moving average")
+    expected = sum(number for name, number in moved.items() if name not in others)
+    assert sum(counted.values()) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize(("checkpointing", "again"), [("none", 0), ("selective", 0), ("full", 24)])

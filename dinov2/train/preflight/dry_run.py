@@ -1,11 +1,10 @@
 """Dry run: checks everything that could fail later, and prints the plan of the run, without training."""
 
 import logging
+import math
 import sys
 import tempfile
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,16 +13,16 @@ from dinov2 import config, distributed
 from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import BadImageError
-from dinov2.models import build_model
 from dinov2.trackers import check_trackers
 from dinov2.train.checkpoint import load_initial_weights
 from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
 from dinov2.train.monitor.probe_images import NoLabels, balanced_positions, labeled_dataset
 from dinov2.train.preflight.checks import check_images, check_settings
-from dinov2.train.preflight.memory import estimate, masked_patches_per_image
+from dinov2.train.preflight.flops import H200_FLOPS, product_speed, step_flops
+from dinov2.train.preflight.memory import estimate
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
-from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
+from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.training_run import open_dataset
 
 PROCESSES_PER_MACHINE = 8  # assumed if the processes are not started yet
@@ -120,7 +119,6 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
     accumulated = f" x {cfg.train.accumulate_steps} micro-batches" if cfg.train.accumulate_steps > 1 else ""
     steps = cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     parameters = {name: _num_parameters(module) for name, module in model.student.items()}
-    flops = training_flops_per_image(cfg, model)
     return {
         "dataset": f"{cfg.train.dataset_path}, {num_images:,} images",
         "global batch": f"{batch:,} images ({cfg.train.batch_size_per_gpu} x {world_size} processes{accumulated})",
@@ -132,8 +130,7 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
         "teacher checkpoints": _how_often(cfg.evaluation.eval_period_iterations, steps),
         "images seen": f"{steps * batch:,}, the dataset {steps * batch / num_images:.1f} times",
         **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
-        "FLOPs per image": f"{flops / 1e9:.1f} GFLOP (student and teacher, forward and backward)",
-        "FLOPs of the run": f"{flops * steps * batch:.3g} FLOP",
+        **_compute(cfg, model, steps, world_size),
         **_costs(cfg, model, world_size),
     }
 
@@ -141,6 +138,34 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
 def _how_often(period: int, steps: int) -> str:
     """Describe an output that is written every `period` steps and at the end of a run of `steps`."""
     return f"{num_due(period, steps):,}: every {period:,} steps and after the last one" if period > 0 else "none"
+
+
+def _compute(cfg: Config, model: SSLMetaArch, steps: int, world_size: int) -> dict[str, str]:
+    """FLOPs by image, step and run, and the least time of a step, on a machine without a GPU also here."""
+    flops = step_flops(cfg, model).total
+    of_image, of_run = flops * world_size / global_batch_size(cfg, world_size), flops * steps * world_size
+    floor = f"{_duration(flops / H200_FLOPS)} at {_flop(H200_FLOPS)}/s (an H200 in half precision)"
+    if not torch.cuda.is_available():
+        dtype = cfg.compute_precision.student.backbone.mixed_precision.param_dtype
+        speed = product_speed(config.DTYPES[dtype], torch.device("cpu"), side=256, repeats=1)  # in well below a second
+        floor += f", about {_duration(flops / speed)} at {_flop(speed)}/s (this CPU in {dtype})"
+    return {
+        "compute": f"{_flop(of_image)} per image, {_flop(flops)} per step and process, {_flop(of_run)} in all",
+        "a step takes at least": floor,
+    }
+
+
+def _flop(number: float) -> str:
+    """Format floating-point operations with three digits."""
+    rounded = float(f"{number:.3g}")
+    exponent = min(max(int(math.log10(rounded)) // 3, 1), 7)
+    return f"{rounded / 10 ** (3 * exponent):.3g} {'kMGTPEZ'[exponent - 1]}FLOP"
+
+
+def _duration(seconds: float) -> str:
+    """Format a time of microseconds to days with three digits."""
+    unit, length = next((u for u in (("h", 3600), ("min", 60), ("s", 1)) if seconds >= u[1]), ("ms", 1e-3))
+    return f"{seconds / length:.3g} {unit}"
 
 
 def _costs(cfg: Config, model: SSLMetaArch, world_size: int) -> dict[str, str]:
@@ -166,47 +191,3 @@ def _gib(num_bytes: float) -> str:
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(param.numel() for param in module.parameters())
-
-
-def training_flops_per_image(cfg: Config, model: SSLMetaArch) -> float:
-    """FLOPs of one image in one step; a multiply-add counts as two, a backward pass as two forward passes.
-
-    fvcore counts one block and the rest of the backbone on the CPU, which is scaled by depth, crops and heads.
-    """
-    with warnings.catch_warnings():  # its import uses deprecated parts of PyTorch
-        warnings.simplefilter("ignore", FutureWarning)
-        from fvcore.nn import FlopCountAnalysis
-
-    one_block = {**config.backbone_arguments(cfg), "depth": 1, "attention_backend": "sdpa"}
-    depth = model.student_backbone.n_blocks
-
-    def backbone(size: int, share_of_blocks: float) -> float:
-        small = build_model(**{**one_block, "img_size": size}).eval()
-        analysis = FlopCountAnalysis(small, torch.zeros(1, 3, size, size))
-        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_multiply_adds)
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        block = analysis.by_module()["blocks.0"]
-        return analysis.total() + (depth * share_of_blocks - 1) * block
-
-    kept = 1 - cfg.student.drop_path_rate
-    num_local = cfg.crops.local_crops_number
-    teacher = NUM_GLOBAL_CROPS * backbone(cfg.crops.global_crops_size, 1.0)
-    student = NUM_GLOBAL_CROPS * backbone(cfg.crops.global_crops_size, kept)
-    if num_local:
-        student += num_local * backbone(cfg.crops.local_crops_size, kept)
-    patches = masked_patches_per_image(cfg)
-    patch_head = "ibot_head" if "ibot_head" in model.student else "dino_head"
-    for name, student_tokens, teacher_tokens in (
-        ("dino_head", NUM_GLOBAL_CROPS + num_local, NUM_GLOBAL_CROPS),
-        (patch_head, patches, patches),
-    ):
-        if name in model.student:
-            student += student_tokens * _num_parameters(model.student[name])
-            teacher += teacher_tokens * _num_parameters(model.student[name])
-    return 2 * (3 * student + teacher)
-
-
-def _attention_multiply_adds(inputs: list[Any], outputs: list[Any]) -> float:
-    """Multiply-adds of scores and weighted sum, for queries (b, H, n, d) and as many keys."""
-    batch, heads, length, width = inputs[0].type().sizes()
-    return 2.0 * batch * heads * length * length * width

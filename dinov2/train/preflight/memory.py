@@ -202,7 +202,7 @@ def saved_in_block(block: nn.Module, value_bytes: int, rate: float, checkpointin
     """
     parts = cast(Any, block)
     width, mlp = parts.norm1.weight.numel(), parts.mlp
-    hidden = 2 * mlp.w3.in_features if hasattr(mlp, "w12") else mlp.fc1.out_features
+    hidden = 2 * mlp.w3.in_features if hasattr(mlp, "w12") else mlp.fc1.out_features if hasattr(mlp, "fc1") else 0
     stream_bytes = value_bytes if rate > 0 else FLOAT32
     branches = 2 * width * stream_bytes  # outputs of attention and MLP, before LayerScale
     products = 4 * width + hidden  # qkv, attention, hidden layer
