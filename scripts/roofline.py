@@ -36,9 +36,9 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 KERNELS = {  # of a phase, and in addition for each block, and for each block with stochastic depth
     "teacher": (77, 19, 0),
-    "student": (52, 19, 10),
+    "student": (54, 19, 10),
     "losses": (74, 0, 0),
-    "backward": (175, 39, 8),
+    "backward": (176, 39, 6),
     "optimizer": (49, 6.25, 0),
     "moving average": (3, 0, 0),
 }
@@ -130,7 +130,7 @@ def recomputes(cfg: Config) -> bool:
 # --- Bytes -----------------------------------------------------------------------------------------------------------
 
 # (forward, backward). Of a residual branch, for each token and channel: norm in float32, gain, casts, sums of biases.
-BRANCH_WITH_DEPTH, BRANCH = (46, 91), (32, 84)  # with stochastic depth and without
+BRANCH_WITH_DEPTH, BRANCH = (22, 53), (32, 84)  # with stochastic depth and without
 PASSED_BY = (4, 4)  # for each token and channel with stochastic depth, also those that it drops
 ATTENTION = (8, 16)  # for each token and channel: queries, keys, values and the result
 MLP, GATED = (4, 6), (10, 26)  # for each token and hidden channel: the activation

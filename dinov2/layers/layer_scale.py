@@ -25,5 +25,6 @@ class LayerScale(nn.Module):
             self.gamma.copy_(torch.as_tensor(self.init_values))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+        """(..., D) -> (..., D). In training the gain has the dtype of the input, as in sharded training."""
+        gamma = self.gamma.to(x.dtype) if self.training else self.gamma
+        return x.mul_(gamma) if self.inplace else x * gamma

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 
 from dinov2.layers import Block, Mlp, PatchEmbed, SwiGLUFFN, pack, unpack
 from dinov2.layers.attention import backend_keyword
+from dinov2.layers.layer_norm import LayerNorm
 from dinov2.layers.packing import Segments
 from dinov2.layers.stochastic_depth import Branch, draw_branches
 from dinov2.models.key_mapping import flatten_block_names
 from dinov2.models.positions import Grid, resample_positions
 
+NORM_EPS = 1e-6
 FFN_LAYERS: dict[str, Callable[..., nn.Module]] = {
     "mlp": Mlp,
     "swiglu": SwiGLUFFN,
@@ -92,16 +94,19 @@ class DinoVisionTransformer(nn.Module):
         self.patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self._add_tokens()
 
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
         sizes = {"dim": embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "init_values": init_values}
         biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias, "ffn_bias": ffn_bias}
-        layers = {"act_layer": act_layer, "norm_layer": norm_layer, "ffn_layer": FFN_LAYERS[ffn_layer]}
+        layers = {
+            "act_layer": act_layer,
+            "norm_layer": partial(LayerNorm, eps=NORM_EPS),
+            "ffn_layer": FFN_LAYERS[ffn_layer],
+        }
         arguments: dict[str, Any] = sizes | biases | layers | backend_keyword(attention_backend)
         ramp = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.blocks = nn.ModuleList(
             block_fn(drop_path=drop_path_rate if drop_path_uniform else rate, **arguments) for rate in ramp
         )
-        self.norm = norm_layer(embed_dim)
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)  # features are in float32 under autocast
         self.head = nn.Identity()
         self.init_weights(init_std, pos_embed_std)
 

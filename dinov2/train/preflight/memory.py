@@ -207,7 +207,7 @@ def saved_in_block(block: nn.Module, value_bytes: int, rate: float, checkpointin
     branches = 2 * width * stream_bytes  # outputs of attention and MLP, before LayerScale
     products = 4 * width + hidden  # qkv, attention, hidden layer
     if checkpointing == "none":  # inputs and outputs of the norms; the hidden layer after its activation
-        return 0, 2 * width * (FLOAT32 + value_bytes) + (products + hidden) * value_bytes + branches
+        return 0, 2 * width * (stream_bytes + value_bytes) + (products + hidden) * value_bytes + branches
     selective = (products + 2 * width) * value_bytes
     return width * stream_bytes, selective if checkpointing == "selective" else 0
 
