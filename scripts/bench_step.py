@@ -54,6 +54,7 @@ from dinov2.train.optim import (
     set_hyperparameters,
 )
 from dinov2.train.parallel import parallelize
+from dinov2.train.preflight.memory import estimate
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets
 from dinov2.train.train import clip_and_step
@@ -378,6 +379,7 @@ def main() -> None:
         "matrix_product_flops_per_second": product,
         "model_flops_utilization": flops / medians["ours"] / product,
         "peak_memory_bytes": memory or {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024},
+        "predicted_memory_bytes": estimate(cfg, sides["ours"].model, 1, 1).memory,
         **hardware(device),
     }
     if "plain" in sides:
