@@ -2,267 +2,252 @@
 """Everything that only a GPU can show, the most valuable first, within a number of minutes; writes JSON and a table.
 
 Each stage is a process of its own, so that none can spoil the others. DIR/gpu_day.json is written after each: a run
-that is cut off is worth what it did until then. Stages whose packages are missing, or for which there is no time left,
-are recorded as such. Needs PyTorch, torchvision, NumPy, Pillow and omegaconf; timm, transformers, scikit-learn and
-pytest for some stages.
+that is cut off is worth what it did until then, and a stage that is stopped what it printed. If DIR has such a file
+already, the next is gpu_day_2.json.
 
     python scripts/gpu_day.py --minutes 10 --out DIR
-    python scripts/gpu_day.py --table DIR/gpu_day.json            # the table for docs/benchmarks.md
-    python scripts/gpu_day.py --minutes 10 --out DIR --small      # the same stages in tiny sizes, also on a CPU
+    python scripts/gpu_day.py --minutes 4 --out DIR --only agreement training   # stages whose names have these words
+    python scripts/gpu_day.py --minutes 10 --out DIR --small                    # tiny sizes, also on a CPU
+    python scripts/gpu_day.py --table DIR/gpu_day.json DIR/gpu_day_2.json       # for docs/benchmarks.md
+
+Runs from a clone, with Python 3.11 and these packages: torch, torchvision, numpy, pillow, pyyaml, tqdm and jinja2. A
+stage that lacks another package is skipped: tests need pytest, hypothesis and scikit-learn; features timm or
+transformers. fvcore, iopath, submitit, omegaconf and xformers are not needed: without xformers its kernels are missing
+from the table of attention.
 """
 
 import argparse
-import copy
+import contextlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
-import torch
+from scripts.gpu_day_table import merge, table
 
-from scripts.side_by_side import hardware
-
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "omegaconf", "timm", "transformers", "scikit-learn", "xformers")
-CUDA = torch.cuda.is_available()
 MIN_SECONDS = 10.0
 """With less time left no further stage begins."""
+
+TINY_STEP = (
+    *("student.embed_dim=64", "student.depth=2", "student.num_heads=2", "student.block_chunks=0"),
+    *("crops.global_crops_size=64", "crops.local_crops_size=32"),
+    *("dino.head_n_prototypes=256", "dino.head_hidden_dim=64", "dino.head_bottleneck_dim=32"),
+)
+
+
+SIZES = {
+    "bench_attention": (
+        "--precision=bf16 --arch=vit_large --images=16",
+        "--precision=bf16 --images=1 --global-tokens=17 --local-tokens=5 --rounds=2",
+    ),
+    "bench_features": (
+        "--precision=bf16 --arch=vit_large --batch-size=128",
+        "--precision=bf16 --size=28 --batch-size=2 --rounds=2",
+    ),
+    "bench_knn": (
+        "--bank=1281167 --queries=10000 --width=1024",
+        "--bank=4000 --queries=128 --width=64 --rounds=2",
+    ),
+}
+"""Words for other benchmarks: in full, and small."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command that prints JSON on its last lines, or any text; relative to the clone."""
+    """A Python program, relative to the clone, that prints JSON; of several objects the last one counts."""
 
     name: str
     words: tuple[str, ...]
-    seconds: float = 120.0
+    seconds: float = 60.0
+    """Its limit."""
 
 
 # --- Stages ----------------------------------------------------------------------------------------------------------
 
 
-def stages(folder: Path, *, small: bool) -> Iterator[Stage]:
-    """All stages, the most valuable first; `folder` takes their files."""
-    here = ("scripts/gpu_day.py", *(("--small",) if small else ()), "--stage")
-    yield Stage("agreement with the CPU, fp32", (*here, "agreement"))
-    yield Stage("attention backends, bf16", ("scripts/bench_attention.py", "--precision=bf16"), 60)
-    yield from steps(small, [("vit_large", 64, "bf16", ()), ("vit_large", 64, "bf16", ("--compile",))])
-    yield Stage("tests marked gpu", ("-m", "pytest", "-q", "-m", "gpu", "--tb=line", *gpu_tests(small)), 180)
-    yield from steps(
-        small,
-        [
-            ("vit_small", 128, "bf16", ("--compile",)),
-            ("vit_base", 128, "bf16", ("--compile",)),
-            ("vit_giant2", 32, "bf16", ("--compile", "student.ffn_layer=swiglufused")),
-            ("vit_large", 64, "bf16", ("train.activation_checkpointing=selective",)),
-            ("vit_large", 64, "fp16", ()),
-            ("vit_large", 64, "bf16", ("--attention=sdpa",)),
-        ],
-    )
-    images, train = str(folder / "images"), ("dinov2/train/train.py", "--config-file", "train/quickstart")
-    data = (f"train.dataset_path=ImageFolder:root={images}", f"train.num_workers={os.cpu_count() or 1}", "--with-data")
-    yield Stage("write photographs", (*here, "photographs", "--out", images), 60)
-    for place in ("device", "cpu"):
-        yield from steps(small, [("vit_small", 128, "bf16", (*data, f"train.augment_on={place}"))])
-    run = ("--output-dir", str(folder / "quickstart"), *(("train.OFFICIAL_EPOCH_LENGTH=4",) if small else ()))
-    yield Stage("quickstart", (*train, *run, "optim.epochs=2" if small else "optim.epochs=8"))
-    yield Stage("quickstart, resumed", (*train, *run, "optim.epochs=3" if small else "optim.epochs=10"))
-    yield Stage("adding to rows and copying them", (*here, "rows"), 60)
-    yield Stage("features, against timm and transformers", ("scripts/bench_features.py", "--precision=bf16"), 90)
-    yield Stage("k-NN", ("scripts/bench_knn.py",), 90)
+def stages(*, small: bool) -> Iterator[Stage]:
+    """All stages, the most valuable first; limits are about twice of what an H200 should need."""
+
+    def own(name: str, seconds: float) -> Stage:
+        return Stage(name, ("scripts/gpu_day_stages.py", name, *(("--small",) if small else ())), seconds)
+
+    def other(name: str, seconds: float, script: str, *words: str) -> Stage:
+        return Stage(name, (f"scripts/{script}.py", *SIZES[script][small].split(), *words), seconds)
+
+    step = partial(step_stage, small=small)
+    yield own("environment", 60)
+    yield own("agreement", 90)
+    yield other("attention", 60, "bench_attention", "--ways=xformers,varlen,padded,nested,dense")
+    yield step("vit_large", 64, "bf16")
+    yield own("tests", 120)
+    yield step("vit_large", 64, "bf16", "--compile")
+    yield step("vit_small", 128, "bf16")
+    yield step("vit_base", 128, "bf16")
+    yield step("vit_giant2", 32, "bf16", "student.ffn_layer=swiglufused")
+    yield own("data", 150)
+    yield own("training", 180)
+    yield step("vit_large", 64, "bf16", "train.activation_checkpointing=selective")
+    yield step("vit_large", 64, "fp16")
+    yield own("rows", 40)
+    yield other("features", 90, "bench_features")
+    yield other("k-NN", 60, "bench_knn")
+    yield step("vit_large", 64, "bf16", "train.activation_checkpointing=full")
+    yield step("vit_large", 64, "bf16", "--attention=sdpa")
+    yield step("vit_large", 128, "bf16")
+    yield step("vit_large", 64, "fp32")
+    yield step("vit_small", 128, "bf16", "--compile")
+    yield other("attention, flex", 60, "bench_attention", "--ways=flex")
+    yield step("vit_giant2", 32, "bf16", "student.ffn_layer=swiglufused", "--compile")
 
 
-def steps(small: bool, ways: list[tuple[str, int, str, tuple[str, ...]]]) -> Iterator[Stage]:
-    """Training steps of train/vitl16_short with another architecture, batch, precision and further words."""
-    for arch, batch_size, precision, more in ways:
-        size = (
-            ("student.embed_dim=64", "student.depth=2", "student.num_heads=2", "student.block_chunks=0")
-            if small
-            else ()
-        )
-        words = ("--config-file=train/vitl16_short", f"--arch={arch}", f"--precision={precision}", "--no-plain")
-        batch = f"--batch-size={2 if small else batch_size}"
-        shown = ", ".join(word for word in more if "dataset_path" not in word and "num_workers" not in word)
-        name = f"step: {arch}, batch {batch_size}, {precision}" + (f", {shown}" if shown else "")
-        yield Stage(name, ("scripts/bench_step.py", *words, batch, *size, *more))
-
-
-def gpu_tests(small: bool) -> tuple[str, ...]:
-    return ("tests/layers", "tests/loss") if small else ()
-
-
-def agreement(small: bool) -> dict[str, Any]:
-    """Losses and gradients of one step in float32, on the device and on the CPU: largest relative differences."""
-    from dinov2.data.loader import to_device
-    from dinov2.train.ssl_meta_arch import SSLMetaArch
-    from scripts.bench_step import NOW, get_args_parser, make_batch, make_config
-
-    words = ["--arch=vit_small", "--batch-size=2", "--drop-path=0.3", *(["student.depth=2"] if small else [])]
-    cfg = make_config(get_args_parser().parse_intermixed_args(words), "fp32")
-    torch.manual_seed(0)
-    on_cpu = SSLMetaArch(cfg).train()
-    models = {"cpu": on_cpu, "device": copy.deepcopy(on_cpu).to("cuda" if CUDA else "cpu")}
-    batch, losses = make_batch(cfg), {}
-    for name, model in models.items():
-        [moved] = to_device([batch], next(model.parameters()).device)
-        torch.manual_seed(1)
-        [targets] = model.targets([moved], NOW.teacher_temp)
-        result, _ = model(moved, targets)
-        result.total.backward()
-        losses[name] = {term: value.item() for term, value in result.terms.items()}
-    gradients: dict[str, float] = {}
-    for (name, ours), theirs in zip(
-        on_cpu.student.named_parameters(), models["device"].student.parameters(), strict=True
-    ):
-        if ours.grad is not None and theirs.grad is not None:
-            difference = (ours.grad - theirs.grad.cpu()).norm() / ours.grad.norm().clamp_min(1e-12)
-            gradients[name] = difference.item()
-    worst = max(gradients, key=lambda name: gradients[name])
-    return {
-        "losses": losses,
-        "loss_difference": max(abs(losses["device"][term] / value - 1) for term, value in losses["cpu"].items()),
-        "gradient_difference": gradients[worst],
-        "parameter": worst,
-    }
-
-
-def rows(small: bool) -> dict[str, Any]:
-    """Milliseconds of adding to 70 % of the rows of a matrix, atomically or not, and of replacing them."""
-    from functools import partial
-
-    from scripts.side_by_side import alternate, spread
-
-    device = torch.device("cuda" if CUDA else "cpu")
-    count, width = (1000, 64) if small else (44160, 1024)
-    x = torch.randn(count, width, device=device)
-    index = torch.randperm(count)[: int(0.7 * count)].to(device)
-    added = torch.randn(len(index), width, device=device)
-    ways: dict[str, Callable[[], object]] = {
-        "index_add": partial(x.index_add, 0, index, added),
-        "index_copy": partial(x.index_copy, 0, index, added),
-        "index_select and index_copy": lambda: x.index_copy(0, index, x.index_select(0, index) + added),
-    }
-    seconds = alternate(ways, 20, device).wall
-    return {"milliseconds": {name: [1000 * value for value in spread(times)] for name, times in seconds.items()}}
-
-
-def photographs(folder: Path, small: bool) -> dict[str, Any]:
-    from scripts.soak import write_photographs
-
-    write_photographs(folder, 16 if small else 2000)
-    return {"images": len(list(folder.rglob("*.jpg")))}
+def step_stage(arch: str, batch_size: int, precision: str, *options: str, small: bool) -> Stage:
+    """Training steps of train/vitl16_short with another network, batch and precision, and further words."""
+    batch_size = max(batch_size // 32, 2) if small else batch_size
+    words = ("--config-file=train/vitl16_short", f"--arch={arch}", f"--precision={precision}", "--no-plain")
+    words += (f"--batch-size={batch_size}", *(("--rounds=2", *TINY_STEP) if small else ()), *options)
+    shown = [re.sub(r"^(--|train\.|student\.)", "", option) for option in options]
+    name = ", ".join([f"step: {arch}", str(batch_size), precision, *shown])
+    return Stage(name, ("scripts/bench_step.py", *words), seconds=150 if "--compile" in options else 75)
 
 
 # --- Running them ----------------------------------------------------------------------------------------------------
 
 
-def run_all(out: Path, minutes: float, *, small: bool) -> None:
-    """Run stages until all have run or the time is over; `out/gpu_day.json` is complete after each."""
-    out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * minutes
-    record: dict[str, Any] = {"date": date.today().isoformat(), "minutes": minutes, "small": small, **environment()}
-    record["stages"] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for stage in stages(Path(folder), small=small):
+def run_all(chosen: list[Stage], out: Path, minutes: float, *, small: bool = False) -> dict[str, Any]:
+    """Run stages until all have run or the time is over; the file in `out` is complete after each.
+
+    Returns:
+        The content of the file.
+    """
+    deadline, file = time.monotonic() + 60 * minutes, new_file(out)
+    record: dict[str, Any] = {"date": date.today().isoformat(), "minutes": minutes, "small": small, "stages": {}}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for stage in chosen:
             left = deadline - time.monotonic()
-            result = run_stage(stage, min(stage.seconds, left)) if left >= MIN_SECONDS else {"status": "no time left"}
+            result = {"status": "no time left"}
+            if left >= MIN_SECONDS:
+                result = run_stage(stage, min(stage.seconds * (3 if small else 1), left), Path(folder))
             record["stages"][stage.name] = result
-            temporary = out / "gpu_day.json.unfinished"
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
-            temporary.replace(out / "gpu_day.json")
-            sys.stderr.write(f"{stage.name}: {result['status']} ({result.get('seconds', 0):.0f} s)\n")
-    (out / "gpu_day.md").write_text(table(record))
-    sys.stdout.write(table(record))
+            write_whole(file, json.dumps(record, indent=2, allow_nan=False) + "\n")
+            seconds, reason = result.get("seconds", 0), result.get("reason", "")
+            sys.stderr.write(f"{stage.name}: {result['status']} {reason} ({seconds:.0f} s)\n")
+            if result["status"] == "interrupted":
+                break
+    write_whole(file.with_suffix(".md"), table(record))
+    return record
 
 
-def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
-    """Run one stage; its status, duration, and JSON, or the end of its output."""
+def run_stage(stage: Stage, seconds: float, folder: Path) -> dict[str, Any]:
+    """Run one stage, with `folder` for its temporary files; its processes end with it.
+
+    Returns:
+        Status, duration and command; the result, if it printed one; the reason in a line, unless all went well.
+    """
     started = time.monotonic()
-    command = [sys.executable, *stage.words]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
-        status, output, errors = f"exit status {done.returncode}" if done.returncode else "ok", done.stdout, done.stderr
-    except subprocess.TimeoutExpired as error:
-        status = f"stopped after {seconds:.0f} s"
-        output, errors = (
-            text.decode(errors="replace") if isinstance(text, bytes) else text or ""
-            for text in (error.stdout, error.stderr)
+    settings = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "CUDA_MODULE_LOADING": "LAZY"}
+    with tempfile.TemporaryFile(dir=folder) as output, tempfile.TemporaryFile(dir=folder) as errors:
+        # A group, not a session: what ends all processes of this session ends the stage too.
+        process = subprocess.Popen(
+            [sys.executable, *stage.words], cwd=ROOT, env=settings, stdout=output, stderr=errors, process_group=0
         )
-    result: dict[str, Any] = {"status": status, "seconds": time.monotonic() - started, "command": " ".join(stage.words)}
-    try:
-        return result | {"result": json.loads(output[output.index("{") :])}
-    except ValueError:
-        return result | {"output": output[-2000:], "errors": errors[-2000:]}
-
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions."""
-    versions = {}
-    for name in PACKAGES:
         try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return {**hardware(torch.device("cuda" if CUDA else "cpu")), "cores": os.cpu_count(), "versions": versions}
+            status, reason = ("failed", "") if process.wait(seconds) else ("ok", "")
+        except subprocess.TimeoutExpired:
+            status, reason = "stopped", f"after {seconds:.0f} s"
+        except KeyboardInterrupt:
+            status, reason = "interrupted", f"after {time.monotonic() - started:.0f} s"
+        finally:
+            end_group(process)
+        printed, complaints = (read(file) for file in (output, errors))
+    result: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
+    result["command"] = " ".join(stage.words)
+    if status == "failed":
+        reason = (complaints.strip() or printed.strip() or f"exit status {process.returncode}").splitlines()[-1][:300]
+        result |= {"status": "skipped" if "No module named" in reason else "failed", "errors": complaints[-3000:]}
+    found = last_object(printed)
+    return result | ({"reason": reason} if reason else {}) | ({"result": found} if found else {})
 
 
-def table(record: Mapping[str, Any]) -> str:
-    """Markdown: one line for each training step, then one for each other stage."""
-    title = f"{record['device']}, torch {record['torch']}, {record['date']}"
-    lines = [
-        f"| {title} | images/s | ms per step | MFU | peak memory, GiB | predicted |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    others = ["", "| stage | result |", "| --- | --- |"]
-    for name, stage in record["stages"].items():
-        result = stage.get("result")
-        if name.startswith("step: ") and result:
-            peak = result["peak_memory_bytes"].get("ours", 0) / 2**30
-            numbers = (
-                f"{result['images_per_second']['ours']:.0f}",
-                f"{1000 * result['seconds_per_step']['ours'][0]:.1f}",
-                f"{result['model_flops_utilization']:.1%}",
-                f"{peak:.1f}",
-                f"{result['predicted_memory_bytes'] / 2**30:.1f}",
-            )
-            lines.append(f"| {name.removeprefix('step: ')} | {' | '.join(numbers)} |")
-        else:
-            shown = json.dumps(result) if result else (stage.get("output") or stage.get("errors") or "").strip()[-200:]
-            others.append(f"| {name} | {stage['status']}: {' '.join(shown.split())[:300].replace('|', '/')} |")
-    return "\n".join([*lines, *others, ""])
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):  # all have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def read(file: Any) -> str:
+    file.seek(0)
+    return str(file.read().decode(errors="replace"))
+
+
+def last_object(text: str) -> dict[str, Any] | None:
+    """The last whole JSON object that begins a line and is none of another's lines; what JSON lacks becomes null."""
+    decoder = json.JSONDecoder(parse_constant=lambda _: None)
+    found, end = None, 0
+    for match in re.finditer(r"^\{", text, re.MULTILINE):
+        if match.start() >= end:
+            try:
+                found, end = decoder.raw_decode(text, match.start())
+            except ValueError:
+                continue
+    return found
+
+
+def new_file(folder: Path) -> Path:
+    """A file for the record that no earlier run has written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (file := folder / f"gpu_day{f'_{number}' if number > 1 else ''}.json").exists():
+        number += 1
+    return file
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that is never seen in part."""
+    unfinished = file.with_suffix(file.suffix + ".unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(file)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="for all stages together")
     parser.add_argument("--out", type=Path, default=Path("gpu_day"), help="output folder")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to try this script")
-    parser.add_argument("--table", type=Path, metavar="JSON", help="print the table of an earlier run")
-    parser.add_argument("--stage", choices=("agreement", "rows", "photographs"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="stages whose names have one of these words")
+    parser.add_argument("--small", action="store_true", help="tiny sizes and longer limits, to try this script")
+    parser.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="print the table of earlier runs")
     return parser
 
 
 def main() -> None:
     args = get_args_parser().parse_args()
     if args.table:
-        sys.stdout.write(table(json.loads(args.table.read_text())))
-    elif args.stage:
-        run = {"agreement": agreement, "rows": rows, "photographs": lambda small: photographs(args.out, small)}[
-            args.stage
-        ]
-        sys.stdout.write(json.dumps(run(args.small)) + "\n")
-    else:
-        run_all(args.out, args.minutes, small=args.small)
+        sys.stdout.write(table(merge([json.loads(path.read_text()) for path in args.table])))
+        return
+    interrupt: Callable[..., Any] = signal.default_int_handler
+    signal.signal(signal.SIGTERM, interrupt)  # what the stage has printed so far is kept
+    chosen = [
+        stage
+        for stage in stages(small=args.small)
+        if not args.only or any(word in stage.name for word in ["environment", *args.only])
+    ]
+    sys.stdout.write(table(run_all(chosen, args.out, args.minutes, small=args.small)))
 
 
 if __name__ == "__main__":
