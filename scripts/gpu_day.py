@@ -108,9 +108,10 @@ def stages(*, small: bool) -> Iterator[Stage]:
     yield step("vit_large", 64, "bf16", "--attention=sdpa")
     yield step("vit_large", 128, "bf16")
     yield step("vit_large", 64, "fp32")
-    yield step("vit_small", 128, "bf16", "--compile")
     yield other("attention, flex", 60, "bench_attention", "--ways=flex")
-    yield step("vit_giant2", 32, "bf16", "student.ffn_layer=swiglufused", "--compile")
+    if not small:  # minutes on a CPU
+        yield step("vit_small", 128, "bf16", "--compile")
+        yield step("vit_giant2", 32, "bf16", "student.ffn_layer=swiglufused", "--compile")
 
 
 def step_stage(arch: str, batch_size: int, precision: str, *options: str, small: bool) -> Stage:

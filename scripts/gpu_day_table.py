@@ -133,9 +133,8 @@ def features(result: Result) -> str:
 
 
 def nearest(result: Result) -> str:
-    return "; ".join(
-        [", ".join(f"{name} {time:.3f} s" for name, time in result["seconds"].items()), *time_ratios(result)]
-    )
+    times = ", ".join(f"{name} {time:.3f} s" for name, time in result["seconds"].items())
+    return "; ".join([times, *time_ratios(result)])
 
 
 def time_ratios(result: Result) -> list[str]:
