@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2.config import DTYPES
-from dinov2.layers.attention import _KERNELS
-from dinov2.layers.packing import Segments, unpack
+from dinov2.layers.attention import _KERNELS, _load
+from dinov2.layers.packing import Segments, sequence_ends, unpack
 from dinov2.models import ARCHS, build_model
 from scripts.side_by_side import alternate, hardware, ratios
 
@@ -143,7 +143,12 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 
 
 def project(name: str) -> Callable[[Segments, torch.device], Way]:
-    return lambda segments, device: lambda qkv: _KERNELS[name](qkv, segments)
+    def prepare(segments: Segments, device: torch.device) -> Way:
+        _load(name)
+        ends = sequence_ends(segments, device)
+        return lambda qkv: _KERNELS[name](qkv, segments, ends)
+
+    return prepare
 
 
 def dense_mask(segments: Segments, device: torch.device) -> Way:
