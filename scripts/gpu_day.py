@@ -158,7 +158,7 @@ def run_stage(stage: Stage, seconds: float, folder: Path) -> dict[str, Any]:
         Status, duration and command; the result, if it printed one; the reason in a line, unless all went well.
     """
     started = time.monotonic()
-    settings = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1", "CUDA_MODULE_LOADING": "LAZY"}
+    settings = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile(dir=folder) as output, tempfile.TemporaryFile(dir=folder) as errors:
         # A group, not a session: what ends all processes of this session ends the stage too.
         process = subprocess.Popen(
@@ -176,7 +176,8 @@ def run_stage(stage: Stage, seconds: float, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1)}
     result["command"] = " ".join(stage.words)
     if status == "failed":
-        reason = (complaints.strip() or printed.strip() or f"exit status {process.returncode}").splitlines()[-1][:300]
+        reason = (complaints.strip() or printed.strip() or f"exit status {process.returncode}").splitlines()[-1]
+        reason = reason.removeprefix(f"{sys.executable}: ")[:300]
         result |= {"status": "skipped" if "No module named" in reason else "failed", "errors": complaints[-3000:]}
     found = last_object(printed)
     return result | ({"reason": reason} if reason else {}) | ({"result": found} if found else {})

@@ -140,7 +140,7 @@ def data(small: bool) -> Iterator[Record]:
     folder = Path(tempfile.mkdtemp())
     write_photographs(folder, 16 if small else 256)
     words = ["--config-file=train/vitl16_short", "--arch=vit_small", "--precision=bf16", "--no-plain", "--with-data"]
-    words += ["--batch-size=2", "--rounds=2", *TINY_STEP] if small else ["--batch-size=128", "--rounds=80"]
+    words += ["--batch-size=2", "--rounds=2", *TINY_STEP] if small else ["--batch-size=128", "--rounds=300"]
     words += [f"train.dataset_path=ImageFolder:root={folder}", f"train.num_workers={os.cpu_count()}"]
     record: Record = {"images": len(list(folder.rglob("*.jpg")))}
     for place in ("device", "cpu"):

@@ -21,13 +21,14 @@ def table(record: Result) -> str:
     stages: dict[str, Any] = dict(record["stages"])
     machine = (stages.pop("environment", {})).get("result") or {}
     title = f"{machine.get('device', 'unknown device')}, torch {machine.get('torch', 'unknown')}, {record['date']}"
-    steps = {name: stage for name, stage in stages.items() if name.startswith("step: ") and "result" in stage}
+    steps = {name: stage for name, stage in stages.items() if name.startswith("step: ") and stage.get("result")}
+    heading = (
+        "| network | images | precision | options | images/s | ms per step, [least, most] | share of a matrix product's"
+        " speed | peak memory, GiB | predicted | predicted / measured |"
+    )
     lines = [
         f"{title}{'; tiny sizes, which say nothing about speed' if record.get('small') else ''}:",
-        "",
-        "| network | images | precision | options | images/s | ms per step, [least, most] | share of a matrix product's"
-        " speed | peak memory, GiB | predicted | predicted / measured |",
-        "| --- " * 10 + "|",
+        *(["", heading, "| --- " * 10 + "|"] if steps else []),
         *(f"| {' | '.join(step_cells(name, stage['result']))} |" for name, stage in steps.items()),
         *("", "| stage | result |", "| --- | --- |"),
         *(f"| {name} | {shown(name, stage)} |" for name, stage in stages.items() if name not in steps),
