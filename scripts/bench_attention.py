@@ -7,7 +7,7 @@ Each way goes from the packed tokens of all crops after the projection `qkv` to 
 back, on 2 sequences of 257 and 8 of 50 tokens per image, as in the published recipe with patches of 14 pixels:
 
     sdpa, xformers, varlen   ours, see `layers/attention.py`; sdpa is one call per group of equally long sequences
-    dense mask               one call of `scaled_dot_product_attention` over all tokens, block-diagonal mask
+    dense                    one call of `scaled_dot_product_attention` over all tokens, block-diagonal mask
     padded                   one call over sequences that are filled up to the longest, keys masked
     nested                   one call over jagged nested tensors
     flex                     `flex_attention`, compiled, block mask
@@ -22,7 +22,7 @@ import json
 import statistics
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dinov2.config import DTYPES
-from dinov2.layers.attention import _KERNELS
-from dinov2.layers.packing import Segments, unpack
+from dinov2.layers.attention import _KERNELS, _load
+from dinov2.layers.packing import Segments, sequence_ends, unpack
 from dinov2.models import ARCHS, build_model
 from scripts.side_by_side import alternate, hardware, ratios
 
@@ -51,6 +51,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--global-tokens", type=int, default=257, help="2 sequences per image")
     parser.add_argument("--local-tokens", type=int, default=50, help="8 sequences per image")
     parser.add_argument("--precision", default="fp32,bf16", help=f"of {', '.join(sorted(DTYPES))}, several with commas")
+    parser.add_argument("--ways", default=",".join(WAYS), help="in addition to sdpa, with commas; default: all")
     parser.add_argument("--rounds", type=int, default=10, help="each times every way once, after one of warm-up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
@@ -68,23 +69,32 @@ def main() -> None:
     shape = (sum(count * length for count, length in segments), 3, heads, channels)
     record = {
         **{"arch": args.arch, "images": args.images, "segments": segments, "heads": heads, "channels": channels},
-        "results": {name: compare(segments, shape, DTYPES[name], args.rounds, device) for name in precisions(args)},
+        "results": {
+            name: compare(segments, shape, DTYPES[name], args.rounds, device, chosen(args.ways, WAYS))
+            for name in chosen(args.precision, DTYPES)
+        },
         **hardware(device),
     }
     print(json.dumps(record, indent=2))
 
 
-def precisions(args: argparse.Namespace) -> list[str]:
-    chosen = args.precision.split(",")
-    if unknown := set(chosen) - DTYPES.keys():
-        raise SystemExit(f"unknown precision {sorted(unknown)}; known: {', '.join(sorted(DTYPES))}")
-    return chosen
+def chosen(words: str, known: Mapping[str, object]) -> list[str]:
+    """Names given with commas."""
+    names = words.split(",")
+    if unknown := set(names) - known.keys():
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+    return names
 
 
 def compare(
-    segments: Segments, shape: tuple[int, ...], dtype: torch.dtype, rounds: int, device: torch.device
+    segments: Segments,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    rounds: int,
+    device: torch.device,
+    names: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """Check and time all ways with numbers of one precision."""
+    """Check and time sdpa and the named ways with numbers of one precision."""
     torch.manual_seed(0)
     qkv = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
     upstream = torch.randn(shape[0], *shape[2:], device=device, dtype=dtype)
@@ -98,9 +108,9 @@ def compare(
 
     ways, differences, memory, not_run = {}, {}, {}, {}
     expected = run(lambda qkv: _KERNELS["sdpa"](qkv, segments))
-    for name, prepare in WAYS.items():
+    for name in dict.fromkeys(["sdpa", *names]):
         try:
-            way = prepare(segments, device)
+            way = WAYS[name](segments, device)
             difference = max(float((a - b).abs().max()) for a, b in zip(run(way), expected, strict=True))
             if device.type == "cuda":
                 memory[name] = peak_memory(partial(run, way), device)
@@ -133,7 +143,12 @@ def peak_memory(work: Callable[[], object], device: torch.device) -> int:
 
 
 def project(name: str) -> Callable[[Segments, torch.device], Way]:
-    return lambda segments, device: lambda qkv: _KERNELS[name](qkv, segments)
+    def prepare(segments: Segments, device: torch.device) -> Way:
+        _load(name)
+        ends = sequence_ends(segments, device)
+        return lambda qkv: _KERNELS[name](qkv, segments, ends)
+
+    return prepare
 
 
 def dense_mask(segments: Segments, device: torch.device) -> Way:
@@ -200,7 +215,7 @@ def flex(segments: Segments, device: torch.device) -> Way:
 
 WAYS: dict[str, Callable[[Segments, torch.device], Way]] = {
     **{name: project(name) for name in ("sdpa", "xformers", "varlen")},
-    **{"dense mask": dense_mask, "padded": padded, "nested": nested, "flex": flex},
+    **{"dense": dense_mask, "padded": padded, "nested": nested, "flex": flex},
 }
 
 

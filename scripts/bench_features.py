@@ -6,7 +6,7 @@ All are the same network with random weights, in evaluation mode without gradien
 batch; `ours` as the evaluations compute them, on a CPU a few images at a time. To separate this effect, it is also
 timed in one pass and the others in the same slices. `ratio` is [median, least, most] over the rounds of a side's time /
 ours in the same round: above 1 we are faster; `ratio_of_work` is the same of CPU seconds, which other programs disturb
-less (with OMP_NUM_THREADS=1; a GPU makes them meaningless). Needs timm and transformers.
+less (with OMP_NUM_THREADS=1; a GPU makes them meaningless). Of timm and transformers, what is missing is in `not_run`.
 """
 
 import argparse
@@ -71,17 +71,19 @@ def main() -> None:
     args = parser.parse_args()
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[args.precision]
     images = torch.randn(args.batch_size, 3, args.size, args.size, device=device)
-    models = {
-        name: build(args.arch, args.size).to(device).eval()
-        for name, build in (("ours", ours), ("timm", timms), ("transformers", Transformers))
-    }
+    models, not_run = {"ours": ours(args.arch, args.size).to(device).eval()}, {}
+    for name, build in (("timm", timms), ("transformers", Transformers)):
+        try:
+            models[name] = build(args.arch, args.size).to(device).eval()
+        except ModuleNotFoundError as error:
+            not_run[name] = str(error)
     calls: dict[str, Callable[[Tensor], Tensor]] = {
         "ours": partial(run_model, models["ours"]),
-        **{name: models[name] for name in ("timm", "transformers")},
+        **{name: model for name, model in models.items() if name != "ours"},
     }
     if device.type == "cpu":
         calls["ours, in one pass"] = models["ours"]
-        calls |= {f"{name}, in slices": partial(run_model, models[name]) for name in ("timm", "transformers")}
+        calls |= {f"{name}, in slices": partial(run_model, models[name]) for name in models if name != "ours"}
 
     def extract(call: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.inference_mode(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -97,6 +99,7 @@ def main() -> None:
             key: {f"{name} / ours": ratios(times[name], times["ours"]) for name in calls if name != "ours"}
             for key, times in (("ratio", seconds.wall), ("ratio_of_work", seconds.work))
         },
+        "not_run": not_run,
         **hardware(device),
     }
     sys.stdout.write(json.dumps(record, indent=2) + "\n")
