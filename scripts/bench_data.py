@@ -2,11 +2,12 @@
 
     python scripts/bench_data.py [--images FOLDER] [--size 500 375] [--repeats 15] [--workers 0 1 2]
 
-Each image gives 2 global and 8 local crops with the published augmentations, normalized and stacked. Four sides:
+Each image gives 2 global and 8 local crops with the published augmentations, normalized and stacked. The sides:
 
 - plain: what one writes with torchvision's transforms on PIL images
 - pil: ours, augmentation.implementation=pil; the same operations, drawn beforehand
 - tensor: ours, the default
+- albumentations: the same in albumentations, on OpenCV, if it is installed; its bicubic resampling does not antialias
 - device worker: what a worker does with train.augment_on=device: read, header, draw, decode, pack
 
 The images are those of scikit-learn, or all in --images, cropped and scaled to --size and saved as JPEG.
@@ -25,12 +26,14 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path from a clone: make the package importable
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -103,6 +106,39 @@ class Plain:
         return MultiCrop((first, second), tuple(self.local_view(image) for _ in range(LOCALS)))
 
 
+class Albumentations:
+    """The published augmentation written with albumentations: JPEG file -> MultiCrop."""
+
+    def __init__(self, global_size: int, local_size: int) -> None:
+        import albumentations as A
+        import cv2
+        from albumentations.pytorch import ToTensorV2
+
+        def view(size: int, scale: tuple[float, float], blur: float, solarize: float) -> Any:
+            return A.Compose(
+                [
+                    A.RandomResizedCrop((size, size), scale=scale, interpolation=cv2.INTER_CUBIC),
+                    A.HorizontalFlip(p=0.5),
+                    A.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1), p=0.8),
+                    A.ToGray(p=0.2),
+                    *([A.GaussianBlur((9, 9), (0.1, 2.0), p=blur)] if blur else []),
+                    *([A.Solarize((0.5, 0.5), p=solarize)] if solarize else []),
+                    A.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+                    ToTensorV2(),
+                ]
+            )
+
+        cv2.setNumThreads(1)
+        self.decode = lambda data: cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), 1), cv2.COLOR_BGR2RGB)
+        self.views = (view(global_size, GLOBAL_SCALE, 0.0, 0.0), view(global_size, GLOBAL_SCALE, 0.9, 0.2))
+        self.local_view = view(local_size, LOCAL_SCALE, 0.5, 0.0)
+
+    def __call__(self, data: bytes) -> MultiCrop:
+        image = self.decode(data)
+        first, second = (view(image=image)["image"] for view in self.views)
+        return MultiCrop((first, second), tuple(self.local_view(image=image)["image"] for _ in range(LOCALS)))
+
+
 class Files(ImageDataset):
     """JPEG files in memory, in an endless loop."""
 
@@ -153,12 +189,17 @@ def make_sides(global_size: int, local_size: int) -> dict[str, Callable[[bytes],
     plain, pil, tensor = Plain(global_size, local_size), ours("pil"), ours("tensor")
     raw = DeviceAugmentation(tensor)
     crop_format = raw.crop_format(torch.float32)
+    others: dict[str, Callable[[bytes], Any]] = {}
+    if find_spec("albumentations"):
+        albumentations = Albumentations(global_size, local_size)
+        others["albumentations"] = lambda data: stacked(albumentations(data))
     return {
         "plain": lambda data: stacked(plain(Image.open(io.BytesIO(data)).convert("RGB"))),
         "pil": lambda data: stacked(pil(open_image(data))),
         "tensor": lambda data: stacked(tensor(open_image(data))),
         "device worker": lambda data: pack_raw_batch([raw(open_image(data))], NO_CROPS, crop_format),
         "decoding alone": lambda data: open_image(data).pixels(),
+        **others,
     }
 
 
