@@ -96,11 +96,8 @@ class DinoVisionTransformer(nn.Module):
 
         sizes = {"dim": embed_dim, "num_heads": num_heads, "mlp_ratio": mlp_ratio, "init_values": init_values}
         biases = {"qkv_bias": qkv_bias, "proj_bias": proj_bias, "ffn_bias": ffn_bias}
-        layers = {
-            "act_layer": act_layer,
-            "norm_layer": partial(LayerNorm, eps=NORM_EPS),
-            "ffn_layer": FFN_LAYERS[ffn_layer],
-        }
+        norm_layer = partial(LayerNorm, eps=NORM_EPS)
+        layers = {"act_layer": act_layer, "norm_layer": norm_layer, "ffn_layer": FFN_LAYERS[ffn_layer]}
         arguments: dict[str, Any] = sizes | biases | layers | backend_keyword(attention_backend)
         ramp = [drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
         self.blocks = nn.ModuleList(
