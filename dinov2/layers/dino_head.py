@@ -69,7 +69,8 @@ def _mlp(in_dim: int, hidden_dim: int, out_dim: int, nlayers: int, *, use_bn: bo
     layers: list[nn.Module] = []
     for index, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
         linear = nn.Linear(fan_in, fan_out, bias=bias)
-        nn.init.trunc_normal_(linear.weight, std=0.02)
+        if not linear.weight.is_meta:  # for which PyTorch 2.11 imports its compiler
+            nn.init.trunc_normal_(linear.weight, std=0.02)
         if bias:
             nn.init.zeros_(linear.bias)
         layers.append(linear)

@@ -77,7 +77,7 @@ def test_blocks_without_a_feed_forward_network_are_planned(tmp_path: Path, capsy
 
 
 def test_it_does_not_import_the_compiler(tmp_path: Path) -> None:
-    """Which PyTorch does to draw normal numbers on the meta device, and 2.11 with the first module for training."""
+    """Which PyTorch does to draw normal numbers on the meta device, and which takes a second."""
     words = ["--dry-run", "--config-file", str(CONFIG_FILE), "--output-dir", str(tmp_path / "out")]
     start = "import sys; from dinov2.train import train; imported = 'torch._dynamo' in sys.modules"
     run = f"train.main(train.get_args_parser().parse_intermixed_args({words}))"
