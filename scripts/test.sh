@@ -9,8 +9,7 @@
 #   bash scripts/test.sh oldest                a selection, with the lowest versions that the requirements allow
 #   bash scripts/test.sh [all] tests/hub -x    further words go to pytest
 #
-# The files of tests are shared out over the processors, at most four, and over one more with SLURM, whose tests mostly
-# wait; `-n 0` as a further word runs one after the other.
+# The files of tests are shared out over the processors, at most four; `-n 0` as a further word runs one after the other.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_venv.sh"
 cd "$ROOT"
@@ -64,7 +63,6 @@ case ${1:-} in
         install_slurm
         install_browser
         selection=(-m "not slow and not gpu")
-        shared_out+=(-n "$(($(nproc) < 4 ? $(nproc) + 1 : 4))")
         shift
         ;;
     all)
