@@ -53,9 +53,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()  # loaders of other tests, whose destructors would swallow the error of a wait
     monkeypatch.setattr(workers, "FIRST_CHECK", 0.1)
     monkeypatch.setattr(workers, "CHECK_PERIOD", 0.1)
-    before = signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a plain DataLoader of another test leaves its handler
+    alarm = signal.getsignal(signal.SIGALRM)
     yield
-    assert (signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGCHLD)) == before
+    assert (signal.getsignal(signal.SIGALRM), signal.getsignal(signal.SIGCHLD)) == (alarm, signal.SIG_DFL)
     assert signal.getitimer(signal.ITIMER_REAL)[1] == 0.0, "that of pytest-timeout is not periodic"
 
 
