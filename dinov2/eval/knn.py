@@ -60,6 +60,9 @@ class KnnModule(nn.Module):
         T: Temperature of the softmax over the similarities.
         device: Where to compute.
         num_classes: C.
+
+    Raises:
+        ValueError: A k is below 1, or, in a search, features are not finite.
     """
 
     def __init__(
@@ -95,6 +98,9 @@ class KnnModule(nn.Module):
         sims = queries.new_full((len(queries), largest_k), -torch.inf)
         labels = torch.zeros_like(sims, dtype=torch.int64)
         mean = self.features.mean(dim=0).to(self.device, torch.float32)
+        for name, values in (("bank", mean), ("queries", queries)):
+            if not values.isfinite().all():  # which would have neighbors, but no similarities to them
+                raise ValueError(f"features of the {name} are not finite (inf or nan): they have no nearest neighbors")
         queries = queries - mean
         search = search_with_faiss if self.device.type == "cpu" and find_spec("faiss") else search_with_torch
         centered = queries.new_empty(min(BANK_CHUNK, len(self.labels)), queries.shape[1])

@@ -48,6 +48,18 @@ def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_have_no_neighbors(value: float) -> None:
+    bank, labels = features_and_labels(50, seed=0)
+    broken = bank.clone()
+    broken[3, 2] = value
+    with pytest.raises(ValueError, match="features of the bank are not finite"):
+        KnnModule(broken, labels, [3], TEMPERATURE, CPU, NUM_CLASSES)(bank)
+    with pytest.raises(ValueError, match="features of the queries are not finite"):
+        KnnModule(bank, labels, [3], TEMPERATURE, CPU, NUM_CLASSES)(broken)
+
+
+@pytest.mark.usefixtures("search")
 @pytest.mark.parametrize(("chunk", "batch"), [(1000, 1000), (7, 5), (1, 1)])
 def test_votes_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch, chunk: int, batch: int) -> None:
     monkeypatch.setattr(knn, "BANK_CHUNK", chunk)  # also smaller than the largest k
