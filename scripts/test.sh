@@ -63,7 +63,6 @@ case ${1:-} in
         install_slurm
         install_browser
         selection=(-m "not slow and not gpu")
-        export PYTEST_XDIST_AUTO_NUM_WORKERS=$(($(nproc --all) + 1)) # jobs on SLURM mostly wait
         shift
         ;;
     all)
