@@ -99,7 +99,7 @@ class KnnModule(nn.Module):
         labels = torch.zeros_like(sims, dtype=torch.int64)
         mean = self.features.mean(dim=0).to(self.device, torch.float32)
         for name, values in (("bank", mean), ("queries", queries)):
-            if (~values.isfinite()).any():  # which would have neighbors, but no similarities to them
+            if (~values.isfinite()).any():  # faiss would answer with positions of -1
                 raise ValueError(f"features of the {name} are not finite (inf or nan): they have no nearest neighbors")
         queries = queries - mean
         search = search_with_faiss if self.device.type == "cpu" and find_spec("faiss") else search_with_torch
