@@ -197,6 +197,9 @@ class Optim:
     min_lr: NotNegative
     clip_grad: NotNegative | None
     freeze_last_layer_epochs: Count
+    freeze_backbone_steps: Count
+    freeze_backbone_except: Literal["none", "patch_embed", "patch_embed_and_registers"]
+    backbone_warmup_steps: Count
     scaling_rule: Literal["sqrt_wrt_1024", "linear_wrt_256", "linear_wrt_1024", "none"]
     patch_embed_lr_mult: NotNegative
     layerwise_decay: PositiveShare

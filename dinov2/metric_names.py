@@ -52,7 +52,7 @@ _LARGEST = "Share of targets, 0 to 1, whose largest entry is the most frequent o
 _LAG = "Distance of their weights, relative to the norm of the teacher's. Rises with the learning rate, then falls."
 _NORM = "Mean length of tokens before the last norm, and of the longest patch token. Steady growth is a warning."
 _INFORMATION = "Mutual information of targets and images, and its maximum. At 0 all targets are the same."
-_LR = "Rises during warm-up, then falls. The rate of the last layer is 0 while it is frozen."
+_LR = "Rises during warm-up, then falls. The rate of the last layer, and of the backbone, is 0 while it is frozen."
 
 METRICS: tuple[Metric, ...] = (
     Metric("iteration", "schedule", "Index of the optimizer step, from 0."),
@@ -90,6 +90,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("data_wait", "speed", "data_time / iter_time, 0 to 1."),
     _schedule("lr", "Learning rate", _LR, "all"),
     _schedule("last_layer_lr", "Learning rate", _LR, "last layer"),
+    _schedule("backbone_lr", "Learning rate", _LR, "backbone"),
     _schedule("wd", "Weight decay", "Weight decay of AdamW."),
     _schedule("mom", "Teacher momentum", "Share of the old teacher in the new one."),
     _schedule("teacher_temp", "Teacher temperature", "A lower one makes sharper targets."),

@@ -49,7 +49,7 @@ from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.train import clip_and_step, forward_backward
 
-NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4)
+NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4, backbone_lr=1e-4)
 PLACES = [f"{side}.{name}" for side in ("student", "teacher") for name in ("backbone", "dino_head", "ibot_head")]
 SMALL = [
     *("student.arch=vit_base", "dino.head_n_prototypes=1024", "train.centering=sinkhorn_knopp"),

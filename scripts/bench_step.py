@@ -61,7 +61,7 @@ from dinov2.train.train import clip_and_step
 from dinov2.train.training_run import build_loader, uses_fp16
 from scripts.side_by_side import alternate, hardware, ratios, spread
 
-NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4)
+NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4, backbone_lr=1e-4)
 PHASES = ("data", "teacher", "student forward", "losses", "backward", "optimizer", "moving average")
 
 

@@ -12,6 +12,13 @@ from dinov2.train.schedules import StepValues
 
 ParamGroup = dict[str, Any]
 
+FROZEN_EXCEPT = {
+    "none": (),
+    "patch_embed": ("patch_embed",),
+    "patch_embed_and_registers": ("patch_embed", "register_tokens"),
+}
+"""Parts of the backbone that learn while it is frozen, for each choice of `optim.freeze_backbone_except`."""
+
 TOKENS = ("cls_token", "pos_embed", "mask_token", "patch_embed", "register_tokens")
 
 
@@ -69,12 +76,22 @@ def fuse_params_groups(
 
 
 def build_optimizer(
-    student: nn.ModuleDict, *, betas: tuple[float, float], lr_decay_rate: float, patch_embed_lr_mult: float
+    student: nn.ModuleDict,
+    *,
+    betas: tuple[float, float],
+    lr_decay_rate: float,
+    patch_embed_lr_mult: float,
+    freeze_backbone_except: str = "patch_embed",
 ) -> torch.optim.AdamW:
     """Build AdamW over the groups of all sub-modules; `set_hyperparameters` sets its rates before each step."""
     groups = []
-    for module in student.values():
-        groups += fuse_params_groups(get_params_groups_with_decay(module, lr_decay_rate, patch_embed_lr_mult))
+    for name, module in student.items():
+        unfused = get_params_groups_with_decay(module, lr_decay_rate, patch_embed_lr_mult)
+        for group in unfused:
+            learns = any(part in group["name"] for part in FROZEN_EXCEPT[freeze_backbone_except])
+            group["can_be_frozen"] = name == "backbone" and not learns
+        keys = ("lr_multiplier", "wd_multiplier", "is_last_layer", "can_be_frozen")
+        groups += fuse_params_groups(unfused, keys)
     # The fused one reads and writes each number once, and can skip steps on the device (`step_unless`).
     return torch.optim.AdamW(groups, betas=betas, fused=True)
 
@@ -90,7 +107,8 @@ def step_unless(refused: Tensor, optimizer: torch.optim.Optimizer) -> None:
 def set_hyperparameters(optimizer: torch.optim.Optimizer, now: StepValues) -> None:
     """Set the scheduled learning rate and weight decay of each group, times its multipliers."""
     for group in optimizer.param_groups:
-        group["lr"] = (now.last_layer_lr if group["is_last_layer"] else now.lr) * group["lr_multiplier"]
+        lr = now.last_layer_lr if group["is_last_layer"] else now.backbone_lr if group["can_be_frozen"] else now.lr
+        group["lr"] = lr * group["lr_multiplier"]
         group["weight_decay"] = now.wd * group["wd_multiplier"]
 
 

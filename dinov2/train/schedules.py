@@ -53,16 +53,18 @@ class StepValues(NamedTuple):
     momentum: float
     teacher_temp: float
     last_layer_lr: float
+    backbone_lr: float  # of what optim.freeze_backbone_steps freezes
 
 
 class Schedules(NamedTuple):
-    """The five schedules of a run."""
+    """The six schedules of a run."""
 
     lr: CosineScheduler
     wd: CosineScheduler
     momentum: CosineScheduler
     teacher_temp: CosineScheduler
     last_layer_lr: CosineScheduler
+    backbone_lr: CosineScheduler
 
     def at(self, step: int) -> StepValues:
         """Returns all values at optimizer step `step`, counted from 0."""
@@ -77,13 +79,21 @@ def build_schedules(cfg: Config, lr: float) -> Schedules:
     temp, temp_warmup = cfg.teacher.teacher_temp, cfg.teacher.warmup_teacher_temp_epochs * epoch
     last_layer_lr = CosineScheduler(lr, cfg.optim.min_lr, total, warmup)
     last_layer_lr.schedule[: cfg.optim.freeze_last_layer_epochs * epoch] = 0
+    backbone_lr = CosineScheduler(lr, cfg.optim.min_lr, total, warmup)
+    backbone_lr.schedule *= backbone_ramp(total, cfg.optim.freeze_backbone_steps, cfg.optim.backbone_warmup_steps)
     return Schedules(
         lr=CosineScheduler(lr, cfg.optim.min_lr, total, warmup),
         wd=CosineScheduler(cfg.optim.weight_decay, cfg.optim.weight_decay_end, total),
         momentum=CosineScheduler(cfg.teacher.momentum_teacher, cfg.teacher.final_momentum_teacher, total),
         teacher_temp=CosineScheduler(temp, temp, temp_warmup, temp_warmup, cfg.teacher.warmup_teacher_temp),
         last_layer_lr=last_layer_lr,
+        backbone_lr=backbone_lr,
     )
+
+
+def backbone_ramp(total: int, frozen: int, warmup: int) -> np.ndarray:
+    """Factors (total,) of the backbone's rate: `frozen` zeros, then a linear rise to 1 in `warmup` steps."""
+    return np.clip((np.arange(total) - frozen + 1) / (warmup + 1), 0.0, 1.0)
 
 
 def describe_schedules(cfg: Config, lr: float) -> dict[str, str]:
@@ -109,7 +119,25 @@ def describe_schedules(cfg: Config, lr: float) -> dict[str, str]:
         "teacher momentum": f"{start.momentum:.6g} to {end.momentum:.6g}",
         "teacher temperature": temperature,
         "last layer of the heads": learns,
+        **_describe_frozen_backbone(cfg, schedules, last),
     }
+
+
+def _describe_frozen_backbone(cfg: Config, schedules: Schedules, last: int) -> dict[str, str]:
+    """When the backbone learns, if it does not from the start."""
+    frozen, warmup = cfg.optim.freeze_backbone_steps, cfg.optim.backbone_warmup_steps
+    if not (frozen or warmup):
+        return {}
+    if frozen > last:
+        return {"backbone": "never learns"}
+    rates = schedules.backbone_lr.schedule[: last + 1]
+    peak = int(rates.argmax())
+    kept = {"none": "", "patch_embed": " but for its patch embedding"}
+    but = kept.get(cfg.optim.freeze_backbone_except, " but for its patch embedding and registers") if frozen else ""
+    text = f"learns from step {frozen:,}{f' (frozen before{but})' if frozen else ''}"
+    if warmup:
+        text += f", at the rate of the heads from step {frozen + warmup:,}"
+    return {"backbone": f"{text}; highest {rates[peak]:.4g} at step {peak:,}"}
 
 
 def num_steps(cfg: Config) -> int:

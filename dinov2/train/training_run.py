@@ -159,7 +159,7 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
         output_dir / METRICS_FILE,
         is_main=distributed.is_main(),
         mean_over_processes=distributed.all_reduce_mean,
-        hidden=("wd", "mom", "last_layer_lr", "current_batch_size", "teacher_temp"),
+        hidden=("wd", "mom", "last_layer_lr", "backbone_lr", "current_batch_size", "teacher_temp"),
         scheduled=("lr",),
     )
     global_batch = global_batch_size(cfg, distributed.world_size())
@@ -186,6 +186,7 @@ def parallelize_and_build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.op
         betas=(cfg.optim.adamw_beta1, cfg.optim.adamw_beta2),
         lr_decay_rate=cfg.optim.layerwise_decay,
         patch_embed_lr_mult=cfg.optim.patch_embed_lr_mult,
+        freeze_backbone_except=cfg.optim.freeze_backbone_except,
     )
 
 

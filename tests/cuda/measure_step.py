@@ -33,7 +33,7 @@ from dinov2.train.train import clip_and_step
 from dinov2.train.training_run import uses_fp16
 
 STEPS, STEPS_COMPILED = 3, 22  # the latter with as many numbers of masked patches
-NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4)
+NOW = StepValues(lr=1e-4, wd=0.04, momentum=0.99, teacher_temp=0.07, last_layer_lr=1e-4, backbone_lr=1e-4)
 
 
 def make_batches(cfg: Config) -> Iterator[Batch]:

@@ -124,16 +124,16 @@ def test_frozen_parameters_are_in_no_group() -> None:
 def test_scheduled_values_reach_the_groups_times_their_multipliers() -> None:
     model = tiny_model()
     optimizer = build_optimizer(model.student, betas=(0.9, 0.99), lr_decay_rate=0.5, patch_embed_lr_mult=0.2)
-    set_hyperparameters(optimizer, StepValues(lr=0.8, wd=0.3, momentum=0.9, teacher_temp=0.05, last_layer_lr=0.1))
+    set_hyperparameters(optimizer, StepValues(0.8, 0.3, 0.9, teacher_temp=0.05, last_layer_lr=0.1, backbone_lr=0.4))
     settings = {
         id(param): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for param in group["params"]
     }
     student = dict(model.student.named_parameters())
     expected = {
-        "backbone.cls_token": (0.8 * 0.5**3, 0.3),
+        "backbone.cls_token": (0.4 * 0.5**3, 0.3),
         "backbone.patch_embed.proj.weight": (0.8 * 0.5**3 * 0.2, 0.3),
-        "backbone.blocks.1.norm1.weight": (0.8 * 0.5, 0.0),
-        "backbone.norm.weight": (0.8, 0.0),
+        "backbone.blocks.1.norm1.weight": (0.4 * 0.5, 0.0),
+        "backbone.norm.weight": (0.4, 0.0),
         "dino_head.mlp.0.weight": (0.8, 0.3),
         "dino_head.last_layer.weight_v": (0.1, 0.3),
     }

@@ -36,6 +36,11 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     (["optim.warmup_epochs=16"], "optim.warmup_epochs = 16 is the whole run (optim.epochs = 16)"),
     (["optim.freeze_last_layer_epochs=16"], "optim.freeze_last_layer_epochs = 16 is the whole run"),
     (["optim.freeze_last_layer_epochs=999"], "optim.freeze_last_layer_epochs = 999 is the whole run"),
+    (["optim.freeze_backbone_steps=800"], "optim.freeze_backbone_steps = 800 is the whole run of 800 steps"),
+    (
+        ["optim.freeze_backbone_steps=700", "optim.backbone_warmup_steps=100"],
+        "optim.freeze_backbone_steps = 700, optim.backbone_warmup_steps = 100 last until the end of the run",
+    ),
     (["teacher.warmup_teacher_temp_epochs=17"], "teacher.teacher_temp = 0.04 is never reached, it ends at 0.03941"),
     (["teacher.warmup_teacher_temp_epochs=16"], "teacher.teacher_temp = 0.04 is reached at the last step only"),
     (["train.checkpoint_period=801"], "train.checkpoint_period = 801 is longer than the run of 800 steps"),
@@ -179,6 +184,13 @@ def test_a_run_logs_its_warnings_once(tmp_path: Path, caplog: pytest.LogCaptureF
         ([], "last layer of the heads", "learns from step 0"),
         (["optim.freeze_last_layer_epochs=1"], "last layer of the heads", "learns from step 50"),
         (["optim.freeze_last_layer_epochs=16"], "last layer of the heads", "never learns"),
+        (["optim.freeze_backbone_steps=999"], "backbone", "never learns"),
+        (
+            ["optim.freeze_backbone_steps=200", "optim.backbone_warmup_steps=200"],
+            "backbone",
+            "learns from step 200 (frozen before but for its patch embedding), at the rate of the heads from step 400; "
+            "highest 0.0009173 at step 400",
+        ),
         ([], "weight decay", "0.04 to 0.1"),
         (["optim.epochs=2"], "teacher momentum", "0.99 to 0.997998"),
     ],

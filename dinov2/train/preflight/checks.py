@@ -114,6 +114,11 @@ def _longer_than_the_run(cfg: Config) -> Iterator[str]:
         yield f"{_set(cfg, 'optim.warmup_epochs')} is the whole run ({run}): the learning rate rises until the end"
     if cfg.optim.freeze_last_layer_epochs >= epochs:
         yield f"{_set(cfg, 'optim.freeze_last_layer_epochs')} is the whole run ({run}): the prototypes never learn"
+    if (frozen := cfg.optim.freeze_backbone_steps) >= steps:
+        yield f"{_set(cfg, 'optim.freeze_backbone_steps')} is the whole run of {steps} steps: the backbone never learns"
+    elif frozen + cfg.optim.backbone_warmup_steps >= steps:
+        keys = _set(cfg, "optim.freeze_backbone_steps", "optim.backbone_warmup_steps")
+        yield f"{keys} last until the end of the run of {steps} steps: the backbone never learns at the full rate"
     teacher = cfg.teacher
     if teacher.warmup_teacher_temp_epochs >= epochs and teacher.warmup_teacher_temp != teacher.teacher_temp:
         reached = build_schedules(cfg, cfg.optim.lr).teacher_temp[steps - 1]

@@ -18,6 +18,7 @@ from dinov2.train.checkpoint import load_initial_weights
 from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
 from dinov2.train.monitor.probe_images import NoLabels, balanced_positions, labeled_dataset
+from dinov2.train.optim import get_params_groups_with_decay
 from dinov2.train.preflight.checks import check_images, check_settings
 from dinov2.train.preflight.flops import H200_FLOPS, product_speed, step_flops
 from dinov2.train.preflight.memory import estimate
@@ -123,6 +124,7 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
         "dataset": f"{cfg.train.dataset_path}, {num_images:,} images",
         "global batch": f"{batch:,} images ({cfg.train.batch_size_per_gpu} x {world_size} processes{accumulated})",
         "peak learning rate": f"{cfg.optim.lr:.6g} (base_lr {cfg.optim.base_lr:g}, {cfg.optim.scaling_rule})",
+        "highest rates of the backbone": _rates_of_backbone(cfg, model),
         "optimizer steps": f"{steps:,} ({cfg.optim.epochs} nominal epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,})",
         "learning-rate warm-up": f"{cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:,} steps",
         **describe_schedules(cfg, cfg.optim.lr),
@@ -133,6 +135,20 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
         **_compute(cfg, model, steps, world_size),
         **_costs(cfg, model, world_size),
     }
+
+
+def _rates_of_backbone(cfg: Config, model: SSLMetaArch) -> str:
+    """The highest learning rates of the patch embedding and of the first and last block, which optimizers apply."""
+    groups = get_params_groups_with_decay(
+        model.student_backbone, cfg.optim.layerwise_decay, cfg.optim.patch_embed_lr_mult
+    )
+    peak, last_block = cfg.optim.lr, model.student_backbone.n_blocks - 1
+    names = {"patch_embed.": "patch embedding", "blocks.0.": "first block", f"blocks.{last_block}.": "last block"}
+    rates = {
+        text: peak * next(group["lr_multiplier"] for group in groups if group["name"].startswith(name))
+        for name, text in names.items()
+    }
+    return ", ".join(f"{text} {rate:.3g}" for text, rate in rates.items())
 
 
 def _how_often(period: int, steps: int) -> str:
