@@ -265,6 +265,7 @@ class Tracking:
 @dataclass(frozen=True)
 class Config:
     MODEL: Weights
+    init_from: str
     compute_precision: ComputePrecision
     dino: Dino
     ibot: Ibot

@@ -36,6 +36,7 @@ def write(path: Path, text: str) -> Path:
 
 PUBLISHED_DEFAULTS = {
     "MODEL.WEIGHTS": "",
+    "init_from": "",
     "compute_precision.grad_scaler": True,
     "dino.loss_weight": 1.0,
     "dino.head_n_prototypes": 65536,
@@ -391,7 +392,14 @@ def test_an_override_without_equals_sign_is_an_error(word):
         load(None, [word])
 
 
-TEXT_KEYS = ["train.dataset_path", "train.output_dir", "student.pretrained_weights", "MODEL.WEIGHTS", "student.arch"]
+TEXT_KEYS = [
+    "train.dataset_path",
+    "train.output_dir",
+    "student.pretrained_weights",
+    "MODEL.WEIGHTS",
+    "init_from",
+    "student.arch",
+]
 TEXT_KEYS += ["health.knn_dataset", "tracking.wandb_project", "tracking.wandb_name"]
 AWKWARD = [
     *(

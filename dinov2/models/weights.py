@@ -8,7 +8,6 @@ release, of transformers or of timm; blocks flat (`blocks.7.`) or chunked (`bloc
 """
 
 import logging
-import math
 import runpy
 from pathlib import Path
 from typing import TypeGuard
@@ -16,9 +15,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
+from dinov2.models.carry_over import fit_state
 from dinov2.models.key_mapping import StateDict, chunk_block_names, flatten_block_names, key_format, to_published
 from dinov2.models.networks import choose, find_state_dict, prefixes, without_wrappers
-from dinov2.models.positions import resample_positions
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weight_files import TEACHER_FILE, files_in, read_file
 
@@ -91,13 +90,16 @@ def load_backbone(
     return load_state(model, state, str(path_or_url))
 
 
-def load_state(model: DinoVisionTransformer, state: StateDict, source: str) -> DinoVisionTransformer:
-    """Load a state dict with the published names into a backbone, as `load_backbone`; errors name its `source`."""
+def load_state(
+    model: DinoVisionTransformer, state: StateDict, source: str, *, carry_over: bool = False
+) -> DinoVisionTransformer:
+    """Load a state dict with the published names into a backbone, as `load_backbone`; errors name its `source`.
+
+    With `carry_over`, to train the model further, weights of other patches are resampled and registers that the state
+    dict lacks stay as they are, too.
+    """
     wanted = model.state_dict()
-    state = dict(state)
-    for name, fit in (("pos_embed", _fitting_positions), ("patch_embed.proj.weight", _fitting_channels)):
-        if name in state and state[name].shape != wanted[name].shape:
-            state[name] = fit(state[name], model, source)
+    state = fit_state(state, model, source, all_parts=carry_over)
     missing = [name for name in wanted if name not in state]
     if not missing:
         state = {name: value for name, value in state.items() if name in wanted or not name.startswith(_HEADS)}
@@ -135,32 +137,6 @@ def _is_state_dict(content: object) -> TypeGuard[StateDict]:
     if not isinstance(content, dict) or not content:
         return False
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
-
-
-def _fitting_positions(table: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:
-    """Resample a position table to the grid of the model: (1, 1 + g*g, D) -> (1, 1 + n, D)."""
-    side = math.isqrt(max(table.shape[1] - 1, 0))
-    if side * side != table.shape[1] - 1 or table.shape[2] != model.embed_dim:
-        return table  # not a square grid or another width: reported with the other mismatches
-    rows, columns = model.position_grid
-    logger.warning(
-        "the position table of %s is for %d x %d patches, this model has %d x %d: resampled (bicubic)",
-        *(source, side, side, rows, columns),
-    )
-    antialias = model.interpolate_antialias
-    return resample_positions(table, (side, side), (rows, columns), offset=0.0, antialias=antialias).to(table.dtype)
-
-
-def _fitting_channels(weight: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:
-    """Adapt a patch projection to the channels of the model: (D, C, p, p) -> (D, C of the model, p, p)."""
-    stored, wanted = weight.shape[1], model.patch_embed.in_chans
-    if weight.shape[:1] + weight.shape[2:] != (model.embed_dim, *model.patch_embed.patch_size) or stored == wanted:
-        return weight  # another width or patch size: reported with the other mismatches
-    logger.warning("the patches of %s have %d channels, this model's have %d: weights adapted", source, stored, wanted)
-    # An image that is the same in all channels keeps about the same projection.
-    if wanted < stored:
-        return weight.sum(dim=1, keepdim=True).expand(-1, wanted, -1, -1) / wanted
-    return weight[:, torch.arange(wanted) % stored] * (stored / wanted)
 
 
 def _mismatch_message(source: str, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:

@@ -11,9 +11,8 @@ import logging
 import runpy
 import shutil
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +24,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dinov2 import distributed
-from dinov2.config import Config
 from dinov2.files import atomic_write, numbered_path
 from dinov2.log import read_records
-from dinov2.models.weights import check_numbers, load_backbone, read_state_dict
+from dinov2.models.carry_over import fit_positions
+from dinov2.models.weights import check_numbers, read_state_dict
 from dinov2.train.checkpoint_folder import (
     SafeReader,
     complete_checkpoints,
     latest_checkpoint,
     one_process_is_enough,
+    read_shapes,
     stored_names,
 )
 from dinov2.train.checkpoint_metadata import METADATA_FILE, write_checksums
@@ -48,6 +48,8 @@ OUTPUTS = (
     *("tensorboard", "wandb", "wandb_run_id"),
 )
 """The outputs of a run in its folder, besides the log."""
+
+_TABLE = "backbone.pos_embed"
 
 _UNFINISHED = ".unfinished"
 MESSAGE_LENGTH = 600
@@ -269,32 +271,13 @@ def archive_run(output_dir: Path) -> None:
     distributed.barrier()
 
 
-def load_initial_weights(model: SSLMetaArch, cfg: Config) -> None:
-    """Load the initial weights of the config, if any, before sharding: student.pretrained_weights, MODEL.WEIGHTS."""
-    if source := cfg.student.pretrained_weights:
-        with _naming_key("student.pretrained_weights"):
-            load_backbone(model.student_backbone, source)
-        model.teacher.load_state_dict(model.student.state_dict())
-    if source := cfg.MODEL.WEIGHTS:
-        with _naming_key("MODEL.WEIGHTS"):
-            load_training_weights(model, source)
-
-
-@contextmanager
-def _naming_key(key: str) -> Iterator[None]:
-    """Name the key of the config in errors about weights."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{key}: {error}") from error
-
-
-def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
+def load_training_weights(model: SSLMetaArch, source: str | Path) -> str | Path:
     """Load networks and centers into a model that is not sharded yet, without optimizer state.
 
     The source is a checkpoint folder, a run's output (its newest checkpoint), a file with a whole checkpoint, or an
-    exported teacher or its folder: one network with its heads, which initializes both student and teacher. A ValueError
-    if it does not fit the model, or is not finite.
+    exported teacher or its folder: one network with its heads, which initializes both student and teacher. Position
+    tables of another grid are resampled. Returns the file or checkpoint folder. A ValueError if it does not fit the
+    model, or is not finite.
     """
     if (folder := Path(source)).is_dir() and not (folder / METADATA_FILE).exists():
         teacher = folder / "teacher_checkpoint.pth"
@@ -303,7 +286,10 @@ def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
         state = {f"model.{name}": value for name, value in model.state_dict().items()}
         try:
             stored = {name for name in stored_names(Path(source)) if name.startswith("model.")}
-            _load_tensors(state, Path(source), stored)
+            tables = _tables_of_other_grids(state, Path(source))
+            _load_tensors(state | tables, Path(source), stored)
+            for name, table in tables.items():
+                state[name].copy_(fit_positions(table, model.student_backbone, str(source)))
             check_numbers(state, str(source))
         except (Exception, CheckpointException) as error:  # a damaged file can raise any error
             raise ValueError(f"cannot load the model from {source}: {_root_cause(error)}") from error
@@ -311,6 +297,9 @@ def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
         state = read_state_dict(source)
         check_numbers(state, str(source))
         whole = any(name.startswith("student.") for name in state)
+        for name in [name for name in state if name.endswith(_TABLE)]:
+            if state[name].shape != model.student_backbone.pos_embed.shape:
+                state[name] = fit_positions(state[name], model.student_backbone, str(source))
         try:
             for module in (model,) if whole else (model.student, model.teacher):
                 module.load_state_dict(state)
@@ -320,6 +309,17 @@ def load_training_weights(model: SSLMetaArch, source: str | Path) -> None:
                 f"(for a backbone alone use student.pretrained_weights): {_shortened(error)}"
             ) from error
     logger.info("loaded the model from %s", source)
+    return source
+
+
+def _tables_of_other_grids(state: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Room for the position tables of a checkpoint that are of the same width, but for another number of patches."""
+    shapes = {name: value.shape for name, value in read_shapes(folder).items() if name.endswith(_TABLE)}
+    return {
+        name: torch.empty(shape)
+        for name, shape in shapes.items()
+        if name in state and shape != state[name].shape and shape[2:] == state[name].shape[2:]
+    }
 
 
 def _load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) -> None:

@@ -24,7 +24,7 @@ from dinov2.data.samplers import SamplerType
 from dinov2.files import remove_leftovers
 from dinov2.log import MetricLogger, truncate_metrics
 from dinov2.trackers import Tracker, open_trackers
-from dinov2.train.checkpoint import OUTPUTS, Checkpointer, archive_run, has_lost_checkpoints, load_initial_weights
+from dinov2.train.checkpoint import OUTPUTS, Checkpointer, archive_run, has_lost_checkpoints
 from dinov2.train.checkpoint_folder import latest_checkpoint
 from dinov2.train.checkpoint_state import Setup
 from dinov2.train.environment import record_environment
@@ -32,6 +32,8 @@ from dinov2.train.optim import build_optimizer
 from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import global_batch_size, num_steps
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.start.initial_weights import load_initial_weights
+from dinov2.train.start.step_zero import check_step_zero
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +141,8 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
     latest = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
     checkpoint_period = cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH
     if latest is None:
-        load_initial_weights(model, cfg)
+        if (loaded := load_initial_weights(model, cfg)) is not None:
+            check_step_zero(model, cfg, dataset, loaded)
         if not resume or distributed.from_main(lambda: has_lost_checkpoints(output_dir, checkpoint_period)):
             archive_run(output_dir)
     optimizer = parallelize_and_build_optimizer(cfg, model.train())

@@ -28,10 +28,10 @@ from dinov2.train.monitor.probe_images import (
     balanced_positions,
     contradicting,
     evenly_spread,
-    first_readable,
     informative,
     labeled_dataset,
     no_labels_error,
+    read_pixels,
 )
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
@@ -88,16 +88,11 @@ class Probe:
 
     def _read(self, dataset: ImageDataset, positions: np.ndarray) -> ProbeImages:
         """Read this process's share of the images at some positions; unreadable ones are replaced by the next."""
-        from torchvision.transforms import v2
-
         side = self.cfg.crops.global_crops_size
-        resize = v2.Resize(side, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        to_pixels = v2.Compose([resize, v2.CenterCrop(side), v2.PILToTensor()])
         local = np.array_split(positions, distributed.world_size())[distributed.rank()]
         pixels, found = torch.empty(len(local), 3, side, side, dtype=torch.uint8), []
         for row, position in enumerate(local.tolist()):
-            image, position = first_readable(dataset, position)
-            pixels[row] = to_pixels(image)
+            pixels[row], position = read_pixels(dataset, position, side)
             found.append((position, sha256(pixels[row].numpy().tobytes()).digest()))
         everywhere = [each for share in distributed.all_gather_object(found) for each in share]
         positions_read = torch.tensor([position for position, _ in everywhere], dtype=torch.int64)

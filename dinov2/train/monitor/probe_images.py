@@ -119,6 +119,16 @@ def balanced_positions(targets: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([evenly_spread(np.flatnonzero(targets == each), of_each) for each in classes])
 
 
+def read_pixels(dataset: ImageDataset, position: int, side: int) -> tuple[Tensor, int]:
+    """Pixels (3, side, side) uint8 of the `first_readable` image, resized and center-cropped, and its position."""
+    from torchvision.transforms import v2
+
+    image, position = first_readable(dataset, position)
+    resize = v2.Resize(side, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    pixels: Tensor = v2.Compose([resize, v2.CenterCrop(side), v2.PILToTensor()])(image)
+    return pixels, position
+
+
 def first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, int]:
     """The image at a position, or the first readable one after it, and its position; an OSError after `MAX_TRIES`."""
     last = ""

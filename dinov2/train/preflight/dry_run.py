@@ -14,7 +14,6 @@ from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import BadImageError
 from dinov2.trackers import check_trackers
-from dinov2.train.checkpoint import load_initial_weights
 from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
 from dinov2.train.monitor.probe_images import NoLabels, balanced_positions, labeled_dataset
@@ -24,6 +23,8 @@ from dinov2.train.preflight.flops import H200_FLOPS, product_speed, step_flops
 from dinov2.train.preflight.memory import estimate
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.start.initial_weights import load_initial_weights
+from dinov2.train.start.step_zero import check_step_zero
 from dinov2.train.training_run import open_dataset
 
 PROCESSES_PER_MACHINE = 8  # assumed if the processes are not started yet
@@ -40,12 +41,14 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     knn = _knn(cfg, dataset)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     latest = latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") if resume else None
-    starts_from_weights = latest is None and (cfg.student.pretrained_weights or cfg.MODEL.WEIGHTS)
+    sources = [cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS, cfg.init_from]
+    starts_from_weights = latest is None and any(sources)
     with torch.device("cpu" if starts_from_weights else "meta"):
         model = SSLMetaArch(cfg)
-    if latest is None:
-        load_initial_weights(model, cfg)
-    plan = _start(latest, cfg, model) | _plan(cfg, model, len(dataset), world_size)
+    start = _start(latest, cfg, model)
+    if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
+        start["step 0"] = check_step_zero(model, cfg, dataset, loaded)
+    plan = start | _plan(cfg, model, len(dataset), world_size)
     health = f"every {cfg.health.period} steps" if cfg.health.period else "not measured (health.period=0)"
     plan |= {"health": health, "k-NN while training": knn}
     lines = [f"{name:32} {value}" for name, value in plan.items()]
@@ -68,7 +71,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
 def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
     """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors."""
     if latest is None:
-        weights = filter(None, (cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS))
+        weights = filter(None, (cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS, cfg.init_from))
         return {"starts from": ", ".join(weights) or "random weights"}
     step = read_state(latest)["iteration"] + 1
     stored = read_shapes(latest)

@@ -1,0 +1,1 @@
+"""How a run starts from weights: which are loaded, and that the networks compute what their source computes."""

@@ -1,0 +1,107 @@
+"""The initial weights of a run: `student.pretrained_weights`, `MODEL.WEIGHTS` or `init_from`."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dinov2.config import Config
+from dinov2.models.backbones import num_heads_beside, weights_url_or_path
+from dinov2.models.weights import TEACHER_FILE, backbone_state_dict, load_state, read_state_dict
+from dinov2.train.checkpoint import load_training_weights
+from dinov2.train.checkpoint_folder import complete_checkpoints, read_tensors
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+
+logger = logging.getLogger(__name__)
+
+
+class InitialWeights(NamedTuple):
+    """The backbone that a run starts from, as its source has it."""
+
+    key: str  # of the configuration
+    source: str
+    backbone: dict[str, Tensor]  # state dict with the published names
+    num_heads: int | None  # attention heads of the source, if it states them; else those of the model
+
+
+def load_initial_weights(model: SSLMetaArch, cfg: Config) -> InitialWeights | None:
+    """Load the initial weights of the configuration into student and teacher, before sharding.
+
+    None if they are random. A ValueError or FileNotFoundError that names the key if they do not fit or are missing.
+    """
+    loaded = None
+    if source := cfg.student.pretrained_weights:
+        with _naming_key("student.pretrained_weights"):
+            loaded = _load_backbone(model, source)
+        _check_registers(cfg, loaded.backbone)
+        model.teacher.load_state_dict(model.student.state_dict())
+    for key, source in (("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS), ("init_from", cfg.init_from)):
+        if source:
+            with _naming_key(key):
+                path = load_training_weights(model, _weights_of_run(source) if key == "init_from" else source)
+                loaded = InitialWeights(key, str(path), _teacher_in(path), None)
+    return loaded
+
+
+def _load_backbone(model: SSLMetaArch, name: str) -> InitialWeights:
+    """Load a published name, file, folder or URL into the student's backbone, with all that can be carried over."""
+    source = weights_url_or_path(name)
+    state = backbone_state_dict(read_state_dict(source), source=source)
+    load_state(model.student_backbone, state, name, carry_over=True)
+    return InitialWeights("student.pretrained_weights", name, state, num_heads_beside(source))
+
+
+def _check_registers(cfg: Config, state: dict[str, Tensor]) -> None:
+    """Warn of new registers that would stay as they are while the backbone is frozen."""
+    new = cfg.student.num_register_tokens and "register_tokens" not in state
+    if new and cfg.optim.freeze_backbone_steps and cfg.optim.freeze_backbone_except != "patch_embed_and_registers":
+        logger.warning(
+            "the registers are new, but learn only after optim.freeze_backbone_steps = %d: consider "
+            "optim.freeze_backbone_except=patch_embed_and_registers",
+            cfg.optim.freeze_backbone_steps,
+        )
+
+
+def _weights_of_run(source: str) -> Path:
+    """The checkpoint of `OUT` or `OUT:STEP`, or the best teacher of a run whose checkpoints were deleted."""
+    folder, colon, text = source.rpartition(":")
+    if not colon or Path(source).is_dir():
+        folder, text = source, ""
+    if text and not text.isdecimal():
+        raise ValueError(f"{source}: expected OUT or OUT:STEP with the number of a checkpoint, such as OUT:12499")
+    run = Path(folder)
+    if not run.is_dir():
+        raise FileNotFoundError(f"{run} is not the output folder of a run: there is no such folder")
+    found = complete_checkpoints(run / "checkpoints")
+    if found and not text:
+        return found[max(found)]
+    if text:
+        if int(text) not in found:
+            steps = ", ".join(map(str, found)) or "none"
+            raise FileNotFoundError(f"{run} has no checkpoint of step {text}; there are: {steps}")
+        return found[int(text)]
+    best = run / "eval" / "best" / TEACHER_FILE
+    if not best.is_file():
+        raise FileNotFoundError(f"{run} has neither checkpoints nor eval/best/{TEACHER_FILE}: is it the output folder?")
+    logger.warning("%s has no checkpoints: student and teacher start from its best teacher", run)
+    return best
+
+
+def _teacher_in(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of the teacher's backbone in a checkpoint folder or file, as it is there."""
+    if not Path(path).is_dir():
+        return backbone_state_dict(read_state_dict(path), source=str(path))
+    prefix = "model.teacher.backbone."
+    return {name.removeprefix(prefix): value for name, value in read_tensors(Path(path), prefix).items()}
+
+
+@contextmanager
+def _naming_key(key: str) -> Iterator[None]:
+    """Name the key of the configuration in errors about weights."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from error
