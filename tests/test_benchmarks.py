@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_images
 
 from scripts.soak import slope
 
@@ -114,3 +115,11 @@ def test_a_slope_is_found_with_its_error() -> None:
     noise = [0.5 * (-1) ** number for number in range(400)]
     fitted, error = slope(seconds, [100 + each / 3600 * 60 + other for each, other in zip(seconds, noise, strict=True)])
     assert abs(fitted - 60) < 3 * error < 1
+
+
+def test_what_a_step_of_the_whole_command_costs(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 6)
+    words = [f"--images={tmp_path / 'images'}", "--steps", "1", "3", "--rounds=1", "--batch-size=2", *TINY]
+    record = record_of("bench_training", *words, "student.depth=1", "crops.global_crops_size=28")
+    assert is_spread(record["cpu_seconds_per_step"]["ours"])
+    assert "ratio" not in record, "there is no other side"
