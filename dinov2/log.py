@@ -520,7 +520,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _record(line: str) -> dict[str, float] | None:
-    """The finite numbers in a line of a metrics file by name; None if it is incomplete or damaged."""
+    """The finite numbers in a line of a metrics file by name; None if it is incomplete or damaged.
+
+    Iterations are steps from 0, or -1 before the first one.
+    """
     if not line.endswith("\n"):
         return None
     try:
@@ -529,6 +532,6 @@ def _record(line: str) -> dict[str, float] | None:
         iteration = numbers["iteration"]
     except (ValueError, KeyError, AttributeError, OverflowError):
         return None
-    if len(numbers) < len(values) or not iteration.is_integer() or iteration < 0:
+    if len(numbers) < len(values) or not iteration.is_integer() or iteration < -1:
         return None
     return {name: value for name, value in numbers.items() if math.isfinite(value)}

@@ -28,6 +28,13 @@ def _tokens(ending: str, chart: str, meaning: str, direction: Direction = "none"
     return of_class, of_class._replace(name=f"probe_patch_{ending}", label="patches")
 
 
+def _drift(ending: str, meaning: str) -> tuple[Metric, Metric]:
+    """Similarity of the teacher's features to those of the model that the run started from."""
+    title = f"Similarity to the start, {'CKA' if ending == 'cka' else ending}"
+    of_class = Metric(f"drift_cls_{ending}", "features", meaning, "", "falls", title, "class tokens")
+    return of_class, of_class._replace(name=f"drift_patch_{ending}", label="patches")
+
+
 def _targets(
     ending: str, chart: str, meaning: str, unit: str = "", direction: Direction = "none"
 ) -> tuple[Metric, Metric]:
@@ -65,6 +72,9 @@ METRICS: tuple[Metric, ...] = (
     # Features: the teacher on the fixed images of the probe.
     Metric("knn", "features", _KNN, "%", "rises", "k-NN accuracy"),
     Metric("knn_chance", "features", "k-NN accuracy that guessing reaches.", "%"),
+    Metric("knn_images", "features", "Number of labeled images of the k-NN accuracy.", "images"),
+    *_drift("cka", "Centered kernel alignment with the features of the starting model. 1: the same but for rotation."),
+    *_drift("cosine", "Mean cosine similarity to the same tokens of the starting model. 1: the same."),
     *_tokens("rank_me", "Effective rank", "Number of dimensions in use (RankMe). Near 1: collapse.", "rises"),
     Metric("probe_patch_similarity", "features", _SIMILARITY, chart="Similarity of patches"),
     *_tokens("norm", "Feature norms", _NORM),

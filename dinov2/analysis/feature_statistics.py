@@ -58,3 +58,21 @@ def leave_one_out_accuracy(features: Tensor, labels: Tensor, k: int = 10, temper
     votes = unit.new_zeros(len(unit), int(labels.max()) + 1)
     votes.scatter_add_(1, labels[neighbors], torch.softmax(cosines / temperature, dim=1))
     return (votes.argmax(dim=1) == labels).double().mean().item()
+
+
+def linear_cka(first: Tensor, second: Tensor) -> float:
+    """Similarity of features (m, D) and (m, E), m > 3, of the same images or patches; 1: equal but for a rotation.
+
+    Centered kernel alignment with linear kernels (Kornblith et al. 2019, arXiv 1905.00414), by the unbiased estimator
+    of Song et al. 2012, which is 0 on average for independent features, however few rows there are. NaN if undefined.
+    """
+    grams = []
+    for features in (first, second):
+        gram = (features.double() @ features.double().T).fill_diagonal_(0)
+        count = len(gram)
+        # Centered without the diagonal (Szekely and Rizzo 2014), which gives the same estimate.
+        means = gram.sum(dim=1) / (count - 2)
+        centered = gram - means - means[:, None] + gram.sum() / ((count - 1) * (count - 2))
+        grams.append(centered.fill_diagonal_(0))
+    one, two = grams
+    return ((one * two).sum() / (one.square().sum() * two.square().sum()).sqrt()).item()

@@ -11,6 +11,7 @@ from dinov2.config import Config
 from dinov2.report.results import Result
 from dinov2.train.monitor.alarms import Alarm
 from dinov2.train.monitor.best_teacher import Rating
+from dinov2.train.monitor.starting_point import START
 
 Record = Mapping[str, float]
 Points = list[tuple[float, float]]
@@ -93,6 +94,11 @@ class Run:
         """First step on the last dataset; 0 if there was only one."""
         return self.datasets[-1][0] if len(self.datasets) > 1 else 0
 
+    @property
+    def start(self) -> Record | None:
+        """The record of the model that the run started from; None if it began with random weights."""
+        return next((record for record in self.records if record["iteration"] == START), None)
+
     def series(self, name: str) -> Points:
         """(step, value) of the records that have a metric."""
         return [(record["iteration"], record[name]) for record in self.records if name in record]
@@ -100,7 +106,7 @@ class Run:
     def comparable(self, name: str) -> Points:
         """As `series`, on the last dataset only; all of it for k-NN on a dataset of its own."""
         independent = name == "knn" and self.config is not None and bool(self.config.health.knn_dataset)
-        return [point for point in self.series(name) if independent or point[0] >= self.dataset_start]
+        return [point for point in self.series(name) if independent or point[0] >= (self.dataset_start or START)]
 
     @property
     def comparable_tokens(self) -> dict[int, Path]:
@@ -108,7 +114,9 @@ class Run:
         return {step: path for step, path in self.tokens.items() if step >= self.dataset_start}
 
     def step_text(self, step: float) -> str:
-        """ "step 20", or "step 0, untrained"."""
+        """ "step 20", "step 0, untrained", or "the start"."""
+        if step == START:
+            return "the start, initial weights"
         pretrained = self.config is not None and bool(self.config.MODEL.WEIGHTS)
         return f"step {step:,.0f}{'' if step else ', initial weights' if pretrained else ', untrained'}"
 

@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 from dinov2.report.run import Run
 from dinov2.train.monitor.alarm_rules import ALL_ALIKE_RANK
 from dinov2.train.monitor.alarms import AlarmKind, monitored_kinds
+from dinov2.train.monitor.conclusion import conclude
+from dinov2.train.monitor.starting_point import START
 
 MIN_RECORDS = 3  # fewer are too few to judge a run
 
@@ -54,6 +56,8 @@ def _problem(run: Run) -> str:
         return f"{state}, not monitored{'' if until is None else f' after step {until:,.0f}'}"
     if distinguishes_no_images(run) or not_better_than(run) is not None:
         return "Unclear: no teacher is better than the initial network"
+    if run.best is not None and run.best.iteration == START:
+        return "Unclear: no teacher is better than the starting model"
     return ""
 
 
@@ -89,10 +93,18 @@ def distinguishes_no_images(run: Run) -> bool:
     return best.signal != "knn" and best.value < ALL_ALIKE_RANK
 
 
+def conclusion(run: Run) -> str:
+    """Whether continuing from weights helped, in one sentence; empty for a run from random weights."""
+    return conclude(run.records, run.best)
+
+
 def not_better_than(run: Run) -> float | None:
-    """The value of the network at step 0 on the last dataset, if the best teacher is not better."""
+    """The value of the network at step 0 on the last dataset, if the best teacher is not better.
+
+    None for runs from weights, on which the conclusion says more.
+    """
     best = run.best
-    if best is None or best.iteration == 0 or best.iteration < run.dataset_start:
+    if best is None or run.start or best.iteration == 0 or best.iteration < run.dataset_start:
         return None
     start = next((value for step, value in run.comparable(best.signal) if step == 0), None)
     return None if start is None or best.value > start else start

@@ -42,13 +42,15 @@ from dinov2.train.environment import keep_freed_memory
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.interruption import Interruption
 from dinov2.train.monitor.alarms import AlarmMonitor
-from dinov2.train.monitor.best_teacher import rate_teacher
+from dinov2.train.monitor.best_teacher import best_rating, rate_teacher
+from dinov2.train.monitor.conclusion import conclude
 from dinov2.train.monitor.target_stats import HealthPanel, TargetStats
 from dinov2.train.optim import clip_gradients, ema_update, set_hyperparameters, step_unless
 from dinov2.train.preflight.checks import check_images, check_settings
 from dinov2.train.preflight.dry_run import dry_run
 from dinov2.train.schedules import StepValues, build_schedules, global_batch_size, is_due, num_steps, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
+from dinov2.train.start.baseline import measure_baseline
 from dinov2.train.training_run import (
     METRICS_FILE,
     build_loader,
@@ -118,6 +120,8 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
     optimizer, scaler, metrics, checkpointer = run.optimizer, run.scaler, run.metrics, run.checkpointer
     schedules = build_schedules(cfg, cfg.optim.lr)
     panel = HealthPanel(cfg, model, dataset, last_step=last_step)
+    if run.from_weights:
+        measure_baseline(cfg, model, panel, output_dir / METRICS_FILE)
     alarms = AlarmMonitor(read_records(output_dir / METRICS_FILE))
     nonfinite, bad_images = NonFiniteGuard(cfg.train.max_nonfinite_steps), BadImageGuard(cfg.train.max_bad_image_share)
     interruption = Interruption(partial(run.save, wait=True))
@@ -152,6 +156,8 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
                 interruption.leave()
     summary = alarms.summary() if panel.probe else "health was not measured"
     logger.info("finished: %s; report of the run: python -m dinov2.report %s", summary, output_dir)
+    if conclusion := conclude(read_records(output_dir / METRICS_FILE), best_rating(output_dir)):
+        logger.info("%s", conclusion)
 
 
 def forward_backward(

@@ -28,6 +28,7 @@ from dinov2.train.checkpoint import OUTPUTS, Checkpointer, archive_run, has_lost
 from dinov2.train.checkpoint_folder import latest_checkpoint
 from dinov2.train.checkpoint_state import Setup
 from dinov2.train.environment import record_environment
+from dinov2.train.monitor.starting_point import START, forget_start
 from dinov2.train.optim import build_optimizer
 from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import global_batch_size, num_steps
@@ -122,6 +123,7 @@ class TrainingRun:
     setup: Setup  # processes and data
     step: int  # last finished step; -1 before the first one
     images_seen: int  # by all processes so far
+    from_weights: bool  # whether it begins now, from weights
 
     def save(self, *, wait: bool) -> None:
         """Write a checkpoint of the last finished step, with `wait` until it is complete, else in the background."""
@@ -139,12 +141,14 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
     if distributed.is_main():
         remove_leftovers(output_dir, OUTPUTS)
     latest = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
+    from_weights = False
     checkpoint_period = cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH
     if latest is None:
-        if (loaded := load_initial_weights(model, cfg)) is not None:
-            check_step_zero(model, cfg, dataset, loaded)
+        from_weights = start_from_weights(cfg, model, dataset)
         if not resume or distributed.from_main(lambda: has_lost_checkpoints(output_dir, checkpoint_period)):
             archive_run(output_dir)
+        if distributed.is_main():
+            forget_start(output_dir)
     optimizer = parallelize_and_build_optimizer(cfg, model.train())
     scaler = torch.amp.GradScaler(distributed.device().type, enabled=uses_fp16(cfg))
     checkpointer = Checkpointer(
@@ -171,7 +175,15 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
     if distributed.is_main() and first_step < num_steps(cfg):
         record_environment(output_dir, first_step, data=cfg.train.dataset_path)
     logger.info("%d of %d steps are done; %d images each", first_step, num_steps(cfg), global_batch)
-    return TrainingRun(optimizer, scaler, metrics, checkpointer, setup, first_step - 1, images_seen)
+    return TrainingRun(optimizer, scaler, metrics, checkpointer, setup, first_step - 1, images_seen, from_weights)
+
+
+def start_from_weights(cfg: Config, model: SSLMetaArch, dataset: ImageDataset) -> bool:
+    """Load the initial weights of the configuration and check them; returns whether there are any."""
+    loaded = load_initial_weights(model, cfg)
+    if loaded is not None:
+        check_step_zero(model, cfg, dataset, loaded)
+    return loaded is not None
 
 
 def parallelize_and_build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.optim.AdamW:
@@ -224,7 +236,8 @@ def resume_run(
         start, images_seen = state["iteration"] + 1, state["images_seen"]
     if distributed.is_main():
         config.save(cfg, config_file)
-        truncate_metrics(config_file.with_name(METRICS_FILE), start)
+        first = START if latest is None else start  # the starting model is measured anew, too
+        truncate_metrics(config_file.with_name(METRICS_FILE), first)
     return start, images_seen
 
 

@@ -7,7 +7,13 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional
 
-from dinov2.analysis.feature_statistics import leave_one_out_accuracy, nearest_distance, patch_similarity, rank_me
+from dinov2.analysis.feature_statistics import (
+    leave_one_out_accuracy,
+    linear_cka,
+    nearest_distance,
+    patch_similarity,
+    rank_me,
+)
 
 
 @pytest.mark.parametrize("shape", [(40, 7), (7, 40)])
@@ -62,3 +68,29 @@ def test_leave_one_out_vote_agrees_with_scikit_learn() -> None:
         )
     assert 0.5 < right / 60 < 1
     assert leave_one_out_accuracy(features, labels, k=7) == pytest.approx(right / 60)
+
+
+def test_cka_is_one_for_rotated_and_zero_for_independent_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 8, generator=generator)
+    rotation = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0]
+    assert linear_cka(features, 3 * features @ rotation + 5) == pytest.approx(1, abs=1e-5)
+    independent = [
+        linear_cka(torch.randn(40, 200, generator=generator), torch.randn(40, 200, generator=generator))
+        for _ in range(200)
+    ]
+    assert abs(sum(independent) / 200) < 0.01, "the biased estimate would be about 0.8"
+
+
+def test_cka_is_the_ratio_of_unbiased_estimates() -> None:
+    """The estimator of Song et al. 2012, equation 5, written out."""
+    first, second = torch.randn(9, 3).double(), torch.randn(9, 4).double()
+
+    def hsic(one: torch.Tensor, two: torch.Tensor) -> float:
+        k, m = ((each @ each.T).fill_diagonal_(0) for each in (one, two))
+        n, ones = 9, torch.ones(9).double()
+        terms = (k @ m).trace() + (ones @ k @ ones) * (ones @ m @ ones) / ((n - 1) * (n - 2))
+        return float((terms - 2 / (n - 2) * ones @ k @ m @ ones) / (n * (n - 3)))
+
+    expected = hsic(first, second) / (hsic(first, first) * hsic(second, second)) ** 0.5
+    assert linear_cka(first, second) == pytest.approx(expected, abs=1e-9)

@@ -201,3 +201,51 @@ def test_eval_only_with_nothing_to_write_is_an_error_and_writes_no_random_weight
     with pytest.raises(FileNotFoundError, match="no checkpoint in .*checkpoints and MODEL.WEIGHTS is empty"):
         run_train(tmp_path, "--eval-only")
     assert not (tmp_path / "eval").exists()
+
+
+# --- init_from -------------------------------------------------------------------------------------------------------
+
+
+def test_an_own_run_gives_networks_heads_and_centers_of_its_newest_checkpoint(trained: Path, tmp_path: Path) -> None:
+    run_train(tmp_path, f"init_from={trained}", *STANDSTILL)
+    assert_equal(model_in(tmp_path, 1), model_in(trained))
+
+
+def test_a_step_selects_the_checkpoint(trained: Path, tmp_path: Path) -> None:
+    run_train(tmp_path, f"init_from={trained}:5", *STANDSTILL)
+    assert_equal(model_in(tmp_path, 1), model_in(trained, 5))
+
+
+def test_without_checkpoints_both_networks_start_from_the_best_teacher(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "eval").symlink_to(trained / "eval")
+    settings = (f"init_from={tmp_path / 'old'}",)
+    model = tiny_model(*settings, seed=1)
+    load_initial_weights(model, tiny_config(*settings))
+    best = torch.load(trained / "eval" / "best" / "teacher_checkpoint.pth")["teacher"]
+    assert_equal(dict(model.student.state_dict()), best)
+    assert_equal(dict(model.teacher.state_dict()), best)
+
+
+def test_another_resolution_resamples_the_positions_of_both(trained: Path, tmp_path: Path) -> None:
+    run_train(tmp_path, f"init_from={trained}", *STANDSTILL, "crops.global_crops_size=42")
+    stored = model_in(tmp_path, 1)
+    for side in ("student", "teacher"):
+        assert stored[f"{side}.backbone.pos_embed"].shape == (1, 1 + 36, 32)
+    name = "teacher.dino_head.last_layer.weight_v"
+    assert torch.equal(stored[name], model_in(trained)[name])
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("/nowhere", "init_from: /nowhere is not the output folder of a run: there is no such folder"),
+        ("{trained}:6", "init_from: .* has no checkpoint of step 6; there are: 3, 5, 7"),
+        ("{trained}:last", "init_from: .*: expected OUT or OUT:STEP"),
+        ("{empty}", "init_from: .* has neither checkpoints nor eval/best/teacher_checkpoint.pth"),
+    ],
+)
+def test_what_is_no_run_or_step_is_an_error(source: str, message: str, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        run_train(tmp_path / "run", f"init_from={source.format(trained=trained, empty=tmp_path / 'empty')}")

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from enum import StrEnum
 
+from dinov2.train.monitor.starting_point import START
+
 Record = Mapping[str, float]
 
 MIN_ROWS = 16  # of targets; fewer can be alike by chance
@@ -22,6 +24,7 @@ class AlarmKind(StrEnum):
     COLLAPSE = "collapse"
     DIVERGENCE = "divergence"
     DENSE_DECAY = "decay of dense features"
+    BELOW_START = "worse than the starting model"
     DATA_BOTTLENECK = "data bottleneck"
 
     @property
@@ -245,6 +248,61 @@ class SimilarPatches(Rule):
         return f"the mean similarity of two patches of an image rose from {self.lowest:.2f} to {similarity:.2f}"
 
 
+class BelowStart(Rule):
+    """A run from weights has become worse than the model that it started from, and does not recover."""
+
+    kind, patience = AlarmKind.BELOW_START, 3
+    advice = (
+        "Training destroys what the weights had learned; eval/start is better. Usual causes: optim.base_lr is too high "
+        "or the backbone learns before the new heads do. Lower the rate (by 3 to 10), raise "
+        "optim.freeze_backbone_steps and optim.backbone_warmup_steps, set optim.layerwise_decay=0.9, use more images."
+    )
+    start: float | None = None
+
+    def check(self, record: Record, *, warm: bool) -> str | None:
+        value = record[self.metrics[0]]
+        if record["iteration"] == START:
+            self.start = value
+        if self.start is None:
+            return None
+        return self.finding(value, self.start, record) if value < self.limit(self.start, record) else ""
+
+    @abstractmethod
+    def limit(self, start: float, record: Record) -> float:
+        """The value below which the run is worse."""
+
+    @abstractmethod
+    def finding(self, value: float, start: float, record: Record) -> str:
+        """Describe a value below the limit."""
+
+
+class LessAccurateThanStart(BelowStart):
+    """The k-NN accuracy is below that of the starting model by more than its standard error twice."""
+
+    metrics = ("knn", "knn_images", "drift_cls_cosine")
+
+    def limit(self, start: float, record: Record) -> float:
+        if start <= record.get("knn_chance", 0.0):
+            return -math.inf  # there was nothing to lose
+        return start - 2 * math.sqrt(start * (100 - start) / record["knn_images"])
+
+    def finding(self, value: float, start: float, record: Record) -> str:
+        return f"the k-NN accuracy is {value:.1f} %, that of the starting model {start:.1f} %"
+
+
+class LowerRankThanStart(BelowStart):
+    """The effective rank of class tokens is far below that of the starting model, whether there are labels or not."""
+
+    metrics, min_images = ("probe_cls_rank_me", "drift_cls_cosine"), MIN_IMAGES
+    LOST = 0.6
+
+    def limit(self, start: float, record: Record) -> float:
+        return self.LOST * start
+
+    def finding(self, value: float, start: float, record: Record) -> str:
+        return f"the effective rank of the class tokens (RankMe) is {value:.1f}, that of the starting model {start:.1f}"
+
+
 class WaitingForData(Rule):
     """Steps wait for their images."""
 
@@ -269,5 +327,5 @@ class WaitingForData(Rule):
 
 RULES = (
     *(FewPrototypes, FewPrototypesOfPatches, UninformativeTargets, OneImage, LostRank, LostAccuracy, LostLoss),
-    *(GrowingNorms, SimilarPatches, WaitingForData),
+    *(GrowingNorms, SimilarPatches, LessAccurateThanStart, LowerRankThanStart, WaitingForData),
 )

@@ -1,4 +1,4 @@
-"""The best teacher of a run: `eval/best` links to the best of the folders `eval/training_<iteration>`.
+"""The best teacher of a run: `eval/best` links to the best of the folders `eval/training_<iteration>` and `eval/start`.
 
 Each folder has a `health.json` with the rating of its teacher: by default k-NN accuracy where the run has labels, else
 RankMe of class tokens, which correlates with accuracy on many datasets (Garrido et al. 2022, arXiv 2210.02885) but does
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dinov2.files import atomic_write, read_json
+from dinov2.train.monitor.starting_point import START, START_FOLDER
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Rating(NamedTuple):
 
 
 def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], best_by: str = "auto") -> None:
-    """Write the rating of the teacher in `eval/training_<iteration>`, and link `eval/best` to the best so far.
+    """Write the rating of the teacher in its `folder` of `eval`, and link `eval/best` to the best so far.
 
     Of the metrics `measured` in that iteration, those of `SIGNALS[best_by]` are used; without an informative one there
     is no rating.
@@ -49,7 +50,8 @@ def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], be
         return
     with atomic_write(folder / "health.json") as file:
         file.write(json.dumps(Rating(iteration, signal, measured[signal])._asdict()).encode())
-    rated = {path.parent: _read(path) for path in folder.parent.glob("training_*/health.json")}
+    files = [path for pattern in ("training_*", START_FOLDER) for path in folder.parent.glob(f"{pattern}/health.json")]
+    rated = {path.parent: _read(path) for path in files}
     signal = next(name for name in SIGNALS[best_by] if name in {rating.signal for rating in rated.values() if rating})
     comparable = {path: rating for path, rating in rated.items() if rating and rating.signal == signal}
     best = max(comparable, key=lambda path: (round(comparable[path].value, 3), comparable[path].iteration))
@@ -87,6 +89,13 @@ def read_rating(path: Path) -> Rating:
         case {"iteration": int(iteration), "signal": str(signal), "value": int() | float() as value}:
             number = float(value) if abs(value) < 1e300 else math.nan
             folder = path.resolve().parent.name
-            if signal in _ALL_SIGNALS and math.isfinite(number) and folder in (f"training_{iteration}", "best"):
+            own = START_FOLDER if iteration == START else f"training_{iteration}"
+            if signal in _ALL_SIGNALS and math.isfinite(number) and folder in (own, "best"):
                 return Rating(iteration, signal, number)
     raise ValueError(f"{path} is damaged: not a rating of the teacher in its folder: {str(content)[:100]}")
+
+
+def best_rating(output_dir: Path) -> Rating | None:
+    """The rating of the teacher that `eval/best` of a run links to; None if there is none, or it is damaged."""
+    path = output_dir / "eval" / "best" / "health.json"
+    return _read(path) if path.exists() else None

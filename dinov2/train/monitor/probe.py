@@ -33,6 +33,7 @@ from dinov2.train.monitor.probe_images import (
     no_labels_error,
     read_pixels,
 )
+from dinov2.train.monitor.starting_point import StartingPoint, read_start
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,9 @@ class Probe:
         self.images = self._read(dataset, evenly_spread(positions, max(cfg.health.probe_images, 2)))
         self.shown = self._read(dataset, evenly_spread(positions, NUM_SHOWN))
         self.num_distinct = len(set(self.images.digests))
+        self.digest = sha256(b"".join(self.images.digests)).digest()
+        folder = Path(cfg.train.output_dir) / "health"
+        self.start = distributed.from_main(lambda: read_start(folder, self.digest))  # None: of random weights
         self.labeled: LabeledImages | None = None
         try:
             self.labeled = self._labeled(*labeled_dataset(cfg, dataset))
@@ -132,17 +136,24 @@ class Probe:
         shifts = next((n for n in divisors if n * side >= FINE_GRID), patch_size)
         return {"tokens": finer_tokens(tokens_of, crops, patch_size=patch_size, shifts=shifts)}
 
-    def measure(self) -> dict[str, float]:
-        """Measure the features of the fixed images by name; lengths of tokens are those before the last norm."""
+    def measure(self, *, is_start: bool = False) -> dict[str, float]:
+        """Measure the features of the fixed images by name; lengths of tokens are those before the last norm.
+
+        With `is_start` they are kept, and later ones compared with them.
+        """
         features = self._features(self.images)
         patches, before_norm = features["x_norm_patchtokens"], features["x_prenorm"].norm(dim=-1)
         patch_norms = before_norm[:, -patches.shape[1] :]  # after class token and registers
-        flat = patches.flatten(0, 1)
-        return {
+        cls, flat = features["x_norm_clstoken"], patches.flatten(0, 1)
+        some = flat[:: math.ceil(len(flat) / MAX_PATCHES)]
+        if is_start:
+            self.start = StartingPoint(cls.cpu(), some.cpu(), self.digest)
+        drift = self.start.drift(cls, some) if self.start else {}
+        return drift | {
             "probe_images": float(len(self.images.positions)),
             "probe_distinct_images": float(self.num_distinct),
-            "probe_cls_rank_me": rank_me(features["x_norm_clstoken"]),
-            "probe_patch_rank_me": rank_me(flat[:: math.ceil(len(flat) / MAX_PATCHES)]),
+            "probe_cls_rank_me": rank_me(cls),
+            "probe_patch_rank_me": rank_me(some),
             "probe_patch_similarity": patch_similarity(patches),
             "probe_cls_norm": before_norm[:, 0].mean().item(),
             "probe_patch_norm": patch_norms.mean().item(),
@@ -156,7 +167,7 @@ class Probe:
         images, rows, labels = self.labeled
         features = self._features(images, self._class_tokens)["x_norm_clstoken"].cpu()
         accuracy = leave_one_out_accuracy(features[rows], labels)
-        return {"knn": 100 * accuracy, "knn_chance": self.labeled.chance}
+        return {"knn": 100 * accuracy, "knn_chance": self.labeled.chance, "knn_images": float(len(rows))}
 
     def save_patch_features(self, folder: Path, step: int) -> None:
         """Save patch tokens of this step for the report; an error, such as a full disk, is only logged.

@@ -100,6 +100,15 @@ class HealthPanel:
         self.knn_period = (cfg.health.knn_period or 0) if has_labels else 0
         self.folder = Path(cfg.train.output_dir)
 
+    def measure_start(self) -> dict[str, float]:
+        """Measure and keep the features of the model that the run starts from, before the first step."""
+        assert self.probe is not None, "something is measured"
+        measured = self.probe.measure(is_start=True) | self.probe.knn()
+        if self.probe.start is not None and distributed.is_main():
+            self.probe.start.save(self.folder / "health")
+        logger.info("health of the starting model: %s", _summary(measured))
+        return measured
+
     def target_stats(self, step: int, *, line_is_due: bool) -> TargetStats | None:
         """New statistics for the targets of a step; None if nothing is measured in it."""
         probe_is_due = self._is_due(step, self.period, self.dump_period, self.knn_period)

@@ -1,0 +1,60 @@
+"""Whether continuing from weights helped: one sentence with the evidence, and the file to use."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from dinov2.train.monitor.best_teacher import Rating
+from dinov2.train.monitor.starting_point import START, START_FOLDER
+
+Record = Mapping[str, float]
+
+NO_LABELS = (
+    "Whether continuing helped was not measured, as there are no labels (health.knn_dataset): {signals}. These signals "
+    "do not show which model is better; compare eval/" + START_FOLDER + " with eval/best on your task, for example by "
+    "dinov2/run/eval/knn.py."
+)
+
+
+def conclude(records: Sequence[Record], best: Rating | None) -> str:
+    """Compare the best teacher of a run with the model that it started from; "" for a run from random weights."""
+    start = next((record for record in records if record["iteration"] == START), None)
+    if start is None:
+        return ""
+    last = next((record for record in reversed(records) if "probe_cls_rank_me" in record), start)
+    if last is start:
+        return "Whether continuing helped is not known yet: nothing was measured after the start."
+    measured = [record for record in records if "knn" in record and record is not start]
+    if not measured or start.get("knn", 0.0) <= start.get("knn_chance", 0.0):
+        signals = {"effective rank": "probe_cls_rank_me", "similarity of patches": "probe_patch_similarity"}
+        texts = [f"{text} {start[key]:.3g} -> {last[key]:.3g}" for text, key in signals.items()]
+        if "drift_cls_cka" in last:
+            texts.append(f"similarity of features to those of the start (CKA) {last['drift_cls_cka']:.2f}")
+        return NO_LABELS.format(signals=", ".join(texts))
+    return _compare(start, best, measured)
+
+
+def _compare(start: Record, best: Rating | None, measured: Sequence[Record]) -> str:
+    """The sentence for k-NN accuracies."""
+    count = start.get("knn_images", 0.0)
+    evidence = f"k-NN on {count:,.0f} images, each classified by the others"
+    rated = best is not None and best.signal == "knn" and best.iteration != START
+    if not rated:
+        return (
+            f"Continuing did not help: no saved teacher is better than the starting model ({start['knn']:.1f} % by "
+            f"{evidence}; the last teacher {measured[-1]['knn']:.1f} %). Use eval/{START_FOLDER}, the starting model."
+        )
+    assert best is not None, "it is rated"
+    gain = best.value - start["knn"]
+    error = standard_error(start["knn"], best.value, count)
+    change = f"{start['knn']:.1f} -> {best.value:.1f} % by {evidence} ({gain:+.1f} points, standard error {error:.1f})"
+    if gain > 2 * error:
+        return f"Continuing helped: {change}. Use eval/best, the teacher of step {best.iteration:,}."
+    return (
+        f"It is not clear that continuing helped: {change}. Compare eval/{START_FOLDER} with eval/best, the teacher of "
+        f"step {best.iteration:,}, on test images."
+    )
+
+
+def standard_error(first: float, second: float, count: float) -> float:
+    """Standard error of the difference of two accuracies in percent, as if of two independent samples of `count`."""
+    return math.sqrt(sum(value * (100 - value) for value in (first, second)) / max(count, 1))
