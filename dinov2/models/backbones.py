@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dinov2.models import build_model
 from dinov2.models.infer_architecture import infer_arguments
 from dinov2.models.key_mapping import StateDict
@@ -59,12 +61,10 @@ def backbone_from_state(
     `source` is its origin, for messages; `name` and `num_heads` as in `load_from_weights`. `settings` are further
     arguments of `DinoVisionTransformer` instead of the inferred ones, unused with a `name`.
     """
-    if name:
-        model = build_published(name, num_heads)
-    else:
-        try:
-            arguments = infer_arguments(state, num_heads)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
-        model = DinoVisionTransformer(**arguments | settings)
-    return load_state(model, state, source).eval().requires_grad_(False)
+    try:
+        arguments = {} if name else infer_arguments(state, num_heads) | settings
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    with torch.device("meta"):  # a second copy of a large model may not fit into memory
+        model = build_published(name, num_heads) if name else DinoVisionTransformer(**arguments)
+    return load_state(model, state, source, assign=True).eval().requires_grad_(False)

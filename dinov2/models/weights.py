@@ -91,12 +91,13 @@ def load_backbone(
 
 
 def load_state(
-    model: DinoVisionTransformer, state: StateDict, source: str, *, carry_over: bool = False
+    model: DinoVisionTransformer, state: StateDict, source: str, *, carry_over: bool = False, assign: bool = False
 ) -> DinoVisionTransformer:
     """Load a state dict with the published names into a backbone, as `load_backbone`; errors name its `source`.
 
     With `carry_over`, to train the model further, weights of other patches are resampled and registers that the state
-    dict lacks stay as they are, too.
+    dict lacks stay as they are, too. With `assign` the tensors become those of the model, which may be on the meta
+    device, instead of being copied.
     """
     wanted = model.state_dict()
     state = fit_state(state, model, source, all_parts=carry_over)
@@ -112,7 +113,9 @@ def load_state(
     if missing or unknown or misshapen:
         raise ValueError(_mismatch_message(source, missing, unknown, misshapen))
     check_numbers(state, source)
-    model.load_state_dict(state)
+    if assign:
+        state = {name: value.float().contiguous() for name, value in state.items()}
+    model.load_state_dict(state, assign=assign)
     logger.info("loaded %d tensors of the backbone from %s", len(state), source)
     return model
 
