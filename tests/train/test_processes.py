@@ -211,6 +211,20 @@ def test_a_run_continues_on_another_number_of_processes(one: Path, tmp_path: Pat
     assert largest_difference(tmp_path, tmp_path / "straight") < 1e-4
 
 
+def test_from_weights_with_a_frozen_backbone_two_processes_compute_what_one_does(one: Path, tmp_path: Path) -> None:
+    words = [f"init_from={one}", "optim.epochs=15", "optim.freeze_backbone_steps=10", "health.period=5"]
+    for num_processes in (1, 2):
+        output_dir = tmp_path / str(num_processes)
+        train_on(num_processes, output_dir, accumulate(num_processes), *words, "optim.backbone_warmup_steps=10")
+    assert largest_difference(tmp_path / "2", tmp_path / "1", step=29) < 1e-4
+    rows, others = (metrics(tmp_path / name) for name in ("1", "2"))
+    assert [row["iteration"] for row in others] == [row["iteration"] for row in rows] == list(range(-1, 30))
+    assert sum("drift_patch_cka" in row for row in rows) > 3
+    for name in ("total_loss", "knn", "probe_cls_rank_me", "drift_cls_cka", "drift_patch_cosine"):
+        values = [[row[name] for row in each if name in row] for each in (rows, others)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4), name
+
+
 def test_it_continues_where_the_images_stopped_also_if_the_global_batch_changes(tmp_path: Path) -> None:
     seen = 0
     for num_processes, epochs in ((2, 5), (1, 6), (3, 8)):
