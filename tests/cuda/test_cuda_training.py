@@ -94,3 +94,15 @@ def test_more_processes_than_gpus_are_refused_with_their_numbers(stub: Path, tmp
     assert "3 processes on this machine" in result.stderr, result.stderr
     assert "2 GPUs: start at most" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_from_weights_measures_its_start_and_trains_with_a_frozen_backbone(
+    run: Path, stub: Path, tmp_path: Path
+) -> None:
+    words = [f"student.pretrained_weights={run / 'eval' / 'training_11'}", "optim.freeze_backbone_steps=2"]
+    words += [f"compute_precision.{module}.sharding_strategy=FULL_SHARD" for module in MODULES]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    output = rehearsal.run(stub, *launch, *train_words(tmp_path / "run", *words), num_devices=2)
+    assert "step 0: features of 8 images differ by up to 0 from those of" in output
+    assert steps(tmp_path / "run") == list(range(-1, 6))
+    assert (tmp_path / "run" / "eval" / "start" / "teacher_checkpoint.pth").is_file()
