@@ -1,0 +1,128 @@
+"""How many steps a run should have for its number of images, beside the published evidence.
+
+The rule is ours: each image is seen a number of times, within limits. It changes nothing by itself. The dry run prints
+the overrides to copy, so that a run keeps its length when it is resumed.
+"""
+
+import math
+import shlex
+from operator import attrgetter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dinov2.config import Config
+from dinov2.data.datasets.base import ImageDataset
+from dinov2.models.backbones import weights_url_or_path
+from dinov2.models.published import PUBLISHED
+from dinov2.train.schedules import global_batch_size, num_steps
+
+MAX_EXCESS = 4  # times the recommended steps; longer runs get a warning
+FEW_IMAGES = 5000  # with fewer, the frozen model may be all that is needed
+
+
+class Rule(NamedTuple):
+    """Number of times that each image is seen, and the limits of the number of steps."""
+
+    passes: int
+    shortest: int
+    longest: int
+
+
+# From weights, longer is not better: half of the passes, and at most the steps of FINO.
+FROM_WEIGHTS = Rule(passes=100, shortest=2_500, longest=25_000)
+# The short published recipe sees ImageNet-1k 200 times; the long ones have 625,000 steps.
+FROM_SCRATCH = Rule(passes=200, shortest=12_500, longest=625_000)
+
+PUBLISHED_FROM_WEIGHTS = {
+    "published: FINO, ViT-L": "25,000 steps of 3,072 images, 77 million in all",
+    "published: OpenMidnight, ViT-g": "137,500 steps of 384 images, 53 million in all; longer was worse",
+    "published: lightly-train": "advises at least 100,000 curated images",
+}
+PUBLISHED_FROM_SCRATCH = {
+    "published: DINOv2, ViT-L short": "125,000 steps of 2,048 images, 256 million in all, ImageNet-1k 200 times",
+    "published: DINOv2, ViT-L and g": "625,000 steps of 3,072 images, 1,920 million in all",
+}
+
+
+def recommended_epochs(cfg: Config, num_images: int, world_size: int) -> int:
+    """The value of `optim.epochs` that the rule gives."""
+    rule, epoch = _rule(cfg), cfg.train.OFFICIAL_EPOCH_LENGTH
+    steps = min(rule.passes * num_images / global_batch_size(cfg, world_size), rule.longest)
+    return max(round(steps / epoch), math.ceil(rule.shortest / epoch))
+
+
+def describe_length(cfg: Config, num_images: int, world_size: int) -> dict[str, str]:
+    """The recommended number of steps with the overrides for it, and published ones, by name."""
+    rule, epochs = _rule(cfg), recommended_epochs(cfg, num_images, world_size)
+    overrides = "as configured" if epochs == cfg.optim.epochs else " ".join(_overrides(cfg, epochs))
+    steps = epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    passes = steps * global_batch_size(cfg, world_size) / num_images
+    rule_text = f"our rule: {rule.passes} times, but {rule.shortest:,} to {rule.longest:,} steps"
+    return {
+        "recommended steps": f"{steps:,}, the dataset {passes:.1f} times: {overrides} ({rule_text})",
+        **(PUBLISHED_FROM_WEIGHTS if _starts_from_weights(cfg) else PUBLISHED_FROM_SCRATCH),
+    }
+
+
+def check_length(cfg: Config, num_images: int, world_size: int) -> list[str]:
+    """A warning if the run has far more steps than recommended for its images."""
+    steps = num_steps(cfg)
+    recommended = recommended_epochs(cfg, num_images, world_size) * cfg.train.OFFICIAL_EPOCH_LENGTH
+    if steps <= MAX_EXCESS * recommended:
+        return []
+    return [
+        f"optim.epochs = {cfg.optim.epochs} are {steps:,} steps, {steps / recommended:.1f} times the {recommended:,} "
+        f"recommended for {num_images:,} images: longer runs are seldom better; a dry run prints what to set"
+    ]
+
+
+def advise_few_images(cfg: Config, dataset: ImageDataset) -> list[str]:
+    """Advice to evaluate the frozen model first, with the command, if there are few images and its weights are known.
+
+    Those that the run starts from; for one from random weights the published ones of its size.
+    """
+    source = cfg.student.pretrained_weights
+    if not _starts_from_weights(cfg):
+        source = next((name for name, (arch, _) in PUBLISHED.items() if cfg.student.arch.startswith(arch)), "")
+    if len(dataset) >= FEW_IMAGES or not source:
+        return []
+    return [
+        f"note: {len(dataset):,} images are few: first evaluate {source} as it is, which may be all that you need:",
+        f"  python {shlex.join(_evaluation(cfg, source, dataset))}",
+    ]
+
+
+def _starts_from_weights(cfg: Config) -> bool:
+    return any((cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS, cfg.init_from))
+
+
+def _rule(cfg: Config) -> Rule:
+    """The rule of a run; after the ramp of a frozen backbone there are as many steps at its full rate, at least."""
+    rule = FROM_WEIGHTS if _starts_from_weights(cfg) else FROM_SCRATCH
+    shortest = max(rule.shortest, cfg.optim.freeze_backbone_steps + 2 * cfg.optim.backbone_warmup_steps)
+    return rule._replace(shortest=shortest, longest=max(rule.longest, shortest))
+
+
+def _overrides(cfg: Config, epochs: int) -> list[str]:
+    """Overrides for a run of another length; warm-ups of more than half of it are shortened in proportion."""
+    overrides = [f"optim.epochs={epochs}"]
+    for key in ("optim.warmup_epochs", "optim.freeze_last_layer_epochs", "teacher.warmup_teacher_temp_epochs"):
+        if 2 * (value := attrgetter(key)(cfg)) > epochs:
+            overrides.append(f"{key}={round(value * epochs / cfg.optim.epochs)}")
+    return overrides
+
+
+def _evaluation(cfg: Config, source: str, dataset: ImageDataset) -> list[str]:
+    """The words of a command: k-NN for a published model if there are labels, else the nearest neighbors of images."""
+    images, output = cfg.train.dataset_path, Path(cfg.train.output_dir)
+    targets = dataset.get_targets() if source in PUBLISHED else None
+    if targets is not None and len(np.unique(targets)) > 1:
+        recipe = f"eval/{source.removeprefix('dinov2_').replace('_reg', '_reg4')}_pretrain"
+        model = ["--config-file", recipe, "--pretrained-weights", weights_url_or_path(source)]
+        data = ["--train-dataset", images, "--val-dataset", "HELD_OUT_IMAGES"]
+        return ["dinov2/eval/knn.py", *model, "--output-dir", str(output / "frozen_knn"), *data]
+    model = ["--model" if source in PUBLISHED else "--pretrained-weights", source]
+    figure = ["--output", str(output / "frozen_neighbors.png")]
+    return ["-m", "dinov2.visualization", "neighbors", *model, "--query", images, "--images", images, *figure]
