@@ -22,6 +22,8 @@ from dinov2.eval.extract.tokens import ARRAY_NAMES, check_names, choose_tokens
 from dinov2.flags import extract as flags
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
+MOST_SOURCES = 10  # that are recorded; the digest of the names is that of all images
+
 Images = str | Path | Image.Image | Tensor | Sequence[str | Path] | Sequence[Image.Image]
 
 
@@ -131,13 +133,8 @@ def extract_features(
     extraction = make_extraction(backbone, dataset, chosen)
     if output is None:
         return in_memory(extraction)
-    settings = settings_of(
-        extraction,
-        weights=weights_facts(selected, backbone),
-        images=sources if isinstance(sources, list) else f"in memory, SHA-256 {sources.digest()}",
-        file_format=chosen.format,
-        shard_size=chosen.images_per_shard,
-    )
+    weights, described = weights_facts(selected, backbone), describe_sources(sources)
+    settings = settings_of(extraction, weights, described, chosen.format, chosen.images_per_shard)
     write_features(extraction, FeatureFolder(Path(output), settings), overwrite=overwrite)
     return Path(output)
 
@@ -156,6 +153,14 @@ def as_sources(images: Images) -> list[str] | MemoryImages:
         kinds = ", ".join(dict.fromkeys(type(item).__name__ for item in items))
         raise TypeError(f"images are paths or dataset strings, or PIL images, or one tensor (n, 3, H, W), not {kinds}")
     return [str(item) for item in items]
+
+
+def describe_sources(sources: Sequence[str] | MemoryImages) -> list[str]:
+    """Sources for the record of what was done; of many, the first ones."""
+    if isinstance(sources, MemoryImages):
+        return [f"in memory, SHA-256 {sources.digest()}"]
+    more = len(sources) - MOST_SOURCES
+    return [*sources[:MOST_SOURCES], *([f"and {more} more"] if more > 0 else [])]
 
 
 def given(model: DinoVisionTransformer | FrozenBackbone, selected: argparse.Namespace) -> FrozenBackbone:

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,7 +159,7 @@ class FeatureFolder(NamedTuple):
 def write_features(extraction: Extraction, folder: FeatureFolder, *, overwrite: bool = False) -> None:
     """Compute the shards that a folder lacks, shared out over the processes, and finish it."""
     distributed.from_main(lambda: folder.path.mkdir(parents=True, exist_ok=True))
-    with distributed.on_main(folder_lock(folder.path)):
+    with distributed.on_main(_locked(folder.path)):
         pending = distributed.from_main(lambda: folder.begin(extraction.dataset, overwrite=overwrite))
         mine = pending[distributed.rank() :: distributed.world_size()]
         width, grid = extraction.backbone.model.embed_dim, extraction.preprocessing.grid
@@ -166,9 +167,18 @@ def write_features(extraction: Extraction, folder: FeatureFolder, *, overwrite: 
             folder.write(number, shard, arrays_of_shard(shard, extraction.choice, width, grid))
         distributed.barrier()
         distributed.from_main(folder.finish)
-        if distributed.is_main():
-            (folder.path / ".lock").unlink(missing_ok=True)
-            logger.info("features of %s: %s", counted(len(extraction.dataset), "image"), folder.path)
+    if distributed.is_main():
+        logger.info("features of %s: %s", counted(len(extraction.dataset), "image"), folder.path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lock a folder; unlike `folder_lock`, leave nothing in it."""
+    with folder_lock(path):
+        try:
+            yield
+        finally:
+            (path / ".lock").unlink(missing_ok=True)
 
 
 def check_folder(path: Path) -> None:

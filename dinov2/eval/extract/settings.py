@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,14 +22,14 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
 def settings_of(
-    extraction: Extraction, *, weights: Mapping[str, str], images: Any, file_format: str, shard_size: int
+    extraction: Extraction, weights: Mapping[str, str], images: Sequence[str], file_format: str, shard_size: int
 ) -> dict[str, Any]:
     """Settings as JSON, without anything that depends on the machine, the time or the number of processes.
 
     Args:
         extraction: What is run over what.
         weights: See `weights_facts`.
-        images: The sources of the images, as they were given.
+        images: Sources of the images, as they were given.
         file_format: Of the files of features.
         shard_size: Images per file.
     """
@@ -37,7 +37,7 @@ def settings_of(
     settings = {
         "versions": {"dinov2": dinov2.__version__, "torch": str(torch.__version__)},
         "model": {"name": backbone.name, "weights": weights, **architecture(backbone.model)},
-        "images": images,
+        "images": list(images),
         "num_images": len(dataset),
         "names_sha256": names_digest(dataset),
         "preprocessing": extraction.preprocessing.facts,

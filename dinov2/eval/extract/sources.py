@@ -20,7 +20,7 @@ from dinov2.data.datasets import DATASETS, ImageFolder, ImageList, parse_dataset
 from dinov2.data.datasets.base import ImageDataset, ListedDataset
 from dinov2.data.datasets.file_list import PathTable
 from dinov2.data.images import EncodedImage, ImageOptions, encode_png
-from dinov2.eval.extract.video import Video, is_video
+from dinov2.eval.extract.video import Video, import_av, is_video
 
 logger = logging.getLogger(__name__)
 
@@ -168,6 +168,8 @@ def check_sources(items: Sequence[str]) -> None:
         raise ValueError("no images given (--images)")
     for item in items:
         path = Path(item).expanduser()
+        if path.is_file() and is_video(path):
+            import_av()
         if path.exists():
             continue
         if item.partition(":")[0] in DATASETS:
