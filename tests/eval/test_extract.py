@@ -14,6 +14,7 @@ import torch
 from eval_images import tiny_backbone
 from PIL import Image
 from torch import Tensor
+from weight_server import serving
 
 import dinov2
 from dinov2 import config
@@ -259,15 +260,22 @@ def save_as(kind: str, model: DinoVisionTransformer, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["file", "URL", "folder of transformers", "timm file", "teacher of a run"])
-def test_features_of_any_kind_of_weights(folder: Path, tmp_path: Path, kind: str) -> None:
+KINDS = ["file", "file URL", "web URL", "folder of transformers", "timm file", "teacher of a run"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_of_any_kind_of_weights(
+    folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(1)
     model = build_model("vit_small", img_size=28, patch_size=14, embed_dim=128, depth=2, num_heads=2, init_values=1.0)
     path = save_as(kind, model.eval(), tmp_path)
-    weights = path.as_uri() if kind == "URL" else str(path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     output = tmp_path / "features"
-    words = ["--pretrained-weights", weights, "--images", str(folder), "--output", str(output), "--num-workers", "0"]
-    assert main(words) == 0
+    with serving(files={"/weights.pth": path.read_bytes()} if kind == "web URL" else {}) as server:
+        weights = {"file URL": path.as_uri(), "web URL": f"{server.url}/weights.pth"}.get(kind, str(path))
+        words = ["--pretrained-weights", weights, "--images", str(folder), "--output", str(output)]
+        assert main([*words, "--num-workers", "0"]) == 0
     found = dinov2.load_features(output)
     torch.testing.assert_close(found.class_token, model(cropped(paths_in(folder), 28, 28)))
     recorded = json.loads((output / "metadata.json").read_text())["settings"]["model"]["weights"]

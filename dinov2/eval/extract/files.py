@@ -32,7 +32,7 @@ class ImageFeatures(NamedTuple):
     labels: list[Any]  # class index, list of them or None, per image
     grids: Tensor  # (n, 2) int64, rows and columns of patches of each image
     class_token: Tensor | None = None  # (n, D), (n, L, D)
-    patch_tokens: Tensor | list[Tensor] | None = None  # (n, h, w, D), (n, L, h, w, D); a list if the grids differ
+    patch_tokens: Tensor | list[Tensor] | None = None  # (n, h, w, D), (n, L, h, w, D); a list of whole images
     mean_patch_token: Tensor | None = None  # (n, D), (n, L, D)
 
 

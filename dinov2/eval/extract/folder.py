@@ -200,7 +200,7 @@ def _other_settings(path: Path, former: Mapping[str, Any], new: Mapping[str, Any
     """The error for features of other settings, which names the settings that differ."""
     before, after = dict(_flat(former)), dict(_flat(new))
     changes = [
-        f"{key} {json.dumps(before.get(key))} there, {json.dumps(after.get(key))} now"
+        f"{key} {_short(key, before.get(key))} there, {_short(key, after.get(key))} now"
         for key in before | after
         if before.get(key) != after.get(key)
     ]
@@ -208,6 +208,11 @@ def _other_settings(path: Path, former: Mapping[str, Any], new: Mapping[str, Any
         f"--output {path} has features of other settings: {'; '.join(changes[:4])}{'; ...' * (len(changes) > 4)}. Give "
         "these settings again to continue, or another --output, or --overwrite to delete the features there"
     )
+
+
+def _short(key: str, value: Any) -> str:
+    """A setting for a message: of a SHA-256 the beginning."""
+    return value[:8] if key.endswith("sha256") and isinstance(value, str) else json.dumps(value)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
