@@ -22,6 +22,7 @@ COMMANDS = (
     "dinov2/run/eval/knn.py",
     "dinov2/run/eval/linear.py",
     "dinov2/run/eval/log_regression.py",
+    "-m dinov2.eval.extract",
     "-m dinov2.report",
     "-m dinov2.tools",
     "-m dinov2.visualization",

@@ -97,12 +97,24 @@ def setup_and_build_model(args: argparse.Namespace) -> tuple[DinoVisionTransform
 
 def image_sizes(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> tuple[int, int]:
     """Sizes (resize, crop) in pixels from the flags, else the published ones or those of a small-image model."""
-    trained = cfg.crops.global_crops_size
-    small = trained < SMALLEST_PUBLISHED_SIZE
-    resize = args.resize_size or (trained if small else published_resize_size)
-    crop = args.crop_size or (trained if small else PUBLISHED_CROP_SIZE)
-    if crop % cfg.student.patch_size:
-        raise ValueError(f"--crop-size {crop} is not a multiple of student.patch_size = {cfg.student.patch_size}")
+    return resize_and_crop_size(
+        *(args.resize_size, args.crop_size, cfg.crops.global_crops_size, cfg.student.patch_size, published_resize_size)
+    )
+
+
+def resize_and_crop_size(
+    resize_size: int | None,
+    crop_size: int | None,
+    trained_size: int,
+    patch_size: int,
+    published_resize_size: int = 256,
+) -> tuple[int, int]:
+    """Sizes (resize, crop) in pixels: those given, else the published ones or `trained_size` of a small-image model."""
+    small = trained_size < SMALLEST_PUBLISHED_SIZE
+    resize = resize_size or (trained_size if small else published_resize_size)
+    crop = crop_size or (trained_size if small else PUBLISHED_CROP_SIZE)
+    if crop % patch_size:
+        raise ValueError(f"--crop-size {crop} is not a multiple of student.patch_size = {patch_size}")
     if crop > resize:
         raise ValueError(f"--crop-size {crop} is larger than --resize-size {resize}")
     return resize, crop

@@ -24,14 +24,14 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 
+from dinov2.eval.extract.frozen_backbone import FrozenBackbone, load_frozen_backbone
+from dinov2.eval.extract.video import VIDEO_SUFFIXES, Video, is_video
 from dinov2.eval.results import counted
 from dinov2.files import atomic_write
 from dinov2.log import run_command
 from dinov2.visualization.figures import Figure, attention_sheet, neighbors_sheet, pca_sheet, similarity_sheet
-from dinov2.visualization.frozen_backbone import FrozenBackbone, load_frozen_backbone
 from dinov2.visualization.inputs import list_inputs, load_images
 from dinov2.visualization.neighbors import find_neighbors
-from dinov2.visualization.video import VIDEO_SUFFIXES, Video, is_video
 from dinov2.visualization.video_figures import draw_video
 
 logger = logging.getLogger(__name__)

@@ -19,29 +19,16 @@ from torch.nn import functional
 
 from dinov2.analysis.shifts import finer_tokens
 from dinov2.data.transforms import ToNormalizedTensor
+from dinov2.eval.extract.frozen_backbone import FrozenBackbone
 from dinov2.eval.features import autocast, run_model
 from dinov2.eval.results import counted
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.visualization.frozen_backbone import FrozenBackbone
 
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 16  # images in a batch on a GPU; `run_model` splits batches on a CPU
 
 # --- Image sizes -----------------------------------------------------------------------------------------------------
-
-
-def input_size(size: tuple[int, int], shorter_side: int | None, patch_size: int) -> tuple[int, int]:
-    """Size (width, height) of the model input for an image of a size: multiples of the patch size, at least one patch.
-
-    Args:
-        size: (width, height) in pixels.
-        shorter_side: Of the input in pixels, before rounding; None keeps the size of the image.
-        patch_size: In pixels.
-    """
-    scale = 1.0 if shorter_side is None else shorter_side / min(size)
-    width, height = (max(round(side * scale / patch_size), 1) * patch_size for side in size)
-    return width, height
 
 
 def log_sizes(sizes: Iterable[tuple[tuple[int, int], tuple[int, int]]], patch_size: int) -> None:

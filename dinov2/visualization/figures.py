@@ -10,18 +10,18 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.analysis.pca import fit_foreground, fit_pca_colormap, to_images
+from dinov2.eval.extract.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
+from dinov2.eval.extract.preprocessing import input_size
 from dinov2.eval.features import require_finite
 from dinov2.visualization.contact_sheet import Cell, Legend, contact_sheet, draw_sheet, heat_map, overlay
 from dinov2.visualization.feature_maps import (
     cell_at,
     image_attention,
     image_tokens,
-    input_size,
     log_sizes,
     parse_point,
     similarity_maps,
 )
-from dinov2.visualization.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
 from dinov2.visualization.inputs import LoadedImage
 
 HEADS_PER_ROW = 6

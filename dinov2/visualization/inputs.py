@@ -22,8 +22,8 @@ from dinov2.data.images import (
     read_image_file,
 )
 from dinov2.data.images.survey import survey_images
+from dinov2.eval.extract.video import Video, is_video
 from dinov2.eval.results import counted
-from dinov2.visualization.video import Video, is_video
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from dinov2.data.transforms import make_classification_eval_transform
 from dinov2.data.workers import SupervisedLoader
+from dinov2.eval.extract.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
 from dinov2.eval.features import autocast, require_finite, run_model
 from dinov2.flags.evaluation import PUBLISHED_CROP_SIZE
-from dinov2.visualization.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
 from dinov2.visualization.inputs import ImageInput, TransformedImages, no_readable_image
 
 BATCH_SIZE = 32

@@ -25,12 +25,14 @@ from tqdm import tqdm
 
 from dinov2 import distributed
 from dinov2.analysis.pca import fit_foreground, fit_pca_colormap
+from dinov2.eval.extract.frozen_backbone import FrozenBackbone
+from dinov2.eval.extract.preprocessing import input_size
+from dinov2.eval.extract.video import Video
 from dinov2.eval.features import require_finite
 from dinov2.eval.results import counted
 from dinov2.files import atomic_write
-from dinov2.visualization.feature_maps import input_size, log_sizes, patch_tokens
-from dinov2.visualization.frozen_backbone import FrozenBackbone
-from dinov2.visualization.video import Video, writing_video
+from dinov2.visualization.feature_maps import log_sizes, patch_tokens
+from dinov2.visualization.video import writing_video
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from dinov2.analysis.pca import pca_colors
+from dinov2.eval.extract.frozen_backbone import FrozenBackbone
+from dinov2.eval.extract.preprocessing import input_size
 from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.visualization import feature_maps
-from dinov2.visualization.frozen_backbone import FrozenBackbone
 
 PATCH = 3
 
@@ -53,7 +54,7 @@ def gradient(width: int, height: int) -> Image.Image:
 def test_images_keep_their_proportions_up_to_half_a_patch(
     size: tuple[int, int], shorter_side: int | None, expected: tuple[int, int]
 ) -> None:
-    assert feature_maps.input_size(size, shorter_side, 14) == expected
+    assert input_size(size, shorter_side, 14) == expected
 
 
 def test_changes_of_sizes_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

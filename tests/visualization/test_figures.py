@@ -7,10 +7,10 @@ from PIL import Image
 from torch.nn import functional
 
 from dinov2.analysis.pca import pca_colors
+from dinov2.eval.extract.frozen_backbone import FrozenBackbone
 from dinov2.models import build_model
 from dinov2.visualization.feature_maps import image_attention, image_tokens
 from dinov2.visualization.figures import attention_sheet, neighbors_sheet, pca_sheet, similarity_sheet
-from dinov2.visualization.frozen_backbone import FrozenBackbone
 from dinov2.visualization.inputs import LoadedImage
 
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from dinov2.eval.extract.frozen_backbone import FrozenBackbone
 from dinov2.models import build_model
-from dinov2.visualization.frozen_backbone import FrozenBackbone
 from dinov2.visualization.inputs import list_inputs
 from dinov2.visualization.neighbors import find_neighbors, nearest
 

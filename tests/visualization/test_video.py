@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dinov2.eval.extract.video import Video, import_av, is_video
 from dinov2.files import remove_leftovers
-from dinov2.visualization.video import Video, import_av, is_video, writing_video
+from dinov2.visualization.video import writing_video
 
 
 def frame(number: int, width: int = 64, height: int = 48) -> np.ndarray:

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from dinov2.analysis.pca import fit_foreground, fit_pca_colormap
+from dinov2.eval.extract.frozen_backbone import FrozenBackbone
+from dinov2.eval.extract.video import Video
 from dinov2.models import build_model
 from dinov2.visualization.feature_maps import image_tokens
-from dinov2.visualization.frozen_backbone import FrozenBackbone
-from dinov2.visualization.video import Video, writing_video
+from dinov2.visualization.video import writing_video
 from dinov2.visualization.video_figures import TokenStore, draw_video
 
 
@@ -119,8 +120,9 @@ import resource, sys
 from fractions import Fraction
 from pathlib import Path
 import numpy as np, torch
-from dinov2.visualization.frozen_backbone import FrozenBackbone
-from dinov2.visualization.video import Video, writing_video
+from dinov2.eval.extract.frozen_backbone import FrozenBackbone
+from dinov2.eval.extract.video import Video
+from dinov2.visualization.video import writing_video
 from dinov2.visualization.video_figures import draw_video
 from dinov2.models import build_model
 

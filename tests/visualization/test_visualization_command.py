@@ -13,9 +13,10 @@ from PIL import Image
 from torch.nn import functional
 
 from dinov2 import config
+from dinov2.eval.extract.video import Video
 from dinov2.models import build_model
 from dinov2.visualization import __main__ as visualize
-from dinov2.visualization.video import Video, writing_video
+from dinov2.visualization.video import writing_video
 
 CONFIG = """
 student: {arch: vit_small, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3, init_std: 0.3}

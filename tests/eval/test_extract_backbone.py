@@ -10,13 +10,13 @@ import torch
 
 from dinov2 import config
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN
+from dinov2.eval.extract.frozen_backbone import DEFAULT_SIDE, FrozenBackbone, load_frozen_backbone
 from dinov2.flags.visualization import add_model_flags
 from dinov2.models import build_model
 from dinov2.models.backbones import build_published
 from dinov2.models.key_mapping import to_hf
 from dinov2.models.published import WEIGHTS_URL_VARIABLE
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.visualization.frozen_backbone import DEFAULT_SIDE, FrozenBackbone, load_frozen_backbone
 
 CONFIG = """
 student: {arch: vit_small, patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}

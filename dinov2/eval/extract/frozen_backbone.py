@@ -33,6 +33,13 @@ class FrozenBackbone(NamedTuple):
     shorter_side: int = DEFAULT_SIDE  # default shorter side of model inputs in pixels
     image_options: ImageOptions = DEFAULT_OPTIONS  # how image files are decoded
 
+    @classmethod
+    def of(cls, model: DinoVisionTransformer, name: str = "a backbone in memory") -> "FrozenBackbone":
+        """A given backbone with the preprocessing of the published ones, in the default precision of the device."""
+        half = distributed.device().type != "cpu"
+        side = _default_side(model.patch_embed.img_size[0])
+        return cls(model, name, autocast_dtype=torch.float16 if half else torch.float32, shorter_side=side)
+
 
 def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
     """Load the backbone that the flags of a command select."""
@@ -60,13 +67,7 @@ def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
     else:
         model = load_from_weights(weights or args.model, name=args.model, num_heads=args.num_heads)
         name = args.model or _name(weights)
-    device = distributed.device()
-    return FrozenBackbone(
-        model.to(device),
-        name,
-        autocast_dtype=torch.float32 if device.type == "cpu" else torch.float16,
-        shorter_side=_default_side(model.patch_embed.img_size[0]),
-    )
+    return FrozenBackbone.of(model.to(distributed.device()), name)
 
 
 def _check(args: argparse.Namespace) -> None:
