@@ -221,11 +221,10 @@ def log_step(
 ) -> None:
     """Log the numbers of a step: schedules, losses (as optimized, or as the release displays them), measurements."""
     terms = losses.published if cfg.train.log_published_losses else losses.terms
-    metrics.update(lr=values.lr, wd=values.wd, mom=values.momentum)
-    metrics.update(last_layer_lr=values.last_layer_lr, backbone_lr=values.backbone_lr)
+    metrics.update(lr=values.lr, wd=values.wd, mom=values.momentum, last_layer_lr=values.last_layer_lr)
     metrics.update(current_batch_size=float(cfg.train.batch_size_per_gpu))
     metrics.update(total_loss=torch.stack(list(terms.values())).sum(), **terms, only_finite=True)
-    metrics.update(teacher_temp=values.teacher_temp)
+    metrics.update(teacher_temp=values.teacher_temp, backbone_lr=values.backbone_lr)
     metrics.note(**measured)
     metrics.end_iteration()
 

@@ -54,7 +54,7 @@ def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], be
     rated = {path.parent: _read(path) for path in files}
     signal = next(name for name in SIGNALS[best_by] if name in {rating.signal for rating in rated.values() if rating})
     comparable = {path: rating for path, rating in rated.items() if rating and rating.signal == signal}
-    best = max(comparable, key=lambda path: (round(comparable[path].value, 3), comparable[path].iteration))
+    best = max(comparable, key=lambda path: _preference(comparable[path]))
     link, new_link = folder.parent / "best", folder.parent / ".best"
     try:
         new_link.unlink(missing_ok=True)
@@ -63,6 +63,11 @@ def rate_teacher(folder: Path, iteration: int, measured: Mapping[str, float], be
     except OSError as error:
         logger.warning("cannot create the link %s to %s: %s", link, best.name, error)
     logger.info("best teacher so far: %s (%s %.4g)", best, signal, comparable[best].value)
+
+
+def _preference(rating: Rating) -> tuple[float, float]:
+    """Sorts ratings: of equal values the later teacher is preferred, but the starting model to all of them."""
+    return round(rating.value, 3), math.inf if rating.iteration == START else rating.iteration
 
 
 def _is_informative(signal: str, measured: Mapping[str, float]) -> bool:

@@ -9,7 +9,7 @@ from dinov2.train.monitor.starting_point import START, START_FOLDER
 Record = Mapping[str, float]
 
 NO_LABELS = (
-    "Whether continuing helped was not measured, as there are no labels (health.knn_dataset): {signals}. These signals "
+    "Whether continuing helped was not measured, as {reason}: {signals}. These signals "
     "do not show which model is better; compare eval/" + START_FOLDER + " with eval/best on your task, for example by "
     "dinov2/run/eval/knn.py."
 )
@@ -29,7 +29,9 @@ def conclude(records: Sequence[Record], best: Rating | None) -> str:
         texts = [f"{text} {start[key]:.3g} -> {last[key]:.3g}" for text, key in signals.items()]
         if "drift_cls_cka" in last:
             texts.append(f"similarity of features to those of the start (CKA) {last['drift_cls_cka']:.2f}")
-        return NO_LABELS.format(signals=", ".join(texts))
+        chance = "k-NN of the starting model is not better than guessing"
+        reason = chance if measured else "there are no labels (health.knn_dataset)"
+        return NO_LABELS.format(reason=reason, signals=", ".join(texts))
     return _compare(start, best, measured)
 
 

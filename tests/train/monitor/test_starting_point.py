@@ -158,6 +158,7 @@ def test_a_worse_teacher_is_never_preferred_to_the_start(tmp_path: Path) -> None
 
     assert rate("start", START, 70.0) == "start"
     assert rate("training_99", 99, 69.9) == "start"
+    assert rate("training_149", 149, 70.0) == "start", "of equal ones the start"
     assert rate("training_199", 199, 70.1) == "training_199"
     assert rate("training_299", 299, 60.0) == "training_199"
     assert read_rating(tmp_path / "best" / "health.json") == Rating(199, "knn", 70.1)
@@ -199,6 +200,14 @@ def test_without_labels_the_conclusion_says_so() -> None:
     assert text.startswith("Whether continuing helped was not measured, as there are no labels (health.knn_dataset)")
     assert "effective rank 20 -> 31.4, similarity of patches 0.2 -> 0.25" in text and "(CKA) 0.87" in text
     assert conclude(records[1:], None) == "", "a run from random weights"
+
+
+def test_k_nn_that_guessing_reaches_is_no_evidence() -> None:
+    records = [record | {"knn": 11.0, "probe_patch_similarity": 0.2} for record in records_of([11])]
+    text = conclude(records, None)
+    assert text.startswith(
+        "Whether continuing helped was not measured, as k-NN of the starting model is not better than"
+    )
 
 
 def test_the_standard_error_is_that_of_a_simulation() -> None:
