@@ -66,6 +66,9 @@ def test_its_teacher_is_evaluated_drawn_and_exported(run: Path, stub: Path, tmp_
     assert "cuda" in rehearsal.run(stub, "dinov2/eval/knn.py", *weights, *datasets, *knn)
     rehearsal.run(stub, "-m", "dinov2.visualization", "pca", *weights, *image)
     rehearsal.run(stub, "-m", "dinov2.tools", "convert", run / "eval" / "training_11", tmp_path / "hf", "--to", "hf")
+    tokens = ["--output", tmp_path / "features", "--tokens", "both", "--num-workers", "0"]
+    rehearsal.run(stub, "-m", "dinov2.eval.extract", *weights, "--images", tmp_path / "image.png", *tokens)
+    assert (tmp_path / "features" / "metadata.json").is_file()
     assert (tmp_path / "pca.jpg").is_file() and (tmp_path / "knn").is_dir() and (tmp_path / "hf").is_dir()
 
 
