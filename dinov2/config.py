@@ -339,6 +339,16 @@ def backbone_arguments(cfg: Config) -> dict[str, Any]:
     return {**arguments, "img_size": cfg.crops.global_crops_size}
 
 
+def sources_of(cfg: Config) -> dict[str, str]:
+    """What a run starts from, by key; the first one replaces the others. Empty for random weights."""
+    found = {
+        "init_from": cfg.init_from,
+        "MODEL.WEIGHTS": cfg.MODEL.WEIGHTS,
+        "student.pretrained_weights": cfg.student.pretrained_weights,
+    }
+    return {key: source for key, source in found.items() if source}
+
+
 def differences(former: Config, new: Config) -> list[str]:
     """List the differences of two configurations: `dotted.key: former -> new`."""
     before, after = (dict(_flatten(to_dict(cfg))) for cfg in (former, new))

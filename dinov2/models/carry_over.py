@@ -67,8 +67,8 @@ def fit_positions(table: Tensor, model: DinoVisionTransformer, source: str, *, l
         *(source, side, side, rows, columns),
     )
     offset, antialias = model.interpolate_offset, model.interpolate_antialias
-    fitted = resample_positions(table, (side, side), (rows, columns), offset=offset, antialias=antialias)
-    return fitted.to(table.dtype)
+    # In float32 also for files in half precision, as models resample their tables.
+    return resample_positions(table, (side, side), (rows, columns), offset=offset, antialias=antialias)
 
 
 def _fit_channels(weight: Tensor, model: DinoVisionTransformer, source: str) -> Tensor:
@@ -77,6 +77,7 @@ def _fit_channels(weight: Tensor, model: DinoVisionTransformer, source: str) -> 
     if weight.shape[2:] != model.patch_embed.patch_size or stored == wanted:
         return weight  # another patch size: reported with the other mismatches
     logger.warning("the patches of %s have %d channels, this model's have %d: weights adapted", source, stored, wanted)
+    weight = weight.float()
     # An image that is the same in all channels keeps about the same projection.
     if wanted < stored:
         return weight.sum(dim=1, keepdim=True).expand(-1, wanted, -1, -1) / wanted
@@ -100,7 +101,7 @@ def _fit_patches(weight: Tensor, model: DinoVisionTransformer, source: str) -> T
     pixels = torch.eye(old * old, dtype=torch.float64).unflatten(1, (1, old, old))
     resizing = F.interpolate(pixels, size=(new, new), mode="bilinear", antialias=True).flatten(1)  # (old^2, new^2)
     inverse = torch.linalg.pinv(resizing)  # (new^2, old^2)
-    return (weight.double().flatten(2) @ inverse.T).unflatten(2, (new, new)).to(weight.dtype)
+    return (weight.double().flatten(2) @ inverse.T).unflatten(2, (new, new)).float()
 
 
 def _fit_registers(state: StateDict, model: DinoVisionTransformer, source: str) -> None:

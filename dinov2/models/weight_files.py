@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import zipfile
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from urllib.parse import urlparse
@@ -15,6 +16,7 @@ import torch
 
 from dinov2.models.checksums import check_safetensors, check_zip
 from dinov2.models.download import download
+from dinov2.models.published import PUBLISHED
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
     if path.is_dir():
         return _read_folder(path, mapped)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise FileNotFoundError(f"no weights at {path}{_known_names(str(path_or_url))}")
     safetensors = import_safetensors() if path.suffix == ".safetensors" else None
     try:
         _check(path)
@@ -66,12 +68,28 @@ def local_path(path_or_url: str | Path) -> Path:
     return Path(url2pathname(url.path) if url.scheme == "file" else path_or_url)
 
 
+def _begins_as_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _known_names(text: str) -> str:
+    """The published names, if a text that is no file could be meant as one of them."""
+    if Path(text).name != text or Path(text).suffix:
+        return ""
+    nearest = get_close_matches(text, PUBLISHED, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    return f"; {hint}Published names: {', '.join(PUBLISHED)}"
+
+
 def _check(path: Path) -> None:
     """Compare the checksums in a file with its content; damage is a ValueError."""
     if path.suffix == ".safetensors":
         check_safetensors(path)
     elif zipfile.is_zipfile(path):
         check_zip(path)
+    elif _begins_as_zip(path):
+        raise ValueError("its end is missing")  # a zip archive has its directory there
     else:
         logger.info("%s is of torch before 1.6 and has no checksums: damage to its numbers is not detected", path)
 

@@ -111,7 +111,7 @@ def load_state(
         if name in state and state[name].shape != wanted[name].shape
     ]
     if missing or unknown or misshapen:
-        raise ValueError(_mismatch_message(source, missing, unknown, misshapen))
+        raise ValueError(_mismatch_message(source, _cause(state, model), missing, unknown, misshapen))
     check_numbers(state, source)
     if assign:
         state = {name: value.float().contiguous() for name, value in state.items()}
@@ -142,8 +142,22 @@ def _is_state_dict(content: object) -> TypeGuard[StateDict]:
     return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
 
 
-def _mismatch_message(source: str, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
-    lines = [f"the weights in {source} do not fit this backbone, nothing was loaded"]
+def _cause(state: StateDict, model: DinoVisionTransformer) -> str:
+    """The most likely reason why a state dict does not fit, if there is a simple one."""
+    projection = state.get("patch_embed.proj.weight")
+    if projection is None or "pos_embed" not in state:
+        return ": it holds no whole backbone (a head, or a part of one?)"
+    if projection.ndim == 4 and projection.shape[0] != model.embed_dim:
+        return f": its width is {projection.shape[0]}, that of this one {model.embed_dim} (student.arch, the recipe)"
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    if registers != model.num_register_tokens:
+        key = "student.num_register_tokens"
+        return f": it has {registers} register tokens, this one {model.num_register_tokens} ({key}, the recipe)"
+    return ""
+
+
+def _mismatch_message(source: str, cause: str, missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
+    lines = [f"the weights in {source} do not fit this backbone, nothing was loaded{cause}"]
     for title, names in (("missing", missing), ("unknown", unknown), ("other shape", misshapen)):
         if names:
             lines.append(f"  {title} ({len(names)}): {_some(names)}")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2.config import Config
+from dinov2.config import Config, sources_of
 from dinov2.report.results import Result
 from dinov2.train.monitor.alarms import Alarm
 from dinov2.train.monitor.best_teacher import Rating
@@ -114,11 +114,11 @@ class Run:
         return {step: path for step, path in self.tokens.items() if step >= self.dataset_start}
 
     def step_text(self, step: float) -> str:
-        """ "step 20", "step 0, untrained", or "the start"."""
+        """ "step 20", "step 0, untrained", or "the start, SOURCE" of a run from weights."""
+        source = "" if self.config is None else next(iter(sources_of(self.config).values()), "")
         if step == START:
-            return "the start, initial weights"
-        pretrained = self.config is not None and bool(self.config.MODEL.WEIGHTS)
-        return f"step {step:,.0f}{'' if step else ', initial weights' if pretrained else ', untrained'}"
+            return f"the start, {source or 'initial weights'}"
+        return f"step {step:,.0f}{'' if step else ', initial weights' if source else ', untrained'}"
 
     def is_late(self, step: float) -> bool:
         """Whether a measurement at a step describes the end of the run."""

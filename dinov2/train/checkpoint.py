@@ -289,7 +289,8 @@ def load_training_weights(model: SSLMetaArch, source: str | Path) -> str | Path:
             tables = _tables_of_other_grids(state, Path(source))
             _load_tensors(state | tables, Path(source), stored)
             for name, table in tables.items():
-                state[name].copy_(fit_positions(table, model.student_backbone, str(source)))
+                level = logging.DEBUG if name.startswith("model.teacher.") else logging.WARNING  # say it once
+                state[name].copy_(fit_positions(table, model.student_backbone, str(source), level=level))
             check_numbers(state, str(source))
         except (Exception, CheckpointException) as error:  # a damaged file can raise any error
             raise ValueError(f"cannot load the model from {source}: {_root_cause(error)}") from error

@@ -46,7 +46,7 @@ from dinov2.train.monitor.best_teacher import best_rating, rate_teacher
 from dinov2.train.monitor.conclusion import conclude
 from dinov2.train.monitor.target_stats import HealthPanel, TargetStats
 from dinov2.train.optim import clip_gradients, ema_update, set_hyperparameters, step_unless
-from dinov2.train.preflight.checks import check_images, check_settings
+from dinov2.train.preflight.checks import check_device, check_images, check_settings
 from dinov2.train.preflight.dry_run import dry_run
 from dinov2.train.preflight.plan import check_length
 from dinov2.train.schedules import StepValues, build_schedules, global_batch_size, is_due, num_steps, scale_lr
@@ -58,7 +58,6 @@ from dinov2.train.training_run import (
     open_dataset,
     open_run_trackers,
     start_or_resume,
-    uses_fp16,
 )
 
 logger = logging.getLogger(__name__)
@@ -82,10 +81,8 @@ def main(args: argparse.Namespace) -> None:
         logger.info("%d process(es), device %s, output %s", distributed.world_size(), distributed.device(), output_dir)
         if distributed.device().type == "cpu":
             keep_freed_memory()
-            if uses_fp16(cfg):
-                logger.warning("fp16 is slower than fp32 on a CPU: consider fp32 or bf16 in compute_precision")
         if not args.eval_only:
-            for warning in check_settings(cfg, distributed.world_size()):
+            for warning in [*check_settings(cfg, distributed.world_size()), *check_device(cfg)]:
                 logger.warning("%s", warning)
         cfg, dataset = open_dataset(cfg, resume=not args.no_resume)  # before the model, to report mistakes early
         warnings = check_images(cfg, dataset)

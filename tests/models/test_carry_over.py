@@ -91,3 +91,13 @@ def test_patches_and_registers_are_carried_over_only_on_request(caplog: pytest.L
     for model in (vit(7), vit(registers=2)):
         with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="do not fit this backbone"):
             load_state(model, vit(4).state_dict(), "SOURCE")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{"grid": 7}, {"patch_size": 7}])
+def test_weights_in_half_precision_are_not_rounded_again(dtype: torch.dtype, settings: dict[str, int]) -> None:
+    state = {name: value.to(dtype) for name, value in vit().state_dict().items()}
+    model = load_state(vit(**settings, seed=1), state, "SOURCE", carry_over=True)
+    exact = {name: value.float() for name, value in state.items()}
+    wanted = load_state(vit(**settings, seed=1), exact, "SOURCE", carry_over=True)
+    assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in model.state_dict().items())

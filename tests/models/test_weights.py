@@ -340,11 +340,21 @@ def test_positions_of_a_grid_that_is_not_square_are_refused(tmp_path: Path) -> N
         (
             {"num_register_tokens": 4},
             {"num_register_tokens": 2},
-            ["other shape (1): register_tokens (file (1, 4, 12), model (1, 2, 12))"],
+            [
+                "other shape (1): register_tokens (file (1, 4, 12), model (1, 2, 12))",
+                "loaded: it has 4 register tokens,",
+            ],
         ),
         ({"depth": 4}, {}, ["unknown (14): blocks.3.norm1.weight", "and 8 more"]),
         ({}, {"depth": 4}, ["missing (14): blocks.3.norm1.weight", "and 8 more"]),
-        ({"embed_dim": 24}, {}, ["other shape", "cls_token (file (1, 1, 24), model (1, 1, 12))", "student.arch"]),
+        (
+            {"embed_dim": 24},
+            {},
+            [
+                "loaded: its width is 24, that of this one 12 (student.arch",
+                "cls_token (file (1, 1, 24), model (1, 1, 12))",
+            ],
+        ),
         ({"patch_size": 4}, {}, ["patch_embed.proj.weight (file (12, 3, 4, 4), model (12, 3, 2, 2))", "patch_size"]),
         ({"init_values": None}, {}, ["missing (6): blocks.0.ls1.gamma"]),
     ],
@@ -368,6 +378,7 @@ def test_a_single_missing_tensor_is_refused(tmp_path: Path) -> None:
 def test_heads_alone_are_no_backbone(tmp_path: Path) -> None:
     torch.save({"teacher": heads()}, tmp_path / "weights.pth")
     assert_refused(vit(), tmp_path / "weights.pth", "missing", "unknown", "dino_head.mlp.0.weight")
+    assert_refused(vit(), tmp_path / "weights.pth", "nothing was loaded: it holds no whole backbone")
 
 
 # --- Files that are no weights ---------------------------------------------------------------------------------------

@@ -88,8 +88,8 @@ def test_published_runs_are_those_of_the_same_start(key: str) -> None:
 def test_a_run_of_more_than_four_times_the_steps_gets_a_warning() -> None:
     assert check_length(config.load(CONTINUE, ["optim.epochs=48"]), 100, 1) == []
     assert check_length(config.load(CONTINUE, ["optim.epochs=49"]), 100, 1) == [
-        "optim.epochs = 49 are 12,250 steps, 4.1 times the 3,000 recommended for 100 images: longer runs are seldom "
-        "better; a dry run prints what to set"
+        "optim.epochs = 49 are 12,250 steps, 4.1 times the 3,000 recommended for 100 images (--dry-run prints the "
+        "override): longer runs are seldom better"
     ]
     assert check_length(config.load("train/vitl14"), 14_000_000, 96) == []
     assert len(check_length(config.load("train/vitl14"), 1_000, 96)) == 1

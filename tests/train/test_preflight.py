@@ -9,7 +9,7 @@ from tiny import run_train
 
 from dinov2 import config
 from dinov2.config import ConfigError
-from dinov2.train.preflight.checks import check_settings
+from dinov2.train.preflight.checks import check_device, check_settings
 from dinov2.train.schedules import describe_schedules
 
 PROCESSES = {
@@ -45,6 +45,10 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     (
         ["optim.freeze_backbone_steps=700", "optim.backbone_warmup_steps=100"],
         "optim.freeze_backbone_steps = 700, optim.backbone_warmup_steps = 100 last until the end of the run",
+    ),
+    (
+        ["init_from=/run", "optim.freeze_backbone_steps=10"],
+        "optim.backbone_warmup_steps = 0: the heads come from init_from and are not new, so nothing need be frozen",
     ),
     (["teacher.warmup_teacher_temp_epochs=17"], "teacher.teacher_temp = 0.04 is never reached, it ends at 0.03941"),
     (["teacher.warmup_teacher_temp_epochs=16"], "teacher.teacher_temp = 0.04 is reached at the last step only"),
@@ -203,3 +207,13 @@ def test_a_run_logs_its_warnings_once(tmp_path: Path, caplog: pytest.LogCaptureF
 def test_what_schedules_reach_within_the_run(overrides: list[str], name: str, text: str) -> None:
     cfg = config.load("train/quickstart", overrides)
     assert describe_schedules(cfg, cfg.optim.base_lr)[name] == text
+
+
+def test_half_precision_on_a_cpu_is_warned_of_with_the_overrides() -> None:
+    (warning,) = check_device(config.load("train/vitl16_short"))
+    assert (
+        "compute_precision.{student,teacher}.{backbone,dino_head,ibot_head}.mixed_precision.param_dtype=fp32" in warning
+    )
+    places = [f"{side}.{part}" for side in ("student", "teacher") for part in ("backbone", "dino_head", "ibot_head")]
+    in_fp32 = [f"compute_precision.{place}.mixed_precision.param_dtype=fp32" for place in places]
+    assert check_device(config.load("train/vitl16_short", in_fp32)) == []

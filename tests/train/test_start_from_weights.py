@@ -249,3 +249,28 @@ def test_what_is_no_run_or_step_is_an_error(source: str, message: str, trained: 
     (tmp_path / "empty").mkdir()
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         run_train(tmp_path / "run", f"init_from={source.format(trained=trained, empty=tmp_path / 'empty')}")
+
+
+def test_init_from_replaces_the_weights_of_a_recipe(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = (f"init_from={trained}", "student.pretrained_weights=/not/read.pth")
+    model = tiny_model(*settings, seed=1)
+    with caplog.at_level("INFO"):
+        load_initial_weights(model, tiny_config(*settings))
+    assert f"init_from={trained} replaces student.pretrained_weights=/not/read.pth" in caplog.text
+    assert torch.equal(model.student_backbone.cls_token, model_in(trained)["student.backbone.cls_token"])
+
+
+def test_other_networks_than_those_of_the_run_are_named(trained: Path, tmp_path: Path) -> None:
+    changed = ["student.embed_dim=64", "dino.head_n_prototypes=32"]
+    with pytest.raises(ValueError, match="init_from: cannot load the model from ") as error:
+        run_train(tmp_path, f"init_from={trained}", *changed)
+    assert str(error.value).endswith(
+        ". Settings there -> here: dino.head_n_prototypes: 16 -> 32; student.embed_dim: 32 -> 64"
+    )
+
+
+def test_what_a_name_was_meant_to_be_is_suggested(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no weights at dinov2_vits41; did you mean dinov2_vits14. Published"):
+        run_train(tmp_path, "student.pretrained_weights=dinov2_vits41")
+    with pytest.raises(FileNotFoundError, match="no weights at /nowhere/dinov2_vits14.pth$"):
+        run_train(tmp_path, "student.pretrained_weights=/nowhere/dinov2_vits14.pth")

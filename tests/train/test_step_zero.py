@@ -42,6 +42,12 @@ def test_the_features_of_weights_for_larger_images_are_those_of_their_own_model(
     assert text.startswith("features of 8 images differ by up to ") and float(text.split()[8]) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_so_are_those_of_a_file_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {name: value.to(dtype) for name, value in backbone().items()}
+    assert checked(saved(state, tmp_path / "weights.pth")).startswith("features of 8 images differ by up to ")
+
+
 def test_what_is_approximated_is_said_with_its_similarity(tmp_path: Path) -> None:
     weights = saved(backbone(patch_size=14, img_size=140), tmp_path / "weights.pth")
     text = checked(weights, "student.num_register_tokens=2")

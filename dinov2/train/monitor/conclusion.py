@@ -41,10 +41,7 @@ def _compare(start: Record, best: Rating | None, measured: Sequence[Record]) -> 
     evidence = f"k-NN on {count:,.0f} images, each classified by the others"
     rated = best is not None and best.signal == "knn" and best.iteration != START
     if not rated:
-        return (
-            f"Continuing did not help: no saved teacher is better than the starting model ({start['knn']:.1f} % by "
-            f"{evidence}; the last teacher {measured[-1]['knn']:.1f} %). Use eval/{START_FOLDER}, the starting model."
-        )
+        return _not_better(start["knn"], measured[-1]["knn"], count, evidence)
     assert best is not None, "it is rated"
     gain = best.value - start["knn"]
     error = standard_error(start["knn"], best.value, count)
@@ -54,6 +51,18 @@ def _compare(start: Record, best: Rating | None, measured: Sequence[Record]) -> 
     return (
         f"It is not clear that continuing helped: {change}. Compare eval/{START_FOLDER} with eval/best, the teacher of "
         f"step {best.iteration:,}, on test images."
+    )
+
+
+def _not_better(start: float, last: float, count: float, evidence: str) -> str:
+    """The sentence for a run of which no saved teacher is better than its start."""
+    error = standard_error(start, last, count)
+    is_worse = start - last > 2 * error
+    verdict = "Continuing did not help: " if is_worse else "No difference that matters was measured: "
+    return (
+        f"{verdict}no saved teacher is better than the starting model, {start:.1f} -> {last:.1f} % of the last one by "
+        f"{evidence} ({last - start:+.1f} points, standard error {error:.1f}). Use eval/{START_FOLDER}, the starting "
+        "model."
     )
 
 

@@ -72,6 +72,7 @@ class Probe:
 
     def _labeled(self, dataset: ImageDataset, targets: np.ndarray) -> LabeledImages:
         """Read images of some classes; NoLabels or a ValueError without two classes of two images each."""
+        num_classes = len(np.unique(targets[targets >= 0]))
         images = self._read(dataset, balanced_positions(targets, self.cfg.health.knn_images))
         targets = targets[images.positions]
         rows = informative(images, targets)
@@ -88,7 +89,7 @@ class Probe:
                 f"only {len(classes)} of {len(set(targets))} classes have two usable images, of {len(targets)} read"
             )
             raise no_labels_error(self.cfg, reason)
-        return LabeledImages(images, torch.from_numpy(rows), torch.from_numpy(labels))
+        return LabeledImages(images, torch.from_numpy(rows), torch.from_numpy(labels), num_classes)
 
     def _read(self, dataset: ImageDataset, positions: np.ndarray) -> ProbeImages:
         """Read this process's share of the images at some positions; unreadable ones are replaced by the next."""
@@ -164,7 +165,7 @@ class Probe:
         """Measure the leave-one-out k-NN accuracy of class tokens, and that of guessing, %; empty without labels."""
         if self.labeled is None:
             return {}
-        images, rows, labels = self.labeled
+        images, rows, labels, _ = self.labeled
         features = self._features(images, self._class_tokens)["x_norm_clstoken"].cpu()
         accuracy = leave_one_out_accuracy(features[rows], labels)
         return {"knn": 100 * accuracy, "knn_chance": self.labeled.chance, "knn_images": float(len(rows))}

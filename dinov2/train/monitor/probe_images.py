@@ -34,6 +34,7 @@ class LabeledImages(NamedTuple):
     images: ProbeImages
     rows: Tensor  # (m,) int64, indices of the usable ones
     labels: Tensor  # (m,) int64, from 0, each at least twice
+    num_classes: int  # of the dataset
 
     @property
     def chance(self) -> float:
@@ -45,7 +46,10 @@ class LabeledImages(NamedTuple):
         """A text for the log: the number of images and classes."""
         count, total = len(self.labels), len(self.images.positions)
         left_out = f" ({total - count} more were left out)" if total > count else ""
-        return f"{count} images of {int(self.labels.max()) + 1} classes, each classified by the others{left_out}"
+        used = int(self.labels.max()) + 1
+        enough = f" (health.knn_images={MIN_PER_CLASS * self.num_classes} for all)"
+        classes = f"{used} classes" if used == self.num_classes else f"{used} of {self.num_classes} classes{enough}"
+        return f"{count} images of {classes}, each classified by the others{left_out}"
 
 
 class NoLabels(ValueError):
@@ -68,7 +72,7 @@ def labeled_dataset(cfg: Config, dataset: ImageDataset) -> tuple[ImageDataset, n
             raise ValueError(f"health.knn_dataset={name!r}: {error}") from error
     targets = dataset.get_targets()
     if targets is None or targets.ndim > 1:
-        raise no_labels_error(cfg, "there are no labels, one for an image")
+        raise no_labels_error(cfg, "the images have no labels, or several each (see health.knn_dataset)")
     counts = np.unique(targets[targets >= 0], return_counts=True)[1]
     if (usable := int((counts > 1).sum())) < 2:
         raise no_labels_error(

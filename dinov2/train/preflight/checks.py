@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from operator import attrgetter
 
-from dinov2.config import Config, ConfigError, Dino, Ibot
+from dinov2 import distributed
+from dinov2.config import Config, ConfigError, Dino, Ibot, sources_of
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.loss import DINOLoss
 from dinov2.train.preflight.memory import masked_patches_per_image
 from dinov2.train.schedules import build_schedules, global_batch_size, scale_lr
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS
+from dinov2.train.training_run import uses_fp16
 
 # Limits. Published recipes are far from them: the numbers in parentheses.
 MAX_PROTOTYPES_PER_ROW = 64  # of Sinkhorn-Knopp (21); with 512, targets are nearly uniform and nothing is learned
@@ -48,7 +50,16 @@ def check_settings(cfg: Config, world_size: int) -> list[str]:
         *_crops(cfg),
         *_pixels(cfg),
         *_health(cfg),
+        *_frozen_with_heads(cfg),
     ]
+
+
+def check_device(cfg: Config) -> list[str]:
+    """A warning of a precision that the device of this process computes very slowly."""
+    if distributed.device().type != "cpu" or not uses_fp16(cfg):
+        return []
+    keys = "compute_precision.{student,teacher}.{backbone,dino_head,ibot_head}.mixed_precision.param_dtype"
+    return [f"fp16 is slower than fp32 on a CPU, up to a hundred times: {keys}=fp32 (bash makes six overrides of it)"]
 
 
 def check_images(cfg: Config, dataset: ImageDataset) -> list[str]:
@@ -236,6 +247,13 @@ def _health(cfg: Config) -> Iterator[str]:
     missing = [key for key, is_off in needed.items() if is_off]
     if health.best_by != "auto" and missing:
         yield f"{_set(cfg, 'health.best_by', *missing)}: this is not measured, so no best teacher is selected"
+
+
+def _frozen_with_heads(cfg: Config) -> Iterator[str]:
+    key = next(iter(sources_of(cfg)), "student.pretrained_weights")
+    if key != "student.pretrained_weights" and cfg.optim.freeze_backbone_steps:
+        keys = _set(cfg, "optim.freeze_backbone_steps", "optim.backbone_warmup_steps")
+        yield f"{keys}: the heads come from {key} and are not new, so nothing need be frozen; set both to 0"
 
 
 def _pixels(cfg: Config) -> Iterator[str]:

@@ -18,7 +18,7 @@ from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
 from dinov2.train.monitor.probe_images import NoLabels, balanced_positions, labeled_dataset
 from dinov2.train.optim import get_params_groups_with_decay
-from dinov2.train.preflight.checks import check_images, check_settings
+from dinov2.train.preflight.checks import check_device, check_images, check_settings
 from dinov2.train.preflight.flops import H200_FLOPS, product_speed, step_flops
 from dinov2.train.preflight.memory import estimate
 from dinov2.train.preflight.plan import advise_few_images, check_length, describe_length
@@ -35,16 +35,14 @@ IMAGES_TRIED = 20  # number of images that are read to check the dataset
 
 def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     """Check all that the run needs, with the error that it would have failed with, and print its plan."""
-    findings = check_settings(cfg, world_size)
+    findings = [*check_settings(cfg, world_size), *check_device(cfg)]
     _check_writable(Path(cfg.train.output_dir))
     cfg, dataset = open_dataset(cfg, resume=resume)
     unreadable = _check_readable(dataset, cfg.train.max_bad_image_share)
     knn = _knn(cfg, dataset)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     latest = latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") if resume else None
-    sources = [cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS, cfg.init_from]
-    starts_from_weights = latest is None and any(sources)
-    with torch.device("cpu" if starts_from_weights else "meta"):
+    with torch.device("cpu" if latest is None and config.sources_of(cfg) else "meta"):
         model = SSLMetaArch(cfg)
     start = _start(latest, cfg, model)
     if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
@@ -75,8 +73,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
 def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
     """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors."""
     if latest is None:
-        weights = filter(None, (cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS, cfg.init_from))
-        return {"starts from": ", ".join(weights) or "random weights"}
+        return {"starts from": next(iter(config.sources_of(cfg).values()), "random weights")}
     step = read_state(latest)["iteration"] + 1
     stored = read_shapes(latest)
     for name, value in model.state_dict().items():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov2.config import Config
+from dinov2.config import Config, sources_of
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.models.backbones import weights_url_or_path
 from dinov2.models.published import PUBLISHED
@@ -74,7 +74,7 @@ def check_length(cfg: Config, num_images: int, world_size: int) -> list[str]:
         return []
     return [
         f"optim.epochs = {cfg.optim.epochs} are {steps:,} steps, {steps / recommended:.1f} times the {recommended:,} "
-        f"recommended for {num_images:,} images: longer runs are seldom better; a dry run prints what to set"
+        f"recommended for {num_images:,} images (--dry-run prints the override): longer runs are seldom better"
     ]
 
 
@@ -83,8 +83,10 @@ def advise_few_images(cfg: Config, dataset: ImageDataset) -> list[str]:
 
     Those that the run starts from; for one from random weights the published ones of its size.
     """
-    source = cfg.student.pretrained_weights
-    if not _starts_from_weights(cfg):
+    key, source = next(iter(sources_of(cfg).items()), ("", ""))
+    if key not in ("", "student.pretrained_weights"):
+        return []  # of an own run its evaluations are known
+    if not key:
         source = next((name for name, (arch, _) in PUBLISHED.items() if cfg.student.arch.startswith(arch)), "")
     if len(dataset) >= FEW_IMAGES or not source:
         return []
@@ -95,7 +97,7 @@ def advise_few_images(cfg: Config, dataset: ImageDataset) -> list[str]:
 
 
 def _starts_from_weights(cfg: Config) -> bool:
-    return any((cfg.student.pretrained_weights, cfg.MODEL.WEIGHTS, cfg.init_from))
+    return bool(sources_of(cfg))
 
 
 def _rule(cfg: Config) -> Rule:

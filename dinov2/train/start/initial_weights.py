@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dinov2.config import Config
+from dinov2 import config
+from dinov2.config import Config, sources_of
 from dinov2.models.backbones import num_heads_beside, weights_url_or_path
 from dinov2.models.weights import TEACHER_FILE, backbone_state_dict, load_state, read_state_dict
 from dinov2.train.checkpoint import load_training_weights
@@ -16,6 +17,8 @@ from dinov2.train.checkpoint_folder import complete_checkpoints, read_tensors
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 logger = logging.getLogger(__name__)
+
+_NETWORK_KEYS = ("student.", "dino.head_", "ibot.head_", "ibot.separate_head")
 
 
 class InitialWeights(NamedTuple):
@@ -32,18 +35,20 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> InitialWeights | No
 
     None if they are random. A ValueError or FileNotFoundError that names the key if they do not fit or are missing.
     """
-    loaded = None
-    if source := cfg.student.pretrained_weights:
-        with _naming_key("student.pretrained_weights"):
+    sources = sources_of(cfg)
+    if not sources:
+        return None
+    (key, source), *replaced = sources.items()
+    for other, name in replaced:
+        logger.info("%s=%s replaces %s=%s", key, source, other, name)
+    with _naming_key(key):
+        if key == "student.pretrained_weights":
             loaded = _load_backbone(model, source)
-        _check_registers(cfg, loaded.backbone)
-        model.teacher.load_state_dict(model.student.state_dict())
-    for key, source in (("MODEL.WEIGHTS", cfg.MODEL.WEIGHTS), ("init_from", cfg.init_from)):
-        if source:
-            with _naming_key(key):
-                path = load_training_weights(model, _weights_of_run(source) if key == "init_from" else source)
-                loaded = InitialWeights(key, str(path), _teacher_in(path), None)
-    return loaded
+            model.teacher.load_state_dict(model.student.state_dict())
+            _check_registers(cfg, loaded.backbone)
+            return loaded
+        path = load_training_weights(model, source) if key == "MODEL.WEIGHTS" else _load_run(model, cfg, source)
+        return InitialWeights(key, str(path), _teacher_in(path), None)
 
 
 def _load_backbone(model: SSLMetaArch, name: str) -> InitialWeights:
@@ -63,6 +68,20 @@ def _check_registers(cfg: Config, state: dict[str, Tensor]) -> None:
             "optim.freeze_backbone_except=patch_embed_and_registers",
             cfg.optim.freeze_backbone_steps,
         )
+
+
+def _load_run(model: SSLMetaArch, cfg: Config, source: str) -> str | Path:
+    """Load an own run; a ValueError names the settings of its networks that differ from those of this run."""
+    path = _weights_of_run(source)
+    try:
+        return load_training_weights(model, path)
+    except ValueError as error:
+        former = next((folder / "config.yaml" for folder in path.parents if (folder / "config.yaml").is_file()), None)
+        if former is None:
+            raise
+        changes = config.differences(config.load(former), cfg)
+        ours = [text for text in changes if text.startswith(_NETWORK_KEYS) and "pretrained_weights" not in text]
+        raise ValueError(f"{error}. Settings there -> here: {'; '.join(ours) or 'the same'}") from error
 
 
 def _weights_of_run(source: str) -> Path:

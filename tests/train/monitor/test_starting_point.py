@@ -180,10 +180,11 @@ def test_a_worse_teacher_is_never_preferred_to_the_start(tmp_path: Path) -> None
         (
             [66, 65],
             Rating(START, "knn", 70.0),
-            "Continuing did not help: no saved teacher is better than the starting model (70.0 % by k-NN on 1,000 "
-            "images, each classified by the others; the last teacher 65.0 %). Use eval/start, the starting model.",
+            "Continuing did not help: no saved teacher is better than the starting model, 70.0 -> 65.0 % of the last "
+            "one by k-NN on 1,000 images, each classified by the others (-5.0 points, standard error 2.1). Use "
+            "eval/start, the starting model.",
         ),
-        ([66], None, "Continuing did not help: no saved teacher"),
+        ([69], None, "No difference that matters was measured: no saved teacher is better than the starting model"),
         ([], None, "Whether continuing helped is not known yet"),
     ],
 )
@@ -223,7 +224,7 @@ def test_console_and_report_end_with_the_conclusion(
         run_train(tmp_path, from_weights(trained), "health.knn_dataset=none")
     assert caplog.messages[-1].startswith("Whether continuing helped was not measured")
     run = read_run(tmp_path, "run")
-    assert run.start is not None and run.step_text(START) == "the start, initial weights"
+    assert run.start is not None and run.step_text(START) == f"the start, {trained / 'eval' / 'best'}"
     digest = read_array(tmp_path / "health" / "start_features.npz", "digest")
     assert digest.shape == (32,)
     shutil.copytree(tmp_path, tmp_path.with_name("copy"))
