@@ -5,9 +5,11 @@ For each seed a small network is trained on five of the ten classes. Runs on the
 steps and the same schedules, and k-NN on images that no run is trained on:
 
 - from random weights;
-- from weights, at first with a frozen backbone, whose learning rate then rises to that of the heads;
+- from weights, with the backbone frozen for a tenth of the steps, whose learning rate then rises to that of the heads
+  within another tenth;
 - from weights without that;
-- from weights at a learning rate that is too high, without a warm-up.
+- both of these at a high learning rate without a warm-up;
+- from weights at a learning rate that is far too high.
 
 Each run is the training command in a process of its own. Results are read from what it left in its folder, so that the
 same command continues after an interruption.
@@ -43,15 +45,17 @@ HALVES = {"first": range(5), "other": range(5, 10)}  # classes that the weights 
 TRAINED = 0.6  # fraction of the TRAIN images of a class that runs are trained on; the others are for k-NN
 PERIODS = 20  # k-NN measurements in a run, and epochs
 MOMENTS = (0, 10, 25, 50, 100)  # percent of the steps, in the table
-TOO_HIGH = 20  # times the learning rate of the recipe
 RECIPE_LR = 1.5e-3
-RUNS = ("random", "frozen", "free", "too_high")
+HIGH, TOO_HIGH = 4, 20  # times that rate
 TITLES = {
     "random": "random weights",
-    "frozen": "weights, frozen phase and ramp",
+    "frozen": "weights, frozen phase",
     "free": "weights, no frozen phase",
-    "too_high": f"weights, {TOO_HIGH} times the rate, no warm-up",
+    "frozen_high": f"weights, {HIGH} times the rate, frozen phase",
+    "free_high": f"weights, {HIGH} times the rate, no frozen phase",
+    "too_high": f"weights, {TOO_HIGH} times the rate, no frozen phase",
 }
+RUNS = tuple(TITLES)
 NARROW = ["student.embed_dim=128", "student.num_heads=2", "student.init_std=0.088"]  # 1 / sqrt(128)
 SMALL = [
     *("student.embed_dim=32", "student.num_heads=1", "student.depth=1", "train.batch_size_per_gpu=16"),
@@ -115,14 +119,13 @@ def common_settings(folder: Path, steps: int, seed: int, num_images: int, *, sma
 
 def settings_of(run: str, weights: Path, steps: int) -> list[str]:
     """What distinguishes one of the `RUNS`."""
-    start = [] if run == "random" else [f"student.pretrained_weights={weights}"]
-    match run:
-        case "frozen":
-            tenth = steps // 10
-            return [*start, f"optim.freeze_backbone_steps={tenth}", f"optim.backbone_warmup_steps={tenth}"]
-        case "too_high":
-            return [*start, f"optim.base_lr={TOO_HIGH * RECIPE_LR}", "optim.warmup_epochs=0"]
-    return start
+    settings = [] if run == "random" else [f"student.pretrained_weights={weights}"]
+    if run.startswith("frozen"):
+        settings += [f"optim.freeze_backbone_steps={steps // 10}", f"optim.backbone_warmup_steps={steps // 10}"]
+    if run.endswith("high"):
+        factor = TOO_HIGH if run == "too_high" else HIGH
+        settings += [f"optim.base_lr={factor * RECIPE_LR}", "optim.warmup_epochs=0"]
+    return settings
 
 
 def train(out: Path, settings: Sequence[str]) -> None:
@@ -167,7 +170,7 @@ def read_run(out: Path, steps: int) -> dict[str, Any]:
     return {
         "knn": knn,
         "knn_images": int(measured[0]["knn_images"]),
-        "dip": round(knn[0] - min(early), 3),
+        "dip": round(max(knn[0] - min(early), 0.0), 3),
         "alarms": alarms_raised(records),
         "best": (out / "eval" / "best").resolve().name,
         "conclusion": conclude(records, best_rating(out)),
@@ -189,6 +192,15 @@ def mean_and_range(values: Sequence[float]) -> str:
     return mean if len(values) == 1 else f"{mean} [{min(values):.1f}, {max(values):.1f}]"
 
 
+def describe_alarms(of_seeds: Sequence[Mapping[str, int]]) -> str:
+    """Formats "collapse (50, 60)", the step in which each seed raised a kind of alarm, or once if they agree."""
+    texts = []
+    for kind in dict.fromkeys(kind for alarms in of_seeds for kind in alarms):
+        steps = dict.fromkeys(str(alarms.get(kind, "never")) for alarms in of_seeds)
+        texts.append(f"{kind} ({', '.join(steps)})")
+    return "; ".join(texts) or "none"
+
+
 def as_table(results: Mapping[str, Mapping[str, Any]], runs: Sequence[str], steps: int) -> str:
     """Markdown table with a row for each run; `results` by seed."""
     heads = ["from", "start", *(f"{percent} %" for percent in MOMENTS[1:]), "dip", "alarm (step)", "`eval/best`"]
@@ -198,17 +210,16 @@ def as_table(results: Mapping[str, Mapping[str, Any]], runs: Sequence[str], step
         cells = [TITLES[run]]
         cells += [mean_and_range([one["knn"][steps * percent // 100] for one in of_seeds]) for percent in MOMENTS]
         cells.append(mean_and_range([one["dip"] for one in of_seeds]))
-        texts = (", ".join(f"{kind} ({step})" for kind, step in one["alarms"].items()) or "none" for one in of_seeds)
-        cells.append("; ".join(dict.fromkeys(texts)))
-        cells.append("; ".join(dict.fromkeys(f"`{one['best']}`" for one in of_seeds)))
+        cells += [describe_alarms([one["alarms"] for one in of_seeds])]
+        cells += [", ".join(dict.fromkeys(f"`{one['best']}`" for one in of_seeds))]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def standard_error(results: Mapping[str, Mapping[str, Any]], runs: Sequence[str]) -> float:
-    """Largest standard error of one accuracy in the results, percent."""
-    all_runs = [result[run] for result in results.values() for run in runs]
-    return max(math.sqrt(knn * (100 - knn) / run["knn_images"]) for run in all_runs for knn in run["knn"].values())
+    """Largest standard error of an accuracy at the start of a run, percent."""
+    starts = [(result[run]["knn"][0], result[run]["knn_images"]) for result in results.values() for run in runs]
+    return max(math.sqrt(accuracy * (100 - accuracy) / count) for accuracy, count in starts)
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ def test_the_table_has_the_mean_and_the_range_of_the_seeds() -> None:
 
     row = as_table({"0": result(80.0), "1": result(81.0)}, ["free"], 20).splitlines()[2]
     start, end = "80.5 [80.0, 81.0]", "81.5 [81.0, 82.0]"
-    cells = [start] * 4 + [end, "0.5 [0.5, 0.5]", "collapse (80); collapse (81)", "`training_19`"]
+    cells = [start] * 4 + [end, "0.5 [0.5, 0.5]", "collapse (80, 81)", "`training_19`"]
     assert row == f"| weights, no frozen phase | {' | '.join(cells)} |"
 
 
@@ -89,4 +89,5 @@ def test_all_runs_in_a_tiny_size(tmp_path: Path) -> None:
     assert result.stdout.endswith(table) and len(table.splitlines()) == 2 + len(RUNS)
     configs = {name: (tmp_path / "seed_0" / name / "config.yaml").read_text() for name in RUNS}
     assert "freeze_backbone_steps: 2" in configs["frozen"] and "freeze_backbone_steps: 0" in configs["free"]
-    assert "base_lr: 0.03" in configs["too_high"] and "base_lr: 0.0015" in configs["free"]
+    rates = {name: float(text.partition("base_lr: ")[2].split()[0]) for name, text in configs.items()}
+    assert [round(rates[name] / rates["random"]) for name in RUNS] == [1, 1, 1, 4, 4, 20]
