@@ -47,7 +47,11 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
         "optim.freeze_backbone_steps = 700, optim.backbone_warmup_steps = 100 last until the end of the run",
     ),
     (
-        ["init_from=/run", "optim.freeze_backbone_steps=10"],
+        ["optim.freeze_backbone_steps=10"],
+        "optim.layerwise_decay = 1: the patch embedding learns at nearly the rate of the new heads while the rest is",
+    ),
+    (
+        ["init_from=/run", "optim.freeze_backbone_steps=10", "optim.freeze_backbone_except=none"],
         "optim.backbone_warmup_steps = 0: the heads come from init_from and are not new, so nothing need be frozen",
     ),
     (["teacher.warmup_teacher_temp_epochs=17"], "teacher.teacher_temp = 0.04 is never reached, it ends at 0.03941"),

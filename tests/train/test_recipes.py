@@ -133,7 +133,8 @@ def test_a_dry_run_from_published_weights(
     assert re.search(r"global batch +256 images \(64 x 1 processes x 4 micro-batches\)\n", out)
     assert re.search(r"peak learning rate +0\.0001 \(base_lr 0\.0002, sqrt_wrt_1024\)\n", out)
     assert re.search(r"recommended steps +3,000, .*: optim\.epochs=12 \(our rule", out)
-    assert "note: 20 images are few: first evaluate" in out and "everything is in order but for 1 warning(s)" in out
+    assert "note: 20 images are few: first evaluate" in out and "everything is in order but for 2 warning(s)" in out
+    assert "warning: fp16 is slower than fp32 on a CPU" in out
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in [*CONTINUE, *ONE_GPU] if "vits14" not in recipe])

@@ -24,6 +24,7 @@ MAX_LEARNING_RATE = 0.1  # of AdamW, which changes weights by about the rate per
 MAX_DECAY_PER_STEP = 0.02  # weight decay per step, as a fraction of the weight (at most 0.002)
 MIN_MOMENTUM = 0.5  # of the teacher; below it the teacher is almost a copy of the student
 MAX_INITIAL_SHARE = 0.5  # fraction of initial weights in the teacher at the end of a run (below 0.01)
+MAX_FREE_RATE = 0.5  # of the patch embedding of a frozen backbone, relative to the heads (0.05)
 MAX_DROP_PATH = 0.75  # fraction of blocks that an image skips (at most 0.4)
 MIN_LAYERWISE_DECAY = 0.5  # with it the rate ten blocks below the last one is a thousandth (at least 0.9)
 MIN_CLIP_GRAD = 1e-3  # with it gradients of 100 million weights are near AdamW's epsilon of 1e-8 (3)
@@ -50,7 +51,7 @@ def check_settings(cfg: Config, world_size: int) -> list[str]:
         *_crops(cfg),
         *_pixels(cfg),
         *_health(cfg),
-        *_frozen_with_heads(cfg),
+        *_frozen_backbone(cfg),
     ]
 
 
@@ -249,9 +250,15 @@ def _health(cfg: Config) -> Iterator[str]:
         yield f"{_set(cfg, 'health.best_by', *missing)}: this is not measured, so no best teacher is selected"
 
 
-def _frozen_with_heads(cfg: Config) -> Iterator[str]:
+def _frozen_backbone(cfg: Config) -> Iterator[str]:
+    optim = cfg.optim
+    if not optim.freeze_backbone_steps:
+        return
+    if optim.freeze_backbone_except != "none" and optim.patch_embed_lr_mult * optim.layerwise_decay > MAX_FREE_RATE:
+        keys = _set(cfg, "optim.freeze_backbone_except", "optim.patch_embed_lr_mult", "optim.layerwise_decay")
+        yield f"{keys}: the patch embedding learns at nearly the rate of the new heads while the rest is frozen"
     key = next(iter(sources_of(cfg)), "student.pretrained_weights")
-    if key != "student.pretrained_weights" and cfg.optim.freeze_backbone_steps:
+    if key != "student.pretrained_weights":
         keys = _set(cfg, "optim.freeze_backbone_steps", "optim.backbone_warmup_steps")
         yield f"{keys}: the heads come from {key} and are not new, so nothing need be frozen; set both to 0"
 

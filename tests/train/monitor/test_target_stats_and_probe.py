@@ -229,9 +229,10 @@ def test_an_unreadable_image_does_not_make_the_next_one_its_own_neighbor(tmp_pat
 
 def test_chance_is_what_guessing_reaches() -> None:
     images = Probe(tiny_config(), tiny_model(), make_dataset(dataset_str="FashionMNIST:split=VAL")).images
-    labeled = LabeledImages(images, torch.arange(100), torch.arange(100) % 4, 4)
+    labeled = LabeledImages(images, torch.arange(100), torch.arange(100) % 4, 10)
+    assert "of 4 of 10 classes (health.knn_images=160 for all), each" in labeled.describe()
     assert labeled.chance == pytest.approx(100 * (0.25 + 2 * math.sqrt(0.25 * 0.75 / 100)))
-    assert LabeledImages(images, torch.arange(4), torch.tensor([0, 0, 1, 1])).chance == 100
+    assert LabeledImages(images, torch.arange(4), torch.tensor([0, 0, 1, 1]), 2).chance == 100
 
 
 @pytest.mark.parametrize(
