@@ -175,7 +175,7 @@ def _plain_moving_average(teacher: nn.Module, student: nn.Module, momentum: floa
 
 def _plain_optimizer(student: nn.ModuleDict) -> torch.optim.AdamW:
     groups = [fuse_params_groups(get_params_groups_with_decay(module, 0.9, 0.2)) for module in student.values()]
-    return torch.optim.AdamW(sum(groups, []))
+    return torch.optim.AdamW([group | {"can_be_frozen": False} for fused in groups for group in fused])
 
 
 # --- The step --------------------------------------------------------------------------------------------------------

@@ -48,6 +48,12 @@ def test_so_are_those_of_a_file_in_half_precision(dtype: torch.dtype, tmp_path: 
     assert checked(saved(state, tmp_path / "weights.pth")).startswith("features of 8 images differ by up to ")
 
 
+def test_features_that_are_not_finite_start_no_run(tmp_path: Path) -> None:
+    weights = saved(backbone(), tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"features of 8 images are NaN or infinite.*augmentation.std=\[1e-40"):
+        checked(weights, "augmentation.std=[1.0e-40,1.0e-40,1.0e-40]")
+
+
 def test_what_is_approximated_is_said_with_its_similarity(tmp_path: Path) -> None:
     weights = saved(backbone(patch_size=14, img_size=140), tmp_path / "weights.pth")
     text = checked(weights, "student.num_register_tokens=2")

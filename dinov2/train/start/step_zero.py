@@ -5,6 +5,7 @@ table, computed in float32 beside the teacher.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,11 @@ def _compare(model: SSLMetaArch, cfg: Config, dataset: ImageDataset, loaded: Ini
     difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
     scale = max(float(value.abs().max()) for value in theirs.values())
     found = f"features of {len(images)} images differ by up to {difference:.2g} from those of {loaded.source}"
+    if not math.isfinite(difference):
+        raise ValueError(
+            f"{loaded.key}: features of {len(images)} images are NaN or infinite, nothing was trained. Check "
+            f"augmentation.mean={list(cfg.augmentation.mean)}, augmentation.std={list(cfg.augmentation.std)}"
+        )
     if not difference <= TOLERANCE * scale:
         raise ValueError(
             f"{loaded.key}: {found} (largest {scale:.3g}), nothing was trained. {_advice(teacher, source)}"
