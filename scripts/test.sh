@@ -63,6 +63,8 @@ case ${1:-} in
         install_slurm
         install_browser
         selection=(-m "not slow and not gpu")
+        # One process more, as those that submit jobs wait for minutes.
+        export PYTEST_XDIST_AUTO_NUM_WORKERS=${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(($(nproc --all) + 1))}
         shift
         ;;
     all)
