@@ -105,7 +105,10 @@ class HealthPanel:
         assert self.probe is not None, "something is measured"
         measured = self.probe.measure(is_start=True) | self.probe.knn()
         if self.probe.start is not None and distributed.is_main():
-            self.probe.start.save(self.folder / "health")
+            try:
+                self.probe.start.save(self.folder / "health")
+            except OSError as error:  # on one process only, for which the others would wait
+                logger.warning("%s: after an interruption the run will not be compared with its start", error)
         logger.info("health of the starting model: %s", _summary(measured))
         return measured
 

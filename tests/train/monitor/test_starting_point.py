@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -94,6 +93,18 @@ def test_damaged_features_or_other_images_end_the_comparison_and_not_the_run(
     assert read_start(tmp_path, b"digest") is None
     assert read_start(tmp_path / "nowhere", b"digest") is None
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+
+
+def test_features_that_cannot_be_saved_do_not_stop_a_run(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "start_features.npz")
+
+    monkeypatch.setattr(StartingPoint, "save", full)
+    run_train(tmp_path, from_weights(trained))
+    assert "No space left on device" in caplog.text and "not be compared with its start" in caplog.text
+    assert sum("drift_cls_cka" in record for record in metrics(tmp_path)) > 2, "of this session it is"
 
 
 def test_features_that_are_rotated_have_drifted_in_direction_alone() -> None:
@@ -227,5 +238,4 @@ def test_console_and_report_end_with_the_conclusion(
     assert run.start is not None and run.step_text(START) == f"the start, {trained / 'eval' / 'best'}"
     digest = read_array(tmp_path / "health" / "start_features.npz", "digest")
     assert digest.shape == (32,)
-    shutil.copytree(tmp_path, tmp_path.with_name("copy"))
     assert json.loads((tmp_path / "training_metrics.json").read_text().splitlines()[0])["iteration"] == -1
