@@ -21,7 +21,7 @@ _DINO_TXT = "it belongs to dino.txt, which is not part of this package"
 _CLUSTER = "clusters are dinov2.run.slurm and dinov2.run.partition, whose settings are flags of the launchers"
 _KERNEL = "attention_backend chooses the kernel, see dinov2.layers.attention"
 _PACKED = "a block packs batches of different sizes by dinov2.layers.pack"
-_DENSE = "dense tasks are not part of this package"
+_DENSE = "dense heads and models are in dinov2.models.dense"
 _HERE = "dinov2.published_names"
 
 TABLE: dict[str, dict[str, str]] = {
@@ -70,11 +70,14 @@ TABLE: dict[str, dict[str, str]] = {
         **dict.fromkeys(("is_fsdp", "is_sharded_fsdp", "rankstr", "reshard_fsdp_model"), _SHARDING),
         "ShardedGradScaler": "use torch.amp.GradScaler",
     },
-    "dinov2.hub.depthers": {"": _DENSE},
+    "dinov2.hub.depth": {
+        "BNHead": "linear depth heads are dinov2.models.dense.LinearDepthHead",
+        "DPTHead": "DPT heads are dinov2.models.dense.DPTDepthHead",
+        "DepthEncoderDecoder": "depth estimators are dinov2.models.dense.Depther",
+    },
     "dinov2.hub.dinotxt": {"": _DINO_TXT},
-    "dinov2.hub.segmenters": {"": _DENSE},
     "dinov2.hub.text": {"": _DINO_TXT},
-    "dinov2.hub.utils": {"CenterPadding": "images are padded to whole patches by torch.nn.functional.pad"},
+    "dinov2.hub.utils": {"CenterPadding": "dinov2.models.dense.padding:CenterPadding"},
     "dinov2.layers": {"CausalAttentionBlock": _DINO_TXT, "SwiGLUFFNAligned": _DINO_TXT},
     "dinov2.layers.attention": dict.fromkeys(("XFORMERS_AVAILABLE", "XFORMERS_ENABLED"), _KERNEL),
     "dinov2.layers.block": {

@@ -38,7 +38,10 @@ MIN_BYTES, WINDOW_S = 60 * 1024, 60.0
 MAX_UNKNOWN_BYTES = 16 << 30  # largest accepted file, in bytes, if the server does not report its length
 
 _CHUNK_BYTES = 1 << 18
-_PUBLISHED_NAME = re.compile(r"dinov2_vit[sblg]14(_reg4)?_(pretrain|linear4?_head)\.pth")
+_PUBLISHED_NAME = re.compile(
+    r"dinov2_vit[sblg]14(_reg4)?_(pretrain|linear4?_head)\.pth"
+    r"|dinov2_vit[sblg]14_((nyu|kitti)_(linear4?|dpt)|(ade20k|voc2012)_(linear|ms))_head\.pth"
+)
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 

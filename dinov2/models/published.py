@@ -1,6 +1,8 @@
 """The published models: names, settings, and URLs of their weights."""
 
 import os
+import re
+from pathlib import Path
 from typing import Any
 
 PUBLISHED_WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2"
@@ -35,7 +37,21 @@ def position_settings(*, registers: bool) -> dict[str, Any]:
 
 
 def weights_url(arch: str, content: str, *, registers: bool) -> str:
-    """URL or path of published weights; `content` is `pretrain`, `linear_head` or `linear4_head`."""
+    """URL or path of published weights.
+
+    `content` is `pretrain`, `linear_head` or `linear4_head` (classifiers), `nyu_linear_head`, `nyu_linear4_head` or
+    `nyu_dpt_head` (depth; also `kitti`), `ade20k_linear_head` or `ade20k_ms_head` (segmentation; also `voc2012`).
+    """
     base = os.environ.get(WEIGHTS_URL_VARIABLE, PUBLISHED_WEIGHTS_URL).rstrip("/")
     folder = f"dinov2_{arch.replace('_', '')[:4]}14"
     return f"{base}/{folder}/{folder}{'_reg4' if registers else ''}_{content}.pth"
+
+
+def check_name(source: str | Path, arch: str) -> None:
+    """Raise a ValueError if a path or URL has the name of a published file of another backbone than `arch`.
+
+    Shapes do not always tell: a head for four layers of ViT-S/14 fits one layer of ViT-g/14.
+    """
+    match = re.match(r"(dinov2_vit([sblg])14)(_|\.)", Path(source).name)
+    if match and _ARCHS[match[2]] != arch:
+        raise ValueError(f"{source} is named as a file of {match[1]}, but the backbone is {arch}")

@@ -21,6 +21,8 @@ from scripts.golden.g_eval import replay_knn, replay_linear, replay_log_regressi
 from scripts.golden.h_samplers import replay_samplers
 from scripts.golden.i_augment import replay_augment
 from scripts.golden.j_names import replay_names
+from scripts.golden.k_depth import replay_depth_heads, replay_depth_names, replay_depthers
+from scripts.golden.l_seg_models import replay_segmentation_head, replay_segmentation_inference
 from scripts.golden.recording import Recording
 
 REPLAYS: dict[str, Callable[[Recording, Comparison], None]] = {
@@ -42,6 +44,11 @@ REPLAYS: dict[str, Callable[[Recording, Comparison], None]] = {
     "h_samplers": replay_samplers,
     "i_augment": replay_augment,
     "j_state_dicts": replay_names,
+    "k_depth_heads": replay_depth_heads,
+    "k_depthers": replay_depthers,
+    "k_depth_state_dicts": replay_depth_names,
+    "l_seg_linear_head": replay_segmentation_head,
+    "l_seg_inference": replay_segmentation_inference,
 }
 
 FAILURES_SHOWN = 5
