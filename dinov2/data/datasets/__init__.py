@@ -17,10 +17,17 @@ from dinov2.data.datasets.image_net import ImageNet
 from dinov2.data.datasets.image_net_22k import ImageNet22k
 from dinov2.data.datasets.torchvision_sets import TorchvisionSet
 from dinov2.data.datasets.torchvision_sources import SOURCES
+from dinov2.data.dense.depth_lists import FORMATS, ListedDepth
+from dinov2.data.dense.folders import DepthFolder, SegmentationFolder
+from dinov2.data.dense.segmentation_sets import ADE20K, VOC2012, Cityscapes
 from dinov2.data.images import ImageOptions
 
 __all__ = [
+    "ADE20K",
     "DATASETS",
+    "VOC2012",
+    "Cityscapes",
+    "DepthFolder",
     "Entry",
     "FashionMNIST",
     "ImageDataset",
@@ -28,6 +35,8 @@ __all__ = [
     "ImageList",
     "ImageNet",
     "ImageNet22k",
+    "ListedDepth",
+    "SegmentationFolder",
     "TorchvisionSet",
     "make_dataset",
     "parse_dataset_str",
@@ -59,16 +68,29 @@ class Entry(NamedTuple):
 # Name in the dataset string -> dataset. To add one, write a class like ImageFolder (see ImageDataset) and a line like
 #     DATASETS["Birds"] = Entry(Birds, required=("root",), optional=("split",))
 # here or in your code; then "Birds:root=/data/birds:split=val" is Birds(root="/data/birds", split="val").
-DATASETS: dict[str, Entry] = {
-    "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), optional=("real",), splits=ImageNet.Split),
-    "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
-    "ImageFolder": Entry(ImageFolder, optional=("split",)),
-    "ImageList": Entry(ImageList, required=("file",), optional=("root", "classes")),
-    "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
-} | {
-    name: Entry(partial(TorchvisionSet, name), source.required, source.optional, source.split_names)
-    for name, source in SOURCES.items()
-}
+DATASETS: dict[str, Entry] = (
+    {
+        "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), optional=("real",), splits=ImageNet.Split),
+        "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
+        "ImageFolder": Entry(ImageFolder, optional=("split",)),
+        "ImageList": Entry(ImageList, required=("file",), optional=("root", "classes")),
+        "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
+        # With a map for each image, see dinov2.data.dense.
+        "ADE20K": Entry(ADE20K, required=("split", "root"), splits=ADE20K.Splits),
+        "VOC2012": Entry(VOC2012, required=("split", "root"), splits=VOC2012.Splits),
+        "Cityscapes": Entry(Cityscapes, required=("split", "root"), splits=Cityscapes.Splits),
+        "SegmentationFolder": Entry(SegmentationFolder, optional=("split", "classes", "colors", "ignore")),
+        "DepthFolder": Entry(DepthFolder, optional=("split", "scale")),
+    }
+    | {
+        name: Entry(partial(ListedDepth, name), ("split", "root"), ("list", "depth_root", "scale"), tuple(known.lists))
+        for name, known in FORMATS.items()
+    }
+    | {
+        name: Entry(partial(TorchvisionSet, name), source.required, source.optional, source.split_names)
+        for name, source in SOURCES.items()
+    }
+)
 
 
 def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:

@@ -1,0 +1,215 @@
+"""Datasets of images with a map each: a class index or a depth for every pixel.
+
+Legend: H, W height and width of an image; C number of classes.
+"""
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dinov2.data.datasets.base import ListedDataset
+from dinov2.data.datasets.file_list import PathTable
+from dinov2.data.dense.map_files import BadMapError, label_lookup, read_depths, read_indices, to_classes
+from dinov2.data.dense.palettes import distinct_palette
+from dinov2.data.images import read_image_file
+
+IGNORED = -1
+"""Class index of pixels that are neither trained on nor counted; files usually have 255."""
+
+SEGMENTATION, DEPTH = "segmentation", "depth"
+
+
+class DenseDataset(ListedDataset):
+    """Images as in all datasets of this package, and a map of each.
+
+    Images have no labels of their own (`get_targets()` is None), so the same dataset string also serves training,
+    extraction of features and visualization. To add a dataset, derive from `SegmentationDataset` or `DepthDataset`,
+    call `_set_files` in the constructor, and register it in `dinov2.data.datasets.DATASETS`.
+
+    Attributes:
+        kind: "segmentation" or "depth".
+        classes: Class names in the order of their indices; empty for depth.
+        palette: (C, 3) uint8, the colors of the classes.
+    """
+
+    kind: str
+    palette: np.ndarray
+    classes: Sequence[str] = ()
+    _maps: Any  # PathTable, relative to `root`
+    _targets: np.ndarray | None = None
+    _file_notes: Sequence[str] = ()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def describe_map(self, index: int) -> str:
+        """The path of the map of sample `index`, for messages."""
+        return os.path.join(self.root, self._maps[index])
+
+    def get_map(self, index: int) -> np.ndarray:
+        """Read the map of a sample.
+
+        Returns:
+            Segmentation: (H, W) int16 class indices, `IGNORED` where a pixel has none.
+            Depth: (H, W) float32 meters, 0 where there is no measurement.
+
+        Raises:
+            BadMapError: The map is missing, unreadable or has invalid values; names the sample, the file, the problem.
+        """
+        with self._naming_map(index):
+            return self._read_map(index)
+
+    def get_sample(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Read the image of a sample, RGB, and its map, which have the same size.
+
+        Raises:
+            BadImageError, BadMapError: One of them cannot be read, or their sizes differ.
+        """
+        image, labels = self.get_image(index), self.get_map(index)
+        self._check_size(index, image.size, labels)
+        return image, labels
+
+    def fingerprint(self) -> str:
+        return self._images.fingerprint()
+
+    def notes_on_files(self) -> list[str]:
+        return list(self._file_notes)
+
+    @abstractmethod
+    def _read_map(self, index: int) -> np.ndarray:
+        """`get_map`, with errors of any type."""
+
+    def _set_files(self, root: Path, images: Sequence[str], maps: Sequence[str], notes: Sequence[str] = ()) -> None:
+        """Store the paths of images and maps, relative to a folder, and messages about other files."""
+        self.root, self._file_notes = root, notes
+        self._images, self._maps = PathTable.of(images), PathTable.of(maps)
+
+    def _check_size(self, index: int, size: tuple[int, int], labels: np.ndarray) -> None:
+        height, width = labels.shape
+        if size == (width, height):
+            return
+        hint = ""
+        if size == (height, width):
+            hint = "; images are turned upright as their EXIF orientation demands, maps are read as they are stored"
+        raise BadMapError(
+            f"image {self.describe(index)} has {size[0]} x {size[1]} pixels (width x height), but its map "
+            f"{self.describe_map(index)} has {width} x {height}{hint}",
+            path=self.describe_map(index),
+        )
+
+    @contextmanager
+    def _naming_map(self, index: int) -> Iterator[None]:
+        """Turn any error into a BadMapError that names the sample."""
+        path = self.describe_map(index)
+        try:
+            yield
+        except Exception as error:  # damaged files make Pillow raise errors of any type
+            reason = f"there is no {path}" if isinstance(error, FileNotFoundError) else error
+            raise BadMapError(f"cannot read the map of sample {index} ({path}): {reason}", path=path) from error
+
+
+class SegmentationDataset(DenseDataset):
+    """Images with maps of class indices, in files of one integer per pixel (gray or palette).
+
+    Args:
+        classes: Class names in the order of their indices.
+        values: Value in the files -> class index or `IGNORED`; others are errors.
+        palette: (C, 3) uint8; default: distinct colors.
+        transforms, transform, target_transform: See `ImageDataset`.
+    """
+
+    kind = SEGMENTATION
+
+    def __init__(
+        self, *, classes: Sequence[str], values: Mapping[int, int], palette: np.ndarray | None = None, **transforms: Any
+    ) -> None:
+        super().__init__(**transforms)
+        self.classes = tuple(classes)
+        self.palette = distinct_palette(len(self.classes)) if palette is None else palette
+        self._lookup = label_lookup(values)
+
+    def _read_map(self, index: int) -> np.ndarray:
+        data = read_image_file(self.describe_map(index), self.image_options)
+        return to_classes(read_indices(data, max_pixels=self.image_options.max_pixels), self._lookup)
+
+
+class DepthDataset(DenseDataset):
+    """Images with maps of depths.
+
+    Args:
+        scale: Integers in files are divided by it to give meters.
+        transforms, transform, target_transform: See `ImageDataset`.
+    """
+
+    kind = DEPTH
+    palette = np.empty((0, 3), np.uint8)
+
+    def __init__(self, *, scale: float, **transforms: Any) -> None:
+        super().__init__(**transforms)
+        self.scale = scale
+
+    def _read_map(self, index: int) -> np.ndarray:
+        data = read_image_file(self.describe_map(index), self.image_options)
+        return read_depths(data, scale=self.scale, max_pixels=self.image_options.max_pixels)
+
+
+class MapSummary(NamedTuple):
+    """What `check_maps` found in some maps of a dataset."""
+
+    num_checked: int
+    num_pixels: int
+    num_valid: int  # pixels with a class or a depth
+    class_counts: np.ndarray  # (C,) int64: pixels of each class; empty for depth
+    depth_range: tuple[float, float] | None  # smallest and largest depth in meters
+
+    def describe(self) -> str:
+        """One line of text for the log."""
+        share = 100 * self.num_valid / max(self.num_pixels, 1)
+        if self.depth_range is not None:
+            what = (
+                f"depths from {self.depth_range[0]:.3g} to {self.depth_range[1]:.3g} m at {share:.1f} % of the pixels"
+            )
+        else:
+            found = int((self.class_counts > 0).sum())
+            what = f"{found} of {len(self.class_counts)} classes, {share:.1f} % of the pixels labeled"
+        return f"{self.num_checked:,} maps checked: {what}"
+
+
+def check_maps(dataset: DenseDataset, *, limit: int = 100) -> MapSummary:
+    """Read some maps, evenly spaced, so that wrong files are an error before hours of work.
+
+    Args:
+        dataset: The dataset.
+        limit: Maximum number of maps that are read; of their images only the headers are.
+
+    Raises:
+        BadMapError, BadImageError: A map or image cannot be read, or their sizes differ.
+        ValueError: No pixel of all these maps has a class or a depth.
+    """
+    count = min(limit, len(dataset))
+    num_pixels = num_valid = 0
+    class_counts = np.zeros(dataset.num_classes, np.int64)
+    low, high = np.inf, 0.0
+    for index in (position * len(dataset) // count for position in range(count)):
+        values = dataset.get_map(index)
+        dataset._check_size(index, dataset.open_image(index).size, values)
+        num_pixels += values.size
+        if dataset.kind == SEGMENTATION:
+            class_counts += np.bincount(values[values != IGNORED], minlength=dataset.num_classes)
+        else:
+            measured = values[values > 0]
+            num_valid += measured.size
+            low, high = min(low, measured.min(initial=np.inf)), max(high, measured.max(initial=0))
+    num_valid += int(class_counts.sum())
+    if not num_valid:
+        where = f"in {count:,} maps of {len(dataset):,}, such as {dataset.describe_map(0)}" if count else "without maps"
+        raise ValueError(f"no pixel has a {'class' if dataset.kind == SEGMENTATION else 'depth'} {where}")
+    depth_range = (float(low), float(high)) if dataset.kind == DEPTH else None
+    return MapSummary(count, num_pixels, num_valid, class_counts, depth_range)

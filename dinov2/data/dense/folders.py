@@ -1,0 +1,200 @@
+"""Your own images with maps: a folder of images, and one of class maps or depth maps with the same names."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2.data.datasets.file_list import check_folder, list_images
+from dinov2.data.dense.base import IGNORED, DepthDataset, SegmentationDataset
+from dinov2.data.dense.depth_lists import parse_scale
+from dinov2.data.dense.map_files import BadMapError, ColorTable, read_colors, read_indices
+from dinov2.data.dense.pairing import Pairs, pair_by_name, read_lines
+from dinov2.data.images import DEFAULT_OPTIONS, read_image_file
+
+logger = logging.getLogger(__name__)
+
+_MASK_ENDINGS = (".png", ".tif", ".tiff")
+_DEPTH_ENDINGS = (".png", ".npy", ".tif", ".tiff")
+_IGNORED_NAMES = ("ignored", "ignore")  # of a color of ignored pixels
+_MAX_SCANNED = 2_000  # masks that are read to find the number of classes
+
+
+class SegmentationFolder(SegmentationDataset):
+    """Images in `root/images` and class masks of the same names in `root/masks`.
+
+    With a split they are in `root/images/SPLIT` and `root/masks/SPLIT`, or in `root/SPLIT/images` and
+    `root/SPLIT/masks`. Masks are PNG or TIFF files of class indices (gray or palette), or with `colors` of colors.
+    Without `classes` and `colors`, all masks of all splits are read, up to 2,000, to find the largest class index.
+
+    Args:
+        root: Folder of the images and masks.
+        split: Name of a subfolder, such as "val".
+        classes: File with the class names, one per line in the order of their indices.
+        colors: File with the colors of classes, a line each: `name red green blue`. Classes are in the order of the
+            lines; a name may have several colors, and the name "ignored" marks ignored pixels.
+        ignore: Value of ignored pixels in masks of class indices, or "none".
+        transforms, transform, target_transform: See `ImageDataset`.
+
+    Raises:
+        OSError, ValueError: Folders or files are missing, a file is malformed, the classes cannot be found.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | Path,
+        split: str | None = None,
+        classes: str | Path | None = None,
+        colors: str | Path | None = None,
+        ignore: int | str = 255,
+        **transforms: Any,
+    ) -> None:
+        folder, pairs = find_pairs(Path(root), split, map_name="masks", endings=_MASK_ENDINGS)
+        ignored = _parse_ignore(ignore)
+        self._colors: ColorTable | None = None
+        palette = None
+        if colors is not None:
+            names, palette, self._colors = read_color_table(Path(colors))
+            if classes is not None and read_lines(Path(classes)) != names:
+                raise ValueError(f"{classes} and {colors} name different classes; colors= needs no classes=")
+        elif classes is not None:
+            names = read_lines(Path(classes))
+            if len(set(names)) < len(names):
+                raise ValueError(f"{classes} names a class twice: {max(names, key=names.count)}")
+        else:
+            names = _numbered_classes(folder, _masks_of_all_splits(folder, split, pairs), ignored)
+        values = {label: label for label in range(len(names))}
+        values |= {} if ignored is None else {ignored: IGNORED}
+        super().__init__(classes=names, values=values, palette=palette, **transforms)
+        self.split = split
+        self._set_files(folder, *pairs)
+
+    def _read_map(self, index: int) -> np.ndarray:
+        if self._colors is None:
+            return super()._read_map(index)
+        data = read_image_file(self.describe_map(index), self.image_options)
+        return self._colors.to_classes(read_colors(data, max_pixels=self.image_options.max_pixels))
+
+
+class DepthFolder(DepthDataset):
+    """Images in `root/images` and depth maps of the same names in `root/depth`; splits as in `SegmentationFolder`.
+
+    Maps are PNG or TIFF files of 16-bit integers, which are divided by `scale`, or `.npy` (or TIFF) files of floats in
+    meters. Depths of 0, and floats that are not finite, are pixels without a measurement.
+
+    Args:
+        root: Folder of the images and maps.
+        split: Name of a subfolder, such as "val".
+        scale: Integers in the maps per meter.
+        transforms, transform, target_transform: See `ImageDataset`.
+
+    Raises:
+        OSError, ValueError: Folders or files are missing, or the scale is no positive number.
+    """
+
+    def __init__(
+        self, *, root: str | Path, split: str | None = None, scale: float | str = 1000.0, **transforms: Any
+    ) -> None:
+        super().__init__(scale=parse_scale(scale, 1000.0), **transforms)
+        folder, pairs = find_pairs(Path(root), split, map_name="depth", endings=_DEPTH_ENDINGS)
+        self.split = split
+        self._set_files(folder, *pairs)
+
+
+def find_pairs(root: Path, split: str | None, *, map_name: str, endings: Sequence[str]) -> tuple[Path, Pairs]:
+    """Find images and maps below a folder, in `images` and ``map_name``, with the split above or below these."""
+    check_folder(root)
+    layouts = [("images", map_name)]
+    if split is not None:
+        layouts = [(f"images/{split}", f"{map_name}/{split}"), (f"{split}/images", f"{split}/{map_name}")]
+    found = [(images, maps) for images, maps in layouts if (root / images).is_dir() and (root / maps).is_dir()]
+    if not found:
+        expected = " or ".join(f"{images} and {maps}" for images, maps in layouts)
+        folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+        raise FileNotFoundError(f"root={root} has no folders {expected}; it has {', '.join(folders[:20]) or 'none'}")
+    image_folder, map_folder = found[0]
+    images = list(list_images(root / image_folder).images)
+    return root, pair_by_name(root, images, image_folder=image_folder, map_folder=map_folder, endings=endings)
+
+
+def read_color_table(file: Path) -> tuple[list[str], np.ndarray, ColorTable]:
+    """Read the colors of classes, see `SegmentationFolder`: names, palette (C, 3) uint8, table of all colors."""
+    names: list[str] = []
+    palette: list[tuple[int, int, int]] = []
+    labels: dict[tuple[int, int, int], int] = {}
+    for line in read_lines(file):
+        name, *numbers = line.rsplit(maxsplit=3)
+        if len(numbers) != 3 or not all(number.isdigit() and int(number) < 256 for number in numbers):
+            raise ValueError(f"{file} must have lines 'name red green blue' with numbers from 0 to 255, got {line!r}")
+        red, green, blue = map(int, numbers)
+        color = (red, green, blue)
+        if color in labels:
+            raise ValueError(f"{file} gives the color {red} {green} {blue} twice, the second time for {name}")
+        if name.lower() in _IGNORED_NAMES:
+            labels[color] = IGNORED
+            continue
+        if name not in names:
+            names.append(name)
+            palette.append(color)
+        labels[color] = names.index(name)
+    if not names:
+        raise ValueError(f"{file} has no class but ignored ones")
+    return names, np.array(palette, np.uint8), ColorTable.of(labels)
+
+
+def _parse_ignore(ignore: int | str) -> int | None:
+    if str(ignore).lower() == "none":
+        return None
+    if not str(ignore).isdigit() or int(ignore) >= 2**15:
+        raise ValueError(f"ignore must be the value of ignored pixels in the masks, or none, got {ignore!r}")
+    return int(ignore)
+
+
+def _masks_of_all_splits(root: Path, split: str | None, pairs: Pairs) -> list[str]:
+    """Masks of this split and of the others, relative to the root, so that all splits have the same classes."""
+    if split is None:
+        return pairs.maps
+    is_above = pairs.maps[0].startswith(f"{split}{os.sep}")  # root/SPLIT/masks
+    folders = root.glob("*/masks") if is_above else (root / "masks").glob("*")
+    files = [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
+    masks = sorted(str(path.relative_to(root)) for path in files if path.name.endswith(_MASK_ENDINGS))
+    return masks or pairs.maps
+
+
+def _numbered_classes(root: Path, masks: Sequence[str], ignored: int | None) -> list[str]:
+    """Names "class 0", "class 1", ... up to the largest class index in any of the masks."""
+    if len(masks) > _MAX_SCANNED:
+        raise ValueError(
+            f"{root} has {len(masks):,} masks, too many to read them all for the number of classes: give their names, "
+            "classes=FILE with one per line"
+        )
+    counts: dict[int, int] = {}
+    for mask in masks:
+        try:
+            values = read_indices(read_image_file(root / mask, DEFAULT_OPTIONS), max_pixels=DEFAULT_OPTIONS.max_pixels)
+        except Exception as error:  # damaged files make Pillow raise errors of any type
+            raise BadMapError(f"cannot read the map {root / mask}: {error}", path=str(root / mask)) from error
+        for value in np.unique(values).tolist():
+            counts[value] = counts.get(value, 0) + 1
+    num_ignored = counts.pop(ignored, 0) if ignored is not None else 0
+    _check_labels(root, counts, ignored, num_ignored)
+    largest = max(counts)
+    logger.info("%s: %d classes, as the largest class index in %d masks is %d", root, largest + 1, len(masks), largest)
+    return [f"class {label}" for label in range(largest + 1)]
+
+
+def _check_labels(root: Path, counts: Mapping[int, int], ignored: int | None, num_ignored: int) -> None:
+    """Raise a ValueError if the values in all masks, with their numbers of masks, are hardly class indices."""
+    if not counts:
+        raise ValueError(f"all pixels of the masks in {root} have the ignored value {ignored}")
+    if set(counts) == {0} and num_ignored:
+        raise ValueError(
+            f"the masks in {root} have only 0 and {ignored}, which is ignored; if both are classes, give their colors: "
+            f"colors=FILE with lines such as 'background 0 0 0' and 'object {ignored} {ignored} {ignored}'"
+        )
+    if min(counts) < 0 or max(counts) >= 2**15:
+        raise ValueError(f"the masks in {root} have values from {min(counts)} to {max(counts)}, not class indices")
