@@ -21,6 +21,9 @@ from scripts.golden.g_eval import replay_knn, replay_linear, replay_log_regressi
 from scripts.golden.h_samplers import replay_samplers
 from scripts.golden.i_augment import replay_augment
 from scripts.golden.j_names import replay_names
+from scripts.golden.l_segmentation_scores import replay_segmentation_scores
+from scripts.golden.m_depth import replay_depth_losses, replay_depth_metrics
+from scripts.golden.q_patch_probes import replay_patch_probes
 from scripts.golden.recording import Recording
 
 REPLAYS: dict[str, Callable[[Recording, Comparison], None]] = {
@@ -42,6 +45,10 @@ REPLAYS: dict[str, Callable[[Recording, Comparison], None]] = {
     "h_samplers": replay_samplers,
     "i_augment": replay_augment,
     "j_state_dicts": replay_names,
+    "l_miou": replay_segmentation_scores,
+    "m_depth_losses": replay_depth_losses,
+    "m_depth_metrics": replay_depth_metrics,
+    "q_patch_probes": replay_patch_probes,
 }
 
 FAILURES_SHOWN = 5
