@@ -35,14 +35,20 @@ def archive_results(path: Path) -> None:
 
 
 def write_results(
-    path: Path, *, evaluation: str, metrics: Mapping[str, Any], args: argparse.Namespace, **facts: Any
+    path: Path,
+    *,
+    evaluation: str,
+    metrics: Mapping[str, Any],
+    args: argparse.Namespace,
+    unit: str = "percent",
+    **facts: Any,
 ) -> None:
-    """Write the results on rank 0: metrics with accuracies in percent, settings, and `facts` (see `run_facts`)."""
+    """Write the results on rank 0: metrics in a unit, settings, and `facts` (see `run_facts`)."""
     if not distributed.is_main():
         return
     record = {
         "evaluation": evaluation,
-        "unit": "percent",
+        "unit": unit,
         "metrics": metrics,
         **facts,
         "weights": weights_fingerprint(args.pretrained_weights),

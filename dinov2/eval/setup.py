@@ -138,12 +138,16 @@ def feature_cache(args: argparse.Namespace, cfg: Config, published_resize_size: 
 
 
 def model_facts(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> dict[str, Any]:
-    """Description of the model and of the preprocessing of images, as JSON."""
+    """Description of the model and of the preprocessing of images for classification, as JSON."""
+    return {**frozen_model_facts(args, cfg), "image sizes": list(image_sizes(args, cfg, published_resize_size))}
+
+
+def frozen_model_facts(args: argparse.Namespace, cfg: Config) -> dict[str, Any]:
+    """Description of the model and of reading and normalizing images, as JSON."""
     weights = weights_fingerprint(args.pretrained_weights)
     return {
         "weights": weights["sha256"] if weights else f"random, seed {cfg.train.seed}",
         "backbone": config.backbone_arguments(cfg),
-        "image sizes": list(image_sizes(args, cfg, published_resize_size)),
         "normalization": [list(cfg.augmentation.mean), list(cfg.augmentation.std)],
         "image options": dataclasses.asdict(cfg.images),
         "precision": str(get_autocast_dtype(cfg)),

@@ -19,8 +19,8 @@ class MetricType(Enum):
     IMAGENET_REAL_ACCURACY = "imagenet_real_accuracy"
 
 
-def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = True) -> argparse.ArgumentParser:
-    """Build a parser with the flags common to all evaluations."""
+def new_parser(description: str, add_help: bool = True) -> argparse.ArgumentParser:
+    """Build a parser with the flags of the evaluated model and of the output, common to all evaluations."""
     parser = CommandParser(description=description, add_help=add_help)
     add = parser.add_argument
     config_help = "config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
@@ -31,6 +31,13 @@ def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = Tru
     weights.add_argument("--random-init", action="store_true", help=random_help)
     add("--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)")
     add("--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value")
+    return parser
+
+
+def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = True) -> argparse.ArgumentParser:
+    """Build a parser with the flags common to the classification evaluations."""
+    parser = new_parser(description, add_help)
+    add = parser.add_argument
     add("--train-dataset", default="ImageNet:split=TRAIN", help="dataset string")
     add("--val-dataset", default="ImageNet:split=VAL", help="dataset string")
     small = f"for models trained on global crops below {SMALLEST_PUBLISHED_SIZE} pixels: the size of those crops"

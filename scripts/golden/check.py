@@ -23,6 +23,9 @@ from scripts.golden.i_augment import replay_augment
 from scripts.golden.j_names import replay_names
 from scripts.golden.k_depth import replay_depth_heads, replay_depth_names, replay_depthers
 from scripts.golden.l_seg_models import replay_segmentation_head, replay_segmentation_inference
+from scripts.golden.l_segmentation_scores import replay_segmentation_scores
+from scripts.golden.m_depth import replay_depth_losses, replay_depth_metrics
+from scripts.golden.q_patch_probes import replay_patch_probes
 from scripts.golden.recording import Recording
 
 REPLAYS: dict[str, Callable[[Recording, Comparison], None]] = {
@@ -49,6 +52,10 @@ REPLAYS: dict[str, Callable[[Recording, Comparison], None]] = {
     "k_depth_state_dicts": replay_depth_names,
     "l_seg_linear_head": replay_segmentation_head,
     "l_seg_inference": replay_segmentation_inference,
+    "l_miou": replay_segmentation_scores,
+    "m_depth_losses": replay_depth_losses,
+    "m_depth_metrics": replay_depth_metrics,
+    "q_patch_probes": replay_patch_probes,
 }
 
 FAILURES_SHOWN = 5

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from dinov2.data.datasets.base import ListedDataset
+from dinov2.data.datasets.base import ImageDataset, ListedDataset
 from dinov2.data.datasets.file_list import PathTable
 from dinov2.data.dense.map_files import BadMapError, label_lookup, read_depths, read_indices, to_classes
 from dinov2.data.dense.palettes import distinct_palette
-from dinov2.data.images import read_image_file
+from dinov2.data.images import EncodedImage, read_image_file
 
 IGNORED = -1
 """Class index of pixels that are neither trained on nor counted; files usually have 255."""
@@ -158,6 +158,37 @@ class DepthDataset(DenseDataset):
     def _read_map(self, index: int) -> np.ndarray:
         data = read_image_file(self.describe_map(index), self.image_options)
         return read_depths(data, scale=self.scale, max_pixels=self.image_options.max_pixels)
+
+
+class DenseSubset(DenseDataset):
+    """Some samples of a dataset, in the order of the given indices."""
+
+    def __init__(self, dataset: DenseDataset, indices: Sequence[int] | np.ndarray) -> None:
+        super().__init__(transform=dataset.transform)
+        self.whole, self.indices = dataset, [int(index) for index in indices]
+        self.kind, self.classes, self.palette = dataset.kind, dataset.classes, dataset.palette
+        self.image_options = dataset.image_options
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def describe(self, index: int) -> str:
+        return self.whole.describe(self.indices[index])
+
+    def describe_map(self, index: int) -> str:
+        return self.whole.describe_map(self.indices[index])
+
+    def open_image(self, index: int) -> EncodedImage:
+        return self.whole.open_image(self.indices[index])
+
+    def get_image_data(self, index: int) -> bytes:
+        return self.whole.get_image_data(self.indices[index])
+
+    def fingerprint(self) -> str:
+        return ImageDataset.fingerprint(self)
+
+    def _read_map(self, index: int) -> np.ndarray:
+        return self.whole._read_map(self.indices[index])
 
 
 class MapSummary(NamedTuple):

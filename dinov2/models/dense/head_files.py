@@ -54,12 +54,14 @@ class HeadFile(NamedTuple):
     has_backbone: bool  # whether the file holds a backbone, too
 
 
-def read_head(path_or_url: str | Path, *, kind: str, embed_dim: int, depth_range: DepthRange | None = None) -> HeadFile:
+def read_head(
+    path_or_url: str | Path, *, kind: str | Sequence[str], embed_dim: int, depth_range: DepthRange | None = None
+) -> HeadFile:
     """Read a head of a backbone of width `embed_dim`, strictly; the number of layers and of classes is inferred.
 
     Args:
         path_or_url: See `weight_files.read_file`.
-        kind: The kind of head that is expected, a key of `HEADS`.
+        kind: The kind of head that is expected, or several, keys of `HEADS`.
         embed_dim: Width D of the backbone.
         depth_range: Depths in meters of the first and the last bin, or at which a DPT head begins and is clamped.
             Released files do not hold it; for files of `save_head` None is the range of the training.
@@ -68,13 +70,15 @@ def read_head(path_or_url: str | Path, *, kind: str, embed_dim: int, depth_range
         FileNotFoundError, ConnectionError: There is no such file, or it cannot be downloaded.
         ValueError: The file is damaged, or holds something else; the message has the cause.
     """
-    if kind not in HEADS:
-        raise ValueError(f"unknown kind of head {kind!r}; known: {', '.join(HEADS)}")
+    expected = (kind,) if isinstance(kind, str) else tuple(kind)
+    if unknown := set(expected) - set(HEADS):
+        raise ValueError(f"unknown kind of head {min(unknown)!r}; known: {', '.join(HEADS)}")
     source = str(path_or_url)
     content = read_file(path_or_url)
     state, has_backbone = _head_state(content, source)
-    if (found := _kind_of(state, source)) != kind:
-        raise ValueError(f"{source} holds a {found} head, not a {kind} head")
+    kind = _kind_of(state, source)
+    if kind not in expected:
+        raise ValueError(f"{source} holds a {kind} head, not a {' or '.join(expected)} head")
     settings: Any = content.get(SETTINGS_KEY) if isinstance(content, dict) else None
     if settings is None:
         arguments, num_layers = _infer(kind, state, embed_dim, source)

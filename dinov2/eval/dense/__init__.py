@@ -1,0 +1,1 @@
+"""Evaluation of patch features: semantic segmentation and depth."""

@@ -1,0 +1,311 @@
+"""Semantic segmentation by classifying frozen patch features: k-NN and logistic regression, with no training loop.
+
+The protocol is that of CAPI (arXiv 2502.08769): features are standardized on the training set, hyperparameters are
+chosen by mIoU on a tenth of the training images, and the chosen probe is fitted to all of them. A prediction of the
+logistic regression is constant within a patch.
+
+Shapes: n images of N patches each, M patches of all images, P pixels of a patch, D feature width, C classes.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dinov2.eval.dense.segmentation_metrics import IGNORED, Areas, count_areas, segmentation_scores
+from dinov2.eval.knn import KnnModule
+from dinov2.eval.log_regression import LogRegModule
+
+logger = logging.getLogger(__name__)
+
+KS = (1, 3, 10, 30)
+DISTANCES = ("cosine", "L2")
+C_VALUES = tuple(10.0 ** (-6 + 11 * i / 7) for i in range(8))  # 8 values from 1e-6 to 1e5
+MAX_ITER = 1000
+HELD_OUT_SEED = 0
+PATCH_BATCH = 4096  # patches predicted at once
+VOTES = 2**23  # labels of neighbors in memory at once
+
+
+class Patches(NamedTuple):
+    """Features and labels of patches."""
+
+    features: Tensor  # (M, D) float32
+    labels: Tensor  # (M, P) integers
+
+    def __add__(self, other: "Patches") -> "Patches":  # type: ignore[override]
+        return Patches(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
+
+
+class Standardizer(NamedTuple):
+    """Mean and standard deviation of each feature, (D,) float64; deviations of 0 are replaced by 1."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> "Standardizer":
+        """The statistics of (M, D) features, computed in chunks in float64."""
+        total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
+        squares = torch.zeros_like(total)
+        for chunk in features.split(PATCH_BATCH):
+            total += chunk.double().sum(dim=0)
+        mean = total / len(features)
+        for chunk in features.split(PATCH_BATCH):
+            squares += ((chunk.double() - mean) ** 2).sum(dim=0)
+        deviation = (squares / len(features)).sqrt()
+        negligible = deviation <= 10 * torch.finfo(torch.float64).eps * mean.abs()
+        return cls(mean, torch.where(negligible, torch.ones_like(deviation), deviation))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Standardize (..., D) features; the result is float32."""
+        result = torch.empty(features.shape, dtype=torch.float32, device=features.device)
+        for part, chunk in zip(result.split(PATCH_BATCH), features.split(PATCH_BATCH), strict=True):
+            part.copy_((chunk.double() - self.mean) / self.deviation)
+        return result
+
+
+def to_patches(features: Tensor, label_maps: Tensor, grid: tuple[int, int]) -> Patches:
+    """Bring patch features (n, N, D) and label maps (n, H, W) together, patch by patch and row by row.
+
+    Args:
+        features: Patches in rows of the grid.
+        label_maps: Labels of the pixels; height and width must be multiples of those of the grid.
+        grid: Number of patches (in height, in width), with product N.
+
+    Raises:
+        ValueError: The shapes do not fit together.
+    """
+    (height, width), (num_images, num_patches, _) = label_maps.shape[-2:], features.shape
+    fits = len(label_maps) == num_images and grid[0] * grid[1] == num_patches
+    if not fits or height % grid[0] or width % grid[1]:
+        raise ValueError(
+            f"features {tuple(features.shape)} and label maps {tuple(label_maps.shape)} do not fit a grid of "
+            f"{grid[0]} x {grid[1]} patches"
+        )
+    tiles = label_maps.unflatten(2, (grid[1], width // grid[1])).unflatten(1, (grid[0], height // grid[0]))
+    return Patches(features.flatten(0, 1), tiles.transpose(2, 3).flatten(3).flatten(0, 2))
+
+
+def to_label_maps(labels: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """Inverse of `to_patches`: labels (M, P) of patches of `patch` (height, width) pixels -> label maps (n, H, W)."""
+    tiles = labels.unflatten(1, patch).unflatten(0, (-1, *grid))
+    return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def most_frequent(labels: Tensor) -> Tensor:
+    """The most frequent value of each row, the smallest one in a tie: (..., P) integers -> (...)."""
+    ordered = labels.sort(dim=-1).values
+    position = torch.arange(labels.shape[-1], device=labels.device).expand(ordered.shape)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
+    start = torch.where(is_first, position, torch.zeros_like(position)).cummax(dim=-1).values
+    last = (position - start).argmax(dim=-1, keepdim=True)  # argmax gives the first maximum: the smallest label
+    return ordered.gather(-1, last)[..., 0]
+
+
+def _without_ignored(train: Patches, ignored: Sequence[int]) -> tuple[Patches, Tensor]:
+    """The patches whose most frequent label is not ignored, and this label of each."""
+    modes = torch.cat([most_frequent(part) for part in train.labels.split(PATCH_BATCH)])
+    kept = ~torch.isin(modes, torch.tensor(ignored, dtype=modes.dtype, device=modes.device))
+    if not kept.any():
+        raise ValueError(f"none of the {len(modes)} training patches has a label that is not ignored")
+    return Patches(train.features[kept], train.labels[kept]), modes[kept]
+
+
+Predict = Callable[[Tensor], Tensor]
+"""Features (m, D) -> predicted labels of pixels (m, P)."""
+
+
+def fit_knn(
+    train: Patches, *, ks: Sequence[int] = KS, distance: str = "cosine", ignored: Sequence[int] = (IGNORED,)
+) -> Callable[[Tensor], dict[int, Tensor]]:
+    """Build the k-NN probe: each pixel of a patch gets the most frequent label at its place in the k nearest patches.
+
+    The search holds a part of the training patches on the device of the process at a time.
+
+    Args:
+        train: Training patches; those whose most frequent label is ignored are left out.
+        ks: Numbers of neighbors; those above the number of patches are replaced by it, with a warning.
+        distance: A member of `DISTANCES`.
+        ignored: Labels that are not scored; pixels of training patches may have them, and so may predictions.
+
+    Returns:
+        A function: features (m, D) -> {k: predicted labels (m, P)}.
+    """
+    if distance not in DISTANCES:
+        raise ValueError(f"unknown distance {distance!r}; known: {', '.join(DISTANCES)}")
+    train, _ = _without_ignored(train, ignored)
+
+    def prepared(features: Tensor) -> Tensor:
+        return functional.normalize(features, dim=1) if distance == "cosine" else features
+
+    device = train.features.device
+    # The search returns labels of neighbors: here their numbers.
+    search = KnnModule(prepared(train.features), torch.arange(len(train.labels)), ks, 1.0, device)
+
+    def predict(features: Tensor) -> dict[int, Tensor]:
+        neighbors = search.neighbors(prepared(features))[1].to(train.labels.device)
+        at_once = max(VOTES // (neighbors.shape[1] * train.labels.shape[1]), 1)
+        found: dict[int, list[Tensor]] = {k: [] for k in search.nb_knn}
+        for part in neighbors.split(at_once):
+            votes = train.labels[part].transpose(1, 2)  # (m, P, K)
+            for k, predictions in found.items():
+                predictions.append(most_frequent(votes[..., :k]))
+        return {k: torch.cat(predictions) for k, predictions in found.items()}
+
+    return predict
+
+
+def fit_logistic(
+    train: Patches, *, C: float, ignored: Sequence[int] = (IGNORED,), max_iter: int = MAX_ITER
+) -> tuple[Callable[[Tensor], Tensor], Predict]:
+    """Fit the logistic regression: one class per patch, the most frequent label of its pixels.
+
+    It minimizes C * (sum of the losses) + |weights|^2 / 2 by L-BFGS in float64.
+
+    Returns:
+        Two functions of features (m, D): class probabilities (m, C) in increasing order of the labels in the training
+        set, and predicted labels (m, P).
+    """
+    train, modes = _without_ignored(train, ignored)
+    labels, classes = modes.unique(return_inverse=True)
+    model = LogRegModule(C, max_iter, torch.float64, train.features.device, len(labels))
+    num_pixels = train.labels.shape[1]
+    if len(labels) > 1:
+        model.fit(train.features, classes)
+        if not model.converged:
+            logger.warning("logistic regression with C = %.3g: not converged after %d iterations", C, max_iter)
+
+    def probabilities(features: Tensor) -> Tensor:
+        if len(labels) == 1:
+            return torch.ones(len(features), 1, dtype=torch.float64)
+        return model(features, torch.empty(0))["preds"]
+
+    def predict(features: Tensor) -> Tensor:
+        best = probabilities(features).argmax(dim=1)
+        return labels.cpu()[best][:, None].expand(-1, num_pixels)
+
+    return probabilities, predict
+
+
+class ProbeScores(NamedTuple):
+    """Fractions."""
+
+    mIoU: float  # noqa: N815
+    acc: float
+
+
+def patch_areas(predictions: Tensor, labels: Tensor, num_classes: int, ignored: Sequence[int]) -> Areas:
+    """Count pixels as `count_areas`, with one more class for each of the `ignored` labels, which may be predicted."""
+    predictions, labels = predictions.long().cpu(), labels.long().cpu()
+    known, target = predictions, labels
+    for number, label in enumerate(ignored):
+        known = torch.where(predictions == label, num_classes + number, known)
+        target = torch.where(labels == label, _NOT_SCORED, target)
+    return count_areas(known, target, num_classes + len(ignored), ignored=_NOT_SCORED)
+
+
+_NOT_SCORED = -(2**62)
+
+
+def probe_scores(areas: Areas, num_classes: int, *, published: bool = True) -> ProbeScores:
+    """Mean IoU over the classes that are labeled or predicted, and accuracy, from `patch_areas`.
+
+    As published, a predicted ignored label is one more class, with an IoU of 0; not so if `published` is False.
+    """
+    scores = segmentation_scores(areas)
+    iou = scores.iou_per_class if published else scores.iou_per_class[:num_classes]
+    return ProbeScores(iou.nanmean().item(), scores.aAcc)
+
+
+def score_patches(
+    predict: Callable[[Tensor], Mapping[Any, Tensor]],
+    test: Patches,
+    num_classes: int,
+    *,
+    ignored: Sequence[int] = (IGNORED,),
+    published: bool = True,
+) -> dict[Any, ProbeScores]:
+    """Scores of the probes that `predict` gives the labels (m, P) of, by name, in batches of patches."""
+    areas: dict[Any, Areas] = {}
+    batches = zip(test.features.split(PATCH_BATCH), test.labels.split(PATCH_BATCH), strict=True)
+    for features, labels in batches:
+        for name, predictions in predict(features).items():
+            counted = patch_areas(predictions, labels, num_classes, ignored)
+            areas[name] = areas[name] + counted if name in areas else counted
+    return {name: probe_scores(each, num_classes, published=published) for name, each in areas.items()}
+
+
+class ProbeResult(NamedTuple):
+    """The chosen hyperparameters, the scores of all of them on the held-out images, and the test scores."""
+
+    best: dict[str, Any]
+    held_out: list[tuple[dict[str, Any], ProbeScores]]
+    test: ProbeScores
+
+
+def hold_out_images(num_images: int, seed: int = HELD_OUT_SEED) -> tuple[Tensor, Tensor]:
+    """Indices of the images to fit to, and of a random tenth (at least one) to choose hyperparameters on."""
+    if num_images < 2:
+        raise ValueError(f"{num_images} training image(s) are too few to hold out one to choose hyperparameters on")
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed))
+    count = max(num_images // 10, 1)
+    return order[count:].sort().values, order[:count].sort().values
+
+
+def run_knn_probe(
+    train: Patches,
+    held_out: Patches,
+    test: Patches,
+    num_classes: int,
+    *,
+    ks: Sequence[int] = KS,
+    distances: Sequence[str] = DISTANCES,
+    ignored: Sequence[int] = (IGNORED,),
+    published: bool = True,
+) -> ProbeResult:
+    """Choose k and the distance on `held_out`, then search in `train` and `held_out`; features are standardized."""
+    scoring: dict[str, Any] = {"ignored": ignored, "published": published}
+    scored: list[tuple[dict[str, Any], ProbeScores]] = []
+    for distance in distances:
+        predict = fit_knn(train, ks=ks, distance=distance, ignored=ignored)
+        for k, scores in score_patches(predict, held_out, num_classes, **scoring).items():
+            scored.append(({"k": k, "distance": distance}, scores))
+    best = _best(scored)
+    predict = fit_knn(train + held_out, ks=[best["k"]], distance=best["distance"], ignored=ignored)
+    (found,) = score_patches(predict, test, num_classes, **scoring).values()
+    return ProbeResult(best, scored, found)
+
+
+def run_logistic_probe(
+    train: Patches,
+    held_out: Patches,
+    test: Patches,
+    num_classes: int,
+    *,
+    C_values: Sequence[float] = C_VALUES,
+    ignored: Sequence[int] = (IGNORED,),
+    max_iter: int = MAX_ITER,
+    published: bool = True,
+) -> ProbeResult:
+    """Choose C on `held_out`, then fit to `train` and `held_out`; features are standardized."""
+
+    def score(C: float, fitted: Patches, scored_on: Patches) -> ProbeScores:
+        _, predict = fit_logistic(fitted, C=C, ignored=ignored, max_iter=max_iter)
+        (found,) = score_patches(
+            lambda features: {C: predict(features)}, scored_on, num_classes, ignored=ignored, published=published
+        ).values()
+        return found
+
+    scored = [({"C": C}, score(C, train, held_out)) for C in C_values]
+    best = _best(scored)
+    return ProbeResult(best, scored, score(best["C"], train + held_out, test))
+
+
+def _best(scored: Sequence[tuple[dict[str, Any], ProbeScores]]) -> dict[str, Any]:
+    """The hyperparameters with the highest mIoU, the first ones if tied."""
+    return max(scored, key=lambda item: item[1].mIoU)[0]
