@@ -2,10 +2,6 @@
 
 import json
 import logging
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +10,7 @@ import torch
 from eval_images import ImageSet, tiny_backbone, to_tensor
 from eval_shared_work import shared_work
 from PIL import Image
+from several_processes import run_in_processes
 from torch.nn.functional import normalize
 
 from dinov2.data.images import BadImageError
@@ -28,8 +25,6 @@ from dinov2.eval.features import (
 )
 from dinov2.eval.linear_heads import create_linear_input
 from dinov2.eval.skip_unreadable import collate_skipping_unreadable, skip_unreadable_batches
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(4, 0), (100, 0), (3, 2)])
@@ -157,31 +152,7 @@ def test_lists_of_labels_are_filled_up_to_one_width_and_may_be_empty(num_workers
 
 def launch(folder: Path, world_size: int) -> list[dict]:
     """What each of several processes finds that share out the work of `eval_shared_work`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(world_size):
-        place = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "RANK": str(rank),
-            "WORLD_SIZE": str(world_size),
-            "LOCAL_RANK": str(rank),
-            "LOCAL_WORLD_SIZE": str(world_size),
-        }
-        settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-W", "error", ROOT / "tests" / "support" / "eval_shared_work.py", folder],
-                env=os.environ | place | settings,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * world_size, "\n".join(outputs)
+    run_in_processes("eval_shared_work.py", world_size, folder)
     return [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(world_size)]
 
 

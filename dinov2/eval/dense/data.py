@@ -138,15 +138,20 @@ class Sets(NamedTuple):
     val: DenseDataset
 
 
+def named_sets(args: argparse.Namespace) -> list[str]:
+    """The dataset strings of the command line; a `ValueError` unless it has either a training set or a head."""
+    if (args.head is None) == (args.train_dataset is None):
+        raise ValueError("give either --train-dataset, to train a head, or --head, to test one")
+    return [name for name in (args.train_dataset, args.val_dataset) if name is not None]
+
+
 def open_sets(args: argparse.Namespace, cfg: Config, kind: str) -> Sets:
     """Open the datasets of the command line, and read some maps, so that wrong ones are an error now.
 
     Raises:
-        ValueError: The flags contradict each other, a dataset has no such maps, or the two have different classes.
+        ValueError: A dataset has no such maps, or the two have different classes.
     """
     options, train = setup.image_options(cfg), None
-    if (args.head is None) == (args.train_dataset is None):
-        raise ValueError("give either --train-dataset, to train a head, or --head, to test one")
     if args.train_dataset is not None:
         train = open_dense(args.train_dataset, kind, options, "--train-dataset")
         options = train.image_options

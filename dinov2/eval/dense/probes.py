@@ -22,7 +22,7 @@ from dinov2.data.dense.resampling import resized_map
 from dinov2.data.workers import SupervisedLoader
 from dinov2.eval import setup
 from dinov2.eval.dense import heads
-from dinov2.eval.dense.data import Sets, open_sets
+from dinov2.eval.dense.data import Sets, named_sets, open_sets
 from dinov2.eval.dense.patch_probes import (
     Patches,
     ProbeResult,
@@ -144,8 +144,10 @@ def image_side(args: argparse.Namespace, cfg: Config) -> int:
 def main(args: argparse.Namespace) -> None:
     """Run the probes of the command line."""
     started = time.monotonic()
+    if args.head is not None:
+        raise ValueError("--head has no meaning with --protocol capi, whose probes are fitted to --train-dataset")
     with distributed.session():
-        cfg = setup.setup(args, [name for name in (args.train_dataset, args.val_dataset) if name])
+        cfg = setup.setup(args, named_sets(args))
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
         sets, side = chosen_sets(args, cfg), image_side(args, cfg)
@@ -198,8 +200,6 @@ def main(args: argparse.Namespace) -> None:
 
 def chosen_sets(args: argparse.Namespace, cfg: Config) -> Sets:
     """The datasets of the command line, the first with at most `--max-train-images`, evenly spaced."""
-    if args.head is not None:
-        raise ValueError("--head has no meaning with --protocol capi, whose probes are fitted to --train-dataset")
     sets = open_sets(args, cfg, "segmentation")
     assert sets.train is not None, "--head is not given"
     if args.max_train_images is not None and args.max_train_images < len(sets.train):

@@ -202,7 +202,7 @@ def main(args: argparse.Namespace) -> None:
         return probes.main(args)
     started = time.monotonic()
     with distributed.session():
-        cfg = setup.setup(args, [name for name in (args.train_dataset, args.val_dataset) if name])
+        cfg = setup.setup(args, data.named_sets(args))
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
         protocol, published = chosen_protocol(args, cfg)

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dinov2 import distributed
 from dinov2.data.randomness import seed_for
-from dinov2.eval.dense.batch_norm import synchronize_batch_norm
+from dinov2.eval.dense.process_wide import make_process_wide
 from dinov2.eval.dense.protocols import Training
 from dinov2.eval.linear_checkpoint import LinearCheckpointer
 from dinov2.eval.skip_unreadable import skip_unreadable_batches
@@ -53,7 +53,7 @@ def train_head(
     """Train a head in place, from the newest checkpoint if there is one; returns the history of validations.
 
     Args:
-        head: The trained module; its batch norms use the statistics of all processes.
+        head: The trained module; its batch norms and dropouts act on the images of all processes.
         features: Images (B, 3, h, w) -> patch tokens (B, D, h', w') and class token (B, D) of each layer, frozen.
         loss_of: (head, layers, maps, iteration) -> loss of the batch of this process; all batches have equal weight.
         batches_from: Iteration -> batches of this rank from there on.
@@ -61,7 +61,7 @@ def train_head(
         training, run: Settings.
     """
     device = distributed.device()
-    synchronize_batch_norm(head)
+    make_process_wide(head)
     optimizer = AdamW(
         head.parameters(), lr=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
     )
@@ -77,7 +77,7 @@ def train_head(
     logged = progress.log_every(batches, 50, "Training:", training.iterations, start)
     for step, (images, maps) in enumerate(logged, start):
         layers = features(images.to(device, non_blocking=True))
-        torch.manual_seed(seed_for(run.seed, "dense dropout", step, distributed.rank()))
+        torch.manual_seed(seed_for(run.seed, "dense dropout", step))
         loss = loss_of(model, layers, maps.to(device, non_blocking=True), step)
         optimizer.param_groups[0]["betas"] = (training.first_beta(step), training.betas[1])
         optimizer.zero_grad()

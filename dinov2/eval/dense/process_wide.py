@@ -1,4 +1,4 @@
-"""Batch norm of frozen features whose statistics are those of the images of all processes."""
+"""Layers of heads that act on the images of all processes together, so that their number does not matter."""
 
 from typing import cast
 
@@ -41,8 +41,23 @@ class FrozenInputBatchNorm(nn.BatchNorm2d):
         )
 
 
-def synchronize_batch_norm(module: nn.Module) -> None:
-    """Let each batch norm below `module` use the statistics of all processes; parameter names stay."""
+class ProcessWideDropout2d(nn.Dropout2d):
+    """`nn.Dropout2d` whose channels are drawn for the images of all processes, of which this one takes its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop channels of images (B, D, h, w); processes have the same random state, and equal B."""
+        if not self.training or not self.p:
+            return input
+        count, channels = input.shape[:2]
+        kept = torch.rand(count * distributed.world_size(), channels, device=input.device) >= self.p
+        mine = kept[distributed.rank() * count :][:count]
+        return input * mine[..., None, None] / (1 - self.p)
+
+
+def make_process_wide(module: nn.Module) -> None:
+    """Let batch norms and dropouts below `module` act on the images of all processes; parameter names stay."""
     for part in module.modules():
         if type(part) is nn.BatchNorm2d:
             part.__class__ = FrozenInputBatchNorm
+        elif type(part) is nn.Dropout2d:
+            part.__class__ = ProcessWideDropout2d

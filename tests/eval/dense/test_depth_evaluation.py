@@ -1,0 +1,111 @@
+"""The depth command: what it trains, tests, refuses and writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dense_trees import dense_command, depth_set, write_scenes
+from eval_images import tiny_backbone
+from PIL import Image
+
+from dinov2.data.dense.transforms import EvaluationInputs
+from dinov2.eval.dense import data, depth
+from dinov2.eval.dense.protocols import DEPTH, DepthData
+from dinov2.flags.dense import depth_parser
+from dinov2.models.dense.depther import Depther
+from dinov2.models.dense.linear_depth_head import LinearDepthHead
+
+SHORT = {"iterations": 60, "batch_size": 4, "learning_rate": 0.02, "max_depth": 10, "train_crop": (24, 24)}
+
+
+def run(folder: Path, **options: object) -> dict:
+    args = depth_parser().parse_args(dense_command(folder, "depth", **options))
+    depth.main(args)
+    return json.loads((Path(args.output_dir) / depth.RESULTS_FILE).read_text())
+
+
+@pytest.mark.parametrize("protocol", ["dinov2", "dinov3"])
+def test_a_trained_head_tells_near_from_far_and_can_be_given_again(tmp_path: Path, protocol: str) -> None:
+    results = run(tmp_path, **SHORT, protocol=protocol)
+    metrics = results["metrics"]
+    assert metrics["a1"] > 0.55 and metrics["rmse"] < 2.5, metrics  # a constant 8 m has 4.0
+    assert results["resolution"] == "images in their size, all pixels, 0.001 to 10 m"
+    assert results["protocol"].startswith(f"{protocol} with iterations=60, learning_rate=0.02")
+    best = min(record["abs_rel"] for record in results["history"])
+    assert metrics["abs_rel"] == pytest.approx(best), "the best head of all validations is left"
+    head = tmp_path / "out" / "head.pth"
+    given = run(tmp_path, head=head, output_dir=tmp_path / "given", max_depth=10, protocol=protocol)
+    assert given["metrics"] == metrics
+    with Image.open(tmp_path / "out" / "predictions.png") as page:
+        assert page.size[0] > 480
+
+
+def test_the_score_is_that_of_naive_loops(tmp_path: Path) -> None:
+    write_scenes(tmp_path, "val", 3, seed=5)
+    dataset = data.open_dense(depth_set(tmp_path, "val"), "depth")
+    rules = DepthData(1e-3, 7.0, "none", (24, 24), "none")  # the ground, at 8 m, is not scored
+    torch.manual_seed(0)
+    head = LinearDepthHead(2 * 24, max_depth=7.0)
+    torch.nn.init.normal_(head.conv_depth.weight)
+    depther = Depther(tiny_backbone(), head, blocks=(3,), norm=False)
+    metrics, _ = depth.evaluate(depther, dataset, DEPTH["dinov2"], rules, EvaluationInputs())
+    per_image = []
+    for index in range(3):
+        image, truth = dataset.get_sample(index)
+        levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        x = (levels - mean) / std
+        with torch.no_grad():
+            predicted = ((depther(x) + depther(x.flip(3)).flip(3)) / 2)[0, 0].double().numpy().clip(1e-3, 7.0)
+        errors = [
+            (predicted[row, column] - truth[row, column]) ** 2
+            for row in range(truth.shape[0])
+            for column in range(truth.shape[1])
+            if 1e-3 < truth[row, column] < 7.0
+        ]
+        per_image.append(np.sqrt(np.mean(errors)))
+    assert metrics.rmse == pytest.approx(np.mean(per_image), rel=1e-5)
+    assert min(per_image) < max(per_image)
+
+
+def test_pairs_of_images_have_a_loss_each() -> None:
+    """As in the published trainings, whatever the number of images of a process."""
+    torch.manual_seed(0)
+    layers = [(torch.randn(4, 6, 3, 3), torch.randn(4, 6))]
+    head, depths = LinearDepthHead(12), torch.rand(4, 1, 12, 12) * 5
+    whole = depth.depth_loss(head, layers, depths, 500)
+    pairs = [
+        depth.depth_loss(head, [(layers[0][0][part], layers[0][1][part])], depths[part], 500)
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    assert whole.item() == pytest.approx((sum(pairs) / 2).item())
+    g = head(layers)[:2].add(1e-3).log() - depths[:2].add(1e-3).log()
+    assert pairs[0].item() == pytest.approx((g.var() + 0.15 * g.mean() ** 2).sqrt().item(), rel=1e-5)
+
+
+def test_a_range_is_needed_and_few_blocks_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--max-depth is missing: DepthFolder has no published range; known: NYUv2"):
+        run(tmp_path, **{key: value for key, value in SHORT.items() if key != "max_depth"})
+    with pytest.raises(ValueError, match="reads 4 blocks, the backbone has 2: --layers 1"):
+        run(tmp_path, **SHORT, opts="student.depth=2")
+
+
+def test_released_linear_heads_are_decoded_as_in_the_hub_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    folder = tmp_path / "mirror" / "dinov2_vits14"
+    folder.mkdir(parents=True)
+    head = LinearDepthHead(2 * 384)
+    state = {f"decode_head.{name}": value for name, value in head.state_dict().items()}
+    torch.save({"state_dict": state}, folder / "dinov2_vits14_nyu_linear_head.pth")
+    monkeypatch.setenv("DINOV2_WEIGHTS_URL", str(tmp_path / "mirror"))
+    options = {"config_file": "eval/vits14_pretrain", "head": "nyu_linear", "max_depth": 80, "num_pictures": 0}
+    far = run(tmp_path, **options)
+    assert "--bins 0.001 10 decodes the range of NYU" in caplog.text
+    near = run(tmp_path, **options, bins=(0.001, 10))
+    # Logits near 0 give about the middle of the range, 40 and 5 m, of scenes from 2 to 8 m.
+    assert far["metrics"]["rmse"] == pytest.approx(33.5, abs=1.5)
+    assert near["metrics"]["rmse"] == pytest.approx(2.7, abs=0.7)
