@@ -47,9 +47,8 @@ def _compare_stages(head: DPTDepthHead, layers: list[Layer], compare: Any, recor
     fused = head.fuse(maps)
     for index, (first, second, third) in enumerate(zip(reassembled, maps, fused, strict=True)):
         compare(f"reassemble.{index}.img0", first[:1])
-        # A map that the published fusion reads as it is (not resized) was recorded after a ReLU in place.
-        coarser = recording.tensors.get(f"{name}.fusion.{len(maps) - 2 - index}.img0")
-        in_place = coarser is None or coarser.shape[-2:] == second.shape[-2:]
+        # Maps that the published fusion reads without resizing them were recorded after its ReLU in place.
+        in_place = bool((recording.tensors[f"{name}.conv.{index}.img0"] >= 0).all())
         compare(f"conv.{index}.img0", relu(second[:1]) if in_place else second[:1])
         compare(f"fusion.{index}.img0", third[:1])
     projected = relu(head.project(fused[-1]))

@@ -102,6 +102,12 @@ def test_what_cannot_be_saved_leaves_no_file(tmp_path: Path) -> None:
         save_head(tmp_path / "head.pth", nn.Linear(1, 1), blocks=[0], norm=True)
     with pytest.raises(ValueError, match="meta of a head must be texts, numbers"):
         save_head(tmp_path / "head.pth", SegmentationHead(1, 1), blocks=[0], norm=True, meta={"path": tmp_path})
+    with pytest.raises(ValueError, match=r"a head of 16 channels does not read the 3 blocks \[0, 1, 2\]"):
+        save_head(tmp_path / "head.pth", SegmentationHead(16, 1), blocks=[0, 1, 2], norm=True)
+    with pytest.raises(ValueError, match=r"does not read the 1 blocks \[3\]"):
+        save_head(tmp_path / "head.pth", DPTDepthHead(16, channels=4), blocks=[3], norm=True)
+    with pytest.raises(ValueError, match=r"does not read the 0 blocks \[\]"):
+        save_head(tmp_path / "head.pth", SegmentationHead(16, 1), blocks=[], norm=True)
     assert not list(tmp_path.iterdir())
 
 
