@@ -11,6 +11,7 @@ from torch.nn.functional import relu
 from dinov2.hub import depthers
 from dinov2.models import ARCHS
 from dinov2.models.dense import Depther, DPTDepthHead, Layer, LinearDepthHead, center_pad
+from dinov2.models.published import weights_url
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from scripts.golden.comparison import Comparison
 from scripts.golden.recording import Recording
@@ -46,9 +47,8 @@ def _compare_stages(head: DPTDepthHead, layers: list[Layer], compare: Any, recor
     fused = head.fuse(maps)
     for index, (first, second, third) in enumerate(zip(reassembled, maps, fused, strict=True)):
         compare(f"reassemble.{index}.img0", first[:1])
-        # A map that the published fusion reads as it is (not resized) was recorded after a ReLU in place.
-        coarser = recording.tensors.get(f"{name}.fusion.{len(maps) - 2 - index}.img0")
-        in_place = coarser is None or coarser.shape[-2:] == second.shape[-2:]
+        # Maps that the published fusion reads without resizing them were recorded after its ReLU in place.
+        in_place = bool((recording.tensors[f"{name}.conv.{index}.img0"] >= 0).all())
         compare(f"conv.{index}.img0", relu(second[:1]) if in_place else second[:1])
         compare(f"fusion.{index}.img0", third[:1])
     projected = relu(head.project(fused[-1]))
@@ -146,9 +146,13 @@ def replay_depth_names(recording: Recording, comparison: Comparison) -> None:
             for weights, recorded in datasets.items():
                 keys = keys if isinstance(recorded["keys"], str) else recorded["keys"]
                 label = f"{table} {kind} {weights}"
-                _compare_names(comparison, label, arch, kind, weights, recorded, keys)
+                model = _depther(arch, kind, weights)
+                _compare_names(comparison, label, model, recorded, keys)
+                comparison.exact(f"{label}: file", _file_name(arch, kind, weights), recorded["file"])
+                data_range = list(depthers.DEPTH_RANGES[weights])
+                comparison.exact(f"{label}: range of the data", data_range, recorded["depth_range"])
                 blocks = recording.json["backbone_out_index"][kind][table]
-                comparison.exact(f"{label}: blocks", list(_depther(arch, kind, weights).blocks), blocks)
+                comparison.exact(f"{label}: blocks", list(model.blocks), blocks)
 
 
 def _depther(arch: str, kind: str, weights: str) -> Depther:
@@ -157,17 +161,15 @@ def _depther(arch: str, kind: str, weights: str) -> Depther:
         return depthers.make_depther(arch, weights=weights, pretrained=False, **options)
 
 
-def _compare_names(
-    comparison: Comparison, label: str, arch: str, kind: str, weights: str, recorded: dict[str, Any], keys: Any
-) -> None:
-    model = _depther(arch, kind, weights)
+def _file_name(arch: str, kind: str, weights: str) -> str:
+    content = depthers.content_name("dpt" if kind == "dpt" else "linear", _LAYERS.get(kind, 4), weights)
+    return weights_url(arch, content, registers=False).rpartition("/")[2]
+
+
+def _compare_names(comparison: Comparison, label: str, model: Depther, recorded: dict[str, Any], keys: Any) -> None:
     state = {name: list(value.shape) for name, value in model.state_dict().items() if "backbone." not in name}
     comparison.exact(f"{label}: names and shapes", state, keys)
-    count = sum(parameter.numel() for parameter in model.decode_head.parameters())
-    comparison.exact(f"{label}: parameters", count, recorded["parameters"])
     head: Any = model.decode_head
+    count = sum(parameter.numel() for parameter in head.parameters())
+    comparison.exact(f"{label}: parameters", count, recorded["parameters"])
     comparison.exact(f"{label}: range of the head", [head.min_depth, head.max_depth], recorded["head_range"])
-    comparison.exact(f"{label}: range of the data", list(depthers.DEPTH_RANGES[weights]), recorded["depth_range"])
-    content = depthers.content_name("dpt" if kind == "dpt" else "linear", _LAYERS.get(kind, 4), weights)
-    url = depthers.weights_url(arch, content, registers=False)
-    comparison.exact(f"{label}: file", url.rpartition("/")[2], recorded["file"])

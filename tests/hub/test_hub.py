@@ -216,6 +216,18 @@ for name in ("dinov2_vits14", "dinov2_vits14_reg"):
         with torch.no_grad():
             assert loaded(images).shape == (2, 1000) and torch.equal(loaded(images), source(images))
             assert torch.equal(backbone(images), source.backbone(images))
+for entry, options, content in (
+    ("ld", {"layers": 1}, "nyu_linear"), ("dd", {"weights": "KITTI"}, "kitti_dpt"), ("seg", {"head": "ms"}, "ade20k_ms")
+):
+    options = {**options, **tiny}
+    source = torch.hub.load(repository, f"dinov2_vits14_{entry}", source="local", pretrained=False, **options)
+    stem = f"{weights}/dinov2_vits14/dinov2_vits14"
+    torch.save(source.backbone.state_dict(), f"{stem}_pretrain.pth")
+    head = {f"decode_head.{name}": value for name, value in source.decode_head.state_dict().items()}
+    torch.save({"state_dict": head}, f"{stem}_{content}_head.pth")
+    loaded = torch.hub.load(repository, f"dinov2_vits14_{entry}", source="local", **options)
+    with torch.no_grad():
+        assert loaded(images).shape[2:] == (28, 42) and torch.equal(loaded(images), source(images))
 import dinov2
 assert dinov2.__file__.startswith(repository), dinov2.__file__
 """

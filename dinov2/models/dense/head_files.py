@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dinov2.models.dense.dpt import DPTDepthHead
+from dinov2.models.dense.dpt import NUM_LAYERS, DPTDepthHead
 from dinov2.models.dense.linear_depth_head import LinearDepthHead, check_depth_range
 from dinov2.models.dense.segmentation_head import SegmentationHead
 from dinov2.models.key_mapping import StateDict
@@ -119,7 +119,13 @@ def save_head(
         kept = json.loads(json.dumps(dict(meta or {})))
     except (TypeError, ValueError) as error:
         raise ValueError(f"meta of a head must be texts, numbers, lists and dicts: {error}") from error
-    settings = {"kind": kinds[0], "arguments": head.arguments, "blocks": list(blocks), "norm": norm, "meta": kept}
+    arguments: dict[str, Any] = head.arguments  # type: ignore[assignment]
+    width = _width(kinds[0], arguments, len(blocks))
+    if width % 1 != 0:  # also for infinity, whose remainder is not a number
+        raise ValueError(
+            f"a head of {arguments['in_channels']} channels does not read the {len(blocks)} blocks {blocks}"
+        )
+    settings = {"kind": kinds[0], "arguments": arguments, "blocks": list(blocks), "norm": norm, "meta": kept}
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
@@ -165,7 +171,7 @@ def _kind_of(state: StateDict, source: str) -> str:
 def _infer(kind: str, state: StateDict, embed_dim: int, source: str) -> tuple[dict[str, Any], int]:
     """Arguments of a released head, and the number of its layers, from the shapes of its tensors."""
     if kind == "DPT depth":
-        return _infer_dpt(state, embed_dim, source), 4
+        return _infer_dpt(state, embed_dim, source), NUM_LAYERS
     weight = state["conv_seg.weight" if kind == "segmentation" else "conv_depth.weight"]
     if weight.ndim != 4:
         raise ValueError(f"{source} is damaged: the weights of its convolution are {tuple(weight.shape)}")
@@ -226,13 +232,20 @@ def _checked_settings(settings: Any, embed_dim: int, source: str) -> tuple[dict[
         raise ValueError(f"{source} is damaged: its entry {SETTINGS_KEY!r} is not one of save_head: {error}") from error
     if not blocks or not has_norm:
         raise ValueError(f"{source} is damaged: its entry {SETTINGS_KEY!r} has no blocks, or no norm")
-    tokens = 2 if arguments.get("use_class_token") else 1
-    width = channels if settings.get("kind") == "DPT depth" else channels / (tokens * len(blocks))
+    width = _width(settings.get("kind"), arguments | {"in_channels": channels}, len(blocks))
     if width != embed_dim:
         raise ValueError(
             f"the head in {source} reads {len(blocks)} layers of a backbone of width {width:g}, not {embed_dim}"
         )
     return arguments, len(blocks)
+
+
+def _width(kind: str, arguments: dict[str, Any], num_blocks: int) -> float:
+    """Width of the backbone that a head reads; not a whole number, or infinite, if it cannot read so many blocks."""
+    if kind == "DPT depth":
+        return arguments["in_channels"] if num_blocks == NUM_LAYERS else float("inf")
+    tokens = 2 if arguments.get("use_class_token") else 1
+    return arguments["in_channels"] / (tokens * num_blocks) if num_blocks else float("inf")
 
 
 def _range_arguments(depth_range: DepthRange | None, arguments: dict[str, Any], source: str) -> dict[str, float]:

@@ -48,7 +48,8 @@ def sliding_windows(
         size: (height, width) of the image in pixels.
         window, stride: (height, width) in pixels, or one number for both. The stride must not exceed the window.
         squares_if_smaller: The rule of DINOv3 for an image that is smaller than the window in both directions: windows
-            are squares of its shorter side. Without it there is one window, the image.
+            are squares of its shorter side. Without it there is one window, the image. (A stride of more than this side
+            leaves pixels of long images without a window in DINOv3; here it is reduced to the side.)
     """
     height, width = size
     (window_height, window_width), (down, right) = as_pair(window, "window"), as_pair(stride, "stride")
@@ -57,7 +58,8 @@ def sliding_windows(
             f"with a stride of {(down, right)}, windows of {(window_height, window_width)} leave pixels without any"
         )
     if squares_if_smaller and height < window_height and width < window_width:
-        window_height = window_width = min(height, width)
+        side = window_height = window_width = min(height, width)
+        down, right = min(down, side), min(right, side)
     tops, lefts = _starts(height, window_height, down), _starts(width, window_width, right)
     sides = (min(height, window_height), min(width, window_width))
     return [Window(top, left, *sides) for top in tops for left in lefts]
