@@ -18,6 +18,7 @@ from dinov2.data.datasets.image_net_22k import ImageNet22k
 from dinov2.data.datasets.torchvision_sets import TorchvisionSet
 from dinov2.data.datasets.torchvision_sources import SOURCES
 from dinov2.data.dense.depth_lists import FORMATS, ListedDepth
+from dinov2.data.dense.fashion_scenes import FashionScenes
 from dinov2.data.dense.folders import DepthFolder, SegmentationFolder
 from dinov2.data.dense.segmentation_sets import ADE20K, VOC2012, Cityscapes
 from dinov2.data.images import ImageOptions
@@ -30,6 +31,7 @@ __all__ = [
     "DepthFolder",
     "Entry",
     "FashionMNIST",
+    "FashionScenes",
     "ImageDataset",
     "ImageFolder",
     "ImageList",
@@ -80,6 +82,9 @@ DATASETS: dict[str, Entry] = (
         "VOC2012": Entry(VOC2012, required=("split", "root"), splits=VOC2012.Splits),
         "Cityscapes": Entry(Cityscapes, required=("split", "root"), splits=Cityscapes.Splits),
         "SegmentationFolder": Entry(SegmentationFolder, optional=("split", "classes", "colors", "ignore")),
+        "FashionScenes": Entry(
+            FashionScenes, ("split",), ("size", "background", "length", "kind", "seed"), FashionScenes.Split
+        ),
         "DepthFolder": Entry(DepthFolder, optional=("split", "scale")),
     }
     | {
