@@ -135,12 +135,12 @@ def depth_loss(
 
 
 def make_depther(
-    backbone: DinoVisionTransformer, protocol: DepthProtocol, rules: DepthData, args: argparse.Namespace, cfg: Config
+    backbone: DinoVisionTransformer, protocol: DepthProtocol, rules: DepthData, args: argparse.Namespace
 ) -> tuple[Depther, str]:
     """A backbone with a new head or the given one, on the device of this process, and a description of the head."""
     if args.head is not None:
         bins = None if args.bins is None else tuple(args.bins)
-        chosen = heads.read(args.head, "depth", backbone, cfg, bins)
+        chosen = heads.read(args.head, "depth", backbone, bins)
     else:
         if protocol.layers > backbone.n_blocks:
             raise ValueError(
@@ -246,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
         protocol, published, rules = chosen(args)
         sets = data.open_sets(args, cfg, "depth")
         backbone = setup.build_model_for_eval(cfg, args.pretrained_weights)
-        depther, source = make_depther(backbone, protocol, rules, args, cfg)
+        depther, source = make_depther(backbone, protocol, rules, args)
         prepare = EvaluationInputs(
             size=rules.test_size,
             bottom=KITTI_SIZE if rules.test_box == "kitti" else None,

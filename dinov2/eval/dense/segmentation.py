@@ -130,7 +130,6 @@ def make_segmenter(
     protocol: SegmentationProtocol,
     val: DenseDataset,
     source: str | None,
-    cfg: Config,
 ) -> tuple[Segmenter, str]:
     """A backbone with a new head or the one at `source`, and a description of the head."""
     if source is None:
@@ -139,7 +138,7 @@ def make_segmenter(
         head: Any = SegmentationHead(len(blocks) * backbone.embed_dim, val.num_classes, dropout=protocol.dropout)
         chosen = heads.ChosenHead(head, tuple(blocks), norm=True, described="trained here")
     else:
-        chosen = heads.read(source, "segmentation", backbone, cfg)
+        chosen = heads.read(source, "segmentation", backbone)
     if chosen.head.num_classes != val.num_classes:
         raise ValueError(
             f"the head {source} predicts {chosen.head.num_classes} classes, the validation set has {val.num_classes}"
@@ -208,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
         protocol, published = chosen_protocol(args, cfg)
         sets = data.open_sets(args, cfg, "segmentation")
         backbone = setup.build_model_for_eval(cfg, args.pretrained_weights)
-        segmenter, source = make_segmenter(backbone, protocol, sets.val, args.head, cfg)
+        segmenter, source = make_segmenter(backbone, protocol, sets.val, args.head)
         prepare = EvaluationInputs(
             short_side=protocol.short_side,
             scales=protocol.test_scales,
@@ -218,14 +217,14 @@ def main(args: argparse.Namespace) -> None:
         loading: dict[str, Any] = {"dtype": DTYPES[args.precision], "num_workers": args.num_workers}
         score = partial(evaluate, segmenter, sets.val, protocol, prepare, **loading)
         history: list[dict[str, Any]] = []
+        protocol_text = describe(protocol, published)
         if sets.train is not None:
             history = train(segmenter, sets, protocol, lambda: {"mIoU": 100 * score()[0].mIoU}, args, cfg)
-            source = heads.save(args, segmenter, sets.train, describe(protocol, published))
+            source = heads.save(args, segmenter, sets.train, protocol_text, crop_size=protocol.crop_size)
         scores, rows = score(num_pictures=args.num_pictures)
         legend = list(zip(sets.val.classes, sets.val.palette.tolist(), strict=True))[:LEGEND]
         pictures.write(args, ("image", "truth", "prediction", "errors"), rows, legend)
         metrics = as_percent(scores) | {"classes": list(sets.val.classes)}
-        protocol_text = describe(protocol, published)
         size = f"short side {protocol.short_side}, windows of {protocol.crop_size} pixels"
         heads.report(
             path,
