@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 LARGEST_LEVEL = 127  # of int8
-STEP_FACTOR = 1.15  # by which the step grows until the tokens are small enough
+SMALLEST_GROWTH = 1.1  # factor of the step between two attempts to make the tokens small enough
 NUM_CHECKED = 256  # tokens whose cosines to all others are compared with exact ones
 
 
@@ -26,6 +26,7 @@ class CompactTokens(NamedTuple):
     levels: np.ndarray  # (d, m) int8, coordinates of the rotated tokens of length 1 in steps
     packed: bytes  # the levels in the format of zlib
     largest_error: float  # of the cosines that were compared with exact ones
+    typical_error: float  # their root mean square error
     num_checked: int  # these cosines
 
 
@@ -45,12 +46,14 @@ def compact_tokens(tokens: Tensor, *, max_bytes: int) -> CompactTokens:
         packed = zlib.compress(levels.T.contiguous().numpy().tobytes())
         if len(packed) <= max_bytes:
             break
-        step *= STEP_FACTOR
+        excess = 8 * (len(packed) - max_bytes) / levels.numel()  # bits of a level; each doubling saves up to one
+        step *= max(2**excess, SMALLEST_GROWTH)
         if step > 1:
             raise ValueError(f"{len(tokens)} tokens do not fit in {max_bytes} bytes")
     chosen = torch.linspace(0, len(unit) - 1, min(len(unit), NUM_CHECKED)).round().long()
-    exact, found = unit[chosen] @ unit.T, cosines(levels.T, chosen)
-    return CompactTokens(levels.T.numpy(), packed, float((exact - found).abs().max()), exact.numel())
+    errors = cosines(levels.T, chosen) - unit[chosen] @ unit.T
+    typical = float(errors.square().mean().sqrt())
+    return CompactTokens(levels.T.numpy(), packed, float(errors.abs().max()), typical, errors.numel())
 
 
 def cosines(levels: Tensor, chosen: Tensor) -> Tensor:

@@ -61,9 +61,9 @@ def similarity_page(
     compact = compact_tokens(features, max_bytes=int(max(left, SMALLEST_SHARE * largest)) * 3 // 4)  # base64
     if compact.largest_error > PERMITTED_ERROR:
         logger.warning(
-            "cosines on the page have errors of up to %.3f, so that it is not too large: give fewer images, or a "
-            "smaller --size",
-            compact.largest_error,
+            "cosines on the page have errors of up to %.3f (typically %.4f), so that it is not too large: give fewer "
+            "images or a smaller --size",
+            *(compact.largest_error, compact.typical_error),
         )
     data = layers | {
         "grids": [[each.rows, each.columns] for each in shown],
