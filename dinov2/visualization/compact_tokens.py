@@ -42,7 +42,8 @@ def compact_tokens(tokens: Tensor, *, max_bytes: int) -> CompactTokens:
     step = max(float(rotated.abs().max()), 1e-12) / LARGEST_LEVEL
     while True:
         levels = (rotated / step).round().to(torch.int8)
-        levels = levels[:, : int((levels != 0).any(dim=0).sum().clamp_min(1))]
+        used = (levels != 0).any(dim=0).nonzero()
+        levels = levels[:, : int(used.max()) + 1 if len(used) else 1]
         packed = zlib.compress(levels.T.contiguous().numpy().tobytes())
         if len(packed) <= max_bytes:
             break

@@ -26,7 +26,7 @@ from dinov2.eval.extract.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
 from dinov2.eval.extract.preprocessing import input_size
 from dinov2.models.dense.depther import Depther
 from dinov2.models.dense.segmenter import Segmenter
-from dinov2.visualization.contact_sheet import Legend, contact_sheet, heat_map
+from dinov2.visualization.contact_sheet import Legend, contact_sheet, heat_map, overlay
 from dinov2.visualization.feature_maps import log_sizes
 from dinov2.visualization.figures import SHEET_WIDTH, Figure
 from dinov2.visualization.inputs import LoadedImage
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SMALLEST_SHARE = 0.001  # of all pixels: classes below are drawn, but not in the legend
 MAX_IN_LEGEND = 24  # classes
+CLASS_OPACITY = 0.75  # of class colors over an image
 SHOWN_PERCENTILES = (1, 99)  # of the depths of all images: the ends of the color scale
 
 
@@ -127,7 +128,7 @@ def segmentation_sheet(
     scales = f", {len(protocol.test_scales)} scales" if len(protocol.test_scales) > 1 else ""
     sheet = _sheet(
         images,
-        {"image": shown, "classes": [Image.fromarray(class_colors(labels, classes.palette)) for labels in maps]},
+        {"image": shown, "classes": _class_maps(shown, maps, classes.palette)},
         title=f"Segmentation by {Path(head.described).name} on {backbone.name}",
         subtitle=f"Protocol {protocol.name}: windows of {protocol.crop_size} pixels{scales}{mirrored}. Classes by area"
         + (f"; the {MAX_IN_LEGEND} largest" if len(found) > MAX_IN_LEGEND else ""),
@@ -179,6 +180,12 @@ def depth_sheet(
         captions=[f"{each.name}: {d.min():.2f} to {d.max():.2f} m" for each, d in zip(images, maps, strict=True)],
     )
     return Figure(sheet, {"depth": maps})
+
+
+def _class_maps(images: Sequence[Image.Image], maps: Sequence[np.ndarray], palette: np.ndarray) -> list[Image.Image]:
+    """Class colors over the images in gray, so that outlines of objects and of classes can be compared."""
+    colors = [Image.fromarray(class_colors(labels, palette)) for labels in maps]
+    return [overlay(image, each, CLASS_OPACITY) for image, each in zip(images, colors, strict=True)]
 
 
 def _inputs(backbone: FrozenBackbone, **sizes: Any) -> EvaluationInputs:

@@ -80,7 +80,7 @@ function draw() {
   const low = similarity && smallest(similarity);
   if (colored) {
     grids.forEach(({ start, rows, columns }, index) => {
-      const context = figures[index].canvas.getContext("2d");
+      const context = figures[index].canvas.getContext("2d", { willReadFrequently: true });
       const pixels = context.createImageData(columns, rows);
       for (let patch = 0; patch < rows * columns; patch++) {
         pixels.data.set(colorOf(start + patch, low), 4 * patch);
