@@ -151,7 +151,7 @@ def test_command_is_accepted_by_its_program(
         if any(word.startswith("train.dataset_path=") for word in args.opts):
             parse_dataset_str(cfg.train.dataset_path)
     for name in ("train_dataset", "val_dataset"):
-        if hasattr(args, name):
+        if getattr(args, name, None) is not None:
             parse_dataset_str(getattr(args, name))
 
 
