@@ -23,6 +23,7 @@ from scripts.golden.i_augment import replay_augment
 from scripts.golden.j_names import replay_names
 from scripts.golden.l_segmentation_scores import replay_segmentation_scores
 from scripts.golden.m_depth import replay_depth_losses, replay_depth_metrics
+from scripts.golden.o_retrieval import replay_retrieval
 from scripts.golden.q_patch_probes import replay_patch_probes
 from scripts.golden.recording import Recording
 
@@ -48,6 +49,7 @@ REPLAYS: dict[str, Callable[[Recording, Comparison], None]] = {
     "l_miou": replay_segmentation_scores,
     "m_depth_losses": replay_depth_losses,
     "m_depth_metrics": replay_depth_metrics,
+    "o_retrieval": replay_retrieval,
     "q_patch_probes": replay_patch_probes,
 }
 
