@@ -20,7 +20,7 @@ class MetricType(Enum):
 
 
 def model_parser(description: str, add_help: bool = True) -> argparse.ArgumentParser:
-    """Build a parser with the flags of every evaluation: the model, the output folder and the cache."""
+    """Build a parser with the flags of every evaluation: the model and the output folder."""
     parser = CommandParser(description=description, add_help=add_help)
     add = parser.add_argument
     config_help = "config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
@@ -31,13 +31,17 @@ def model_parser(description: str, add_help: bool = True) -> argparse.ArgumentPa
     weights.add_argument("--random-init", action="store_true", help=random_help)
     add("--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)")
     add("--opts", nargs="+", action="extend", default=[], metavar="key=value", help="config overrides, a.b=value")
+    return parser
+
+
+def add_cache_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the cache of features."""
     cache_help = (
         "cache of extracted features, reused as long as the weights, settings, labels, and the names, sizes and "
         "modification times of the images are the same; may be shared by several evaluations (default: features in the "
         "output folder); none: no cache"
     )
-    add("--feature-cache", metavar="FOLDER", help=cache_help)
-    return parser
+    parser.add_argument("--feature-cache", metavar="FOLDER", help=cache_help)
 
 
 def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = True) -> argparse.ArgumentParser:
@@ -51,6 +55,7 @@ def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = Tru
     add("--resize-size", type=positive_int, help=f"{resize_help}{small})")
     crop_help = f"side of the center crop in pixels (default: {PUBLISHED_CROP_SIZE}; {small})"
     add("--crop-size", type=positive_int, help=crop_help)
+    add_cache_flag(parser)
     return parser
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from dinov2.flags import positive_int
-from dinov2.flags.evaluation import PUBLISHED_CROP_SIZE, SMALLEST_PUBLISHED_SIZE, model_parser
+from dinov2.flags.evaluation import PUBLISHED_CROP_SIZE, SMALLEST_PUBLISHED_SIZE, add_cache_flag, model_parser
 
 PROTOCOLS = ("dinov2", "dinov3", "short_side")
 
@@ -25,4 +25,5 @@ def get_args_parser(add_help: bool = True) -> argparse.ArgumentParser:
     add("--batch-size", type=positive_int, default=256, help="images per process in feature extraction")
     add("--num-workers", type=int, default=5, help="data loader workers per process")
     add("--shown-queries", type=int, default=10, help="queries on the figure of rankings; 0 for no figure")
+    add_cache_flag(parser)
     return parser
