@@ -38,11 +38,8 @@ def retrieval_cache(args: argparse.Namespace, cfg: Config, prepared: Preparation
 
 
 def metrics_of(scores: Mapping[str, RetrievalScores]) -> dict[str, dict[str, float]]:
-    """Setting -> mAP and mean precisions in percent, and the number of queries that they are means of."""
-    return {
-        setting: {name: 100 * value for name, value in by_name(each).items()} | {"queries": each.num_queries}
-        for setting, each in scores.items()
-    }
+    """Setting -> mAP and mean precisions, in percent."""
+    return {setting: {name: 100 * value for name, value in by_name(each).items()} for setting, each in scores.items()}
 
 
 def per_query(benchmark: RetrievalBenchmark, scores: Mapping[str, RetrievalScores]) -> list[dict[str, Any]]:
@@ -55,14 +52,13 @@ def per_query(benchmark: RetrievalBenchmark, scores: Mapping[str, RetrievalScore
     return rows
 
 
-def log_scores(
-    metrics: Mapping[str, Mapping[str, float]], benchmark: RetrievalBenchmark, prepared: Preparation
-) -> None:
+def log_scores(scores: Mapping[str, RetrievalScores], benchmark: RetrievalBenchmark, prepared: Preparation) -> None:
     """Log a table, in percent, with what the scores depend on."""
     queries, images = counted(len(benchmark.queries), "query", "queries"), counted(len(benchmark.database), "image")
     title = f"retrieval: {queries} in a database of {images}, scores in %\n{prepared.description()}"
-    headings = ["setting", *next(iter(metrics.values()))]
-    logger.info("%s", as_table(title, headings, [[setting, *row.values()] for setting, row in metrics.items()]))
+    metrics = metrics_of(scores)
+    rows = [[setting, each.num_queries, *metrics[setting].values()] for setting, each in scores.items()]
+    logger.info("%s", as_table(title, ["setting", "queries", *next(iter(metrics.values()))], rows))
 
 
 def save_figure(
@@ -104,15 +100,15 @@ def main(args: argparse.Namespace) -> None:
             cache=cache,
         )
         scores = score_benchmark(features, benchmark.ground_truth, benchmark.settings)
-        metrics = metrics_of(scores)
         for setting in set(benchmark.settings) - set(scores):
             logger.warning("no query has a relevant image in the setting %r", setting)
-        log_scores(metrics, benchmark, prepared)
+        log_scores(scores, benchmark, prepared)
         facts: dict[str, Any] = run_facts(
             {"queries": benchmark.queries, "database": benchmark.database}, cache, started
         )
         facts |= {"protocol": prepared.protocol, "image_size": prepared.image_size}
         facts |= {"preparation": prepared.description(), "per_query": per_query(benchmark, scores)}
-        write_results(path, evaluation="retrieval", metrics=metrics, args=args, **facts)
+        facts |= {"scored_queries": {setting: each.num_queries for setting, each in scores.items()}}
+        write_results(path, evaluation="retrieval", metrics=metrics_of(scores), args=args, **facts)
         if distributed.is_main():
             save_figure(path.with_name(FIGURE_FILE), benchmark, features, args.shown_queries)

@@ -28,15 +28,15 @@ class RetrievalFeatures:
     """
 
     def __init__(self, queries: Tensor, database: Tensor, readable: Tensor) -> None:
-        self.queries, self.database, self.readable = queries, database, readable
+        device = distributed.device()
+        self.queries, self.database, self.readable = queries, database.to(device), readable.to(device)
 
     def ranking(self, start: int, stop: int) -> Tensor:
         """Indices of the database for some queries, the most similar first and unreadable images last: (q, n) int64."""
-        device = distributed.device()
-        queries, database = self.queries[start:stop].to(device), self.database.to(device)
+        device = self.database.device
         with torch.autocast(device.type, enabled=False):  # half precision causes ties
-            similarity = queries @ database.T
-        similarity[:, ~self.readable.to(device)] = -torch.inf
+            similarity = self.queries[start:stop].to(device) @ self.database.T
+        similarity[:, ~self.readable] = -torch.inf
         return similarity.argsort(dim=1, descending=True, stable=True).cpu()
 
 
