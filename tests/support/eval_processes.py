@@ -1,4 +1,4 @@
-"""Runs a launcher of an evaluation in several processes, as torchrun would start them."""
+"""Runs a script in several processes, as torchrun would start them."""
 
 import os
 import socket
@@ -10,8 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_in_processes(launcher: str, words: Sequence[str], world_size: int = 2) -> list[str]:
-    """Run a launcher such as `dinov2/run/eval/knn.py` with its flags; returns what each process printed."""
+def run_in_processes(
+    script: str, words: Sequence[str | Path], world_size: int = 2, *, options: Sequence[str] = ()
+) -> list[str]:
+    """Run a script such as `dinov2/run/eval/knn.py` with its flags, and options of Python; returns what each printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -19,7 +21,7 @@ def run_in_processes(launcher: str, words: Sequence[str], world_size: int = 2) -
     shared |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / launcher), *map(str, words)],
+            [sys.executable, *options, str(ROOT / script), *map(str, words)],
             env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

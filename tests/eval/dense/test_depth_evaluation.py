@@ -9,9 +9,11 @@ import torch
 from dense_trees import dense_command, depth_set, write_scenes
 from eval_images import tiny_backbone
 from PIL import Image
+from torch.nn import functional
 
 from dinov2.data.dense.transforms import EvaluationInputs
 from dinov2.eval.dense import data, depth
+from dinov2.eval.dense.depth_losses import gradient_log_loss
 from dinov2.eval.dense.protocols import DEPTH, DepthData
 from dinov2.flags.dense import depth_parser
 from dinov2.models.dense.depther import Depther
@@ -81,6 +83,10 @@ def test_pairs_of_images_have_a_loss_each() -> None:
         for part in (slice(0, 2), slice(2, 4))
     ]
     assert whole.item() == pytest.approx((sum(pairs) / 2).item())
+    both = depth.depth_loss(head, layers, depths, 500, gradient_loss=0.5)
+    predicted = functional.interpolate(head(layers), (12, 12), mode="bilinear")
+    extra = [gradient_log_loss(predicted[i : i + 2], depths[i : i + 2], depths[i : i + 2] > 0) for i in (0, 2)]
+    assert both.item() == pytest.approx((whole + 0.25 * sum(extra)).item()) and both > whole
     g = head(layers)[:2].add(1e-3).log() - depths[:2].add(1e-3).log()
     assert pairs[0].item() == pytest.approx((g.var() + 0.15 * g.mean() ** 2).sqrt().item(), rel=1e-5)
 
