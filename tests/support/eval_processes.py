@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def run_in_processes(
     script: str, words: Sequence[str | Path], world_size: int = 2, *, options: Sequence[str] = ()
 ) -> list[str]:
-    """Run a script such as `dinov2/run/eval/knn.py` with its flags, and options of Python; returns what each printed."""
+    """Run a script such as `dinov2/run/eval/knn.py` with its flags; returns what each process printed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

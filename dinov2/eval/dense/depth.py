@@ -61,7 +61,7 @@ def predict(depther: Depther, example: data.Example, protocol: DepthProtocol, dt
         depth = predict_depth(depther, images, mirror=protocol.mirror).float()
     height, width = example.target.shape[-2:]
     depth = resize(depth, (height, width))[0]
-    if not depth.isfinite().all():
+    if (~depth.isfinite()).any():
         raise ValueError(
             "the outputs of the head are NaN or infinite: its training diverged, or the weights of the backbone are bad"
         )
