@@ -31,10 +31,8 @@ def retrieval_cache(args: argparse.Namespace, cfg: Config, prepared: Preparation
     """The cache of features of the evaluated model, by protocol and image size."""
     if args.feature_cache == "none":
         return FeatureCache()
-    size = prepared.image_size
-    facts = setup.model_facts(argparse.Namespace(**vars(args), resize_size=size, crop_size=size), cfg)
     folder = Path(args.feature_cache or Path(args.output_dir) / "features")
-    return FeatureCache(folder, facts | {"preparation": prepared._asdict()})
+    return FeatureCache(folder, {**setup.frozen_model_facts(args, cfg), "preparation": prepared._asdict()})
 
 
 def metrics_of(scores: Mapping[str, RetrievalScores]) -> dict[str, dict[str, float]]:

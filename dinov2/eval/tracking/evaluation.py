@@ -165,7 +165,6 @@ def described(args: argparse.Namespace, side: int) -> str:
 
 def build_tracker(args: argparse.Namespace, cfg: Config, side: int) -> Tracker:
     """The tracker of the command line."""
-    facts = setup.model_facts(argparse.Namespace(**vars(args), resize_size=side, crop_size=side), cfg)
     options = FrameOptions(
         side,
         tuple(cfg.augmentation.mean),
@@ -180,7 +179,7 @@ def build_tracker(args: argparse.Namespace, cfg: Config, side: int) -> Tracker:
         PROTOCOLS[args.protocol],
         setup.get_autocast_dtype(cfg),
         Path(args.output_dir),
-        facts,
+        setup.frozen_model_facts(args, cfg),
         args.save_predictions,
         not args.no_resume,
     )
