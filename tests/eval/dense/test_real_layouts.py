@@ -77,10 +77,10 @@ def run(module: Any, parser: Any, folder: Path, **options: Any) -> dict[str, Any
 @pytest.mark.parametrize(
     ("layout", "classes", "present"), [(ade20k, 150, (0, 149)), (voc2012, 21, (0, 20)), (cityscapes, 19, (0, 10))]
 )
-@pytest.mark.parametrize("protocol", ["dinov2", "capi"])
+@pytest.mark.parametrize("protocol", ["dinov2", "dinov2_ms", "dinov3", "capi"])
 def test_segmentation(tmp_path: Path, layout: Any, classes: int, present: tuple[int, int], protocol: str) -> None:
     train, val = layout(tmp_path / "data")
-    options = SMALL if protocol == "dinov2" else {"crop_size": 32}
+    options = {"crop_size": 32} if protocol == "capi" else SMALL
     results = run(
         segmentation, segmentation_parser, tmp_path, train_dataset=train, val_dataset=val, protocol=protocol, **options
     )
