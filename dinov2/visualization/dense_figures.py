@@ -5,9 +5,7 @@ Predictions are those of the evaluations, `dinov2.eval.dense`: windows, scales a
 Shapes: images of H x W pixels, C classes.
 """
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +28,6 @@ from dinov2.visualization.contact_sheet import Legend, contact_sheet, heat_map, 
 from dinov2.visualization.feature_maps import log_sizes
 from dinov2.visualization.figures import SHEET_WIDTH, Figure
 from dinov2.visualization.inputs import LoadedImage
-
-logger = logging.getLogger(__name__)
 
 SMALLEST_SHARE = 0.001  # of all pixels: classes below are drawn, but not in the legend
 MAX_IN_LEGEND = 24  # classes
@@ -81,8 +77,7 @@ def protocol_of(head: heads.ChosenHead, backbone: FrozenBackbone, name: str | No
     return protocol.scaled(backbone.shorter_side) if backbone.shorter_side < DEFAULT_SIDE else protocol
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
+class _Prepared(NamedTuple):
     """An image that is ready for prediction."""
 
     image: Image.Image  # at the size of the prediction
@@ -198,7 +193,7 @@ def _prepared(image: LoadedImage, prepare: EvaluationInputs) -> _Prepared:
     size = height, width = prepare.size_at(1.0, (pixels.shape[0], pixels.shape[1]))
     inputs, _ = prepare(pixels, np.zeros(pixels.shape[:2], np.int16))
     shown = image.image.resize((width, height), Image.Resampling.BICUBIC)
-    return _Prepared(image=shown, example=Example(0, pixels, inputs, torch.zeros(size)))
+    return _Prepared(shown, Example(0, pixels, inputs, torch.zeros(size)))
 
 
 def _sheet(
