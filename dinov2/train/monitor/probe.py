@@ -131,13 +131,9 @@ class Probe:
                 parts.setdefault(name, []).append(value[: len(pixels)])
         return {name: distributed.all_gather_varied(torch.cat(values)) for name, values in parts.items()}
 
-    def _class_tokens(self, crops: Tensor) -> Features:
-        """`x_norm_clstoken` only: the patch tokens of all images would need too much memory."""
-        return {"x_norm_clstoken": self.model.teacher_features(crops)["x_norm_clstoken"]}
-
-    def _patch_tokens(self, crops: Tensor) -> Features:
-        """`x_norm_patchtokens` only."""
-        return {"x_norm_patchtokens": self.model.teacher_features(crops)["x_norm_patchtokens"]}
+    def _only(self, name: str) -> Callable[[Tensor], Features]:
+        """The function that computes features of one name only: all of many images would need too much memory."""
+        return lambda crops: {name: self.model.teacher_features(crops)[name]}
 
     def _fine_tokens(self, crops: Tensor) -> Features:
         """`tokens`: patch tokens on a grid of at least `FINE_GRID` cells a side, if shifted inputs allow it."""
@@ -184,7 +180,8 @@ class Probe:
         if self.dense is None:
             return {}
         images = (self.dense.bank.images, self.dense.queries.images)
-        bank, queries = (self._features(each, self._patch_tokens)["x_norm_patchtokens"] for each in images)
+        name = "x_norm_patchtokens"
+        bank, queries = (self._features(each, self._only(name))[name] for each in images)
         return self.dense.scores(bank, queries)
 
     def knn(self) -> dict[str, float]:
@@ -192,7 +189,8 @@ class Probe:
         if self.labeled is None:
             return {}
         images, rows, labels, _ = self.labeled
-        features = self._features(images, self._class_tokens)["x_norm_clstoken"].cpu()
+        name = "x_norm_clstoken"
+        features = self._features(images, self._only(name))[name].cpu()
         accuracy = leave_one_out_accuracy(features[rows], labels)
         return {"knn": 100 * accuracy, "knn_chance": self.labeled.chance, "knn_images": float(len(rows))}
 

@@ -92,7 +92,7 @@ def test_the_value_is_that_of_the_evaluation_on_the_same_images() -> None:
         each.maps[:3, :9, :9] = -1
     sets = []
     for each in (probe.dense.bank, probe.dense.queries):
-        tokens = probe._features(each.images, probe._patch_tokens)["x_norm_patchtokens"]
+        tokens = probe._features(each.images)["x_norm_patchtokens"]
         sets.append(to_patches(tokens, each.maps, (4, 4)))
     standardize = Standardizer.of(sets[0].features)
     bank, queries = (Patches(standardize(each.features), each.labels) for each in sets)
