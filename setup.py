@@ -47,6 +47,10 @@ setup(
             "dinov2-knn = dinov2.run.eval.knn:main",
             "dinov2-linear = dinov2.run.eval.linear:main",
             "dinov2-log-regression = dinov2.run.eval.log_regression:main",
+            "dinov2-segmentation = dinov2.run.eval.segmentation:main",
+            "dinov2-depth = dinov2.run.eval.depth:main",
+            "dinov2-retrieval = dinov2.run.eval.retrieval:main",
+            "dinov2-tracking = dinov2.run.eval.tracking:main",
         ]
     },
 )

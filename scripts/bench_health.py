@@ -2,8 +2,9 @@
 """Cost of measuring health metrics, as a share of the step time; prints JSON.
 
 Steps with and without the measurements of a log line alternate; measurements of the probe images, k-NN and k-NN of
-patches (with `health.dense_dataset=...`) are timed by themselves. The share is what all of them add at the periods of the recipe, against steps without any: medians over the
-rounds of the time that the process was at work, and of the time that passed.
+patches (with `health.dense_dataset`) are timed by themselves. The share is what all of them add at the periods of the
+recipe, against steps without any: medians over the rounds of the time that the process was at work, and of the time
+that passed.
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python scripts/bench_health.py --batch-size 4
     python scripts/bench_health.py --batch-size 4 health.dense_dataset=FashionScenes:split=VAL:size=224

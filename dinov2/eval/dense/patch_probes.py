@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dinov2 import distributed
 from dinov2.analysis.patch_segmentation import PATCH_BATCH, Patches, labeled_patches, vote
 from dinov2.analysis.patch_segmentation import Standardizer as Standardizer
 from dinov2.analysis.patch_segmentation import most_frequent as most_frequent
@@ -60,9 +61,9 @@ def fit_knn(
     def prepared(features: Tensor) -> Tensor:
         return functional.normalize(features, dim=1) if distance == "cosine" else features
 
-    device = train.features.device
     # The search returns labels of neighbors: here their numbers.
-    search = KnnModule(prepared(train.features), torch.arange(len(train.labels)), ks, 1.0, device)
+    numbers = torch.arange(len(train.labels), device=train.features.device)
+    search = KnnModule(prepared(train.features), numbers, ks, 1.0, distributed.device())
 
     def predict(features: Tensor) -> dict[int, Tensor]:
         neighbors = search.neighbors(prepared(features))[1].to(train.labels.device)
@@ -76,7 +77,8 @@ def fit_logistic(
 ) -> tuple[Callable[[Tensor], Tensor], Predict]:
     """Fit the logistic regression: one class per patch, the most frequent label of its pixels.
 
-    It minimizes C * (sum of the losses) + |weights|^2 / 2 by L-BFGS in float64.
+    It minimizes C * (sum of the losses) + |weights|^2 / 2 by L-BFGS in float64: with cuML where it is installed and the
+    features are on a GPU, else with scikit-learn.
 
     Returns:
         Two functions of features (m, D): class probabilities (m, C) in increasing order of the labels in the training

@@ -80,7 +80,7 @@ def predict(segmenter: Segmenter, example: data.Example, protocol: SegmentationP
     height, width = example.target.shape
     with autocast(dtype):
         probabilities = predict_probabilities(windows, images, (height, width), mirror=protocol.test_mirror)
-    if not probabilities.isfinite().all():
+    if (~probabilities.isfinite()).any():
         raise ValueError(
             "the outputs of the head are NaN or infinite: its training diverged, or the weights of the backbone are bad"
         )
