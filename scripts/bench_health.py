@@ -80,10 +80,13 @@ def main() -> None:
         "probe": panel.probe.measure,
     }
     seconds = alternate(sides, args.rounds, device)
-    by_labels = alternate({"knn": panel.probe.knn, "patch_knn": panel.probe.patch_knn}, 1, device)
-    seconds = Seconds(seconds.wall | by_labels.wall, seconds.work | by_labels.work)
-    rarely = panel.knn_period or panel.dump_period
-    periods = {"line": cfg.train.log_period, "probe": panel.period, "knn": rarely, "patch_knn": rarely}
+    by_labels: dict[str, Callable[[], object]] = {"knn": panel.probe.knn}
+    if panel.probe.dense is not None:
+        by_labels["patch_knn"] = panel.probe.patch_knn
+    rare = alternate(by_labels, 1, device)
+    seconds = Seconds(seconds.wall | rare.wall, seconds.work | rare.work)
+    periods = {"line": cfg.train.log_period, "probe": panel.period}
+    periods |= dict.fromkeys(by_labels, panel.knn_period or panel.dump_period)
     record: dict[str, Any] = {
         **vars(args),
         "batch_size": cfg.train.batch_size_per_gpu,
