@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from dense_probe_work import dense_probe_work
+from eval_processes import run_in_processes
 from PIL import Image
-from several_processes import run_in_processes
 from tiny import killed_after, metrics, run_train, tiny_config, tiny_model
 from torch import Tensor
 
@@ -177,7 +177,7 @@ def test_the_starting_model_is_measured_and_the_conclusion_compares_with_it(
 
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     """Of sharded weights; of 9 images in the bank and 9 queries their shares are unequal."""
-    run_in_processes("dense_probe_work.py", 2, tmp_path, *DENSE)
+    run_in_processes("tests/support/dense_probe_work.py", [tmp_path, *DENSE])
     alone = dense_probe_work(*DENSE)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(alone, rel=1e-3)
