@@ -46,7 +46,7 @@ from dinov2.eval.dense.segmentation_metrics import (
     segmentation_scores,
 )
 from dinov2.eval.dense.training import Layers, train_head
-from dinov2.eval.features import autocast
+from dinov2.eval.features import CPU_PIXELS, autocast
 from dinov2.eval.results import archive_results
 from dinov2.log import run_command
 from dinov2.models.dense.averaging import predict_probabilities
@@ -58,7 +58,7 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_segmentation.json"
-WINDOWS_AT_ONCE = 4
+WINDOWS_AT_ONCE = 4  # on a GPU; on a CPU as many as have `CPU_PIXELS`
 LEGEND = 24  # classes
 
 
@@ -68,13 +68,14 @@ LEGEND = 24  # classes
 @torch.inference_mode()
 def predict(segmenter: Segmenter, example: data.Example, protocol: SegmentationProtocol, dtype: torch.dtype) -> Tensor:
     """Class index of every pixel of an image, (H, W) int64, by the windows, scales and mirror images of a protocol."""
+    on_cpu = max(CPU_PIXELS // protocol.crop_size**2, 1)
     windows = partial(
         slide,
         segmenter,
         window=protocol.crop_size,
         stride=protocol.stride,
         squares_if_smaller=protocol.small_windows == "squares",
-        windows_at_once=WINDOWS_AT_ONCE,
+        windows_at_once=on_cpu if distributed.device().type == "cpu" else WINDOWS_AT_ONCE,
     )
     images = [image[None].to(distributed.device(), non_blocking=True) for image in example.inputs]
     height, width = example.target.shape
