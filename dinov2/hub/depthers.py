@@ -7,6 +7,7 @@ The published code decodes the bins of linear heads from 0.001 to 80 m whatever 
 default; `depth_range` gives another range.
 """
 
+import logging
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 from dinov2.hub.backbones import make_backbone, weights_source
 from dinov2.models.dense.depther import Depther
 from dinov2.models.dense.dpt import DPTDepthHead
-from dinov2.models.dense.head_files import DepthRange, read_head
+from dinov2.models.dense.head_files import DepthRange, is_of_another_backbone, read_head
 from dinov2.models.dense.layers import last_blocks, spread_blocks
 from dinov2.models.dense.linear_depth_head import LinearDepthHead
 from dinov2.models.published import check_name, weights_url
 from dinov2.models.weights import load_backbone
+
+logger = logging.getLogger(__name__)
 
 DEPTH_RANGES: dict[str, DepthRange] = {"NYU": (0.001, 10.0), "KITTI": (0.001, 80.0)}
 """Depths in meters of the datasets that the released heads were trained on."""
@@ -116,6 +119,8 @@ def make_depther(
             raise ValueError(f"the head in {source} reads {found.num_layers} layers, not layers={layers}")
         decode_head, blocks, norm = found.head, found.blocks or blocks, bool(found.norm)
         load_backbone(backbone, source if found.has_backbone else weights_url(arch, "pretrain", registers=False))
+        if is_of_another_backbone(found, backbone):
+            logger.warning("the head in %s was trained on a backbone with other weights than those of %s", source, arch)
     else:
         assert depth_range is not None, "published heads have a range"
         decode_head = _new_head(head, width, layers, depth_range)

@@ -6,17 +6,20 @@ The release has files of these heads, but no entry points for them. How images a
 obtain the published scores is a matter of the evaluation.
 """
 
+import logging
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from dinov2.hub.backbones import make_backbone, weights_source
-from dinov2.models.dense.head_files import HeadFile, read_head
+from dinov2.models.dense.head_files import HeadFile, is_of_another_backbone, read_head
 from dinov2.models.dense.layers import last_blocks
 from dinov2.models.dense.segmentation_head import SegmentationHead
 from dinov2.models.dense.segmenter import Segmenter
 from dinov2.models.published import check_name, weights_url
 from dinov2.models.weights import load_backbone
+
+logger = logging.getLogger(__name__)
 
 NUM_CLASSES = {"ADE20K": 150, "VOC2012": 21}
 """Classes of the published heads. VOC2012 includes the background, class 0; ADE20K does not, class 0 is its label 1."""
@@ -87,6 +90,8 @@ def make_segmenter(
         decode_head, blocks = found.head, found.blocks or blocks
         norm = norm if found.norm is None else found.norm
         load_backbone(backbone, source if found.has_backbone else weights_url(arch, "pretrain", registers=False))
+        if is_of_another_backbone(found, backbone):
+            logger.warning("the head in %s was trained on a backbone with other weights than those of %s", source, arch)
     else:
         decode_head = SegmentationHead(width * num_layers, NUM_CLASSES[dataset])
     return Segmenter(backbone, decode_head, blocks=blocks, norm=norm, cut_padding=cut_padding).eval()

@@ -12,6 +12,7 @@ from weight_server import WeightServer, serving
 
 from dinov2.hub import depthers, segmenters
 from dinov2.models.dense import Depther, SegmentationHead, Segmenter, save_head
+from dinov2.models.dense.head_files import weights_digest
 from dinov2.models.download import cache_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,6 +168,21 @@ def test_every_name_loads_files_of_its_shapes_from_a_server(
     assert all(cache_path(f"{server.url}{path}").is_file() for path in server.files)
     assert cache_path("http://x/y/dinov2_vitg14_kitti_dpt_head.pth").name == "dinov2_vitg14_kitti_dpt_head.pth"
     assert cache_path("http://x/y/dinov2_vitg14_kitti_ms_head.pth").name != "dinov2_vitg14_kitti_ms_head.pth"
+
+
+def test_a_head_of_other_weights_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backbone = hub_load("dinov2_vits14", pretrained=False, **TINY)
+    torch.save(backbone.state_dict(), folder / "dinov2_vits14_pretrain.pth")
+    save_head(
+        folder / "mine.pth", SegmentationHead(32, 7), blocks=[3], norm=True, meta={"backbone": weights_digest(backbone)}
+    )
+    segmenters.dinov2_vits14_seg(weights=folder / "mine.pth", **TINY)
+    assert not caplog.records
+    with torch.no_grad():
+        backbone.norm.bias[0] += 1e-3
+    torch.save(backbone.state_dict(), folder / "dinov2_vits14_pretrain.pth")
+    segmenters.dinov2_vits14_seg(weights=folder / "mine.pth", **TINY)
+    assert "was trained on a backbone with other weights" in caplog.text
 
 
 def test_heads_of_ones_own_are_used_as_they_were_trained(folder: Path) -> None:

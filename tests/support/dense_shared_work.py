@@ -81,8 +81,8 @@ def train_depther(root: Path, folder: Path) -> tuple[Depther, list]:
         DEPTH["dinov3"].training.for_iterations(ITERATIONS),
         run_of(folder, eval_period=100),
     )
-    metrics, _ = depth.evaluate(depther, val, DEPTH["dinov3"], RULES, EvaluationInputs())
-    history.append({"scores": list(metrics)})
+    scores = depth.evaluate(depther, val, DEPTH["dinov3"], RULES, EvaluationInputs())
+    history.append({"scores": [*scores.metrics, scores.scored]})
     return depther, history
 
 

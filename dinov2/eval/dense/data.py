@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinov2 import distributed
 from dinov2.config import Config
-from dinov2.data.dense.base import DenseDataset, check_maps
+from dinov2.data.dense.base import DenseDataset, MapSummary, check_maps
 from dinov2.data.dense.opening import open_dense
 from dinov2.data.dense.transforms import EvaluationInputs
 from dinov2.data.images import BadImageError
@@ -123,6 +123,7 @@ class Sets(NamedTuple):
 
     train: DenseDataset | None  # None if a head is given
     val: DenseDataset
+    found: MapSummary  # in some maps of the latter
 
 
 def named_sets(args: argparse.Namespace) -> list[str]:
@@ -147,9 +148,11 @@ def open_sets(args: argparse.Namespace, cfg: Config, kind: str) -> Sets:
         setup.check_classes(setup.class_names(train), val, args.val_dataset)
     for name, dataset in ((args.train_dataset, train), (args.val_dataset, val)):
         if dataset is not None:
-            summary = distributed.from_main(partial(check_maps, dataset))
-            logger.info("%s: %s", name, summary.describe())
-    return Sets(train, val)
+            found = distributed.from_main(partial(check_maps, dataset))
+            logger.info("%s: %s", name, found.describe())
+            for warning in getattr(found, "warnings", list)():
+                logger.warning("%s: %s", name, warning)
+    return Sets(train, val, found)
 
 
 def images_per_process(batch_size: int) -> int:

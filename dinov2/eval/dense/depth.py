@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from dinov2.flags.dense import depth_parser as get_args_parser
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before the imports that take seconds
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,14 @@ from dinov2.data.dense.transforms import KITTI_SIZE, NYU_BOX, DepthCrops, Evalua
 from dinov2.eval import setup
 from dinov2.eval.dense import data, heads, pictures
 from dinov2.eval.dense.depth_losses import WARM_UP_STEPS, labeled_pixels, weighted_depth_loss
-from dinov2.eval.dense.depth_metrics import DepthMetrics, clamp_depth, depth_metrics, mean_over_images, valid_pixels
+from dinov2.eval.dense.depth_metrics import (
+    DepthMetrics,
+    clamp_depth,
+    crop_rectangle,
+    depth_metrics,
+    mean_over_images,
+    valid_pixels,
+)
 from dinov2.eval.dense.protocols import DEPTH, DEPTH_DATA, DepthData, DepthProtocol, describe, with_flags
 from dinov2.eval.dense.training import Layers, train_head
 from dinov2.eval.features import autocast
@@ -47,6 +56,8 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_depth.json"
+LARGE_ERROR = 0.25  # relative, in the darkest color of pictures
+UNITS = "rmse, mae and sq_rel in meters, abs_rel and a1 to a3 as fractions, logarithms without unit, silog times 100"
 IMAGES_OF_A_LOSS = 2  # the published trainings have two images per process, and a loss that is not linear in images
 
 
@@ -68,6 +79,14 @@ def predict(depther: Depther, example: data.Example, protocol: DepthProtocol, dt
     return depth
 
 
+class DepthScores(NamedTuple):
+    """Scores of a dataset."""
+
+    metrics: DepthMetrics  # means over images
+    scored: float  # share of the measured pixels under the mask that are in the range of depths
+    rows: pictures.Rows  # of the first images: image, truth, prediction, relative error
+
+
 def evaluate(
     depther: Depther,
     dataset: DenseDataset,
@@ -78,43 +97,48 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
     num_workers: int = 0,
     num_pictures: int = 0,
-) -> tuple[DepthMetrics, pictures.Rows]:
-    """Score a head on the images of a dataset, by all processes together.
-
-    Returns:
-        The means over images, and pictures of the first ones: image, truth, prediction, and relative error up to 0.25.
-    """
+    depth_range: tuple[float, float] | None = None,
+) -> DepthScores:
+    """Score a head on the images of a dataset, by all processes together; `depth_range` is that of the pictures."""
     depther.eval()
     mine: list[tuple[int, DepthMetrics]] = []
     shown = []
+    measured = torch.zeros(2, dtype=torch.int64)  # pixels with a measurement under the mask, and those in the range
     for example in data.examples(dataset, prepare, num_workers):
         predicted = clamp_depth(
             predict(depther, example, protocol, dtype).cpu(), min_depth=rules.min_depth, max_depth=rules.max_depth
         )
-        valid = valid_pixels(
-            example.target,
-            min_depth=rules.min_depth,
-            max_depth=rules.max_depth,
-            crop="full" if rules.mask == "none" else rules.mask,
-        )
+        crop = "full" if rules.mask == "none" else rules.mask
+        valid = valid_pixels(example.target, min_depth=rules.min_depth, max_depth=rules.max_depth, crop=crop)
+        rows, columns = crop_rectangle(crop, *example.target.shape[-2:])
+        measured += torch.stack([(example.target[..., rows, columns] > 0).sum(), valid.sum()])
         mine.append((example.number, depth_metrics(predicted, example.target, valid)))
         if example.number < num_pictures:
-            row = _pictures(example, predicted, valid)
+            row = _pictures(example, predicted, valid, depth_range or (rules.min_depth, rules.max_depth))
             shown.append((example.number, dataset.describe(example.number), row))
     scored = sorted(pair for part in distributed.all_gather_object(mine) for pair in part)
-    return mean_over_images([metrics for _, metrics in scored]), pictures.gathered(shown)
+    under_mask, in_range = distributed.all_reduce_sum(measured.to(distributed.device())).tolist()
+    means = mean_over_images([metrics for _, metrics in scored])
+    return DepthScores(means, in_range / max(under_mask, 1), pictures.gathered(shown))
 
 
-def _pictures(example: data.Example, predicted: Tensor, valid: Tensor) -> list[Any]:
+def _pictures(
+    example: data.Example, predicted: Tensor, valid: Tensor, depth_range: tuple[float, float]
+) -> list[np.ndarray]:
     truth, prediction = example.target[0].numpy(), predicted[0].numpy()
-    measured = truth[truth > 0]
-    low, high = (float(measured.min()), float(measured.max())) if measured.size else (0.0, 1.0)
     error = torch.where(valid, (predicted - example.target).abs() / example.target.clamp_min(1e-6), 0)[0].numpy()
-    maps = [pictures.depth_colors(values, low, high) for values in (truth, prediction)]
+    maps = [pictures.depth_colors(values, *depth_range) for values in (truth, prediction)]
     height, width = truth.shape
     pixels = example.pixels[-height:]
     left = (pixels.shape[1] - width) // 2
-    return [pixels[:, left : left + width], *maps, pictures.heat_colors(error / 0.25, valid[0].numpy())]
+    return [pixels[:, left : left + width], *maps, pictures.heat_colors(error / LARGE_ERROR, valid[0].numpy())]
+
+
+def _legend(depth_range: tuple[float, float]) -> list[tuple[str, Sequence[int]]]:
+    depths = np.linspace(*depth_range, 5)
+    colors = pictures.depth_colors(depths[None], *depth_range)[0].tolist()
+    named = [(f"{depth:.3g} m", color) for depth, color in zip(depths, colors, strict=True)]
+    return [*named, ("no error", pictures.BACKGROUND), (f"error {LARGE_ERROR:.0%} and more", pictures.WRONG)]
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -144,18 +168,22 @@ def depth_loss(
 
 def make_depther(
     backbone: DinoVisionTransformer, protocol: DepthProtocol, rules: DepthData, args: argparse.Namespace
-) -> tuple[Depther, str]:
-    """A backbone with a new head or the given one, on the device of this process, and a description of the head."""
+) -> tuple[Depther, heads.ChosenHead]:
+    """A backbone with a new head or the given one, on the device of this process, and the head.
+
+    Raises:
+        ValueError: The backbone has too few blocks, or a given head is one of another protocol.
+    """
     if args.head is not None:
-        bins = None if args.bins is None else tuple(args.bins)
-        chosen = heads.read(args.head, "depth", backbone, bins)
+        chosen = heads.read(args.head, "depth", backbone, None if args.bins is None else tuple(args.bins))
+        _check_protocol(chosen, protocol, args.layers)
     else:
         if protocol.layers > backbone.n_blocks:
             raise ValueError(
-                f"the head reads {protocol.layers} blocks, the backbone has {backbone.n_blocks}: --layers 1"
+                f"a head on {protocol.layers} blocks, but the backbone has {backbone.n_blocks}: --layers 1"
             )
         blocks = spread_blocks(backbone.n_blocks) if protocol.layers > 1 else last_blocks(backbone.n_blocks, 1)
-        torch.manual_seed(0)
+        torch.manual_seed(heads.SEED)
         head = LinearDepthHead(
             len(blocks) * backbone.embed_dim * (1 + protocol.class_token),
             min_depth=rules.min_depth,
@@ -166,7 +194,16 @@ def make_depther(
         )
         chosen = heads.ChosenHead(head, tuple(blocks), protocol.final_norm, "trained here")
     depther = Depther(backbone, chosen.head, blocks=chosen.blocks, norm=chosen.norm)
-    return depther.to(distributed.device()), chosen.described
+    return depther.to(distributed.device()), chosen
+
+
+def _check_protocol(chosen: heads.ChosenHead, protocol: DepthProtocol, layers: int | None) -> None:
+    """Raise a `ValueError` if a given head is one of another protocol, or reads another number of blocks than asked."""
+    if isinstance(chosen.head, LinearDepthHead) and chosen.norm != protocol.final_norm:
+        fitting = ", ".join(name for name, each in DEPTH.items() if each.final_norm == chosen.norm)
+        raise ValueError(f"the head {chosen.described} is one of the protocol {fitting}: give --protocol {fitting}")
+    if layers is not None and len(chosen.blocks) != layers:
+        raise ValueError(f"the head {chosen.described} reads {len(chosen.blocks)} block(s), not --layers {layers}")
 
 
 def make_crops(protocol: DepthProtocol, rules: DepthData, cfg: Config) -> DepthCrops:
@@ -224,9 +261,10 @@ class Chosen(NamedTuple):
     protocol: DepthProtocol
     published: DepthProtocol
     rules: DepthData  # of the dataset
+    changed: dict[str, Any]  # what the command line changes of the published rules
 
 
-def chosen(args: argparse.Namespace) -> Chosen:
+def chosen(args: argparse.Namespace, cfg: Config) -> Chosen:
     """The protocol of the command line, and what it prescribes for the validation set.
 
     Raises:
@@ -234,18 +272,33 @@ def chosen(args: argparse.Namespace) -> Chosen:
     """
     published = DEPTH[args.protocol]
     protocol = with_flags(published, args, distributed.world_size())
-    changed = {"layers": args.layers, "gradient_loss": args.gradient_loss}
-    protocol = dataclasses.replace(protocol, **{key: v for key, v in changed.items() if v is not None})
+    of_head = {"layers": args.layers, "gradient_loss": args.gradient_loss}
+    protocol = dataclasses.replace(protocol, **{key: v for key, v in of_head.items() if v is not None})
     name, _ = parse_dataset_str(args.val_dataset)
     if name not in DEPTH_DATA and args.max_depth is None:
         raise ValueError(f"--max-depth is missing: {name} has no published range; known: {', '.join(DEPTH_DATA)}")
-    rules = DEPTH_DATA.get(name, DepthData(1e-3, args.max_depth or 1.0, "none", (416, 544), "none"))
-    changed = {"min_depth": args.min_depth, "max_depth": args.max_depth, "mask": args.mask}
-    if args.train_crop is not None:
-        changed["train_crop"] = tuple(args.train_crop)
-    return Chosen(
-        protocol, published, dataclasses.replace(rules, **{key: v for key, v in changed.items() if v is not None})
-    )
+    side = cfg.crops.global_crops_size
+    crop = (side, side) if side < setup.SMALLEST_PUBLISHED_SIZE else DEPTH_DATA["NYUv2"].train_crop
+    rules = DEPTH_DATA.get(name, DepthData(1e-3, args.max_depth or 1.0, "none", crop, "none"))
+    flags = {"min_depth": args.min_depth, "max_depth": args.max_depth, "mask": args.mask}
+    flags["train_crop"] = None if args.train_crop is None else tuple(args.train_crop)
+    given = {key: value for key, value in flags.items() if value is not None}
+    precision = {} if args.precision == "fp32" else {"precision": args.precision}
+    changed = {key: value for key, value in given.items() if value != getattr(rules, key)} | precision
+    return Chosen(protocol, published, dataclasses.replace(rules, **given), changed)
+
+
+def check_range(found: tuple[float, float] | None, rules: DepthData) -> None:
+    """Warn of depths of the validation set that are not scored; a `ValueError` if no depth is in the range."""
+    if found is None:
+        return
+    low, high = found
+    text = f"depths of the validation set are from {low:.4g} to {high:.4g} m, scored from {rules.min_depth:g} to "
+    text += f"{rules.max_depth:g} m (--min-depth, --max-depth; scale= of the dataset)"
+    if high <= rules.min_depth or low >= rules.max_depth:
+        raise ValueError(f"{text}: none is in the range")
+    if low <= rules.min_depth or high >= rules.max_depth:
+        logger.warning("%s: those outside are left out", text)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -255,10 +308,14 @@ def main(args: argparse.Namespace) -> None:
         cfg = setup.setup(args, data.named_sets(args))
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
-        protocol, published, rules = chosen(args)
+        protocol, published, rules, changed = chosen(args, cfg)
         sets = data.open_sets(args, cfg, "depth")
+        check_range(sets.found.depth_range, rules)
         backbone = setup.build_model_for_eval(cfg, args.pretrained_weights)
-        depther, source = make_depther(backbone, protocol, rules, args)
+        depther, head = make_depther(backbone, protocol, rules, args)
+        source, head_facts = head.described, None if args.head is None else head.facts()
+        protocol = dataclasses.replace(protocol, layers=len(head.blocks))
+        described = describe(protocol, published, **changed)
         prepare = EvaluationInputs(
             size=rules.test_size,
             bottom=KITTI_SIZE if rules.test_box == "kitti" else None,
@@ -269,26 +326,33 @@ def main(args: argparse.Namespace) -> None:
         score = partial(evaluate, depther, sets.val, protocol, rules, prepare, **loading)
 
         def validate() -> dict[str, float]:
-            metrics = score()[0]
+            metrics = score().metrics
             return {"minus abs_rel": -metrics.abs_rel, "abs_rel": metrics.abs_rel, "rmse": metrics.rmse}
 
         history: list[dict[str, Any]] = []
         if sets.train is not None:
+            logger.info("training crops of %d x %d pixels", *rules.train_crop)
             history = train(depther, sets, protocol, rules, validate, args, cfg)
-            source = heads.save(args, depther, sets.train, describe(protocol, published))
-        metrics, rows = score(num_pictures=args.num_pictures)
-        pictures.write(args, ("image", "truth", "prediction", "relative error, red: 0.25"), rows)
+            source = heads.save(args, depther, sets.train, described)
+        shown = sets.found.depth_range or (rules.min_depth, rules.max_depth)
+        scores = score(num_pictures=args.num_pictures, depth_range=shown)
+        pictures.write(args, ("image", "truth", "prediction", "relative error"), scores.rows, _legend(shown))
         heads.report(
             path,
             "depth",
-            metrics._asdict(),
+            scores.metrics._asdict(),
             args,
-            unit="meters and fractions",
-            table=[(name, f"{getattr(metrics, name):.3f}") for name in ("rmse", "abs_rel", "a1", "silog")],
-            protocol=describe(protocol, published),
+            unit=UNITS,
+            table=[
+                *((name, f"{getattr(scores.metrics, name):.3f}") for name in ("rmse", "abs_rel", "a1", "silog")),
+                ("scored", f"{scores.scored:.1%}"),
+            ],
+            protocol=described,
             resolution=_resolution(rules),
             head=source,
-            protocol_settings=dataclasses.asdict(protocol) | dataclasses.asdict(rules),
+            given_head=head_facts,
+            scored_pixels=scores.scored,
+            protocol_settings=dataclasses.asdict(protocol) | dataclasses.asdict(rules) | {"seed": heads.SEED},
             history=[{key: value for key, value in record.items() if key != "minus abs_rel"} for record in history],
             sets=sets,
             started=started,

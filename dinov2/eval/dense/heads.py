@@ -17,13 +17,13 @@ from dinov2.config import Config
 from dinov2.data.dense.base import DenseDataset
 from dinov2.eval import setup
 from dinov2.eval.dense.data import Sets
-from dinov2.eval.dense.protocols import DepthProtocol, SegmentationProtocol
+from dinov2.eval.dense.protocols import DepthProtocol, SegmentationProtocol, flat
 from dinov2.eval.dense.training import HeadRun, Layers
 from dinov2.eval.features import autocast, require_finite
-from dinov2.eval.file_identity import image_identity
-from dinov2.eval.results import as_table, write_results
+from dinov2.eval.file_identity import LabeledDataset, image_identity, report_equal_images
+from dinov2.eval.results import as_table, weights_fingerprint, write_results
 from dinov2.models.dense.dense_model import DenseModel
-from dinov2.models.dense.head_files import DepthRange, read_head, save_head
+from dinov2.models.dense.head_files import DepthRange, is_of_another_backbone, read_head, save_head, weights_digest
 from dinov2.models.dense.layers import last_blocks, spread_blocks
 from dinov2.models.published import published_arch, weights_url
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -31,6 +31,7 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 logger = logging.getLogger(__name__)
 
 HEAD_FILE = "head.pth"
+SEED = 0  # of the initial weights, the order of the images, their crops, and dropout
 PUBLISHED_HEADS = {
     "segmentation": ("ade20k_linear", "ade20k_ms", "voc2012_linear", "voc2012_ms"),
     "depth": ("nyu_linear", "nyu_linear4", "nyu_dpt", "kitti_linear", "kitti_linear4", "kitti_dpt"),
@@ -49,6 +50,12 @@ class ChosenHead(NamedTuple):
     norm: bool
     described: str  # "trained here", or where it is from
     meta: Mapping[str, Any] = {}  # what `save` kept with it: "protocol", "classes", "colors", ...
+
+    def facts(self) -> dict[str, Any]:
+        """What a results file tells of a given head."""
+        kept = {key: self.meta[key] for key in ("protocol", "dataset", "backbone") if key in self.meta}
+        fingerprint = weights_fingerprint(self.described) or {}
+        return {"path": self.described, "sha256": fingerprint.get("sha256"), "trained": kept}
 
 
 def read(source: str, task: str, backbone: DinoVisionTransformer, bins: DepthRange | None = None) -> ChosenHead:
@@ -76,6 +83,8 @@ def read(source: str, task: str, backbone: DinoVisionTransformer, bins: DepthRan
                 source,
             )
     found = read_head(source, kind=kinds, embed_dim=backbone.embed_dim, depth_range=bins)
+    if is_of_another_backbone(found, backbone):
+        logger.warning("the head %s was trained on a backbone with other weights: it says nothing of this one", source)
     blocks, norm = found.blocks, found.norm
     if blocks is None:
         spread = task == "depth" and found.num_layers > 1
@@ -118,7 +127,6 @@ def head_run(
 ) -> HeadRun:
     """Where and how the head of the command line is trained; a checkpoint of other settings is refused."""
     assert sets.train is not None, "a head is trained"
-    settings = asdict(protocol)
     return HeadRun(
         output_dir=Path(args.output_dir),
         resume=not args.no_resume,
@@ -127,15 +135,16 @@ def head_run(
         identity={
             **setup.frozen_model_facts(args, cfg),
             "precision": args.precision,
-            "protocol": settings.pop("name"),
-            "settings": settings,
+            **flat(asdict(protocol)),
             "training set": args.train_dataset,
             "names, sizes and times of its images": image_identity(sets.train)[:16],
             "classes": list(sets.train.classes),
             **more,
+            "seed": SEED,
         },
         validated_on=image_identity(sets.val),
         best_by=best_by,
+        seed=SEED,
     )
 
 
@@ -146,7 +155,7 @@ def save(args: argparse.Namespace, model: DenseModel, dataset: DenseDataset, pro
     """
     path = Path(args.output_dir) / HEAD_FILE
     if distributed.is_main():
-        meta = {"protocol": protocol, "dataset": args.train_dataset, **more}
+        meta = {"protocol": protocol, "dataset": args.train_dataset, "backbone": weights_digest(model.backbone), **more}
         meta |= {"classes": list(dataset.classes), "colors": dataset.palette.tolist()}
         save_head(path, model.decode_head, blocks=model.blocks, norm=model.norm, meta=meta)
         logger.info("head: %s", path)
@@ -178,12 +187,17 @@ def report(
     """
     beside = [facts[name] for name in ("protocol", "resolution", "head")]
     names, values = zip(*table, strict=True)
-    title = f"{evaluation} of {args.val_dataset}, {len(sets.val)} images, {unit}"
+    title = f"{evaluation} of {args.val_dataset}, {len(sets.val)} images ({unit})"
     logger.info("%s", as_table(title, [*names, "protocol", "resolution", "head"], [[*values, *beside]]))
     counts = {args.val_dataset: {"images": len(sets.val)}}
     if sets.train is not None:
         counts[args.train_dataset] = {"images": len(sets.train)}
-    seconds = round(time.monotonic() - started, 2)
-    write_results(
-        path, evaluation=evaluation, unit=unit, metrics=metrics, args=args, sets=counts, seconds=seconds, **facts
-    )
+        copies = report_equal_images(
+            args.train_dataset, LabeledDataset(sets.train, None), {args.val_dataset: LabeledDataset(sets.val, None)}
+        )
+        facts["equal_images"] = {
+            name: {key: count for key, count in found.items() if key != "with_other_labels"}
+            for name, found in copies.items()
+        }
+    facts |= {"sets": counts, "seconds": round(time.monotonic() - started, 2)}
+    write_results(path, evaluation=evaluation, unit=unit, metrics=metrics, args=args, **facts)

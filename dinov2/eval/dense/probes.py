@@ -205,7 +205,7 @@ def chosen_sets(args: argparse.Namespace, cfg: Config) -> Sets:
     if args.max_train_images is not None and args.max_train_images < len(sets.train):
         chosen = np.arange(args.max_train_images) * len(sets.train) // args.max_train_images
         logger.warning("%d of the %d training images are used", len(chosen), len(sets.train))
-        return Sets(DenseSubset(sets.train, chosen), sets.val)
+        return sets._replace(train=DenseSubset(sets.train, chosen))
     return sets
 
 

@@ -208,21 +208,28 @@ FOLLOW = ("short_side", "stride", "warmup", "eval_period")  # the crop size and 
 
 def changes(protocol: Any, published: Any) -> dict[str, Any]:
     """The settings in which a protocol differs from the published one, without those that follow: {name: value}."""
-    before, after = _flat(asdict(published)), _flat(asdict(protocol))
+    before, after = flat(asdict(published)), flat(asdict(protocol))
     return {name: value for name, value in after.items() if value != before.get(name) and name not in FOLLOW}
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the level of nested ones."""
     nested = {key: value for key, value in settings.items() if isinstance(value, dict)}
     return {key: value for key, value in settings.items() if key not in nested} | {
         name: value for part in nested.values() for name, value in part.items()
     }
 
 
-def describe(protocol: SegmentationProtocol | DepthProtocol, published: SegmentationProtocol | DepthProtocol) -> str:
-    """ "dinov2" or "dinov2 with crop_size=28, iterations=200": what stands beside every score."""
-    changed = ", ".join(f"{name}={value}" for name, value in changes(protocol, published).items())
-    return f"{protocol.name} with {changed}" if changed else protocol.name
+def describe(
+    protocol: SegmentationProtocol | DepthProtocol, published: SegmentationProtocol | DepthProtocol, **more: Any
+) -> str:
+    """ "dinov2" or "dinov2 with crop_size=28, iterations=200": what stands beside every score.
+
+    `more` has further settings of the command line that differ from the published ones; None if one does not.
+    """
+    changed = changes(protocol, published) | {name: value for name, value in more.items() if value is not None}
+    words = ", ".join(f"{name}={value}" for name, value in changed.items())
+    return f"{protocol.name} with {words}" if words else protocol.name
 
 
 def with_flags(protocol: Any, args: Any, world_size: int) -> Any:

@@ -47,7 +47,7 @@ from dinov2.eval.dense.segmentation_metrics import (
 )
 from dinov2.eval.dense.training import Layers, train_head
 from dinov2.eval.features import CPU_PIXELS, autocast
-from dinov2.eval.results import archive_results
+from dinov2.eval.results import archive_results, counted
 from dinov2.log import run_command
 from dinov2.models.dense.averaging import predict_probabilities
 from dinov2.models.dense.segmentation_head import SegmentationHead
@@ -127,15 +127,16 @@ def pixel_loss(head: nn.Module, layers: Layers, labels: Tensor, step: int) -> Te
 
 
 def make_segmenter(
-    backbone: DinoVisionTransformer,
-    protocol: SegmentationProtocol,
-    val: DenseDataset,
-    source: str | None,
-) -> tuple[Segmenter, str]:
-    """A backbone with a new head or the one at `source`, and a description of the head."""
+    backbone: DinoVisionTransformer, protocol: SegmentationProtocol, val: DenseDataset, source: str | None
+) -> tuple[Segmenter, heads.ChosenHead]:
+    """A backbone with a new head or the one at `source`, on the device of this process, and the head.
+
+    Raises:
+        ValueError: The head has other classes than the dataset, or reads another number of blocks than the protocol.
+    """
     if source is None:
         blocks = range(backbone.n_blocks)[-protocol.last_blocks :]
-        torch.manual_seed(0)
+        torch.manual_seed(heads.SEED)
         head: Any = SegmentationHead(len(blocks) * backbone.embed_dim, val.num_classes, dropout=protocol.dropout)
         chosen = heads.ChosenHead(head, tuple(blocks), norm=True, described="trained here")
     else:
@@ -144,8 +145,15 @@ def make_segmenter(
         raise ValueError(
             f"the head {source} predicts {chosen.head.num_classes} classes, the validation set has {val.num_classes}"
         )
+    setup.check_classes(chosen.meta.get("classes", []), val, "the validation set")
+    if len(chosen.blocks) != min(protocol.last_blocks, backbone.n_blocks):
+        fitting = ", ".join(name for name, each in SEGMENTATION.items() if each.last_blocks == len(chosen.blocks))
+        raise ValueError(
+            f"the head {source} reads {counted(len(chosen.blocks), 'block')}, the protocol {protocol.name} "
+            f"{protocol.last_blocks}: give --protocol {fitting or 'of its training'}"
+        )
     segmenter = Segmenter(backbone, chosen.head, blocks=chosen.blocks, norm=chosen.norm)
-    return segmenter.to(distributed.device()), chosen.described
+    return segmenter.to(distributed.device()), chosen
 
 
 def train(
@@ -200,6 +208,10 @@ def main(args: argparse.Namespace) -> None:
     """Run the evaluation of the command line."""
     if args.protocol == PROBE_PROTOCOL:
         return probes.main(args)
+    if args.max_train_images is not None:
+        raise ValueError(
+            f"--max-train-images has no meaning with --protocol {args.protocol}, only with {PROBE_PROTOCOL}"
+        )
     started = time.monotonic()
     with distributed.session():
         cfg = setup.setup(args, data.named_sets(args))
@@ -208,7 +220,8 @@ def main(args: argparse.Namespace) -> None:
         protocol, published = chosen_protocol(args, cfg)
         sets = data.open_sets(args, cfg, "segmentation")
         backbone = setup.build_model_for_eval(cfg, args.pretrained_weights)
-        segmenter, source = make_segmenter(backbone, protocol, sets.val, args.head)
+        segmenter, head = make_segmenter(backbone, protocol, sets.val, args.head)
+        source, head_facts = head.described, None if args.head is None else head.facts()
         prepare = EvaluationInputs(
             short_side=protocol.short_side,
             scales=protocol.test_scales,
@@ -218,13 +231,16 @@ def main(args: argparse.Namespace) -> None:
         loading: dict[str, Any] = {"dtype": DTYPES[args.precision], "num_workers": args.num_workers}
         score = partial(evaluate, segmenter, sets.val, protocol, prepare, **loading)
         history: list[dict[str, Any]] = []
-        protocol_text = describe(protocol, published)
+        precision = None if args.precision == "fp32" else args.precision
+        protocol_text = describe(protocol, published, precision=precision)
         if sets.train is not None:
             history = train(segmenter, sets, protocol, lambda: {"mIoU": 100 * score()[0].mIoU}, args, cfg)
             source = heads.save(args, segmenter, sets.train, protocol_text, crop_size=protocol.crop_size)
         scores, rows = score(num_pictures=args.num_pictures)
-        legend = list(zip(sets.val.classes, sets.val.palette.tolist(), strict=True))[:LEGEND]
-        pictures.write(args, ("image", "truth", "prediction", "errors"), rows, legend)
+        legend = list(zip(sets.val.classes, sets.val.palette.tolist(), strict=True))
+        if len(legend) > LEGEND:
+            legend = [*legend[: LEGEND - 1], (f"... {len(legend) - LEGEND + 1} more", pictures.BACKGROUND)]
+        pictures.write(args, ("image", "truth", "prediction", "errors: red; ignored: gray"), rows, legend)
         metrics = as_percent(scores) | {"classes": list(sets.val.classes)}
         size = f"short side {protocol.short_side}, windows of {protocol.crop_size} pixels"
         heads.report(
@@ -237,7 +253,8 @@ def main(args: argparse.Namespace) -> None:
             protocol=protocol_text,
             resolution=size,
             head=source,
-            protocol_settings=dataclasses.asdict(protocol),
+            given_head=head_facts,
+            protocol_settings=dataclasses.asdict(protocol) | {"seed": heads.SEED},
             history=history,
             sets=sets,
             started=started,

@@ -85,13 +85,15 @@ def train_head(
         if training.clip_norm is not None:
             nn.utils.clip_grad_norm_(head.parameters(), training.clip_norm)
         optimizer.step()
-        progress.update(loss=loss.detach(), lr=optimizer.param_groups[0]["lr"])
+        progress.update(loss=loss.detach())
+        progress.note(**({"lr": optimizer.param_groups[0]["lr"]} if progress.line_is_due() else {}))
         scheduler.step()
 
         finished = step + 1
         is_last = finished == training.iterations  # validated by the caller, unless the best head is kept
         if run.best_by is not None if is_last else finished % run.eval_period == 0:
             history.append({"iteration": finished, **_validated(head, validate)})
+            logger.info("validation: %s", ", ".join(f"{name} {value:.5g}" for name, value in history[-1].items()))
             best.offer(head, history)
         if is_last or finished % run.save_period == 0:
             checkpointer.save(FINAL if is_last else RUNNING, step, history)

@@ -4,6 +4,8 @@ Both hold `{"state_dict": {"decode_head.NAME": tensor}}`. Files of `save_head` a
 tensors do not determine: the arguments of the head, its blocks, and whether the final norm is applied.
 """
 
+import ctypes
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -133,6 +135,21 @@ def save_head(
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of the weights of a module by name, as a head keeps it of the backbone that it was trained on."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        on_cpu = value.detach().cpu().contiguous()
+        digest.update((ctypes.c_char * on_cpu.nbytes).from_address(on_cpu.data_ptr()))
+    return digest.hexdigest()
+
+
+def is_of_another_backbone(found: HeadFile, backbone: nn.Module) -> bool:
+    """Whether a head tells that it was trained on a backbone with other weights; released heads do not tell."""
+    return "backbone" in found.meta and found.meta["backbone"] != weights_digest(backbone)
 
 
 def _head_state(content: object, source: str) -> tuple[StateDict, bool]:

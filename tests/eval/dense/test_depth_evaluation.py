@@ -42,6 +42,7 @@ def test_a_trained_head_tells_near_from_far_and_can_be_given_again(tmp_path: Pat
     assert metrics["abs_rel"] == pytest.approx(best), "the best head of all validations is left"
     head = tmp_path / "out" / "head.pth"
     given = run(tmp_path, head=head, output_dir=tmp_path / "given", max_depth=10, protocol=protocol)
+    assert results["scored_pixels"] == 1.0
     assert given["metrics"] == metrics
     with Image.open(tmp_path / "out" / "predictions.png") as page:
         assert page.size[0] > 480
@@ -55,7 +56,8 @@ def test_the_score_is_that_of_naive_loops(tmp_path: Path) -> None:
     head = LinearDepthHead(2 * 24, max_depth=7.0)
     torch.nn.init.normal_(head.conv_depth.weight)
     depther = Depther(tiny_backbone(), head, blocks=(3,), norm=False)
-    metrics, _ = depth.evaluate(depther, dataset, DEPTH["dinov2"], rules, EvaluationInputs())
+    scores = depth.evaluate(depther, dataset, DEPTH["dinov2"], rules, EvaluationInputs())
+    metrics = scores.metrics
     per_image = []
     for index in range(3):
         image, truth = dataset.get_sample(index)
@@ -97,7 +99,7 @@ def test_pairs_of_images_have_a_loss_each() -> None:
 def test_a_range_is_needed_and_few_blocks_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--max-depth is missing: DepthFolder has no published range; known: NYUv2"):
         run(tmp_path, **{key: value for key, value in SHORT.items() if key != "max_depth"})
-    with pytest.raises(ValueError, match="reads 4 blocks, the backbone has 2: --layers 1"):
+    with pytest.raises(ValueError, match="a head on 4 blocks, but the backbone has 2: --layers 1"):
         run(tmp_path, **SHORT, opts="student.depth=2")
 
 
@@ -135,3 +137,26 @@ def test_dpt_heads_are_tested_in_their_own_range(tmp_path: Path) -> None:
     assert 3 < clamped["metrics"]["rmse"] < 5 and near["metrics"]["rmse"] != clamped["metrics"]["rmse"]
     wider = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, num_pictures=0, bins=(0.001, 10))
     assert wider["metrics"]["abs_rel"] > clamped["metrics"]["abs_rel"]
+
+
+def test_depths_that_are_not_scored_are_counted_and_a_range_without_any_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = SHORT | {"iterations": 2, "num_pictures": 0}
+    results = run(tmp_path, **options | {"max_depth": 5})
+    assert "depths of the validation set are from 2 to 8 m, scored from 0.001 to 5 m" in caplog.text
+    assert 0.1 < results["scored_pixels"] < 0.9
+    assert "max_depth=5.0" not in results["protocol"], "the dataset has no published range"
+    assert results["protocol"].endswith("train_crop=(24, 24)")
+    with pytest.raises(ValueError, match=r"from 2 to 8 m, scored from 0.001 to 1.5 m .*scale=.*none is in the range"):
+        run(tmp_path, **options | {"max_depth": 1.5})
+
+
+def test_crops_of_folders_are_as_large_as_a_small_model_saw(tmp_path: Path) -> None:
+    options = {key: value for key, value in SHORT.items() if key != "train_crop"}
+    results = run(tmp_path, **options | {"iterations": 2}, num_pictures=0)
+    assert results["protocol_settings"]["train_crop"] == [16, 16]
+    with pytest.raises(ValueError, match="is one of the protocol dinov2: give --protocol dinov2"):
+        run(tmp_path, head=tmp_path / "out" / "head.pth", max_depth=10, protocol="dinov3")
+    with pytest.raises(ValueError, match=r"reads 4 block\(s\), not --layers 1"):
+        run(tmp_path, head=tmp_path / "out" / "head.pth", max_depth=10, layers=1)

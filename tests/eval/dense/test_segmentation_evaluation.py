@@ -174,3 +174,50 @@ def test_probes_need_no_training_and_share_their_features(tmp_path: Path) -> Non
         run(tmp_path, protocol="capi", crop_size=30)
     with pytest.raises(ValueError, match="--head has no meaning with --protocol capi"):
         run(tmp_path, protocol="capi", head="x.pth")
+
+
+def test_a_given_head_is_held_against_backbone_protocol_and_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, **SHORT | {"iterations": 2}, protocol="dinov2_ms")
+    head = {"head": tmp_path / "out" / "head.pth", "crop_size": 32, "output_dir": tmp_path / "given"}
+    with pytest.raises(ValueError, match=r"reads 4 blocks, the protocol dinov2 1: give --protocol dinov2_ms"):
+        run(tmp_path, **head)
+    given = run(tmp_path, **head, protocol="dinov2_ms")
+    assert "other weights" not in caplog.text
+    trained = given["given_head"]["trained"]
+    assert trained["protocol"].startswith("dinov2_ms with crop_size=32, iterations=2")
+    assert trained["dataset"].startswith("SegmentationFolder:") and len(given["given_head"]["sha256"]) == 64
+    run(tmp_path, **head, protocol="dinov2_ms", opts="train.seed=1")
+    assert "was trained on a backbone with other weights" in caplog.text
+    names = tmp_path / "names.txt"
+    names.write_text("blue\nred\nground\n")
+    other = f"SegmentationFolder:root={tmp_path / 'data'}:split=val:classes={names}"
+    with pytest.raises(ValueError, match="other classes than the training images.*their order differs"):
+        run(tmp_path, **head, protocol="dinov2_ms", val_dataset=other)
+
+
+def test_all_changes_stand_beside_the_score_and_copies_are_counted(tmp_path: Path) -> None:
+    train = segmentation_set(tmp_path / "data", "train")
+    results = run(tmp_path, **SHORT | {"iterations": 2}, precision="bf16", val_dataset=train)
+    assert results["protocol"].endswith("batch_size=4, precision=bf16")
+    assert results["protocol_settings"]["seed"] == 0
+    run(tmp_path, **SHORT | {"iterations": 2}, no_resume=True)
+    for index in range(2):
+        for folder in ("images", "masks"):
+            source = tmp_path / "data" / folder / "train" / f"00{index}.png"
+            (tmp_path / "data" / folder / "val" / f"00{index}.png").write_bytes(source.read_bytes())
+    copied = run(tmp_path, **SHORT | {"iterations": 2}, no_resume=True)
+    (counts,) = (found for name, found in copied["equal_images"].items() if "split=val" in name)
+    assert counts == {"compared": 7, "equal": 2}
+    with pytest.raises(ValueError, match="--max-train-images has no meaning with --protocol dinov2, only with capi"):
+        run(tmp_path, **SHORT, max_train_images=3)
+
+
+def test_a_checkpoint_of_another_protocol_names_what_differs(tmp_path: Path) -> None:
+    run(tmp_path, **SHORT | {"iterations": 2})
+    with pytest.raises(ValueError, match="belongs to another run") as error:
+        run(tmp_path, **SHORT | {"iterations": 2}, protocol="dinov3")
+    text = str(error.value)
+    assert "weight_decay: 0.0001 then, 0.001 now" in text and "dropout: 0.0 then, 0.1 now" in text
+    assert "crop_size" not in text and len(text) < 700, text
