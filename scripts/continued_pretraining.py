@@ -105,7 +105,7 @@ def write_half(folder: Path, classes: Sequence[int], limit: int | None) -> dict[
 
 
 def common_settings(folder: Path, steps: int, seed: int, num_images: int, *, small: bool) -> list[str]:
-    """Settings of every run on the images of a folder: those of train/fashion_mnist with other lengths and a narrower network."""
+    """Settings of every run on images of a folder: train/fashion_mnist with other lengths and a narrower network."""
     return [
         *(SMALL if small else NARROW),
         f"train.dataset_path=ImageList:file={folder / 'train.tsv'}",
