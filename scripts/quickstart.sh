@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a small DINOv2 on color scenes made of images that come with the package, on a GPU or on two CPU cores, and
-# shows what it has learned: patch features in color, accuracies, a report of the run. Installs what it needs first.
+# Trains a small DINOv2 on real images that come with the package, on a GPU or on two CPU cores, and shows what it
+# has learned: patch features in color, k-NN accuracy, a report of the whole run. Installs what it needs first.
 #
 #   bash scripts/quickstart.sh [OUT] [key=value ...]
 #

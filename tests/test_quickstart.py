@@ -44,9 +44,7 @@ def test_quickstart_leaves_everything_in_one_folder_and_runs_twice(tmp_path: Pat
         assert min(image.size) > 400 and len(image.getcolors(image.width * image.height)) > 100
     accuracies = json.loads((out / "knn.json").read_text())["metrics"]
     assert list(accuracies) == ["raw pixels", "untrained", "trained"]
-    assert 34 < accuracies["raw pixels"]["10"] < 42 and accuracies["untrained"]["10"] > 11
-    patches = json.loads((out / "results_eval_patches.json").read_text())["metrics"]
-    assert list(patches) == list(accuracies) and all(3 < value < 50 for value in patches.values())
+    assert 80 < accuracies["raw pixels"]["10"] < 86 and accuracies["untrained"]["10"] > 40
     assert (out / "knn.md").read_text() in run.stdout
     report = (out / "report.html").read_text()
     assert "Quickstart" in report and "raw pixels" in report
