@@ -40,13 +40,17 @@ setup(
     },
     # Namespace packages too: folders of configurations need no __init__.py to be part of the package.
     packages=find_namespace_packages(include=["dinov2", "dinov2.*"], exclude=["*.__pycache__"]),
-    package_data={"": ["*.yaml", "*.npz", "*.html", "*.css", "LICENSE*"]},
+    package_data={"": ["*.yaml", "*.npz", "*.html", "*.css", "*.js", "LICENSE*"]},
     entry_points={
         "console_scripts": [
             "dinov2-train = dinov2.run.train.train:main",
             "dinov2-knn = dinov2.run.eval.knn:main",
             "dinov2-linear = dinov2.run.eval.linear:main",
             "dinov2-log-regression = dinov2.run.eval.log_regression:main",
+            "dinov2-segmentation = dinov2.run.eval.segmentation:main",
+            "dinov2-depth = dinov2.run.eval.depth:main",
+            "dinov2-retrieval = dinov2.run.eval.retrieval:main",
+            "dinov2-tracking = dinov2.run.eval.tracking:main",
         ]
     },
 )

@@ -46,6 +46,7 @@ Count = Annotated[int, Limit("at least 0", lambda n: n >= 0)]
 Seed = Annotated[int, Limit("from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64)]
 Size = Annotated[int, Limit("at least 1", lambda n: n >= 1)]
 LabeledImages = Annotated[int, Limit("at least 32", lambda n: n >= 32)]
+DenseImages = Annotated[int, Limit("at least 16", lambda n: n >= 16)]
 Real = Annotated[float, Limit("finite", math.isfinite)]
 NotNegative = Annotated[float, Limit("at least 0", lambda x: 0 <= x < math.inf)]
 Positive = Annotated[float, Limit("above 0", lambda x: 0 < x < math.inf)]
@@ -251,7 +252,9 @@ class Health:
     knn_period: Count | None
     knn_images: LabeledImages
     knn_dataset: str
-    best_by: Literal["auto", "knn", "cls_rank_me", "patch_rank_me"]
+    dense_dataset: str
+    dense_images: DenseImages
+    best_by: Literal["auto", "knn", "patch_knn_miou", "cls_rank_me", "patch_rank_me"]
 
 
 @dataclass(frozen=True)

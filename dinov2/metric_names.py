@@ -53,6 +53,7 @@ def _schedule(name: str, chart: str, meaning: str, label: str = "") -> Metric:
 
 
 _KNN = "Share of labeled images whose nearest neighbors have the same class. Rises, then levels off."
+_PATCH_KNN = "Mean IoU of labeled images, each patch segmented by the most similar ones of others. A fall: dense decay."
 _SIMILARITY = "Mean cosine similarity of two patches of one image. A slow rise toward 1: dense features decay."
 _NEAREST = "Mean distance of a normalized class token to the nearest one. At 0 all images look alike."
 _LARGEST = "Share of targets, 0 to 1, whose largest entry is the most frequent one. Near 1: collapse."
@@ -73,6 +74,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("knn", "features", _KNN, "%", "rises", "k-NN accuracy"),
     Metric("knn_chance", "features", "k-NN accuracy that guessing reaches.", "%"),
     Metric("knn_images", "features", "Number of labeled images of the k-NN accuracy.", "images"),
+    Metric("patch_knn_miou", "features", _PATCH_KNN, "%", "rises", "k-NN of patches, mIoU"),
+    Metric("patch_knn_error", "features", "Standard error of patch_knn_miou for another draw of images.", "%"),
+    Metric("patch_knn_chance", "features", "patch_knn_miou that guessing reaches.", "%"),
+    Metric("patch_knn_images", "features", "Number of images that are segmented for patch_knn_miou.", "images"),
     *_drift("cka", "Centered kernel alignment with the features of the starting model. 1: the same but for rotation."),
     *_drift("cosine", "Mean cosine similarity to the same tokens of the starting model. 1: the same."),
     *_tokens("rank_me", "Effective rank", "Number of dimensions in use (RankMe). Near 1: collapse.", "rises"),

@@ -21,7 +21,7 @@ _DINO_TXT = "it belongs to dino.txt, which is not part of this package"
 _CLUSTER = "clusters are dinov2.run.slurm and dinov2.run.partition, whose settings are flags of the launchers"
 _KERNEL = "attention_backend chooses the kernel, see dinov2.layers.attention"
 _PACKED = "a block packs batches of different sizes by dinov2.layers.pack"
-_DENSE = "dense heads and models are in dinov2.models.dense"
+_DENSE = "dense heads and models are in dinov2.models.dense, their evaluations in dinov2.eval.dense"
 _HERE = "dinov2.published_names"
 
 TABLE: dict[str, dict[str, str]] = {

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
 """Cost of measuring health metrics, as a share of the step time; prints JSON.
 
-Steps with and without the measurements of a log line alternate; measurements of the probe images and k-NN are timed by
-themselves. The share is what all of them add at the periods of the recipe, against steps without any: medians over the
-rounds of the time that the process was at work, and of the time that passed.
+Steps with and without the measurements of a log line alternate; measurements of the probe images, k-NN and k-NN of
+patches (with `health.dense_dataset`) are timed by themselves. The share is what all of them add at the periods of the
+recipe, against steps without any: medians over the rounds of the time that the process was at work, and of the time
+that passed.
 
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python scripts/bench_health.py --batch-size 4
+    python scripts/bench_health.py --batch-size 4 health.dense_dataset=FashionScenes:split=VAL:size=224
     python scripts/bench_health.py --config-file train/vitl16_short --batch-size 64 --precision bf16
 """
 
@@ -78,9 +80,13 @@ def main() -> None:
         "probe": panel.probe.measure,
     }
     seconds = alternate(sides, args.rounds, device)
-    knn = alternate({"knn": panel.probe.knn}, 1, device)
-    seconds = Seconds(seconds.wall | knn.wall, seconds.work | knn.work)
-    periods = {"line": cfg.train.log_period, "probe": panel.period, "knn": panel.knn_period or panel.dump_period}
+    by_labels: dict[str, Callable[[], object]] = {"knn": panel.probe.knn}
+    if panel.probe.dense is not None:
+        by_labels["patch_knn"] = panel.probe.patch_knn
+    rare = alternate(by_labels, 1, device)
+    seconds = Seconds(seconds.wall | rare.wall, seconds.work | rare.work)
+    periods = {"line": cfg.train.log_period, "probe": panel.period}
+    periods |= dict.fromkeys(by_labels, panel.knn_period or panel.dump_period)
     record: dict[str, Any] = {
         **vars(args),
         "batch_size": cfg.train.batch_size_per_gpu,

@@ -52,7 +52,7 @@ oldest=(
     tests/train/test_processes.py::test_a_run_continues_on_another_number_of_processes
     tests/hub/test_hub.py tests/models/test_{intermediate_layers,peers,weights}.py
     "tests/models/test_export.py::test_onnx_with_any_batch_and_size[dinov2_vits14]"
-    tests/eval/test_{features,knn,linear,log_regression}.py tests/visualization/test_visualization_command.py
+    tests/eval/test_{features,knn,linear,log_regression}.py tests/eval/dense/test_segmentation_evaluation.py tests/visualization/test_visualization_command.py
     tests/data/test_{images,loader,device_augment}.py tests/test_trackers.py
 )
 

@@ -125,6 +125,8 @@ OUR_DEFAULTS = {
     "health.knn_period": None,
     "health.knn_images": 1000,
     "health.knn_dataset": "",
+    "health.dense_dataset": "",
+    "health.dense_images": 64,
     "health.best_by": "auto",
     "train.sampler": "GLOBAL_ORDER",
     "train.accumulate_steps": 1,
@@ -400,7 +402,7 @@ TEXT_KEYS = [
     "init_from",
     "student.arch",
 ]
-TEXT_KEYS += ["health.knn_dataset", "tracking.wandb_project", "tracking.wandb_name"]
+TEXT_KEYS += ["health.knn_dataset", "health.dense_dataset", "tracking.wandb_project", "tracking.wandb_name"]
 AWKWARD = [
     *(
         "/data/set #1",

@@ -19,7 +19,7 @@ from scripts.golden import check
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ROOT / "tests" / "golden"
 # All recordings, where the checkout has them beside it.
-ALL = ROOT.parent / "shared" / "golden" / "dev"
+ALL = [ROOT.parent / "shared" / "golden" / folder for folder in ("dev", "dense")]
 # Sets that take seconds, or start processes.
 LONG_SETS = ("e_collate", "g_logreg", "i_augment")
 
@@ -29,11 +29,11 @@ def _sets(folder: Path) -> list[Path]:
 
 
 def _all_recordings() -> list[Any]:
-    if not ALL.is_dir():
-        absent = pytest.mark.skip(reason="the full recordings are absent: no ../shared/golden/dev beside the checkout")
+    if not all(folder.is_dir() for folder in ALL):
+        absent = pytest.mark.skip(reason="the full recordings are absent: no ../shared/golden beside the checkout")
         return [pytest.param(None, marks=absent, id="absent")]
     recordings = []
-    for path in _sets(ALL):
+    for path in (path for folder in ALL for path in _sets(folder)):
         recorded = json.loads(path.read_text())
         long = recorded["set"] in LONG_SETS or recorded.get("world_size", 1) > 1
         recordings.append(pytest.param(path, marks=[pytest.mark.slow] if long else [], id=path.stem))

@@ -80,7 +80,7 @@ def test_an_installed_package_works_away_from_the_clone(wheel: Path, tmp_path: P
         "assert len(make_dataset(dataset_str='FashionMNIST:split=VAL')) == 2000"
     )
     run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))
-    for command in ("dinov2-train", "dinov2-knn", "dinov2-linear", "dinov2-log-regression"):
+    for command in ("dinov2-train", "dinov2-knn", "dinov2-linear", "dinov2-log-regression", "dinov2-retrieval"):
         assert "--nodes" in run(sys.executable, site / "bin" / command, "--help", cwd=tmp_path, PYTHONPATH=str(site))
 
 

@@ -1,1 +1,1 @@
-"""PCA, shifted inference and quality statistics of features: functions of tensors, independent of models and runs."""
+"""PCA, shifted inference, feature statistics and k-NN of patches: functions of tensors, independent of models."""

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dinov2 import distributed
+from dinov2.analysis.nearest_neighbors import QUERY_BATCH, search_with_torch
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
@@ -38,10 +39,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_knn.json"
 
-# Similarities are computed for this many queries and bank images at once (128 MiB).
-QUERY_BATCH = 512
-BANK_CHUNK = 65536
-GROUP = 16  # similarities per group; groups are compared by their maxima first
+BANK_CHUNK = 65536  # bank images at once; similarities for QUERY_BATCH queries then take 128 MiB
 
 TOPS = ("top-1", "top-5")
 
@@ -124,24 +122,6 @@ class KnnModule(nn.Module):
         return {k: empty.scatter_add(1, labels[:, :k], weights[:, :k]) for k in self.nb_knn}
 
 
-def search_with_torch(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k nearest rows of the bank (n, D) for each query (Q, D).
-
-    Returns:
-        Similarities (Q, k), largest first: -|q - b|^2 / 2 up to a constant per query; and rows of the bank (Q, k).
-    """
-    offset = torch.linalg.vector_norm(bank, dim=1).square() / -2
-    memory = queries.new_empty(min(QUERY_BATCH, len(queries)) * len(bank))
-    parts = []
-    for part in queries.split(QUERY_BATCH):
-        found = memory[: len(part) * len(bank)].view(len(part), len(bank))
-        with torch.autocast(queries.device.type, enabled=False):  # half precision causes ties
-            torch.addmm(offset, part, bank.T, out=found)
-        parts.append(_largest(found, k))
-    sims, positions = zip(*parts, strict=True)
-    return torch.cat(sims), torch.cat(positions)
-
-
 def search_with_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The same on a CPU by the library faiss, which is faster there."""
     import faiss
@@ -149,25 +129,6 @@ def search_with_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Te
     faiss.omp_set_num_threads(torch.get_num_threads())
     squares, positions = faiss.knn(queries.numpy(), bank.numpy(), k, metric=faiss.METRIC_L2)
     return torch.from_numpy(squares) / -2, torch.from_numpy(positions)
-
-
-def _largest(sims: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest values of each row and their positions, (Q, n) -> (Q, k), (Q, k); faster than `topk`.
-
-    With the columns in groups, the k largest values are in the k groups with the largest maxima, or in the last columns
-    that fill no group.
-    """
-    num_groups, rest = divmod(sims.shape[1], GROUP)
-    if num_groups <= 2 * k:
-        largest = sims.topk(k, dim=1)
-        return largest.values, largest.indices
-    grouped = sims[:, : GROUP * num_groups].unflatten(1, (GROUP, num_groups))
-    groups = grouped.amax(dim=1).topk(k, dim=1, sorted=False).indices
-    members = torch.arange(GROUP, device=sims.device) * num_groups
-    last = torch.arange(GROUP * num_groups, sims.shape[1], device=sims.device).expand(len(sims), rest)
-    positions = torch.cat([(groups[:, None] + members[:, None]).flatten(1), last], dim=1)
-    largest = sims.gather(1, positions).topk(k, dim=1)
-    return largest.values, positions.gather(1, largest.indices)
 
 
 def _possible_ks(nb_knn: Sequence[int], bank_size: int) -> list[int]:

@@ -3,7 +3,7 @@
 import argparse
 
 from dinov2.flags import positive_int, positive_number
-from dinov2.flags.evaluation import new_parser
+from dinov2.flags.evaluation import add_cache_flag, model_parser
 
 SEGMENTATION_PROTOCOLS = ("dinov2", "dinov2_ms", "dinov3", "capi")
 DEPTH_PROTOCOLS = ("dinov2", "dinov3")
@@ -11,7 +11,7 @@ DEPTH_PROTOCOLS = ("dinov2", "dinov3")
 
 def segmentation_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Build the parser of the segmentation."""
-    parser = new_parser("DINOv2 segmentation with a linear head on frozen patch tokens", add_help)
+    parser = model_parser("DINOv2 segmentation with a linear head on frozen patch tokens", add_help)
     add = parser.add_argument
     protocol_help = (
         "dinov2: last block, windows of 512 pixels; dinov2_ms: last four blocks, windows of 640, five scales and "
@@ -27,22 +27,20 @@ def segmentation_parser(add_help: bool = True) -> argparse.ArgumentParser:
     add("--crop-size", type=positive_int, help=crop_help)
     add("--max-train-images", type=positive_int, help="for capi: number of training images (default: all)")
     add("--probe-batch-size", type=positive_int, default=64, help="for capi: images per process in extraction")
-    add(
-        "--feature-cache",
-        metavar="FOLDER",
-        help="for capi: cache of patch tokens (default: in --output-dir); none",
-    )
+    add_cache_flag(parser)
     return parser
 
 
 def depth_parser(add_help: bool = True) -> argparse.ArgumentParser:
     """Build the parser of the depth estimation."""
-    parser = new_parser("DINOv2 depth estimation with a linear head on frozen patch tokens", add_help)
+    parser = model_parser("DINOv2 depth estimation with a linear head on frozen patch tokens", add_help)
     add = parser.add_argument
     protocol_help = "dinov2: class token beside each patch token; dinov3: last block after the norm, batch norm"
     add("--protocol", choices=DEPTH_PROTOCOLS, default="dinov2", help=protocol_help)
     layers_help = "blocks whose tokens the head sees: 4 (default for dinov2), or 1 (default for dinov3)"
     add("--layers", type=int, choices=(1, 4), help=layers_help)
+    gradient_help = "weight of the loss of gradients, whose published form has no effect (default: 0; intended: 0.5)"
+    add("--gradient-loss", type=positive_number, help=gradient_help)
     _add_shared(parser, "nyu_linear, nyu_linear4, kitti_dpt")
     bins_help = "range in meters of the bins of a given head (default: that of its training; released ones as the hub)"
     add("--bins", type=positive_number, nargs=2, metavar=("MIN", "MAX"), help=bins_help)

@@ -19,8 +19,8 @@ class MetricType(Enum):
     IMAGENET_REAL_ACCURACY = "imagenet_real_accuracy"
 
 
-def new_parser(description: str, add_help: bool = True) -> argparse.ArgumentParser:
-    """Build a parser with the flags of the evaluated model and of the output, common to all evaluations."""
+def model_parser(description: str, add_help: bool = True) -> argparse.ArgumentParser:
+    """Build a parser with the flags of every evaluation: the model and the output folder."""
     parser = CommandParser(description=description, add_help=add_help)
     add = parser.add_argument
     config_help = "config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
@@ -34,9 +34,19 @@ def new_parser(description: str, add_help: bool = True) -> argparse.ArgumentPars
     return parser
 
 
+def add_cache_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the cache of features."""
+    cache_help = (
+        "cache of extracted features, reused as long as the weights, settings, labels, and the names, sizes and "
+        "modification times of the images are the same; may be shared by several evaluations (default: features in the "
+        "output folder); none: no cache"
+    )
+    parser.add_argument("--feature-cache", metavar="FOLDER", help=cache_help)
+
+
 def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = True) -> argparse.ArgumentParser:
-    """Build a parser with the flags common to the classification evaluations."""
-    parser = new_parser(description, add_help)
+    """Build a parser with the flags common to the evaluations of image classification."""
+    parser = model_parser(description, add_help)
     add = parser.add_argument
     add("--train-dataset", default="ImageNet:split=TRAIN", help="dataset string")
     add("--val-dataset", default="ImageNet:split=VAL", help="dataset string")
@@ -45,12 +55,7 @@ def get_args_parser(description: str = "DINOv2 evaluation", add_help: bool = Tru
     add("--resize-size", type=positive_int, help=f"{resize_help}{small})")
     crop_help = f"side of the center crop in pixels (default: {PUBLISHED_CROP_SIZE}; {small})"
     add("--crop-size", type=positive_int, help=crop_help)
-    cache_help = (
-        "cache of extracted features, reused as long as the weights, settings, labels, and the names, sizes and "
-        "modification times of the images are the same; may be shared by several evaluations (default: features in the "
-        "output folder); none: no cache"
-    )
-    add("--feature-cache", metavar="FOLDER", help=cache_help)
+    add_cache_flag(parser)
     return parser
 
 

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dinov2.flags import CommandParser, positive_int
+from dinov2.flags import CommandParser, positive_int, positive_number
+from dinov2.flags.dense import SEGMENTATION_PROTOCOLS
 from dinov2.flags.evaluation import PUBLISHED_CROP_SIZE
 
-COMMANDS = ("pca", "attention", "similarity", "neighbors")
+COMMANDS = ("pca", "attention", "similarity", "neighbors", "segmentation", "depth")
 ALIASES = ("neighbours",)  # of "neighbors"
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 WRITABLE_SUFFIXES = (".mp4", ".gif")  # of videos
+PAGE_SUFFIXES = (".html", ".htm")
 DEFAULT_SIDE = 448  # shorter side of the inputs of models that were trained on images of the published sizes, in pixels
 NUM_IMAGES = 30  # default number of images of each folder, glob, dataset or video
 NUM_QUERIES = 10
@@ -38,7 +40,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "points of the first image, a row each. Two integers: pixels of the original image; two numbers with a decimal "
         "point: fractions of its width and height (0.5,0.25)"
     )
-    similarity.add_argument("--point", nargs="+", required=True, metavar="X,Y", help=point_help)
+    similarity.add_argument("--point", nargs="+", metavar="X,Y", help=point_help)
+    html_help = "instead of a figure, write a web page on which any patch of any image can be chosen"
+    similarity.add_argument("--html", type=Path, metavar="FILE", help=html_help)
     neighbors = _add_command(commands, "neighbors", "nearest neighbors of images; also a .json list")
     query_help = "images to find neighbors of: files, folders, globs, dataset strings"
     neighbors.add_argument("--query", nargs="+", required=True, help=query_help)
@@ -46,7 +50,26 @@ def get_args_parser() -> argparse.ArgumentParser:
     neighbors.add_argument("--num-queries", type=positive_int, default=NUM_QUERIES, help=number_help)
     neighbors.add_argument("--k", type=positive_int, default=5, help="number of neighbors (default: 5)")
     neighbors.add_argument("--num-workers", type=int, default=0, help="processes that decode images (default: 0)")
+    _add_dense_commands(commands)
     return parser
+
+
+def _add_dense_commands(commands: Any) -> None:
+    """Add the commands that need a head."""
+    segmentation = _add_command(commands, "segmentation", "classes that a segmentation head predicts")
+    head_help = "head.pth of an evaluation, another file or URL, or a published head (ade20k_linear, voc2012_ms)"
+    segmentation.add_argument("--head", required=True, help=head_help)
+    protocol_help = "sizes, windows, scales and mirror images (default: those of the head's training, else dinov2)"
+    trained = [name for name in SEGMENTATION_PROTOCOLS if name != "capi"]  # which has no head
+    segmentation.add_argument("--protocol", choices=trained, help=protocol_help)
+    classes_help = "file of class names, a line each in the order of the classes (default: those of the head, if known)"
+    segmentation.add_argument("--classes", type=Path, metavar="FILE", help=classes_help)
+    depth = _add_command(commands, "depth", "depth that a depth head predicts")
+    depth.add_argument(
+        "--head", required=True, help=head_help.replace("ade20k_linear, voc2012_ms", "nyu_linear4, kitti_dpt")
+    )
+    bins_help = "range in meters of the bins of the head (default: that of its training; released ones as the hub)"
+    depth.add_argument("--bins", type=positive_number, nargs=2, metavar=("MIN", "MAX"), help=bins_help)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,6 +86,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.command is None:
         parser.error(f"no command; choose from {', '.join(COMMANDS)}")
+    if args.command == "similarity":
+        if (args.point is None) == (args.html is None):
+            parser.error("similarity needs either --point, for a figure, or --html, for a page")
+        if args.html is not None and (args.output is not None or args.npy):
+            parser.error("--html FILE is the output: --output and --npy belong to a figure")
     return args
 
 
@@ -78,6 +106,10 @@ def _add_command(commands: Any, name: str, description: str) -> argparse.Argumen
     side = DEFAULT_SIDE
     size_help = "shorter side of the model inputs in pixels; both sides are rounded to multiples of the patch; "
     size_help += "original: only rounded"
+    default_size = f"{side}, or the size of the global crops of a model trained on small images"
+    if name == "segmentation":
+        size_help = "short side of the images in pixels, windows in proportion; original: the sizes of the images"
+        default_size = "that of the protocol, 512 or 640, or of the head's training"
     if name == "neighbors":
         aliases, number, side = ALIASES, None, PUBLISHED_CROP_SIZE
         size_help = "side of the center crop in pixels, as for the k-NN evaluation; rounded to a multiple of the patch"
@@ -90,8 +122,7 @@ def _add_command(commands: Any, name: str, description: str) -> argparse.Argumen
     add("--images", nargs="+", required=True, help="image files, folders, globs, dataset strings, videos")
     number_help = "maximum number of images of each folder, glob, dataset or video, evenly spaced (default: "
     add("--num-images", type=positive_int, default=number, help=f"{number_help}{number or 'all'})")
-    size_help += f" (default: {side}, or the size of the global crops of a model trained on small images)"
-    add("--size", type=_size, help=size_help)
+    add("--size", type=_size, help=f"{size_help} (default: {default_size})")
     default = "pca.png, of one video pca.mp4" if name == "pca" else f"{name}.png"
     add("--output", type=Path, help=f"file to write: {', '.join(output_suffixes(name))} (default: {default})")
     add("--npy", action="store_true", help="also write the numbers to .npy files beside it")

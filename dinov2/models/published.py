@@ -11,12 +11,29 @@ WEIGHTS_URL_VARIABLE = "DINOV2_WEIGHTS_URL"
 
 _ARCHS = {"s": "vit_small", "b": "vit_base", "l": "vit_large", "g": "vit_giant2"}
 
+_ARCH_OF_FACTS = {
+    (14, 384, 12): "vit_small",
+    (14, 768, 12): "vit_base",
+    (14, 1024, 24): "vit_large",
+    (14, 1536, 40): "vit_giant2",
+}
+"""{(patch side in pixels, width, number of blocks): architecture of a published backbone}."""
+
 PUBLISHED: dict[str, tuple[str, bool]] = {
     f"dinov2_vit{letter}14{suffix}": (arch, suffix == "_reg")
     for suffix in ("", "_reg")
     for letter, arch in _ARCHS.items()
 }
 """{name of a published backbone: (architecture, whether it has registers)}."""
+
+
+def published_arch(backbone: Any) -> str | None:
+    """The architecture of a published network that a `DinoVisionTransformer` has, with or without registers; or None.
+
+    Patches, width and depth are compared.
+    """
+    facts = (backbone.patch_size, backbone.embed_dim, backbone.n_blocks)
+    return _ARCH_OF_FACTS.get(facts)
 
 
 def published_settings(arch: str, *, registers: bool) -> dict[str, Any]:

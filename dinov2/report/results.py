@@ -39,7 +39,7 @@ def read_results(folder: Path, notes: list[str]) -> list[Result]:
 
 def _results_of(content: Mapping[str, Any]) -> list[Result]:
     settings = content.get("settings") or {}
-    verbs = {"train_dataset": "trained on", "val_dataset": "tested on"}
+    verbs = {"train_dataset": "trained on", "val_dataset": "tested on", "dataset": "tested on"}
     data = ", ".join(f"{verb} {settings[key]}" for key, verb in verbs.items() if settings.get(key))
     weights = (content.get("weights") or {}).get("path") or ""
     folder = Path(weights).parent.name.removeprefix("training_")

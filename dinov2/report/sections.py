@@ -49,6 +49,7 @@ def key_figures(run: Run) -> Mapping[str, tuple[str, str]]:
 
     figures = {
         "k-NN accuracy": last("knn", percent),
+        "k-NN of patches, mIoU": last("patch_knn_miou", percent),
         "total loss": last("total_loss", number),
         "effective rank": last("probe_cls_rank_me", rough),
         "steps done": (f"{run.steps_done:,}", "" if run.total_steps is None else f"of {run.total_steps:,}"),

@@ -10,13 +10,14 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 if __package__ in (None, ""):  # run by path from a clone: make the package importable
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from dinov2.flags.visualization import DEFAULT_SIDE, WRITABLE_SUFFIXES, output_suffixes, parse
+from dinov2.flags.visualization import DEFAULT_SIDE, PAGE_SUFFIXES, WRITABLE_SUFFIXES, output_suffixes, parse
 
 if __name__ == "__main__":
     parse()  # for --help and wrong flags, before the imports that take seconds
@@ -24,11 +25,15 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image
 
+from dinov2.data.dense.pairing import read_lines
+from dinov2.eval.dense import heads
 from dinov2.eval.extract.frozen_backbone import FrozenBackbone, load_frozen_backbone
 from dinov2.eval.extract.video import VIDEO_SUFFIXES, Video, is_video
 from dinov2.eval.results import counted
 from dinov2.files import atomic_write
 from dinov2.log import run_command
+from dinov2.visualization.dense_figures import depth_sheet, protocol_of, segmentation_sheet
+from dinov2.visualization.explorer import similarity_page
 from dinov2.visualization.figures import Figure, attention_sheet, neighbors_sheet, pca_sheet, similarity_sheet
 from dinov2.visualization.inputs import list_inputs, load_images
 from dinov2.visualization.neighbors import find_neighbors
@@ -40,31 +45,33 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the figure that a command line (None: that of the process) selects. Returns the exit status."""
     args = parse(argv)
+    if getattr(args, "html", None) is not None:
+        _check_output(args.html, "--html", PAGE_SUFFIXES)
+        explore_similarity(args)
+        return 0
     if args.output is None:
         args.output = Path("pca.mp4" if args.command == "pca" and _is_one_video(args) else f"{args.command}.png")
-    _check_output(args)
-    DRAW[args.command](args)
-    return 0
-
-
-def _check_output(args: argparse.Namespace) -> None:
-    """Create the folder of the output, if its name is fit."""
-    suffix = args.output.suffix.lower()
-    suffixes = output_suffixes(args.command)
-    if suffix not in suffixes:
-        raise ValueError(f"--output {args.output} must end in one of {', '.join(suffixes)}")
-    if suffix in WRITABLE_SUFFIXES and not _is_one_video(args):
+    _check_output(args.output, "--output", output_suffixes(args.command))
+    if args.output.suffix.lower() in WRITABLE_SUFFIXES and not _is_one_video(args):
         raise ValueError(
             f"--output {args.output} is a video, so --images must be one video file ({', '.join(VIDEO_SUFFIXES)}), "
             f"not {' '.join(args.images)}"
         )
-    if args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a folder: give the name of a file")
-    folder = args.output.parent
+    DRAW[args.command](args)
+    return 0
+
+
+def _check_output(output: Path, flag: str, suffixes: Sequence[str]) -> None:
+    """Create the folder of the output that a flag names, if its name is fit."""
+    if output.suffix.lower() not in suffixes:
+        raise ValueError(f"{flag} {output} must end in one of {', '.join(suffixes)}")
+    if output.is_dir():
+        raise ValueError(f"{flag} {output} is a folder: give the name of a file")
+    folder = output.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(error.errno, f"cannot make the folder of --output: {error.strerror}", str(folder)) from error
+        raise OSError(error.errno, f"cannot make the folder of {flag}: {error.strerror}", str(folder)) from error
 
 
 def _is_one_video(args: argparse.Namespace) -> bool:
@@ -81,7 +88,7 @@ def draw_pca(args: argparse.Namespace) -> None:
         logger.info("--foreground assumes that objects cover less of the image border than the background does")
     options = {"shifts": args.shifts, "foreground": args.foreground, "smooth": args.smooth}
     if args.output.suffix.lower() not in WRITABLE_SUFFIXES:
-        _draw(args, pca_sheet, **options)
+        _draw_features(args, pca_sheet, **options)
         return
     video, backbone = Video(Path(args.images[0]).expanduser()), load_frozen_backbone(args)
     count = draw_video(
@@ -97,11 +104,40 @@ def draw_pca(args: argparse.Namespace) -> None:
 
 
 def draw_attention(args: argparse.Namespace) -> None:
-    _draw(args, attention_sheet)
+    _draw_features(args, attention_sheet)
 
 
 def draw_similarity(args: argparse.Namespace) -> None:
-    _draw(args, similarity_sheet, points=args.point)
+    _draw_features(args, similarity_sheet, points=args.point)
+
+
+def explore_similarity(args: argparse.Namespace) -> None:
+    """Write the page on which patches of all images are compared."""
+    backbone = load_frozen_backbone(args)
+    images = list(load_images(list_inputs(args.images, args.num_images, backbone.image_options)))
+    page = similarity_page(backbone, images, shorter_side=_shorter_side(args, backbone))
+    with atomic_write(args.html) as file:
+        file.write(page)
+    logger.info("%s, %.1f MB: %s", counted(len(images), "image"), len(page) / 1e6, args.html)
+
+
+def draw_segmentation(args: argparse.Namespace) -> None:
+    """Draw the classes that a segmentation head predicts."""
+    names = None if args.classes is None else read_lines(args.classes)
+    backbone = load_frozen_backbone(args)
+    head = heads.read(args.head, "segmentation", backbone.model)
+    protocol = protocol_of(head, backbone, args.protocol)
+    if isinstance(args.size, int):
+        protocol = protocol.scaled(args.size)
+    options = {"protocol": protocol, "keep_size": args.size == "original", "names": names}
+    _draw(args, backbone, partial(segmentation_sheet, head=head, **options))
+
+
+def draw_depth(args: argparse.Namespace) -> None:
+    """Draw the depth that a depth head predicts."""
+    backbone = load_frozen_backbone(args)
+    head = heads.read(args.head, "depth", backbone.model, None if args.bins is None else tuple(args.bins))
+    _draw(args, backbone, partial(depth_sheet, head=head, shorter_side=_shorter_side(args, backbone)))
 
 
 def draw_neighbors(args: argparse.Namespace) -> None:
@@ -129,11 +165,16 @@ def draw_neighbors(args: argparse.Namespace) -> None:
     logger.info("%s, the %d nearest of %s: %s", num_queries, min(fewest, args.k), num_images, args.output)
 
 
-def _draw(args: argparse.Namespace, draw: Callable[..., Figure], **options: Any) -> None:
-    """Load the model and the images, draw a figure and write it."""
+def _draw_features(args: argparse.Namespace, draw: Callable[..., Figure], **options: Any) -> None:
+    """Draw and write a figure of the features of the images."""
     backbone = load_frozen_backbone(args)
+    _draw(args, backbone, partial(draw, shorter_side=_shorter_side(args, backbone), **options))
+
+
+def _draw(args: argparse.Namespace, backbone: FrozenBackbone, draw: Callable[..., Figure]) -> None:
+    """Load the images, draw a figure and write it."""
     images = list(load_images(list_inputs(args.images, args.num_images, backbone.image_options)))
-    figure = draw(backbone, images, shorter_side=_shorter_side(args, backbone), **options)
+    figure = draw(backbone, images)
     if args.npy:
         for name, arrays in figure.arrays.items():
             _save_arrays(args.output, name, arrays)
@@ -150,7 +191,14 @@ def _shorter_side(args: argparse.Namespace, backbone: FrozenBackbone) -> int | N
     return None if args.size == "original" else args.size or side
 
 
-DRAW = {"pca": draw_pca, "attention": draw_attention, "similarity": draw_similarity, "neighbors": draw_neighbors}
+DRAW = {
+    "pca": draw_pca,
+    "attention": draw_attention,
+    "similarity": draw_similarity,
+    "neighbors": draw_neighbors,
+    "segmentation": draw_segmentation,
+    "depth": draw_depth,
+}
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ def draw_sheet(
     headings: Sequence[str] = (),
     labels: Sequence[str] = (),
     legend: Legend | None = None,
+    swatches: Sequence[tuple[str, Sequence[int]]] = (),
     cell: int = 192,
 ) -> Image.Image:
     """Draw rows of images.
@@ -92,6 +93,7 @@ def draw_sheet(
         headings: One for each column.
         labels: One for each row, at its left.
         legend: Color scale below the subtitle.
+        swatches: Names and colors (red, green, blue) of classes, below the subtitle in lines as wide as the rows.
         cell: Longer side of every image on the sheet in pixels.
     """
     bands = [_text_line(title, TITLE)] if title else []
@@ -99,6 +101,8 @@ def draw_sheet(
     if legend:
         scale = heat_map(np.arange(160)[None], 0, 159).resize((160, TEXT))
         bands.append(_join([_text_line(f"{legend.name}    {legend.low}   "), scale, _text_line(f"   {legend.high}")]))
+    if swatches:
+        bands += _swatch_lines(swatches, max(max(map(len, rows)) * (cell + GAP), 4 * cell))
     if bands:
         bands.append(Image.new("RGB", (1, 2 * GAP), "white"))
     label_width = max((math.ceil(_font(TEXT).getlength(label)) + 2 * GAP for label in labels if label), default=0)
@@ -131,7 +135,7 @@ def contact_sheet(
         captions: One for each of the n images.
         columns: Number of images in a row.
         cell: Longer side of an image on the sheet in pixels; multiples of the size of feature maps are sharpest.
-        **texts: title, subtitle and headings, see `draw_sheet`.
+        **texts: title, subtitle, headings, legend and swatches, see `draw_sheet`.
     """
     *_, last = rows
     cells: list[list[Cell | None]] = []
@@ -175,6 +179,18 @@ def _join(parts: Sequence[Image.Image], *, vertical: bool = False) -> Image.Imag
         joined.paste(part, (0, offset) if vertical else (offset, (size[1] - part.height) // 2))
         offset += part.height if vertical else part.width
     return joined
+
+
+def _swatch_lines(swatches: Sequence[tuple[str, Sequence[int]]], width: int) -> list[Image.Image]:
+    """Lines of squares in the colors of classes, each before its name, at most `width` pixels wide if they can be."""
+    lines: list[list[Image.Image]] = []
+    for name, color in swatches:
+        square = ImageOps.expand(Image.new("RGB", (TEXT, TEXT), tuple(color)), 1, GRAY)
+        entry = _join([square, _text_line(f"  {name}     ")])
+        if not lines or sum(each.width for each in lines[-1]) + entry.width > width:
+            lines.append([])
+        lines[-1].append(entry)
+    return [_join(line) for line in lines]
 
 
 def _text_line(text: str, font_size: int = TEXT, color: str = BLACK) -> Image.Image:

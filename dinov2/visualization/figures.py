@@ -1,4 +1,4 @@
-"""Four figures of frozen features: PCA, attention, patch similarity and nearest neighbors."""
+"""Figures of frozen features: PCA, attention, patch similarity and nearest neighbors."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -57,7 +57,7 @@ def pca_sheet(
         foreground: Color the foreground only; the rest is black.
         smooth: Interpolate between the colors of patches.
     """
-    inputs, tokens = _inputs_and_features(backbone, images, shorter_side, partial(image_tokens, shifts=shifts))
+    inputs, tokens = inputs_and_features(backbone, images, shorter_side, partial(image_tokens, shifts=shifts))
     batches = [grid[None] for grid in tokens]
     colormap = fit_pca_colormap(batches, fit_foreground(batches) if foreground else None)
     colors = [colormap(batch)[0] for batch in batches]
@@ -84,7 +84,7 @@ def attention_sheet(
 
     The array of an image is "attention" (H, h, w). See `pca_sheet` for the arguments.
     """
-    inputs, attention = _inputs_and_features(backbone, images, shorter_side, image_attention)
+    inputs, attention = inputs_and_features(backbone, images, shorter_side, image_attention)
 
     def cell(name: str, values: Tensor) -> Cell:
         # The brightest color is the 99th percentile: a single patch with all the attention would hide the others.
@@ -117,7 +117,7 @@ def similarity_sheet(
     The array of an image is "similarity" (points, h, w). See `feature_maps.parse_point` and `pca_sheet`.
     """
     positions = [parse_point(point, images[0].image.size) for point in points]
-    inputs, tokens = _inputs_and_features(backbone, images, shorter_side, image_tokens)
+    inputs, tokens = inputs_and_features(backbone, images, shorter_side, image_tokens)
     rows, columns, _ = tokens[0].shape
     maps = [similarity_maps(tokens, 0, cell_at(position, (rows, columns))) for position in positions]
     low = min(float(values.min()) for row in maps for values in row)
@@ -166,7 +166,7 @@ def _wrap(first: Sequence[Cell], cells: Sequence[Cell], count: int) -> list[list
     return rows + [[*[None] * len(first), *cells[at : at + count]] for at in range(count, len(cells), count)]
 
 
-def _inputs_and_features(
+def inputs_and_features(
     backbone: FrozenBackbone,
     images: Sequence[LoadedImage],
     shorter_side: int | None,

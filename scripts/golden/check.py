@@ -25,6 +25,9 @@ from scripts.golden.k_depth import replay_depth_heads, replay_depth_names, repla
 from scripts.golden.l_seg_models import replay_segmentation_head, replay_segmentation_inference
 from scripts.golden.l_segmentation_scores import replay_segmentation_scores
 from scripts.golden.m_depth import replay_depth_losses, replay_depth_metrics
+from scripts.golden.n_gram import replay_gram_loss
+from scripts.golden.o_retrieval import replay_retrieval
+from scripts.golden.p_tracking import replay_davis_metrics, replay_propagation
 from scripts.golden.q_patch_probes import replay_patch_probes
 from scripts.golden.recording import Recording
 
@@ -55,6 +58,10 @@ REPLAYS: dict[str, Callable[[Recording, Comparison], None]] = {
     "l_miou": replay_segmentation_scores,
     "m_depth_losses": replay_depth_losses,
     "m_depth_metrics": replay_depth_metrics,
+    "n_gram_loss": replay_gram_loss,
+    "o_retrieval": replay_retrieval,
+    "p_davis_metrics": replay_davis_metrics,
+    "p_propagation": replay_propagation,
     "q_patch_probes": replay_patch_probes,
 }
 

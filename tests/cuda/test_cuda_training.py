@@ -72,6 +72,23 @@ def test_its_teacher_is_evaluated_drawn_and_exported(run: Path, stub: Path, tmp_
     assert (tmp_path / "pca.jpg").is_file() and (tmp_path / "knn").is_dir() and (tmp_path / "hf").is_dir()
 
 
+def test_heads_of_its_patch_tokens_are_trained_and_tested(run: Path, stub: Path, tmp_path: Path) -> None:
+    weights = ["--config-file", run / "config.yaml", "--pretrained-weights", run / "eval" / "training_11"]
+    scenes = "FashionScenes:split=VAL:length=20:kind"
+    short = ["--iterations", "3", "--batch-size", "4", "--num-workers", "0", "--precision", "bf16"]
+    for kind, more in (
+        ("segmentation", ["--protocol", "dinov3"]),
+        ("segmentation", ["--protocol", "capi", "--max-train-images", "10"]),
+        ("depth", ["--protocol", "dinov3", "--max-depth", "5", "--train-crop", "28", "28"]),
+    ):
+        data = [flag for name in ("train", "val") for flag in (f"--{name}-dataset", f"{scenes}={kind}")]
+        out = tmp_path / more[1] / kind
+        printed = rehearsal.run(
+            stub, f"dinov2/eval/dense/{kind}.py", *weights, *data, *short, *more, "--output-dir", out
+        )
+        assert (out / f"results_eval_{kind}.json").is_file(), printed
+
+
 @pytest.mark.parametrize(("strategy", "starts"), [("FULL_SHARD", 2), ("HYBRID_SHARD", 1)])
 def test_two_processes_shard_on_two_gpus_and_resume(strategy: str, starts: int, stub: Path, tmp_path: Path) -> None:
     overrides = [f"compute_precision.{module}.sharding_strategy={strategy}" for module in MODULES]

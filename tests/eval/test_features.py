@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from eval_images import ImageSet, tiny_backbone, to_tensor
+from eval_processes import run_in_processes
 from eval_shared_work import shared_work
 from PIL import Image
-from several_processes import run_in_processes
 from torch.nn.functional import normalize
 
 from dinov2.data.images import BadImageError
@@ -152,7 +152,7 @@ def test_lists_of_labels_are_filled_up_to_one_width_and_may_be_empty(num_workers
 
 def launch(folder: Path, world_size: int) -> list[dict]:
     """What each of several processes finds that share out the work of `eval_shared_work`."""
-    run_in_processes("eval_shared_work.py", world_size, folder)
+    run_in_processes("tests/support/eval_shared_work.py", [folder], world_size, options=("-W", "error"))
     return [json.loads((folder / f"results{rank}.json").read_text()) for rank in range(world_size)]
 
 

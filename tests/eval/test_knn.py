@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dinov2.analysis import nearest_neighbors
+from dinov2.analysis.nearest_neighbors import largest_of_rows
 from dinov2.eval import knn
-from dinov2.eval.knn import KnnModule, _largest, eval_knn_on_features, few_shot_index
+from dinov2.eval.knn import KnnModule, eval_knn_on_features, few_shot_index
 
 CPU = torch.device("cpu")
 NUM_CLASSES, TEMPERATURE = 4, 0.07
@@ -64,6 +66,7 @@ def test_features_that_are_not_finite_have_no_neighbors(value: float) -> None:
 def test_votes_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch, chunk: int, batch: int) -> None:
     monkeypatch.setattr(knn, "BANK_CHUNK", chunk)  # also smaller than the largest k
     monkeypatch.setattr(knn, "QUERY_BATCH", batch)
+    monkeypatch.setattr(nearest_neighbors, "QUERY_BATCH", batch)
     bank, labels = features_and_labels(50, seed=0)
     queries, _ = features_and_labels(12, seed=1)
     votes = KnnModule(bank, labels, [3, 20, 10], TEMPERATURE, CPU, NUM_CLASSES)(queries)
@@ -76,7 +79,7 @@ def test_votes_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch, chunk: 
 @pytest.mark.parametrize(("width", "k"), [(640, 5), (641, 5), (640, 20), (16, 16)])
 def test_the_largest_are_those_of_topk(width: int, k: int) -> None:
     sims = torch.randn(7, width, generator=torch.Generator().manual_seed(0))
-    values, positions = _largest(sims, k)
+    values, positions = largest_of_rows(sims, k)
     assert torch.equal(values, sims.topk(k, dim=1).values)
     assert torch.equal(sims.gather(1, positions), values)
 

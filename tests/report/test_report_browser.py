@@ -1,18 +1,16 @@
 """The report in a real browser: on a desktop, on a phone, in print, from the file alone."""
 
 import re
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Watched, started_browser
 from synthetic_run import FEATURE_STEPS, NUM_IMAGES, write_run
 
 from dinov2.report.page import write_report
 
-PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 A4_WIDTH = 688  # CSS pixels of the paper between margins of 14 mm
 
 # Measures the layout: overflow, size of charts and text, whether images are loaded.
@@ -34,13 +32,8 @@ MEASURE = """() => {
 }"""
 
 
-@dataclass
-class Visit:
-    """An open page, with its errors and requests."""
-
-    page: Any
-    errors: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
+class Visit(Watched):
+    """An open page of a report."""
 
     def open(self, path: Path, width: int, **settings: Any) -> dict[str, Any]:
         """Load a file and measure its layout."""
@@ -53,24 +46,14 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
-    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
-    with playwright.sync_playwright() as started:
-        if program is None and not Path(started.chromium.executable_path).exists():
-            pytest.skip("needs a browser: apt-get install chromium, or playwright install chromium")
-        instance = started.chromium.launch(executable_path=program, args=["--no-sandbox"])  # root has no sandbox
-        yield instance
-        instance.close()
+    with started_browser() as started:
+        yield started
 
 
 @pytest.fixture
 def visit(browser: Any) -> Iterator[Visit]:
     page = browser.new_page()
-    visit = Visit(page)
-    page.on("pageerror", lambda error: visit.errors.append(str(error)))
-    page.on("console", lambda message: visit.errors.append(message.text))
-    page.on("request", lambda request: visit.requests.append(request.url))
-    yield visit
+    yield Visit(page)
     page.close()
 
 
@@ -105,7 +88,7 @@ def test_everything_is_seen_on_a_desktop_and_on_a_phone(
     assert found["smallest"] > 9  # pixels of a line of type
     columns = len({round(box["x"]) for box in (each.bounding_box() for each in visit.page.locator(".panel").all())})
     assert columns == (3 if width > 1000 else 1)
-    assert (visit.errors, [url for url in visit.requests if not url.startswith(("file:", "data:"))]) == ([], [])
+    assert (visit.errors, visit.network_requests()) == ([], [])
     assert len([url for url in visit.requests if url.startswith("file:")]) == 1
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "ListedDepth",
     "SegmentationFolder",
     "TorchvisionSet",
+    "build_dataset",
     "make_dataset",
     "parse_dataset_str",
 ]
@@ -98,10 +99,14 @@ DATASETS: dict[str, Entry] = (
 )
 
 
-def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
+def parse_dataset_str(dataset_str: str, datasets: Mapping[str, Entry] | None = None) -> tuple[str, dict[str, Any]]:
     """Parse a dataset string `Name(:key=value)*`, such as `ImageNet:split=TRAIN:root=/data/imagenet:extra=/data/extra`.
 
     A `:` begins a new key only before a key of the dataset and `=`, so values may contain both `:` and `=`.
+
+    Args:
+        dataset_str: The string.
+        datasets: Known datasets by name; None for `DATASETS`.
 
     Returns:
         The name and the keyword arguments; `split` as a member of the enum of the dataset if it has one, else as text.
@@ -109,32 +114,34 @@ def parse_dataset_str(dataset_str: str) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: A name, key or split is unknown, or a key is missing, empty or repeated.
     """
+    datasets = DATASETS if datasets is None else datasets
     name, _, rest = dataset_str.partition(":")
-    if name not in DATASETS:
+    if name not in datasets:
         if os.path.isdir(dataset_str):
-            advice = f"for its images write ImageFolder:root={dataset_str}"
-            raise ValueError(f"{dataset_str!r} is a folder, not a dataset string; {advice}")
-        raise ValueError(f"unknown dataset {_quote(name, DATASETS)} in {dataset_str!r}; known: {', '.join(DATASETS)}")
-    entry = DATASETS[name]
+            advice = f"; for its images write ImageFolder:root={dataset_str}" if datasets is DATASETS else ""
+            raise ValueError(f"{dataset_str!r} is a folder, not a dataset string{advice}")
+        raise ValueError(f"unknown dataset {_quote(name, datasets)} in {dataset_str!r}; known: {', '.join(datasets)}")
+    entry = datasets[name]
+    usage = _usage(name, entry)
 
     # "root=/a:b:extra=/c" -> "", "root", "/a:b", "extra", "/c"
     leading, *parts = re.split(rf"(?:^|:)({'|'.join(entry.keys)})=", rest)
     if leading:
-        raise _unknown_key(leading.partition("=")[0], dataset_str)
+        raise _unknown_key(leading.partition("=")[0], dataset_str, entry)
     keys, values = parts[::2], parts[1::2]
     arguments: dict[str, Any] = dict(zip(keys, values, strict=True))
     if len(arguments) < len(keys):
-        raise ValueError(f"a key is given twice in {dataset_str!r}; write {_usage(name)}")
+        raise ValueError(f"a key is given twice in {dataset_str!r}; write {usage}")
     missing = [key for key in entry.required if not arguments.get(key)]
     if missing:
-        raise ValueError(f"missing {' and '.join(missing)} in {dataset_str!r}; write {_usage(name)}")
+        raise ValueError(f"missing {' and '.join(missing)} in {dataset_str!r}; write {usage}")
     if empty := [key for key, value in arguments.items() if not value]:  # for example from an unset shell variable
-        raise ValueError(f"{' and '.join(empty)} empty in {dataset_str!r}; write {_usage(name)}")
+        raise ValueError(f"{' and '.join(empty)} empty in {dataset_str!r}; write {usage}")
     if entry.splits is not None and "split" in arguments:
         split, known = arguments["split"], entry.known_splits
         if split not in known:
             if key := _key_inside(split):
-                raise _unknown_key(key, dataset_str)
+                raise _unknown_key(key, dataset_str, entry)
             raise ValueError(f"unknown split {_quote(split, known)} in {dataset_str!r}; known: {', '.join(known)}")
         arguments["split"] = known[split]
     return name, arguments
@@ -159,16 +166,7 @@ def make_dataset(
     Raises:
         ValueError, OSError: The string is invalid, or files are missing or damaged.
     """
-    logger.info("using dataset %r", dataset_str)
-    name, arguments = parse_dataset_str(dataset_str)
-    for key, value in arguments.items():
-        if key != "split":
-            arguments[key] = os.path.expanduser(value)
-            # A misspelled key, as in "root=/data:splt=val", or a path that really has such a name?
-            unknown = _key_inside(value)
-            if unknown and not os.path.exists(arguments[key]):
-                raise _unknown_key(unknown, dataset_str)
-    dataset = DATASETS[name].factory(**arguments, transform=transform, target_transform=target_transform)
+    dataset = build_dataset(dataset_str, DATASETS, transform=transform, target_transform=target_transform)
     logger.info("%d samples in dataset %r", len(dataset), dataset_str)
     if isinstance(dataset, ImageDataset):
         dataset.image_options = image_options or dataset.image_options
@@ -177,15 +175,32 @@ def make_dataset(
     return dataset
 
 
+def build_dataset(dataset_str: str, datasets: Mapping[str, Entry], **arguments: Any) -> Any:
+    """Call the factory of one of the `datasets` with the keys of a dataset string and the `arguments`.
+
+    `~` at the beginning of a path is the home folder; errors as in `parse_dataset_str`.
+    """
+    logger.info("using dataset %r", dataset_str)
+    name, found = parse_dataset_str(dataset_str, datasets)
+    for key, value in found.items():
+        if key != "split":
+            found[key] = os.path.expanduser(value)
+            # A misspelled key, as in "root=/data:splt=val", or a path that really has such a name?
+            unknown = _key_inside(value)
+            if unknown and not os.path.exists(found[key]):
+                raise _unknown_key(unknown, dataset_str, datasets[name])
+    return datasets[name].factory(**found, **arguments)
+
+
 def _key_inside(value: str) -> str | None:
     """The `key` in a value like `/data:key=text`, which may be misspelled."""
     match = re.search(r":(\w+)=", value)
     return None if match is None else match[1]
 
 
-def _unknown_key(key: str, dataset_str: str) -> ValueError:
-    name = dataset_str.partition(":")[0]
-    return ValueError(f"unknown key {_quote(key, DATASETS[name].keys)} in {dataset_str!r}; write {_usage(name)}")
+def _unknown_key(key: str, dataset_str: str, entry: Entry) -> ValueError:
+    usage = _usage(dataset_str.partition(":")[0], entry)
+    return ValueError(f"unknown key {_quote(key, entry.keys)} in {dataset_str!r}; write {usage}")
 
 
 def _quote(text: str, known: Iterable[str]) -> str:
@@ -195,8 +210,7 @@ def _quote(text: str, known: Iterable[str]) -> str:
     return f"{text!r} (did you mean {lowered[near[0]]}?)" if near else repr(text)
 
 
-def _usage(name: str) -> str:
-    entry = DATASETS[name]
+def _usage(name: str, entry: Entry) -> str:
     values = {} if entry.splits is None else {"split": "|".join(entry.known_splits)}
     required = "".join(f":{key}={values.get(key, '...')}" for key in entry.required)
     optional = "".join(f"[:{key}={values.get(key, '...')}]" for key in entry.optional)

@@ -69,7 +69,7 @@ class ImageList(ListedDataset):
 
 def read_list(file: Path) -> tuple[list[str], list[str] | None]:
     """Read the paths of a list and its labels, None if there are none; see `ImageList`."""
-    lines = _lines(file)
+    lines = read_rows(file)
     number, first = next(lines, (0, None))
     if first is None:
         raise ValueError(f"{file} is empty")
@@ -95,7 +95,7 @@ def read_list(file: Path) -> tuple[list[str], list[str] | None]:
     return [row[0] for row in rows], [row[1].strip() for row in rows] if len(columns) == 2 else None
 
 
-def _lines(file: Path) -> Iterator[tuple[int, list[str]]]:
+def read_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """Number and columns of each line that is not empty."""
     if file.is_dir():
         raise IsADirectoryError(f"{file} is a folder, not a list; for its images write ImageFolder:root={file}")

@@ -17,8 +17,8 @@ from dinov2.data.images import DEFAULT_OPTIONS, read_image_file
 
 logger = logging.getLogger(__name__)
 
-_MASK_ENDINGS = (".png", ".tif", ".tiff")
-_DEPTH_ENDINGS = (".png", ".npy", ".tif", ".tiff")
+_MASK_ENDINGS = (".png", ".tif", ".tiff", ".PNG", ".TIF", ".TIFF")
+_DEPTH_ENDINGS = (".png", ".npy", *_MASK_ENDINGS[1:])
 _IGNORED_NAMES = ("ignored", "ignore")  # of a color of ignored pixels
 _MAX_SCANNED = 2_000  # masks that are read to find the number of classes
 

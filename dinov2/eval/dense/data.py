@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from dinov2 import distributed
 from dinov2.config import Config
-from dinov2.data import make_dataset
 from dinov2.data.dense.base import DenseDataset, check_maps
+from dinov2.data.dense.opening import open_dense
 from dinov2.data.dense.transforms import EvaluationInputs
-from dinov2.data.images import BadImageError, ImageOptions
+from dinov2.data.images import BadImageError
 from dinov2.data.randomness import seed_for
 from dinov2.data.sample_stream import PositionBatches, SamplePosition
 from dinov2.data.samplers import GlobalOrderSampler
@@ -118,19 +118,6 @@ def _only(samples: Sequence[Any]) -> Any:
     return samples[0]
 
 
-def open_dense(
-    dataset_str: str, kind: str, image_options: ImageOptions | None = None, flag: str = "--val-dataset"
-) -> DenseDataset:
-    """Open a dataset with maps of a kind; a `ValueError` if it has none."""
-    dataset = make_dataset(dataset_str=dataset_str, image_options=image_options)
-    if not isinstance(dataset, DenseDataset) or dataset.kind != kind:
-        has = f"{dataset.kind} maps" if isinstance(dataset, DenseDataset) else "no maps"
-        raise ValueError(f"{flag} {dataset_str!r} has {has}; this evaluation needs {kind} maps, see docs/datasets.md")
-    if not len(dataset):
-        raise ValueError(f"{flag} {dataset_str!r} is empty")
-    return dataset
-
-
 class Sets(NamedTuple):
     """The data of an evaluation."""
 
@@ -155,7 +142,7 @@ def open_sets(args: argparse.Namespace, cfg: Config, kind: str) -> Sets:
     if args.train_dataset is not None:
         train = open_dense(args.train_dataset, kind, options, "--train-dataset")
         options = train.image_options
-    val = open_dense(args.val_dataset, kind, options)
+    val = open_dense(args.val_dataset, kind, options, "--val-dataset")
     if train is not None:
         setup.check_classes(setup.class_names(train), val, args.val_dataset)
     for name, dataset in ((args.train_dataset, train), (args.val_dataset, val)):

@@ -31,7 +31,7 @@ from dinov2.data.dense.color import DepthColors
 from dinov2.data.dense.transforms import KITTI_SIZE, NYU_BOX, DepthCrops, EvaluationInputs
 from dinov2.eval import setup
 from dinov2.eval.dense import data, heads, pictures
-from dinov2.eval.dense.depth_losses import WARM_UP_STEPS, labeled_pixels, sig_loss
+from dinov2.eval.dense.depth_losses import WARM_UP_STEPS, labeled_pixels, weighted_depth_loss
 from dinov2.eval.dense.depth_metrics import DepthMetrics, clamp_depth, depth_metrics, mean_over_images, valid_pixels
 from dinov2.eval.dense.protocols import DEPTH, DEPTH_DATA, DepthData, DepthProtocol, describe, with_flags
 from dinov2.eval.dense.training import Layers, train_head
@@ -61,7 +61,7 @@ def predict(depther: Depther, example: data.Example, protocol: DepthProtocol, dt
         depth = predict_depth(depther, images, mirror=protocol.mirror).float()
     height, width = example.target.shape[-2:]
     depth = resize(depth, (height, width))[0]
-    if not depth.isfinite().all():
+    if (~depth.isfinite()).any():
         raise ValueError(
             "the outputs of the head are NaN or infinite: its training diverged, or the weights of the backbone are bad"
         )
@@ -121,26 +121,34 @@ def _pictures(example: data.Example, predicted: Tensor, valid: Tensor) -> list[A
 
 
 def depth_loss(
-    head: nn.Module, layers: Layers, depths: Tensor, step: int, *, warm_up_steps: int = WARM_UP_STEPS
+    head: nn.Module,
+    layers: Layers,
+    depths: Tensor,
+    step: int,
+    *,
+    gradient_loss: float = 0.0,
+    warm_up_steps: int = WARM_UP_STEPS,
 ) -> Tensor:
-    """SigLoss of depths (B, 1, h, w) at their size, of every `IMAGES_OF_A_LOSS` images, averaged.
+    """Loss of depths (B, 1, h, w) at their size: that of every `IMAGES_OF_A_LOSS` images, averaged.
 
-    The published trainings add half of a gradient loss, which is exactly 0 for their two images per process, see
-    `depth_losses.published_gradient_loss`. With a fixed number of images, the number of processes does not matter.
+    It is SigLoss, and `gradient_loss` times `depth_losses.gradient_log_loss`. The published trainings add half of a
+    gradient loss that is exactly 0 for their two images per process, see `depth_losses.published_gradient_loss`. With a
+    fixed number of images, the number of processes does not matter.
     """
     predicted = resize(head(layers).float(), (depths.shape[-2], depths.shape[-1]))
     pairs = zip(predicted.split(IMAGES_OF_A_LOSS), depths.split(IMAGES_OF_A_LOSS), strict=True)
-    losses = [sig_loss(p, d, labeled_pixels(d), step=step, warm_up_steps=warm_up_steps) for p, d in pairs]
-    return torch.stack(losses).mean()
+    weights = {"sig": 1.0} | ({"gradient_log": gradient_loss} if gradient_loss else {})
+    options = {"step": step, "warm_up_steps": warm_up_steps}
+    return torch.stack([weighted_depth_loss(weights, p, d, labeled_pixels(d), **options) for p, d in pairs]).mean()
 
 
 def make_depther(
-    backbone: DinoVisionTransformer, protocol: DepthProtocol, rules: DepthData, args: argparse.Namespace, cfg: Config
+    backbone: DinoVisionTransformer, protocol: DepthProtocol, rules: DepthData, args: argparse.Namespace
 ) -> tuple[Depther, str]:
     """A backbone with a new head or the given one, on the device of this process, and a description of the head."""
     if args.head is not None:
         bins = None if args.bins is None else tuple(args.bins)
-        chosen = heads.read(args.head, "depth", backbone, cfg, bins)
+        chosen = heads.read(args.head, "depth", backbone, bins)
     else:
         if protocol.layers > backbone.n_blocks:
             raise ValueError(
@@ -189,7 +197,11 @@ def train(
     return train_head(
         depther.decode_head,
         partial(heads.frozen_features, depther, DTYPES[args.precision]),
-        partial(depth_loss, warm_up_steps=min(WARM_UP_STEPS, protocol.training.warmup)),
+        partial(
+            depth_loss,
+            gradient_loss=protocol.gradient_loss,
+            warm_up_steps=min(WARM_UP_STEPS, protocol.training.warmup),
+        ),
         partial(
             data.make_train_loader,
             dataset=sets.train,
@@ -222,8 +234,8 @@ def chosen(args: argparse.Namespace) -> Chosen:
     """
     published = DEPTH[args.protocol]
     protocol = with_flags(published, args, distributed.world_size())
-    if args.layers is not None:
-        protocol = dataclasses.replace(protocol, layers=args.layers)
+    changed = {"layers": args.layers, "gradient_loss": args.gradient_loss}
+    protocol = dataclasses.replace(protocol, **{key: v for key, v in changed.items() if v is not None})
     name, _ = parse_dataset_str(args.val_dataset)
     if name not in DEPTH_DATA and args.max_depth is None:
         raise ValueError(f"--max-depth is missing: {name} has no published range; known: {', '.join(DEPTH_DATA)}")
@@ -246,7 +258,7 @@ def main(args: argparse.Namespace) -> None:
         protocol, published, rules = chosen(args)
         sets = data.open_sets(args, cfg, "depth")
         backbone = setup.build_model_for_eval(cfg, args.pretrained_weights)
-        depther, source = make_depther(backbone, protocol, rules, args, cfg)
+        depther, source = make_depther(backbone, protocol, rules, args)
         prepare = EvaluationInputs(
             size=rules.test_size,
             bottom=KITTI_SIZE if rules.test_box == "kitti" else None,

@@ -25,7 +25,7 @@ from dinov2.eval.results import as_table, write_results
 from dinov2.models.dense.dense_model import DenseModel
 from dinov2.models.dense.head_files import DepthRange, read_head, save_head
 from dinov2.models.dense.layers import last_blocks, spread_blocks
-from dinov2.models.published import weights_url
+from dinov2.models.published import published_arch, weights_url
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 logger = logging.getLogger(__name__)
@@ -48,18 +48,16 @@ class ChosenHead(NamedTuple):
     blocks: tuple[int, ...]
     norm: bool
     described: str  # "trained here", or where it is from
+    meta: Mapping[str, Any] = {}  # what `save` kept with it: "protocol", "classes", "colors", ...
 
 
-def read(
-    source: str, task: str, backbone: DinoVisionTransformer, cfg: Config, bins: DepthRange | None = None
-) -> ChosenHead:
+def read(source: str, task: str, backbone: DinoVisionTransformer, bins: DepthRange | None = None) -> ChosenHead:
     """Read a head of a task ("segmentation" or "depth") from a file or URL, or a released one by its name.
 
     Args:
         source: A file or URL, or a member of `PUBLISHED_HEADS`.
         task: "segmentation" or "depth".
         backbone: The backbone that feeds it.
-        cfg: Settings of the backbone.
         bins: Range of the depth bins in meters; default: that of the file, for released ones that of the published hub
             code.
     """
@@ -67,7 +65,7 @@ def read(
     if name is None and re.fullmatch(r"[a-z0-9]+_[a-z0-9]+", source) and not Path(source).exists():
         raise ValueError(f"unknown head {source!r}; known: {', '.join(PUBLISHED_HEADS[task])}, or a file or URL")
     if name is not None:
-        source = _published_url(name, cfg)
+        source = _published_url(name, backbone)
     kinds = ("segmentation",) if task == "segmentation" else ("linear depth", "DPT depth")
     if task == "depth" and bins is None and _is_released(source):
         bins = DPT_RANGES["kitti" if "kitti" in Path(source).name else "nyu"] if "dpt" in source else HUB_RANGE
@@ -82,17 +80,18 @@ def read(
     if blocks is None:
         spread = task == "depth" and found.num_layers > 1
         blocks = spread_blocks(backbone.n_blocks) if spread else last_blocks(backbone.n_blocks, found.num_layers)
-    return ChosenHead(found.head, tuple(blocks), task == "segmentation" if norm is None else norm, source)
+    return ChosenHead(found.head, tuple(blocks), task == "segmentation" if norm is None else norm, source, found.meta)
 
 
-def _published_url(name: str, cfg: Config) -> str:
-    student = cfg.student
-    if student.patch_size != 14 or student.num_register_tokens:
+def _published_url(name: str, backbone: DinoVisionTransformer) -> str:
+    arch = published_arch(backbone)
+    if arch is None or backbone.num_register_tokens:
         raise ValueError(
             f"the released head {name!r} is for released backbones, with patches of 14 pixels and without registers, "
-            f"not for student.patch_size={student.patch_size}, num_register_tokens={student.num_register_tokens}"
+            f"not for one of width {backbone.embed_dim} with {backbone.n_blocks} blocks, patches of "
+            f"{backbone.patch_size} pixels and {backbone.num_register_tokens} registers"
         )
-    return weights_url(student.arch, f"{name}_head", registers=False)
+    return weights_url(arch, f"{name}_head", registers=False)
 
 
 def _is_released(source: str) -> bool:
@@ -140,11 +139,15 @@ def head_run(
     )
 
 
-def save(args: argparse.Namespace, model: DenseModel, dataset: DenseDataset, protocol: str) -> str:
-    """Write the trained head to the output folder, from which `--head` and the hub read it; returns where it is."""
+def save(args: argparse.Namespace, model: DenseModel, dataset: DenseDataset, protocol: str, **more: Any) -> str:
+    """Write the trained head to the output folder, from which `--head` and the hub read it; returns where it is.
+
+    `more` is kept with it, too.
+    """
     path = Path(args.output_dir) / HEAD_FILE
     if distributed.is_main():
-        meta = {"protocol": protocol, "dataset": args.train_dataset, "classes": list(dataset.classes)}
+        meta = {"protocol": protocol, "dataset": args.train_dataset, **more}
+        meta |= {"classes": list(dataset.classes), "colors": dataset.palette.tolist()}
         save_head(path, model.decode_head, blocks=model.blocks, norm=model.norm, meta=meta)
         logger.info("head: %s", path)
     distributed.barrier()

@@ -15,6 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dinov2 import distributed
+from dinov2.analysis.patch_segmentation import PATCH_BATCH, Patches, labeled_patches, vote
+from dinov2.analysis.patch_segmentation import Standardizer as Standardizer
+from dinov2.analysis.patch_segmentation import most_frequent as most_frequent
+from dinov2.analysis.patch_segmentation import to_label_maps as to_label_maps
+from dinov2.analysis.patch_segmentation import to_patches as to_patches
 from dinov2.eval.dense.segmentation_metrics import IGNORED, Areas, count_areas, segmentation_scores
 from dinov2.eval.knn import KnnModule
 from dinov2.eval.log_regression import LogRegModule
@@ -26,94 +32,6 @@ DISTANCES = ("cosine", "L2")
 C_VALUES = tuple(10.0 ** (-6 + 11 * i / 7) for i in range(8))  # 8 values from 1e-6 to 1e5
 MAX_ITER = 1000
 HELD_OUT_SEED = 0
-PATCH_BATCH = 4096  # patches predicted at once
-VOTES = 2**23  # labels of neighbors in memory at once
-
-
-class Patches(NamedTuple):
-    """Features and labels of patches."""
-
-    features: Tensor  # (M, D) float32
-    labels: Tensor  # (M, P) integers
-
-    def __add__(self, other: "Patches") -> "Patches":  # type: ignore[override]
-        return Patches(*(torch.cat(pair) for pair in zip(self, other, strict=True)))
-
-
-class Standardizer(NamedTuple):
-    """Mean and standard deviation of each feature, (D,) float64; deviations of 0 are replaced by 1."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor) -> "Standardizer":
-        """The statistics of (M, D) features, computed in chunks in float64."""
-        total = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
-        squares = torch.zeros_like(total)
-        for chunk in features.split(PATCH_BATCH):
-            total += chunk.double().sum(dim=0)
-        mean = total / len(features)
-        for chunk in features.split(PATCH_BATCH):
-            squares += ((chunk.double() - mean) ** 2).sum(dim=0)
-        deviation = (squares / len(features)).sqrt()
-        negligible = deviation <= 10 * torch.finfo(torch.float64).eps * mean.abs()
-        return cls(mean, torch.where(negligible, torch.ones_like(deviation), deviation))
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Standardize (..., D) features; the result is float32."""
-        result = torch.empty(features.shape, dtype=torch.float32, device=features.device)
-        for part, chunk in zip(result.split(PATCH_BATCH), features.split(PATCH_BATCH), strict=True):
-            part.copy_((chunk.double() - self.mean) / self.deviation)
-        return result
-
-
-def to_patches(features: Tensor, label_maps: Tensor, grid: tuple[int, int]) -> Patches:
-    """Bring patch features (n, N, D) and label maps (n, H, W) together, patch by patch and row by row.
-
-    Args:
-        features: Patches in rows of the grid.
-        label_maps: Labels of the pixels; height and width must be multiples of those of the grid.
-        grid: Number of patches (in height, in width), with product N.
-
-    Raises:
-        ValueError: The shapes do not fit together.
-    """
-    (height, width), (num_images, num_patches, _) = label_maps.shape[-2:], features.shape
-    fits = len(label_maps) == num_images and grid[0] * grid[1] == num_patches
-    if not fits or height % grid[0] or width % grid[1]:
-        raise ValueError(
-            f"features {tuple(features.shape)} and label maps {tuple(label_maps.shape)} do not fit a grid of "
-            f"{grid[0]} x {grid[1]} patches"
-        )
-    tiles = label_maps.unflatten(2, (grid[1], width // grid[1])).unflatten(1, (grid[0], height // grid[0]))
-    return Patches(features.flatten(0, 1), tiles.transpose(2, 3).flatten(3).flatten(0, 2))
-
-
-def to_label_maps(labels: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
-    """Inverse of `to_patches`: labels (M, P) of patches of `patch` (height, width) pixels -> label maps (n, H, W)."""
-    tiles = labels.unflatten(1, patch).unflatten(0, (-1, *grid))
-    return tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def most_frequent(labels: Tensor) -> Tensor:
-    """The most frequent value of each row, the smallest one in a tie: (..., P) integers -> (...)."""
-    ordered = labels.sort(dim=-1).values
-    position = torch.arange(labels.shape[-1], device=labels.device).expand(ordered.shape)
-    is_first = torch.ones_like(ordered, dtype=torch.bool)
-    is_first[..., 1:] = ordered[..., 1:] != ordered[..., :-1]
-    start = torch.where(is_first, position, torch.zeros_like(position)).cummax(dim=-1).values
-    last = (position - start).argmax(dim=-1, keepdim=True)  # argmax gives the first maximum: the smallest label
-    return ordered.gather(-1, last)[..., 0]
-
-
-def _without_ignored(train: Patches, ignored: Sequence[int]) -> tuple[Patches, Tensor]:
-    """The patches whose most frequent label is not ignored, and this label of each."""
-    modes = torch.cat([most_frequent(part) for part in train.labels.split(PATCH_BATCH)])
-    kept = ~torch.isin(modes, torch.tensor(ignored, dtype=modes.dtype, device=modes.device))
-    if not kept.any():
-        raise ValueError(f"none of the {len(modes)} training patches has a label that is not ignored")
-    return Patches(train.features[kept], train.labels[kept]), modes[kept]
 
 
 Predict = Callable[[Tensor], Tensor]
@@ -138,24 +56,18 @@ def fit_knn(
     """
     if distance not in DISTANCES:
         raise ValueError(f"unknown distance {distance!r}; known: {', '.join(DISTANCES)}")
-    train, _ = _without_ignored(train, ignored)
+    train, _ = labeled_patches(train, ignored)
 
     def prepared(features: Tensor) -> Tensor:
         return functional.normalize(features, dim=1) if distance == "cosine" else features
 
-    device = train.features.device
     # The search returns labels of neighbors: here their numbers.
-    search = KnnModule(prepared(train.features), torch.arange(len(train.labels)), ks, 1.0, device)
+    numbers = torch.arange(len(train.labels), device=train.features.device)
+    search = KnnModule(prepared(train.features), numbers, ks, 1.0, distributed.device())
 
     def predict(features: Tensor) -> dict[int, Tensor]:
         neighbors = search.neighbors(prepared(features))[1].to(train.labels.device)
-        at_once = max(VOTES // (neighbors.shape[1] * train.labels.shape[1]), 1)
-        found: dict[int, list[Tensor]] = {k: [] for k in search.nb_knn}
-        for part in neighbors.split(at_once):
-            votes = train.labels[part].transpose(1, 2)  # (m, P, K)
-            for k, predictions in found.items():
-                predictions.append(most_frequent(votes[..., :k]))
-        return {k: torch.cat(predictions) for k, predictions in found.items()}
+        return vote(train.labels, neighbors, search.nb_knn)
 
     return predict
 
@@ -165,13 +77,14 @@ def fit_logistic(
 ) -> tuple[Callable[[Tensor], Tensor], Predict]:
     """Fit the logistic regression: one class per patch, the most frequent label of its pixels.
 
-    It minimizes C * (sum of the losses) + |weights|^2 / 2 by L-BFGS in float64.
+    It minimizes C * (sum of the losses) + |weights|^2 / 2 by L-BFGS in float64: with cuML where it is installed and the
+    features are on a GPU, else with scikit-learn.
 
     Returns:
         Two functions of features (m, D): class probabilities (m, C) in increasing order of the labels in the training
         set, and predicted labels (m, P).
     """
-    train, modes = _without_ignored(train, ignored)
+    train, modes = labeled_patches(train, ignored)
     labels, classes = modes.unique(return_inverse=True)
     model = LogRegModule(C, max_iter, torch.float64, train.features.device, len(labels))
     num_pixels = train.labels.shape[1]

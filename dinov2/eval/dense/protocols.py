@@ -93,6 +93,7 @@ class DepthProtocol:
     batch_norm: bool
     brightness: tuple[float, float] = (0.75, 1.25)
     rotation: float = 2.5  # degrees, with probability 0.5
+    gradient_loss: float = 0.0  # weight beside SigLoss; the published one is 0 as its trainings call it
     mirror: bool = True  # average with the prediction of the mirror image in testing
     eval_period: int = 1_600
 

@@ -46,7 +46,7 @@ from dinov2.eval.dense.segmentation_metrics import (
     segmentation_scores,
 )
 from dinov2.eval.dense.training import Layers, train_head
-from dinov2.eval.features import autocast
+from dinov2.eval.features import CPU_PIXELS, autocast
 from dinov2.eval.results import archive_results
 from dinov2.log import run_command
 from dinov2.models.dense.averaging import predict_probabilities
@@ -58,7 +58,7 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_segmentation.json"
-WINDOWS_AT_ONCE = 4
+WINDOWS_AT_ONCE = 4  # on a GPU; on a CPU as many as have `CPU_PIXELS`
 LEGEND = 24  # classes
 
 
@@ -68,19 +68,20 @@ LEGEND = 24  # classes
 @torch.inference_mode()
 def predict(segmenter: Segmenter, example: data.Example, protocol: SegmentationProtocol, dtype: torch.dtype) -> Tensor:
     """Class index of every pixel of an image, (H, W) int64, by the windows, scales and mirror images of a protocol."""
+    on_cpu = max(CPU_PIXELS // protocol.crop_size**2, 1)
     windows = partial(
         slide,
         segmenter,
         window=protocol.crop_size,
         stride=protocol.stride,
         squares_if_smaller=protocol.small_windows == "squares",
-        windows_at_once=WINDOWS_AT_ONCE,
+        windows_at_once=on_cpu if distributed.device().type == "cpu" else WINDOWS_AT_ONCE,
     )
     images = [image[None].to(distributed.device(), non_blocking=True) for image in example.inputs]
     height, width = example.target.shape
     with autocast(dtype):
         probabilities = predict_probabilities(windows, images, (height, width), mirror=protocol.test_mirror)
-    if not probabilities.isfinite().all():
+    if (~probabilities.isfinite()).any():
         raise ValueError(
             "the outputs of the head are NaN or infinite: its training diverged, or the weights of the backbone are bad"
         )
@@ -130,7 +131,6 @@ def make_segmenter(
     protocol: SegmentationProtocol,
     val: DenseDataset,
     source: str | None,
-    cfg: Config,
 ) -> tuple[Segmenter, str]:
     """A backbone with a new head or the one at `source`, and a description of the head."""
     if source is None:
@@ -139,7 +139,7 @@ def make_segmenter(
         head: Any = SegmentationHead(len(blocks) * backbone.embed_dim, val.num_classes, dropout=protocol.dropout)
         chosen = heads.ChosenHead(head, tuple(blocks), norm=True, described="trained here")
     else:
-        chosen = heads.read(source, "segmentation", backbone, cfg)
+        chosen = heads.read(source, "segmentation", backbone)
     if chosen.head.num_classes != val.num_classes:
         raise ValueError(
             f"the head {source} predicts {chosen.head.num_classes} classes, the validation set has {val.num_classes}"
@@ -208,7 +208,7 @@ def main(args: argparse.Namespace) -> None:
         protocol, published = chosen_protocol(args, cfg)
         sets = data.open_sets(args, cfg, "segmentation")
         backbone = setup.build_model_for_eval(cfg, args.pretrained_weights)
-        segmenter, source = make_segmenter(backbone, protocol, sets.val, args.head, cfg)
+        segmenter, source = make_segmenter(backbone, protocol, sets.val, args.head)
         prepare = EvaluationInputs(
             short_side=protocol.short_side,
             scales=protocol.test_scales,
@@ -218,14 +218,14 @@ def main(args: argparse.Namespace) -> None:
         loading: dict[str, Any] = {"dtype": DTYPES[args.precision], "num_workers": args.num_workers}
         score = partial(evaluate, segmenter, sets.val, protocol, prepare, **loading)
         history: list[dict[str, Any]] = []
+        protocol_text = describe(protocol, published)
         if sets.train is not None:
             history = train(segmenter, sets, protocol, lambda: {"mIoU": 100 * score()[0].mIoU}, args, cfg)
-            source = heads.save(args, segmenter, sets.train, describe(protocol, published))
+            source = heads.save(args, segmenter, sets.train, protocol_text, crop_size=protocol.crop_size)
         scores, rows = score(num_pictures=args.num_pictures)
         legend = list(zip(sets.val.classes, sets.val.palette.tolist(), strict=True))[:LEGEND]
         pictures.write(args, ("image", "truth", "prediction", "errors"), rows, legend)
         metrics = as_percent(scores) | {"classes": list(sets.val.classes)}
-        protocol_text = describe(protocol, published)
         size = f"short side {protocol.short_side}, windows of {protocol.crop_size} pixels"
         heads.report(
             path,

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from dinov2 import distributed
-
-IGNORED = -1  # label of pixels that are not scored
+from dinov2.data.dense.base import IGNORED
 
 
 @dataclass(frozen=True)

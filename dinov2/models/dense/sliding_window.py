@@ -106,7 +106,7 @@ def slide(
         for place, part in zip(group, maps.split(len(images)), strict=True):
             place.of(total).add_(part)
     assert total is not None, "an image has at least one window"
-    return total / visits((height, width), windows).to(total)
+    return total.div_(visits((height, width), windows).to(total))  # in place: it is large for many classes
 
 
 def visits(size: Size, windows: list[Window]) -> Tensor:

@@ -248,6 +248,39 @@ class SimilarPatches(Rule):
         return f"the mean similarity of two patches of an image rose from {self.lowest:.2f} to {similarity:.2f}"
 
 
+class LostSegmentation(Rule):
+    """Segmentation by k-NN of patches gets worse than its best while class tokens stay good.
+
+    A fall is clear if it exceeds two standard errors of the best value, those of another draw of images. As all
+    measurements are of the same images, their differences vary less than that.
+    """
+
+    kind, patience = AlarmKind.DENSE_DECAY, 3
+    metrics = ("patch_knn_miou", "patch_knn_error", "probe_cls_rank_me")
+    advice = (
+        "Class tokens are still good, but segmentation, depth and matching get worse. Use an earlier teacher for dense "
+        "tasks; with health.best_by=patch_knn_miou eval/best is the best one for them. A shorter schedule "
+        "(optim.epochs), a higher ibot.loss_weight or registers (student.num_register_tokens=4) help."
+    )
+    best, limit = -math.inf, -math.inf
+    at_best: Record = {}
+
+    def check(self, record: Record, *, warm: bool) -> str | None:
+        value, error, _ = (record[name] for name in self.metrics)
+        if value > max(self.best, record.get("patch_knn_chance", 0.0)):
+            self.best, self.limit, self.at_best = value, value - 2 * error, record
+        if not value < self.limit or not self._class_tokens_hold(record):
+            return ""
+        return f"the mean IoU of segmentation by k-NN of patches fell from {self.best:.1f} to {value:.1f} %"
+
+    def _class_tokens_hold(self, record: Record) -> bool:
+        """Whether class tokens are as good as with the best patches: else all features decay, another alarm."""
+        former, now = self.at_best.get("knn", 0.0), record.get("knn", 0.0)
+        if now > record.get("knn_chance", 0.0):
+            return now >= former - 2 * math.sqrt(former * (100 - former) / record.get("knn_images", math.inf))
+        return record["probe_cls_rank_me"] >= SimilarPatches.CLASS_RANK_KEPT * self.at_best["probe_cls_rank_me"]
+
+
 class BelowStart(Rule):
     """A run from weights has become worse than the model that it started from, and does not recover."""
 
@@ -290,6 +323,21 @@ class LessAccurateThanStart(BelowStart):
         return f"the k-NN accuracy is {value:.1f} %, that of the starting model {start:.1f} %"
 
 
+class WorseSegmentationThanStart(BelowStart):
+    """Segmentation by k-NN of patches is below that of the starting model by more than its standard error twice."""
+
+    metrics = ("patch_knn_miou", "patch_knn_error", "drift_cls_cosine")
+    start_error = 0.0
+
+    def limit(self, start: float, record: Record) -> float:
+        if record["iteration"] == START:
+            self.start_error = record["patch_knn_error"]
+        return start - 2 * self.start_error if start > record.get("patch_knn_chance", 0.0) else -math.inf
+
+    def finding(self, value: float, start: float, record: Record) -> str:
+        return f"the mean IoU of k-NN of patches is {value:.1f} %, that of the starting model {start:.1f} %"
+
+
 class LowerRankThanStart(BelowStart):
     """The effective rank of class tokens is far below that of the starting model, whether there are labels or not."""
 
@@ -327,5 +375,6 @@ class WaitingForData(Rule):
 
 RULES = (
     *(FewPrototypes, FewPrototypesOfPatches, UninformativeTargets, OneImage, LostRank, LostAccuracy, LostLoss),
-    *(GrowingNorms, SimilarPatches, LessAccurateThanStart, LowerRankThanStart, WaitingForData),
+    *(GrowingNorms, SimilarPatches, LostSegmentation, LessAccurateThanStart, WorseSegmentationThanStart),
+    *(LowerRankThanStart, WaitingForData),
 )

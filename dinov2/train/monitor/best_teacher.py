@@ -2,7 +2,7 @@
 
 Each folder has a `health.json` with the rating of its teacher: by default k-NN accuracy where the run has labels, else
 RankMe of class tokens, which correlates with accuracy on many datasets (Garrido et al. 2022, arXiv 2210.02885) but does
-not measure it. A k-NN accuracy that guessing reaches is not informative: then the next metric is used.
+not measure it. A value that guessing reaches is not informative: then the next metric is used.
 """
 
 import json
@@ -21,10 +21,14 @@ logger = logging.getLogger(__name__)
 SIGNALS = {
     "auto": ("knn", "probe_cls_rank_me"),
     "knn": ("knn",),
+    "patch_knn_miou": ("patch_knn_miou",),
     "cls_rank_me": ("probe_cls_rank_me",),
     "patch_rank_me": ("probe_patch_rank_me",),
 }
 """Metrics that rate a teacher, for each choice of `health.best_by`; the first informative one is used."""
+
+_CHANCE = {"knn": "knn_chance", "patch_knn_miou": "patch_knn_chance"}
+"""For the metrics that need labels, that of guessing."""
 
 _ALL_SIGNALS = {signal for signals in SIGNALS.values() for signal in signals}
 
@@ -72,9 +76,9 @@ def _preference(rating: Rating) -> tuple[float, float]:
 
 def _is_informative(signal: str, measured: Mapping[str, float]) -> bool:
     """Whether a value was measured, and is better than chance."""
-    if signal != "knn" and measured.get("probe_distinct_images", math.inf) < 2:
+    if signal not in _CHANCE and measured.get("probe_distinct_images", math.inf) < 2:
         return False  # the features of one image have no rank
-    least = measured.get("knn_chance", 0.0) if signal == "knn" else 0.0
+    least = measured.get(_CHANCE[signal], 0.0) if signal in _CHANCE else 0.0
     value = measured.get(signal, math.nan)
     return math.isfinite(value) and value > least
 

@@ -21,6 +21,7 @@ from dinov2.analysis.shifts import finer_tokens
 from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.files import atomic_write, numbered_path, read_array
+from dinov2.train.monitor.dense_images import read_dense_images
 from dinov2.train.monitor.probe_images import (
     LabeledImages,
     NoLabels,
@@ -49,7 +50,8 @@ class Probe:
     """Fixed images of a run, labeled ones if there are any, and measurements of the teacher's features of them.
 
     All processes must call the methods together. A ValueError if `health.knn_dataset` has no labels that k-NN can use,
-    an OSError if too many consecutive images cannot be read.
+    or `health.dense_dataset` no images with usable class maps; an OSError if too many consecutive images cannot be
+    read.
     """
 
     def __init__(self, cfg: Config, model: SSLMetaArch, dataset: ImageDataset) -> None:
@@ -69,6 +71,14 @@ class Probe:
         except NoLabels as error:
             knn = f"none, {error}"
         logger.info("health: %d fixed images; k-NN: %s", len(self.images.positions), knn)
+        self.dense = read_dense_images(cfg, dataset)
+        if self.dense is not None:
+            logger.info("health: k-NN of patches: %s", self.dense.describe())
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether anything is measured by labels, of images or of pixels."""
+        return self.labeled is not None or self.dense is not None
 
     def _labeled(self, dataset: ImageDataset, targets: np.ndarray) -> LabeledImages:
         """Read images of some classes; NoLabels or a ValueError without two classes of two images each."""
@@ -121,9 +131,9 @@ class Probe:
                 parts.setdefault(name, []).append(value[: len(pixels)])
         return {name: distributed.all_gather_varied(torch.cat(values)) for name, values in parts.items()}
 
-    def _class_tokens(self, crops: Tensor) -> Features:
-        """`x_norm_clstoken` only: the patch tokens of all images would need too much memory."""
-        return {"x_norm_clstoken": self.model.teacher_features(crops)["x_norm_clstoken"]}
+    def _only(self, name: str) -> Callable[[Tensor], Features]:
+        """The function that computes features of one name only: all of many images would need too much memory."""
+        return lambda crops: {name: self.model.teacher_features(crops)[name]}
 
     def _fine_tokens(self, crops: Tensor) -> Features:
         """`tokens`: patch tokens on a grid of at least `FINE_GRID` cells a side, if shifted inputs allow it."""
@@ -161,12 +171,26 @@ class Probe:
             "probe_patch_norm_max": patch_norms.amax(dim=1).mean().item(),
         }
 
+    def measure_by_labels(self) -> dict[str, float]:
+        """Measure what needs labels: `knn` and `patch_knn`."""
+        return self.knn() | self.patch_knn()
+
+    def patch_knn(self) -> dict[str, float]:
+        """Measure the mean IoU of segmentation by k-NN of patch tokens, %, and its error; empty without class maps."""
+        if self.dense is None:
+            return {}
+        images = (self.dense.bank.images, self.dense.queries.images)
+        name = "x_norm_patchtokens"
+        bank, queries = (self._features(each, self._only(name))[name] for each in images)
+        return self.dense.scores(bank, queries)
+
     def knn(self) -> dict[str, float]:
         """Measure the leave-one-out k-NN accuracy of class tokens, and that of guessing, %; empty without labels."""
         if self.labeled is None:
             return {}
         images, rows, labels, _ = self.labeled
-        features = self._features(images, self._class_tokens)["x_norm_clstoken"].cpu()
+        name = "x_norm_clstoken"
+        features = self._features(images, self._only(name))[name].cpu()
         accuracy = leave_one_out_accuracy(features[rows], labels)
         return {"knn": 100 * accuracy, "knn_chance": self.labeled.chance, "knn_images": float(len(rows))}
 

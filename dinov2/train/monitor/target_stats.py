@@ -96,14 +96,14 @@ class HealthPanel:
         self.last_step = last_step
         self.period, self.dump_period = cfg.health.period, cfg.evaluation.eval_period_iterations
         self.probe = Probe(cfg, model, dataset) if self.period else None
-        has_labels = self.probe is not None and self.probe.labeled is not None
+        has_labels = self.probe is not None and self.probe.has_labels
         self.knn_period = (cfg.health.knn_period or 0) if has_labels else 0
         self.folder = Path(cfg.train.output_dir)
 
     def measure_start(self) -> dict[str, float]:
         """Measure and keep the features of the model that the run starts from, before the first step."""
         assert self.probe is not None, "something is measured"
-        measured = self.probe.measure(is_start=True) | self.probe.knn()
+        measured = self.probe.measure(is_start=True) | self.probe.measure_by_labels()
         if self.probe.start is not None and distributed.is_main():
             try:
                 self.probe.start.save(self.folder / "health")
@@ -131,7 +131,7 @@ class HealthPanel:
         if self._is_due(step, self.period, self.dump_period, self.knn_period):
             measured = self.probe.measure()
             if self._is_due(step, self.dump_period, self.knn_period):
-                measured |= self.probe.knn()
+                measured |= self.probe.measure_by_labels()
             logger.info("health at step %d: %s", step, _summary(measured))
             values |= measured
             if self._is_due(step, self.dump_period):
@@ -147,7 +147,8 @@ def _summary(measured: Mapping[str, float]) -> str:
     """The most important metrics of the probe, for the log."""
     ranks = f"effective rank {measured['probe_cls_rank_me']:.1f} (class tokens), {measured['probe_patch_rank_me']:.1f}"
     knn = f", k-NN {measured['knn']:.1f} %" if "knn" in measured else ""
-    return f"{ranks} (patches), patch similarity {measured['probe_patch_similarity']:.2f}{knn}"
+    dense = f", k-NN of patches {measured['patch_knn_miou']:.1f} % mIoU" if "patch_knn_miou" in measured else ""
+    return f"{ranks} (patches), patch similarity {measured['probe_patch_similarity']:.2f}{knn}{dense}"
 
 
 @torch.no_grad()

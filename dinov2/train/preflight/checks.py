@@ -80,7 +80,7 @@ def _set(cfg: Config, *keys: str) -> str:
     def text(value: object) -> str:
         if isinstance(value, tuple):
             return f"[{', '.join(map(text, value))}]"
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return f"{value:g}" if isinstance(value, float) else str(value) or "''"
 
     return ", ".join(f"{key} = {text(attrgetter(key)(cfg))}" for key in keys)
 
@@ -245,9 +245,14 @@ def _health(cfg: Config) -> Iterator[str]:
     needed = {"health.period": health.period == 0}
     if health.best_by == "knn":
         needed |= {"health.knn_period": health.knn_period == 0, "health.knn_dataset": health.knn_dataset == "none"}
+    if health.best_by == "patch_knn_miou":
+        needed |= {"health.knn_period": health.knn_period == 0, "health.dense_dataset": not health.dense_dataset}
     missing = [key for key, is_off in needed.items() if is_off]
     if health.best_by != "auto" and missing:
         yield f"{_set(cfg, 'health.best_by', *missing)}: this is not measured, so no best teacher is selected"
+    off = [key for key in ("health.period", "health.knn_period") if attrgetter(key)(cfg) == 0]
+    if health.dense_dataset and off:
+        yield f"{_set(cfg, 'health.dense_dataset', *off)}: k-NN of patches is not measured"
 
 
 def _frozen_backbone(cfg: Config) -> Iterator[str]:

@@ -16,6 +16,7 @@ from dinov2.data.images import BadImageError
 from dinov2.trackers import check_trackers
 from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
 from dinov2.train.checkpoint_state import read_state
+from dinov2.train.monitor.dense_images import read_dense_images
 from dinov2.train.monitor.probe_images import NoLabels, balanced_positions, labeled_dataset
 from dinov2.train.optim import get_params_groups_with_decay
 from dinov2.train.preflight.checks import check_device, check_images, check_settings
@@ -39,7 +40,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     _check_writable(Path(cfg.train.output_dir))
     cfg, dataset = open_dataset(cfg, resume=resume)
     unreadable = _check_readable(dataset, cfg.train.max_bad_image_share)
-    knn = _knn(cfg, dataset)
+    knn, dense = _knn(cfg, dataset), _dense(cfg, dataset)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     latest = latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") if resume else None
     with torch.device("cpu" if latest is None and config.sources_of(cfg) else "meta"):
@@ -51,7 +52,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     if latest is None:  # a run that has begun keeps its length
         plan |= describe_length(cfg, len(dataset), world_size)
     health = f"every {cfg.health.period} steps" if cfg.health.period else "not measured (health.period=0)"
-    plan |= {"health": health, "k-NN while training": knn}
+    plan |= {"health": health, "k-NN while training": knn, "k-NN of patches while training": dense}
     lines = [f"{name:32} {value}" for name, value in plan.items()]
     if (batch := global_batch_size(cfg, world_size)) > len(dataset):
         lines += [
@@ -88,10 +89,19 @@ def _knn(cfg: Config, dataset: ImageDataset) -> str:
         _, targets = labeled_dataset(cfg, dataset)
     except NoLabels as error:
         return f"none, {error}"
-    period = cfg.health.knn_period
-    when = "with every teacher checkpoint" if period is None else f"every {period} steps"
     num_images = len(balanced_positions(targets, cfg.health.knn_images))
-    return f"{num_images} images of {cfg.health.knn_dataset or cfg.train.dataset_path}, {when}"
+    return f"{num_images} images of {cfg.health.knn_dataset or cfg.train.dataset_path}, {_when(cfg)}"
+
+
+def _dense(cfg: Config, dataset: ImageDataset) -> str:
+    dense = read_dense_images(cfg, dataset)
+    return "none (health.dense_dataset)" if dense is None else f"{dense.describe()}, {_when(cfg)}"
+
+
+def _when(cfg: Config) -> str:
+    """How often labels are used."""
+    period = cfg.health.knn_period
+    return "with every teacher checkpoint" if period is None else f"every {period} steps"
 
 
 def _check_readable(dataset: ImageDataset, max_bad_share: float) -> list[BadImageError]:

@@ -32,7 +32,7 @@ def folder(root, rest=""):
 def test_classes_up_to_the_largest_label(root, caplog):
     caplog.set_level("INFO")
     add(root, "b", 0, 3)
-    add(root, "deep/a", 1, 255, suffix=".tif")
+    add(root, "deep/a", 1, 255, suffix=".TIF")
     dataset = folder(root)
     assert dataset.classes == ("class 0", "class 1", "class 2", "class 3")
     assert "4 classes, as the largest class index in 2 masks is 3" in caplog.text

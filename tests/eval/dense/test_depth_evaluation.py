@@ -9,13 +9,18 @@ import torch
 from dense_trees import dense_command, depth_set, write_scenes
 from eval_images import tiny_backbone
 from PIL import Image
+from torch.nn import functional
 
 from dinov2.data.dense.transforms import EvaluationInputs
 from dinov2.eval.dense import data, depth
+from dinov2.eval.dense.depth_losses import gradient_log_loss
 from dinov2.eval.dense.protocols import DEPTH, DepthData
 from dinov2.flags.dense import depth_parser
 from dinov2.models.dense.depther import Depther
+from dinov2.models.dense.dpt import DPTDepthHead
+from dinov2.models.dense.head_files import save_head
 from dinov2.models.dense.linear_depth_head import LinearDepthHead
+from dinov2.models.dense.segmentation_head import SegmentationHead
 
 SHORT = {"iterations": 60, "batch_size": 4, "learning_rate": 0.02, "max_depth": 10, "train_crop": (24, 24)}
 
@@ -81,6 +86,10 @@ def test_pairs_of_images_have_a_loss_each() -> None:
         for part in (slice(0, 2), slice(2, 4))
     ]
     assert whole.item() == pytest.approx((sum(pairs) / 2).item())
+    both = depth.depth_loss(head, layers, depths, 500, gradient_loss=0.5)
+    predicted = functional.interpolate(head(layers), (12, 12), mode="bilinear")
+    extra = [gradient_log_loss(predicted[i : i + 2], depths[i : i + 2], depths[i : i + 2] > 0) for i in (0, 2)]
+    assert both.item() == pytest.approx((whole + 0.25 * sum(extra)).item()) and both > whole
     g = head(layers)[:2].add(1e-3).log() - depths[:2].add(1e-3).log()
     assert pairs[0].item() == pytest.approx((g.var() + 0.15 * g.mean() ** 2).sqrt().item(), rel=1e-5)
 
@@ -109,3 +118,20 @@ def test_released_linear_heads_are_decoded_as_in_the_hub_and_say_so(
     # Logits near 0 give about the middle of the range, 40 and 5 m, of scenes from 2 to 8 m.
     assert far["metrics"]["rmse"] == pytest.approx(33.5, abs=1.5)
     assert near["metrics"]["rmse"] == pytest.approx(2.7, abs=0.7)
+
+
+def test_dpt_heads_are_tested_in_their_own_range(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    head = DPTDepthHead(24, channels=8, max_depth=3.0)
+    save_head(tmp_path / "head.pth", head, blocks=(0, 1, 2, 3), norm=False)
+    near = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, num_pictures=0)
+    with pytest.raises(ValueError, match="not a linear depth or DPT depth head"):
+        save_head(tmp_path / "classes.pth", SegmentationHead(24, 3), blocks=(3,), norm=True)
+        run(tmp_path, head=tmp_path / "classes.pth", max_depth=10)
+    torch.nn.init.constant_(head.conv_depth.head[-1].bias, 50.0)
+    save_head(tmp_path / "head.pth", head, blocks=(0, 1, 2, 3), norm=False)
+    clamped = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, num_pictures=0)
+    # Depths are clamped to 3 m: 1 m too much, 1 m and 5 m too little; without the clamp everything would be 10 m.
+    assert 3 < clamped["metrics"]["rmse"] < 5 and near["metrics"]["rmse"] != clamped["metrics"]["rmse"]
+    wider = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, num_pictures=0, bins=(0.001, 10))
+    assert wider["metrics"]["abs_rel"] > clamped["metrics"]["abs_rel"]

@@ -9,7 +9,7 @@ import torch
 from dense_shared_work import ITERATIONS, PROTOCOL, dense_shared_work, train_segmenter
 from dense_trees import segmentation_set, write_scenes
 from eval_images import tiny_backbone
-from several_processes import run_in_processes
+from eval_processes import run_in_processes
 from torch import nn
 from torch.nn import functional
 
@@ -113,7 +113,7 @@ def test_a_checkpoint_of_other_settings_is_refused(root: Path, tmp_path: Path) -
 def test_two_processes_train_and_score_as_one(root: Path, tmp_path: Path) -> None:
     alone = json.loads(json.dumps(dense_shared_work(root, tmp_path / "one")))
     (tmp_path / "two").mkdir()
-    run_in_processes("dense_shared_work.py", 2, root, tmp_path / "two")
+    run_in_processes("tests/support/dense_shared_work.py", [root, tmp_path / "two"], options=("-W", "error"))
     together = json.loads((tmp_path / "two" / "results.json").read_text())
     for name, found in together.items():
         for parameter, values in found["weights"].items():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dinov2.analysis import patch_segmentation
 from dinov2.eval.dense import patch_probes
 from dinov2.eval.dense.patch_probes import (
     Patches,
@@ -53,7 +54,7 @@ def test_modes_are_those_of_a_loop_and_the_smallest_in_a_tie() -> None:
 
 
 def test_features_are_standardized_by_the_training_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch_probes, "PATCH_BATCH", 7)
+    monkeypatch.setattr(patch_segmentation, "PATCH_BATCH", 7)
     features = torch.randn(50, 6) * torch.tensor([1, 1e-3, 1e3, 0, 5, 1]) + torch.tensor([0, 1, 1e4, 3, 0, 0])
     standardize = Standardizer.of(features)
     reference = features.double().numpy()
@@ -79,7 +80,7 @@ def test_patches_are_tiles_of_the_label_maps_in_the_order_of_the_features() -> N
 
 @pytest.mark.parametrize("distance", ["cosine", "L2"])
 def test_knn_predictions_are_those_of_a_loop(distance: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patch_probes, "VOTES", 50)  # a few patches at once
+    monkeypatch.setattr(patch_segmentation, "VOTES", 50)  # a few patches at once
     train, test = patches(40, seed=0), patches(9, seed=1)
     kept = [i for i, row in enumerate(train.labels.tolist()) if mode_by_loop(row) != -1]
     found = fit_knn(train, ks=[1, 5], distance=distance)(test.features)

@@ -121,7 +121,7 @@ def test_contradicting_flags_and_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give either --train-dataset, to train a head, or --head, to test one"):
         run(tmp_path, head="head.pth", train_dataset="SegmentationFolder:root=/x")
     images = f"ImageFolder:root={tmp_path / 'data' / 'images'}"
-    with pytest.raises(ValueError, match="--val-dataset .* has no maps; this evaluation needs segmentation maps"):
+    with pytest.raises(ValueError, match="--val-dataset .* has no maps; segmentation maps are needed"):
         run(tmp_path, **SHORT, val_dataset=images)
     with pytest.raises(ValueError, match="--val-dataset .* has depth maps"):
         run(tmp_path, **SHORT, val_dataset=f"DepthFolder:root={tmp_path / 'data'}:split=val")

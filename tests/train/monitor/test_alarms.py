@@ -30,6 +30,10 @@ def healthy(index: int) -> dict[str, float]:
         "probe_patch_rank_me": 100 + 40 * progress,
         "probe_patch_similarity": 0.3 - 0.1 * progress,
         "probe_patch_norm": 40.0 + 10 * progress,
+        "knn_images": 1000.0,
+        "patch_knn_miou": 40 + 10 * progress,
+        "patch_knn_error": 1.5,
+        "patch_knn_chance": 9.0,
     }
 
 
@@ -62,6 +66,7 @@ def test_an_empty_run_and_one_without_health_raise_none() -> None:
         ("divergence", {"total_loss": 7.5, "cls_target_information": 0.2}),
         ("divergence", {"probe_patch_norm": 900.0, "probe_patch_rank_me": 30.0}),
         ("decay of dense features", {"probe_patch_similarity": 0.7}),
+        ("decay of dense features", {"patch_knn_miou": 41.0}),
         ("data bottleneck", {"data_wait": 0.6}),
     ],
 )
@@ -73,6 +78,41 @@ def test_each_sign_raises_its_alarm_and_no_other(kind: str, changed: dict[str, f
 
 def test_patches_that_become_alike_with_all_else_are_no_decay_of_dense_features_alone() -> None:
     assert kinds(run(20, probe_patch_similarity=0.7, probe_cls_rank_me=5.0)) == {"collapse"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"patch_knn_miou": 42.5},  # less than two standard errors below the best, 44.75
+        {"patch_knn_miou": 41.0, "knn": 66.0},  # class tokens get worse, too: 2.7 points are two standard errors
+        {"patch_knn_miou": 5.0, "patch_knn_chance": 50.0},  # was never better than guessing
+        {"patch_knn_miou": math.nan},
+        {"patch_knn_miou": 41.0, "knn": 5.0, "knn_chance": 100.0, "probe_cls_rank_me": 15.0},  # k-NN is no information
+    ],
+)
+def test_segmentation_that_varies_or_falls_with_all_else_is_no_decay_of_dense_features(
+    changed: dict[str, float],
+) -> None:
+    records = [{**record, "patch_knn_chance": changed.get("patch_knn_chance", 9.0)} for record in run(20, **changed)]
+    assert "decay of dense features" not in kinds(records)
+
+
+def test_segmentation_that_falls_without_labels_of_images_is_a_decay_while_the_rank_holds() -> None:
+    records = [{k: v for k, v in record.items() if k != "knn"} for record in run(20, patch_knn_miou=41.0)]
+    [alarm] = find_alarms(records)
+    assert alarm.kind == "decay of dense features" and (alarm.first, alarm.last) == (400, 780)
+    assert alarm.finding == "the mean IoU of segmentation by k-NN of patches fell from 44.8 to 41.0 %"
+    assert "health.best_by=patch_knn_miou" in alarm.advice
+    lost = [{**record, "probe_cls_rank_me": 12.0} if record["iteration"] >= 400 else record for record in records]
+    assert "decay of dense features" not in kinds(lost), "20.5 before"
+
+
+def test_two_measurements_with_worse_segmentation_are_no_alarm() -> None:
+    records = run()
+    records[20:22] = [{**line, "patch_knn_miou": 30.0} for line in records[20:22]]
+    assert find_alarms(records) == []
+    records[22] = {**records[22], "patch_knn_miou": 30.0}
+    assert [(alarm.kind, alarm.over) for alarm in find_alarms(records)] == [("decay of dense features", True)]
 
 
 def test_features_that_are_alike_after_the_warm_up_are_a_collapse_and_before_it_are_not() -> None:
