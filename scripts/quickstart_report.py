@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dinov2 import config
+from dinov2.analysis.patch_segmentation import Patches, Standardizer
 from dinov2.analysis.pca import pca_colors, to_images
 from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.dense.base import SEGMENTATION, DenseDataset, DenseSubset
 from dinov2.data.transforms import ToNormalizedTensor, make_classification_eval_transform
 from dinov2.eval import setup
-from dinov2.eval.dense.patch_probes import Patches, Standardizer, fit_knn, score_patches
+from dinov2.eval.dense.patch_probes import fit_knn, score_patches
 from dinov2.eval.dense.probes import PatchTokens, Squeezed, patches_of
 from dinov2.eval.features import extract_features
 from dinov2.eval.knn import eval_knn
