@@ -130,11 +130,11 @@ def compare_patches(
 def as_table(accuracies: Accuracies, patches: Mapping[str, float]) -> str:
     """Format top-1 accuracies of k-NN, and mIoU of the patch probe if there is any, as a Markdown table."""
     width = max(len("in %"), *map(len, accuracies))
-    columns = [f"top-1, k = {k}" for k in NUM_NEIGHBORS] + ["patch mIoU"] * bool(patches)
+    columns = [f"top-1, k = {k}" for k in NUM_NEIGHBORS] + (["patch mIoU"] if patches else [])
     lines = [f"| {'in %':<{width}} |" + "".join(f" {column} |" for column in columns)]
     lines.append(f"| {'-' * width} |" + "".join(f" {'-' * (len(column) - 1)}: |" for column in columns))
     for name, row in accuracies.items():
-        values = [row[k] for k in NUM_NEIGHBORS] + [patches[name]] * bool(patches)
+        values = [row[k] for k in NUM_NEIGHBORS] + ([patches[name]] if patches else [])
         cells = (f" {value:{len(column)}.1f} |" for value, column in zip(values, columns, strict=True))
         lines.append(f"| {name:<{width}} |" + "".join(cells))
     return "\n".join(lines) + "\n"
