@@ -84,7 +84,7 @@ DATASETS: dict[str, Entry] = (
         "Cityscapes": Entry(Cityscapes, required=("split", "root"), splits=Cityscapes.Splits),
         "SegmentationFolder": Entry(SegmentationFolder, optional=("split", "classes", "colors", "ignore")),
         "FashionScenes": Entry(
-            FashionScenes, ("split",), ("size", "background", "length", "kind", "seed"), FashionScenes.Split
+            FashionScenes, ("split",), ("size", "background", "length", "kind", "seed", "items"), FashionScenes.Split
         ),
         "DepthFolder": Entry(DepthFolder, optional=("split", "scale")),
     }

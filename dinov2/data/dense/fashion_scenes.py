@@ -59,6 +59,7 @@ class FashionScenes(DenseDataset):
         length: Number of scenes; default: 10,000 for TRAIN, 2,000 for VAL.
         kind: Whether maps are of classes ("segmentation") or of depths ("depth").
         seed: Seed of the scenes.
+        items: Maximum number of items in a scene, 1 to 3.
         transforms, transform, target_transform: See `ImageDataset`.
 
     Attributes:
@@ -77,6 +78,7 @@ class FashionScenes(DenseDataset):
         length: int | str | None = None,
         kind: str = SEGMENTATION,
         seed: int | str = 0,
+        items: int | str = MAX_ITEMS,
         **transforms: Any,
     ) -> None:
         super().__init__(**transforms)
@@ -90,6 +92,7 @@ class FashionScenes(DenseDataset):
         self.size = _number("size", size, at_least=8)
         count = _number("length", len(photos) if length is None else length, at_least=1)
         self.seed = _number("seed", seed, at_least=0)
+        max_items = _number("items", items, at_least=1, at_most=MAX_ITEMS)
         self.palette = np.vstack([np.zeros((1, 3), np.uint8), distinct_palette(len(FashionMNIST.classes))])
         self._layers = _with_silhouettes(photos._images)
         targets = photos.get_targets()
@@ -100,7 +103,7 @@ class FashionScenes(DenseDataset):
         # One row of numbers per scene: the first scenes do not depend on how many there are.
         rng = np.random.default_rng(seed_for(self.seed, f"fashion scenes {split.name}"))
         numbers = rng.random((count, _NUMBERS_OF_SCENE + MAX_ITEMS * _NUMBERS_OF_ITEM))
-        self._num_items = 1 + (numbers[:, 0] * MAX_ITEMS).astype(np.int64)
+        self._num_items = 1 + (numbers[:, 0] * max_items).astype(np.int64)
         self._items = _draw_items(numbers[:, _NUMBERS_OF_SCENE:], self._num_items, len(photos))
         self._backdrops = _draw_backdrops(numbers[:, 1:_NUMBERS_OF_SCENE], Background(background))
         nearest = self._items.photo[np.arange(count), self._num_items - 1]
@@ -117,7 +120,7 @@ class FashionScenes(DenseDataset):
 
     def fingerprint(self) -> str:
         purpose = f"{self.split.name} {self.size} {self._backdrops[0].tolist()}"  # colors differ by the background
-        return f"{seed_for(self.seed, purpose, len(self)):016x}"
+        return f"{seed_for(self.seed, purpose, len(self), int(self._num_items.sum())):016x}"
 
     def get_image_data(self, index: int) -> bytes:
         """Returns a PNG file of a scene."""
@@ -154,13 +157,14 @@ class FashionScenes(DenseDataset):
         return labels if self.kind == SEGMENTATION else depths
 
 
-def _number(name: str, value: int | str, *, at_least: int) -> int:
+def _number(name: str, value: int | str, *, at_least: int, at_most: int | None = None) -> int:
     try:
         number = int(value)
     except ValueError:
         number = at_least - 1
-    if number < at_least:
-        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+    if number < at_least or (at_most is not None and number > at_most):
+        allowed = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
     return number
 
 

@@ -118,6 +118,10 @@ def run_probes(train: Patches, test: Patches, num_images: int, num_classes: int,
     )
 
 
+def _without_label(label: object) -> None:
+    return None
+
+
 def patches_of(
     dataset: DenseDataset,
     extract: Callable[[DenseDataset], tuple[Tensor, Tensor]],
@@ -126,6 +130,7 @@ def patches_of(
     num_workers: int,
 ) -> Patches:
     """Tokens and labels of all patches of a dataset, without unreadable images, on the CPU."""
+    dataset.target_transform = _without_label  # a label of the image would take the place of its index
     features, indices = extract(dataset)
     maps = label_maps(dataset, side, num_workers)[indices.cpu()]
     grid = side // patch_size

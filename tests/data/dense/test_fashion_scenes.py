@@ -65,6 +65,16 @@ def test_a_scene_depends_on_seed_split_and_index_alone(scenes):
     assert (large[1::3, 1::3] == small).mean() > 0.97  # another resolution of the same scene
 
 
+def test_scenes_of_one_item_have_its_class_as_their_only_one():
+    scenes = FashionScenes(split=TRAIN, length=60, items="1")
+    for index in range(60):
+        _, labels, depths = scenes.get_scene(index)
+        assert set(np.unique(labels)) == {0, scenes.get_target(index)} and depths.min() <= 1 / 0.75 + 1e-6
+    several = FashionScenes(split=TRAIN, length=60, items=2)
+    assert set(several._num_items) == {1, 2}
+    assert len({each.fingerprint() for each in (scenes, several, FashionScenes(split=TRAIN, length=60))}) == 3
+
+
 def test_train_and_val_have_different_photos():
     train, val = (FashionScenes(split=split, length=1)._layers[..., 0] for split in (TRAIN, VAL))
     assert (len(train), len(val)) == (10_000, 2_000)
@@ -108,6 +118,7 @@ def test_a_dataset_string_names_scenes():
         ("kind=boxes", "kind must be segmentation or depth, got 'boxes'"),
         ("background=red", "background must be gradient, plain, black, got 'red'"),
         ("seed=-1", "seed must be"),
+        ("items=4", "items must be an integer from 1 to 3, got '4'"),
     ],
 )
 def test_wrong_keys(key, message):
