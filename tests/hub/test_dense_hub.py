@@ -174,7 +174,11 @@ def test_a_head_of_other_weights_is_warned_of(folder: Path, caplog: pytest.LogCa
     backbone = hub_load("dinov2_vits14", pretrained=False, **TINY)
     torch.save(backbone.state_dict(), folder / "dinov2_vits14_pretrain.pth")
     save_head(
-        folder / "mine.pth", SegmentationHead(32, 7), blocks=[3], norm=True, meta={"backbone": weights_digest(backbone)}
+        folder / "mine.pth",
+        SegmentationHead(backbone.embed_dim, 7),
+        blocks=[3],
+        norm=True,
+        meta={"backbone": weights_digest(backbone)},
     )
     segmenters.dinov2_vits14_seg(weights=folder / "mine.pth", **TINY)
     assert not caplog.records
