@@ -91,7 +91,7 @@ class SegmentationFolder(SegmentationDataset):
     def _advice(self, values: np.ndarray) -> str:
         """What to do about a mask with values of no class, if that can be seen."""
         high = int(values.max())
-        if high == MAX_VALUE:
+        if high in (255, MAX_VALUE) and high >= len(self._lookup):
             return f"; if {high} marks ignored pixels, give ignore={high}"
         if self._first == 0 and values.min() > 0:
             return "; 0 does not occur: if labels begin at 1, give first=1"

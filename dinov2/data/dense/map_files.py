@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from dinov2.data.dense.pairing import named
 from dinov2.data.images.formats import open_header
 from dinov2.data.images.limits import check_header, check_pixels
 
@@ -145,17 +146,13 @@ def to_classes(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     labels = table[values] if inside.all() else np.where(inside, table[np.where(inside, values, 0)], _UNKNOWN)
     if (labels == _UNKNOWN).any():
         wrong, counts = np.unique(values[labels == _UNKNOWN], return_counts=True)
-        named = [f"{value} ({count:,} pixels)" for value, count in zip(wrong, counts, strict=True)]
+        wrong_values = [f"{value} ({count:,} pixels)" for value, count in zip(wrong, counts, strict=True)]
         allowed = _ranges(np.flatnonzero(table != _UNKNOWN).tolist())
+        listed = named(wrong_values, most=_MOST_NAMED)
         ignored = _ranges(np.flatnonzero(table == -1).tolist())
         allowed += f" ({ignored}: ignored)" if ignored else ""
-        raise ValueError(f"{counts.sum():,} pixels have values of no class: {_first(named)}; allowed: {allowed}")
+        raise ValueError(f"{counts.sum():,} pixels have values of no class: {listed}; allowed: {allowed}")
     return labels.astype(np.int16, copy=False)
-
-
-def _first(names: Sequence[str]) -> str:
-    more = [f"and {len(names) - _MOST_NAMED:,} more"] if len(names) > _MOST_NAMED else []
-    return ", ".join([*names[:_MOST_NAMED], *more])
 
 
 def _ranges(values: Sequence[int]) -> str:
@@ -186,6 +183,7 @@ class ColorTable(NamedTuple):
         if unknown.any():
             wrong, counts = np.unique(codes[unknown], return_counts=True)
             triples = [f"{code >> 16} {code >> 8 & 255} {code & 255}" for code in wrong.tolist()]
-            named = [f"{triple} ({count:,} pixels)" for triple, count in zip(triples, counts, strict=True)]
-            raise ValueError(f"{counts.sum():,} pixels have colors (red green blue) of no class: {_first(named)}")
+            wrong_values = [f"{triple} ({count:,} pixels)" for triple, count in zip(triples, counts, strict=True)]
+            listed = named(wrong_values, most=_MOST_NAMED)
+            raise ValueError(f"{counts.sum():,} pixels have colors (red green blue) of no class: {listed}")
         return self.labels[position]

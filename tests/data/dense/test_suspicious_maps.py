@@ -42,6 +42,8 @@ def test_binary_masks_with_class_names_are_warned_of(tmp_path):
     assert "0 and 255, colors=FILE" in ignored
     write(tmp_path / "colors.txt", "background 0 0 0", "object 255 255 255")
     assert check_maps(folder(tmp_path, ":colors=colors.txt")).warnings() == []
+    with pytest.raises(BadMapError, match="allowed: 0 to 1; if 255 marks ignored pixels, give ignore=255$"):
+        folder(tmp_path, ":classes=classes.txt:ignore=none").get_map(0)
     add(tmp_path, "a", labels(0, 255, 255))  # 4.2 % ignored: the first warning alone
     assert check_maps(folder(tmp_path, ":classes=classes.txt")).warnings() == [absent]
     add(tmp_path, "a", labels(0, 1, 255, 255, 255, 255))
