@@ -82,7 +82,7 @@ DATASETS: dict[str, Entry] = (
         "ADE20K": Entry(ADE20K, required=("split", "root"), splits=ADE20K.Splits),
         "VOC2012": Entry(VOC2012, required=("split", "root"), splits=VOC2012.Splits),
         "Cityscapes": Entry(Cityscapes, required=("split", "root"), splits=Cityscapes.Splits),
-        "SegmentationFolder": Entry(SegmentationFolder, optional=("split", "classes", "colors", "ignore")),
+        "SegmentationFolder": Entry(SegmentationFolder, optional=("split", "classes", "colors", "ignore", "first")),
         "FashionScenes": Entry(
             FashionScenes, ("split",), ("size", "background", "length", "kind", "seed", "items"), FashionScenes.Split
         ),

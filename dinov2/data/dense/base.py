@@ -16,6 +16,7 @@ from PIL import Image
 from dinov2.data.datasets.base import ImageDataset, ListedDataset
 from dinov2.data.datasets.file_list import PathTable
 from dinov2.data.dense.map_files import BadMapError, label_lookup, read_depths, read_indices, to_classes
+from dinov2.data.dense.pairing import named
 from dinov2.data.dense.palettes import distinct_palette
 from dinov2.data.images import EncodedImage, read_image_file
 
@@ -23,6 +24,11 @@ IGNORED = -1
 """Class index of pixels that are neither trained on nor counted; files usually have 255."""
 
 SEGMENTATION, DEPTH = "segmentation", "depth"
+
+# Maps are suspicious:
+_FEW_CLASSES = 30  # if one of so many classes, or fewer, is missing; of more classes, some are rare
+_MANY_IGNORED = 0.05  # if more pixels than this share are ignored, and all others have the same class
+_FAR, _NEAR = 1000.0, 0.1  # if the largest depth, in meters, is outside this range
 
 
 class DenseDataset(ListedDataset):
@@ -36,9 +42,11 @@ class DenseDataset(ListedDataset):
         kind: "segmentation" or "depth".
         classes: Class names in the order of their indices; empty for depth.
         palette: (C, 3) uint8, the colors of the classes.
+        has_own_indices: Whether maps are files of class indices of unknown origin, which may begin at 1, for example.
     """
 
     kind: str
+    has_own_indices = False
     palette: np.ndarray
     classes: Sequence[str] = ()
     _maps: Any  # PathTable, relative to `root`
@@ -145,19 +153,21 @@ class DepthDataset(DenseDataset):
 
     Args:
         scale: Integers in files are divided by it to give meters.
+        float_scale: Floats in files are divided by it to give meters.
         transforms, transform, target_transform: See `ImageDataset`.
     """
 
     kind = DEPTH
     palette = np.empty((0, 3), np.uint8)
 
-    def __init__(self, *, scale: float, **transforms: Any) -> None:
+    def __init__(self, *, scale: float, float_scale: float = 1.0, **transforms: Any) -> None:
         super().__init__(**transforms)
-        self.scale = scale
+        self.scale, self.float_scale = scale, float_scale
 
     def _read_map(self, index: int) -> np.ndarray:
         data = read_image_file(self.describe_map(index), self.image_options)
-        return read_depths(data, scale=self.scale, max_pixels=self.image_options.max_pixels)
+        limit = self.image_options.max_pixels
+        return read_depths(data, scale=self.scale, float_scale=self.float_scale, max_pixels=limit)
 
 
 class DenseSubset(DenseDataset):
@@ -167,7 +177,7 @@ class DenseSubset(DenseDataset):
         super().__init__(transform=dataset.transform)
         self.whole, self.indices = dataset, [int(index) for index in indices]
         self.kind, self.classes, self.palette = dataset.kind, dataset.classes, dataset.palette
-        self.image_options = dataset.image_options
+        self.has_own_indices, self.image_options = dataset.has_own_indices, dataset.image_options
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -199,6 +209,8 @@ class MapSummary(NamedTuple):
     num_valid: int  # pixels with a class or a depth
     class_counts: np.ndarray  # (C,) int64: pixels of each class; empty for depth
     depth_range: tuple[float, float] | None  # smallest and largest depth in meters
+    classes: Sequence[str] = ()  # names, (C,)
+    has_own_indices: bool = False  # of the dataset
 
     def describe(self) -> str:
         """One line of text for the log."""
@@ -211,6 +223,34 @@ class MapSummary(NamedTuple):
             found = int((self.class_counts > 0).sum())
             what = f"{found} of {len(self.class_counts)} classes, {share:.1f} % of the pixels labeled"
         return f"{self.num_checked:,} maps checked: {what}"
+
+    def warnings(self) -> list[str]:
+        """What is suspicious about valid maps, a line of text each, to be logged as warnings."""
+        if self.depth_range is not None:
+            return self._depth_warnings(self.depth_range[1])
+        warnings = []
+        found = np.flatnonzero(self.class_counts)
+        absent = [name for name, count in zip(self.classes, self.class_counts, strict=True) if not count]
+        if absent and (len(self.classes) <= _FEW_CLASSES or not self.class_counts[0]):
+            begins_at_1 = self.has_own_indices and not self.class_counts[0] and self.class_counts[-1]
+            hint = "; if labels begin at 1, give first=1" if begins_at_1 else ""
+            number = f"{len(absent)} of {len(self.classes)} classes have no pixel in {self.num_checked:,} maps"
+            warnings.append(f"{number}: {named(absent)}{hint}")
+        ignored = 1 - self.num_valid / max(self.num_pixels, 1)
+        if self.has_own_indices and len(found) == 1 and ignored > _MANY_IGNORED:
+            only = f"{ignored:.1%} of the pixels are ignored, and all others have one class, {self.classes[found[0]]}"
+            warnings.append(f"{only}: if the masks have values such as 0 and 255, colors=FILE makes both classes")
+        return warnings
+
+    @staticmethod
+    def _depth_warnings(largest: float) -> list[str]:
+        if largest > _FAR:
+            what = "perhaps they are millimeters, or large values mark pixels without a measurement"
+        elif largest < _NEAR:
+            what = "perhaps they are divided by a wrong scale"
+        else:
+            return []
+        return [f"the largest depth is {largest:.3g} m: {what}; scale= gives the values in the files per meter"]
 
 
 def check_maps(dataset: DenseDataset, *, limit: int = 100) -> MapSummary:
@@ -243,4 +283,6 @@ def check_maps(dataset: DenseDataset, *, limit: int = 100) -> MapSummary:
         where = f"in {count:,} maps of {len(dataset):,}, such as {dataset.describe_map(0)}" if count else "without maps"
         raise ValueError(f"no pixel has a {'class' if dataset.kind == SEGMENTATION else 'depth'} {where}")
     depth_range = (float(low), float(high)) if dataset.kind == DEPTH else None
-    return MapSummary(count, num_pixels, num_valid, class_counts, depth_range)
+    return MapSummary(
+        count, num_pixels, num_valid, class_counts, depth_range, tuple(dataset.classes), dataset.has_own_indices
+    )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from dinov2.data.datasets.file_list import check_folder
 from dinov2.data.dense.base import DepthDataset
-from dinov2.data.dense.pairing import check_files, read_lines
+from dinov2.data.dense.pairing import check_files, given_file, read_lines
 from dinov2.data.dense.segmentation_sets import check_split, note_on_size
 
 _NO_MAP = "none"  # in a list: an image without a depth map
@@ -56,7 +56,7 @@ class ListedDepth(DepthDataset):
             `official_splits/test`.
         list: The list of images and maps, relative to `root` or the working folder; default: its usual name in `root`.
         depth_root: Folder of the maps; default: `root`, for KITTI also `gt_depth` below it.
-        scale: Integers in the maps per meter; default: that of the dataset.
+        scale: Values in the maps per meter; default: that of the dataset for integers, 1 for floats.
         transforms, transform, target_transform: See `ImageDataset`.
 
     Raises:
@@ -76,7 +76,7 @@ class ListedDepth(DepthDataset):
     ) -> None:
         known = FORMATS[name]
         check_split(name, split, tuple(known.lists))
-        super().__init__(scale=parse_scale(scale, known.scale), **transforms)
+        super().__init__(scale=parse_scale(scale, known.scale), float_scale=parse_scale(scale, 1.0), **transforms)
         self.name, self.split, folder = name, split, Path(root)
         check_folder(folder)
         if depth_root is not None:
@@ -102,18 +102,17 @@ def parse_scale(scale: float | str | None, default: float) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise ValueError(f"scale must be a positive number (integers in the depth maps per meter), got {scale!r}")
+        raise ValueError(f"scale must be a positive number (values in the depth maps per meter), got {scale!r}")
     return value
 
 
 def find_list(root: Path, given: str | Path | None, usual: str) -> Path:
     """Path of the list of a dataset: the given one, below ``root`` or by itself, or the usual one in ``root``."""
-    candidates = [root / (usual if given is None else given)] + ([] if given is None else [Path(given)])
-    for path in candidates:
-        if path.is_file():
-            return path
-    hint = "; list=FILE names another one" if given is None else ""
-    raise FileNotFoundError(f"no list of images and maps at {' or '.join(map(str, candidates))}{hint}")
+    if given is not None:
+        return given_file(root, "list", given)
+    if not (root / usual).is_file():
+        raise FileNotFoundError(f"no list of images and maps at {root / usual}; list=FILE names another one")
+    return root / usual
 
 
 def read_pairs(file: Path) -> tuple[list[str], list[str], int]:

@@ -1,8 +1,7 @@
 """Your own images with maps: a folder of images, and one of class maps or depth maps with the same names."""
 
-import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,14 @@ import numpy as np
 from dinov2.data.datasets.file_list import check_folder, list_images
 from dinov2.data.dense.base import IGNORED, DepthDataset, SegmentationDataset
 from dinov2.data.dense.depth_lists import parse_scale
-from dinov2.data.dense.map_files import BadMapError, ColorTable, read_colors, read_indices
-from dinov2.data.dense.pairing import Pairs, pair_by_name, read_lines
-from dinov2.data.images import DEFAULT_OPTIONS, read_image_file
-
-logger = logging.getLogger(__name__)
+from dinov2.data.dense.label_scan import numbered_classes
+from dinov2.data.dense.map_files import MAX_VALUE, ColorTable, read_colors, read_indices, to_classes
+from dinov2.data.dense.pairing import Pairs, given_file, pair_by_name, read_lines
+from dinov2.data.images import read_image_file
 
 _MASK_ENDINGS = (".png", ".tif", ".tiff", ".PNG", ".TIF", ".TIFF")
 _DEPTH_ENDINGS = (".png", ".npy", *_MASK_ENDINGS[1:])
 _IGNORED_NAMES = ("ignored", "ignore")  # of a color of ignored pixels
-_MAX_SCANNED = 2_000  # masks that are read to find the number of classes
 
 
 class SegmentationFolder(SegmentationDataset):
@@ -33,10 +30,12 @@ class SegmentationFolder(SegmentationDataset):
     Args:
         root: Folder of the images and masks.
         split: Name of a subfolder, such as "val".
-        classes: File with the class names, one per line in the order of their indices.
+        classes: File with the class names, one per line in the order of their indices; relative to `root` or the
+            working folder.
         colors: File with the colors of classes, a line each: `name red green blue`. Classes are in the order of the
-            lines; a name may have several colors, and the name "ignored" marks ignored pixels.
+            lines; a name may have several colors, and the name "ignored" marks ignored pixels. Found like `classes`.
         ignore: Value of ignored pixels in masks of class indices, or "none".
+        first: Value of class 0 in masks of class indices, such as 1 if labels begin at 1. Smaller values are ignored.
         transforms, transform, target_transform: See `ImageDataset`.
 
     Raises:
@@ -51,45 +50,64 @@ class SegmentationFolder(SegmentationDataset):
         classes: str | Path | None = None,
         colors: str | Path | None = None,
         ignore: int | str = 255,
+        first: int | str = 0,
         **transforms: Any,
     ) -> None:
         folder, pairs = find_pairs(Path(root), split, map_name="masks", endings=_MASK_ENDINGS)
-        ignored = _parse_ignore(ignore)
+        ignored, self._first = _parse_ignore(ignore), _parse_first(first)
         self._colors: ColorTable | None = None
         palette = None
         if colors is not None:
-            names, palette, self._colors = read_color_table(Path(colors))
-            if classes is not None and read_lines(Path(classes)) != names:
+            if self._first:
+                raise ValueError(f"first={first} is for masks of class indices; with colors= give no first=")
+            names, palette, self._colors = read_color_table(given_file(folder, "colors", colors))
+            if classes is not None and read_lines(given_file(folder, "classes", classes)) != names:
                 raise ValueError(f"{classes} and {colors} name different classes; colors= needs no classes=")
         elif classes is not None:
-            names = read_lines(Path(classes))
+            names = read_lines(given_file(folder, "classes", classes))
             if len(set(names)) < len(names):
                 raise ValueError(f"{classes} names a class twice: {max(names, key=names.count)}")
         else:
-            names = _numbered_classes(folder, _masks_of_all_splits(folder, split, pairs), ignored)
-        values = {label: label for label in range(len(names))}
+            masks = _masks_of_all_splits(folder, split, pairs)
+            names = numbered_classes(folder, masks, ignored=ignored, first=self._first)
+        values = dict.fromkeys(range(self._first), IGNORED)
+        values |= {self._first + label: label for label in range(len(names))}
         values |= {} if ignored is None else {ignored: IGNORED}
         super().__init__(classes=names, values=values, palette=palette, **transforms)
+        self.has_own_indices = self._colors is None
         self.split = split
         self._set_files(folder, *pairs)
 
     def _read_map(self, index: int) -> np.ndarray:
-        if self._colors is None:
-            return super()._read_map(index)
         data = read_image_file(self.describe_map(index), self.image_options)
-        return self._colors.to_classes(read_colors(data, max_pixels=self.image_options.max_pixels))
+        if self._colors is not None:
+            return self._colors.to_classes(read_colors(data, max_pixels=self.image_options.max_pixels))
+        values = read_indices(data, max_pixels=self.image_options.max_pixels)
+        try:
+            return to_classes(values, self._lookup)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._advice(values)}") from error
+
+    def _advice(self, values: np.ndarray) -> str:
+        """What to do about a mask with values of no class, if that can be seen."""
+        high = int(values.max())
+        if high in (255, MAX_VALUE) and high >= len(self._lookup):
+            return f"; if {high} marks ignored pixels, give ignore={high}"
+        if self._first == 0 and values.min() > 0:
+            return "; 0 does not occur: if labels begin at 1, give first=1"
+        return ""
 
 
 class DepthFolder(DepthDataset):
     """Images in `root/images` and depth maps of the same names in `root/depth`; splits as in `SegmentationFolder`.
 
-    Maps are PNG or TIFF files of 16-bit integers, which are divided by `scale`, or `.npy` (or TIFF) files of floats in
-    meters. Depths of 0, and floats that are not finite, are pixels without a measurement.
+    Maps are PNG or TIFF files of 16-bit integers in millimeters, or `.npy` (or TIFF) files of floats in meters; for
+    other units, `scale` divides both. Depths of 0, and floats that are not finite, are pixels without a measurement.
 
     Args:
         root: Folder of the images and maps.
         split: Name of a subfolder, such as "val".
-        scale: Integers in the maps per meter.
+        scale: Values in the maps per meter; default: 1000 for integers, 1 for floats.
         transforms, transform, target_transform: See `ImageDataset`.
 
     Raises:
@@ -97,9 +115,9 @@ class DepthFolder(DepthDataset):
     """
 
     def __init__(
-        self, *, root: str | Path, split: str | None = None, scale: float | str = 1000.0, **transforms: Any
+        self, *, root: str | Path, split: str | None = None, scale: float | str | None = None, **transforms: Any
     ) -> None:
-        super().__init__(scale=parse_scale(scale, 1000.0), **transforms)
+        super().__init__(scale=parse_scale(scale, 1000.0), float_scale=parse_scale(scale, 1.0), **transforms)
         folder, pairs = find_pairs(Path(root), split, map_name="depth", endings=_DEPTH_ENDINGS)
         self.split = split
         self._set_files(folder, *pairs)
@@ -149,9 +167,15 @@ def read_color_table(file: Path) -> tuple[list[str], np.ndarray, ColorTable]:
 def _parse_ignore(ignore: int | str) -> int | None:
     if str(ignore).lower() == "none":
         return None
-    if not str(ignore).isdigit() or int(ignore) >= 2**15:
+    if not str(ignore).isdecimal() or int(ignore) > MAX_VALUE:
         raise ValueError(f"ignore must be the value of ignored pixels in the masks, or none, got {ignore!r}")
     return int(ignore)
+
+
+def _parse_first(first: int | str) -> int:
+    if not str(first).isdecimal() or int(first) > MAX_VALUE:
+        raise ValueError(f"first must be the value of class 0 in the masks, 0 or more, got {first!r}")
+    return int(first)
 
 
 def _masks_of_all_splits(root: Path, split: str | None, pairs: Pairs) -> list[str]:
@@ -163,38 +187,3 @@ def _masks_of_all_splits(root: Path, split: str | None, pairs: Pairs) -> list[st
     files = [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
     masks = sorted(str(path.relative_to(root)) for path in files if path.name.endswith(_MASK_ENDINGS))
     return masks or pairs.maps
-
-
-def _numbered_classes(root: Path, masks: Sequence[str], ignored: int | None) -> list[str]:
-    """Names "class 0", "class 1", ... up to the largest class index in any of the masks."""
-    if len(masks) > _MAX_SCANNED:
-        raise ValueError(
-            f"{root} has {len(masks):,} masks, too many to read them all for the number of classes: give their names, "
-            "classes=FILE with one per line"
-        )
-    counts: dict[int, int] = {}
-    for mask in masks:
-        try:
-            values = read_indices(read_image_file(root / mask, DEFAULT_OPTIONS), max_pixels=DEFAULT_OPTIONS.max_pixels)
-        except Exception as error:  # damaged files make Pillow raise errors of any type
-            raise BadMapError(f"cannot read the map {root / mask}: {error}", path=str(root / mask)) from error
-        for value in np.unique(values).tolist():
-            counts[value] = counts.get(value, 0) + 1
-    num_ignored = counts.pop(ignored, 0) if ignored is not None else 0
-    _check_labels(root, counts, ignored, num_ignored)
-    largest = max(counts)
-    logger.info("%s: %d classes, as the largest class index in %d masks is %d", root, largest + 1, len(masks), largest)
-    return [f"class {label}" for label in range(largest + 1)]
-
-
-def _check_labels(root: Path, counts: Mapping[int, int], ignored: int | None, num_ignored: int) -> None:
-    """Raise a ValueError if the values in all masks, with their numbers of masks, are hardly class indices."""
-    if not counts:
-        raise ValueError(f"all pixels of the masks in {root} have the ignored value {ignored}")
-    if set(counts) == {0} and num_ignored:
-        raise ValueError(
-            f"the masks in {root} have only 0 and {ignored}, which is ignored; if both are classes, give their colors: "
-            f"colors=FILE with lines such as 'background 0 0 0' and 'object {ignored} {ignored} {ignored}'"
-        )
-    if min(counts) < 0 or max(counts) >= 2**15:
-        raise ValueError(f"the masks in {root} have values from {min(counts)} to {max(counts)}, not class indices")

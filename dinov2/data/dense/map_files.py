@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from dinov2.data.dense.pairing import named
 from dinov2.data.images.formats import open_header
 from dinov2.data.images.limits import check_header, check_pixels
 
@@ -20,7 +21,8 @@ _COLOR_MODES = ("1", "L", "P", "RGB", "RGBA")
 _GRAY_STEPS = {"L;2": 85, "L;4": 17}  # raw modes that Pillow scales to 0..255, and the difference of adjacent levels
 _UNKNOWN = -2  # in a label table: a value that may not occur
 _MOST_NAMED = 6  # wrong values or colors in a message
-_MAX_VALUE = 2**15 - 1  # of a label in a file, and of class indices
+MAX_VALUE = 2**16 - 1  # of a label in a file
+MAX_CLASS = 2**15 - 1  # of a class index
 
 
 class BadMapError(ValueError):
@@ -52,11 +54,11 @@ def read_colors(data: bytes, *, max_pixels: int) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def read_depths(data: bytes, *, scale: float, max_pixels: int) -> np.ndarray:
+def read_depths(data: bytes, *, scale: float, max_pixels: int, float_scale: float = 1.0) -> np.ndarray:
     """Read depths in meters, 0 where there is no measurement: (H, W) float32.
 
-    Integers of more than 8 bits are divided by ``scale``. Floating-point values (`.npy`, or a TIFF file) are meters; of
-    these, values that are not finite are no measurements.
+    Integers of more than 8 bits are divided by ``scale``, floating-point values (`.npy`, or a TIFF file) by
+    ``float_scale``; of these, values that are not finite are no measurements.
 
     Raises:
         ValueError: The file has 8 bits, several channels, or negative depths.
@@ -73,7 +75,7 @@ def read_depths(data: bytes, *, scale: float, max_pixels: int) -> np.ndarray:
             )
         stored = np.asarray(image)
     if stored.dtype.kind == "f":
-        depths = np.where(np.isfinite(stored), stored, 0).astype(np.float32)
+        depths = (np.where(np.isfinite(stored), stored, 0) / float_scale).astype(np.float32)
     else:
         depths = (stored / scale).astype(np.float32)
     if count := int((depths < 0).sum()):
@@ -124,8 +126,11 @@ def _advice_on_colors(image: Image.Image) -> str:
 
 def label_lookup(classes: Mapping[int, int]) -> np.ndarray:
     """Table from the value in a file to the class index, (largest value + 1,) int16, from the allowed ones."""
-    if not classes or min(classes) < 0 or max(*classes, *classes.values()) > _MAX_VALUE:
-        raise ValueError(f"labels of files must be from 0 to {_MAX_VALUE:,}, got {sorted(classes)[:_MOST_NAMED]} ...")
+    if not classes or min(classes) < 0 or max(classes) > MAX_VALUE or max(classes.values()) > MAX_CLASS:
+        raise ValueError(
+            f"labels of files must be from 0 to {MAX_VALUE:,} and class indices from 0 to {MAX_CLASS:,}, got "
+            f"{dict(sorted(classes.items())[:_MOST_NAMED])} ..."
+        )
     table = np.full(max(classes) + 1, _UNKNOWN, np.int16)
     table[list(classes.keys())] = list(classes.values())
     return table
@@ -141,15 +146,13 @@ def to_classes(values: np.ndarray, table: np.ndarray) -> np.ndarray:
     labels = table[values] if inside.all() else np.where(inside, table[np.where(inside, values, 0)], _UNKNOWN)
     if (labels == _UNKNOWN).any():
         wrong, counts = np.unique(values[labels == _UNKNOWN], return_counts=True)
-        named = [f"{value} ({count:,} pixels)" for value, count in zip(wrong, counts, strict=True)]
+        wrong_values = [f"{value} ({count:,} pixels)" for value, count in zip(wrong, counts, strict=True)]
         allowed = _ranges(np.flatnonzero(table != _UNKNOWN).tolist())
-        raise ValueError(f"{counts.sum():,} pixels have values of no class: {_first(named)}; allowed: {allowed}")
+        listed = named(wrong_values, most=_MOST_NAMED)
+        ignored = _ranges(np.flatnonzero(table == -1).tolist())
+        allowed += f" ({ignored}: ignored)" if ignored else ""
+        raise ValueError(f"{counts.sum():,} pixels have values of no class: {listed}; allowed: {allowed}")
     return labels.astype(np.int16, copy=False)
-
-
-def _first(names: Sequence[str]) -> str:
-    more = [f"and {len(names) - _MOST_NAMED:,} more"] if len(names) > _MOST_NAMED else []
-    return ", ".join([*names[:_MOST_NAMED], *more])
 
 
 def _ranges(values: Sequence[int]) -> str:
@@ -180,6 +183,7 @@ class ColorTable(NamedTuple):
         if unknown.any():
             wrong, counts = np.unique(codes[unknown], return_counts=True)
             triples = [f"{code >> 16} {code >> 8 & 255} {code & 255}" for code in wrong.tolist()]
-            named = [f"{triple} ({count:,} pixels)" for triple, count in zip(triples, counts, strict=True)]
-            raise ValueError(f"{counts.sum():,} pixels have colors (red green blue) of no class: {_first(named)}")
+            wrong_values = [f"{triple} ({count:,} pixels)" for triple, count in zip(triples, counts, strict=True)]
+            listed = named(wrong_values, most=_MOST_NAMED)
+            raise ValueError(f"{counts.sum():,} pixels have colors (red green blue) of no class: {listed}")
         return self.labels[position]

@@ -1,11 +1,15 @@
 """Images and maps that belong together: by the names of their files, or by a list."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 _MOST_NAMED = 3  # missing files in a message
+_MAX_SEARCHED = 20_000  # files that are looked at for one of another name
+_JPEG_ENDINGS = (".jpg", ".jpeg")
 
 
 class Pairs(NamedTuple):
@@ -73,6 +77,7 @@ def pair_by_name(
     names = FolderNames()
     maps: list[str] = []
     missing: list[str] = []
+    stems: list[str] = []  # of the images without a map
     owners: dict[str, str] = {}
     for image in images:
         candidates = [os.path.join(map_folder, stem(image) + ending) for ending in endings]
@@ -81,6 +86,7 @@ def pair_by_name(
             raise ValueError(f"image {image} has several maps in {root}: {', '.join(found)}")
         if not found:
             missing.append(f"{image} (no {' or '.join(candidates[:2])})")
+            stems.append(os.path.basename(stem(image)))
             continue
         if (other := owners.setdefault(found[0], image)) != image:
             raise ValueError(f"images {other} and {image} in {root / image_folder} have the same map, {found[0]}")
@@ -88,10 +94,29 @@ def pair_by_name(
     if missing:
         raise FileNotFoundError(
             f"{len(missing):,} of {len(images):,} images in {root / image_folder} have no map: {named(missing)}"
+            f"{_what_is_there(root, map_folder, stems, used=maps, endings=endings)}"
         )
     unused = list(names.unused([os.path.join(root, path) for path in maps], endings))
     notes = [f"ignored {len(unused):,} map(s) without an image: {named(unused)}"] if unused else []
     return Pairs([os.path.join(image_folder, image) for image in images], maps, notes)
+
+
+def _what_is_there(
+    root: Path, map_folder: str, stems: Sequence[str], *, used: Sequence[str], endings: Sequence[str]
+) -> str:
+    """Text about files in the folder of maps: those with one of the stems in the name, or any if none is ``used``."""
+    walked = (os.path.join(folder, name) for folder, _, names in os.walk(root / map_folder) for name in names)
+    files = {os.path.relpath(path, root / map_folder) for path in islice(walked, _MAX_SEARCHED)}
+    unused = sorted(files - {os.path.relpath(path, map_folder) for path in used})
+    stem = re.compile(rf"(?<![^\W_])({'|'.join(map(re.escape, stems[:_MOST_NAMED]))})(?![^\W_])")
+    similar = [file for file in unused if stem.search(os.path.basename(file))]
+    if not similar:
+        return "" if used else f"; {map_folder}{os.sep} has {named(unused) or 'no files'}"
+    if any(file.lower().endswith(_JPEG_ENDINGS) for file in similar):
+        advice = "JPEG changes values: save maps as PNG"
+    else:
+        advice = f"a map has the path and name of its image, and ends in {named(endings)}"
+    return f"; {map_folder}{os.sep} has {named(similar)} ({advice})"
 
 
 def check_files(root: Path, paths: Sequence[str], *, listed_in: Path) -> None:
@@ -104,10 +129,22 @@ def check_files(root: Path, paths: Sequence[str], *, listed_in: Path) -> None:
         )
 
 
-def named(names: Sequence[str]) -> str:
+def named(names: Sequence[object], *, most: int = _MOST_NAMED) -> str:
     """The first few of some names, and the number of the others."""
-    more = [f"and {len(names) - _MOST_NAMED:,} more"] if len(names) > _MOST_NAMED else []
-    return ", ".join([*names[:_MOST_NAMED], *more])
+    more = [f"and {len(names) - most:,} more"] if len(names) > most else []
+    return ", ".join([*map(str, names[:most]), *more])
+
+
+def given_file(root: Path, key: str, given: str | Path) -> Path:
+    """Path of a file that a key of a dataset string names: relative to ``root``, or else to the working folder."""
+    for path in (root / given, Path(given)):
+        if path.is_file():
+            return path
+    if Path(given).is_absolute():
+        raise FileNotFoundError(f"{key}={given}: there is no such file")
+    raise FileNotFoundError(
+        f"{key}={given}: there is no such file in root={root}, nor in the working folder {Path.cwd()}"
+    )
 
 
 def read_lines(file: Path) -> list[str]:

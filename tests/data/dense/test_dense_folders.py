@@ -6,7 +6,7 @@ from dense_layouts import labels, save_image, save_map, write
 
 from dinov2.data.datasets import make_dataset
 from dinov2.data.dense import IGNORED, BadMapError
-from dinov2.data.dense import folders as module
+from dinov2.data.dense import label_scan as module
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,9 @@ def test_classes_up_to_the_largest_label(root, caplog):
     add(root, "deep/a", 1, 255, suffix=".TIF")
     dataset = folder(root)
     assert dataset.classes == ("class 0", "class 1", "class 2", "class 3")
-    assert "4 classes, as the largest class index in 2 masks is 3" in caplog.text
+    assert (
+        "4 classes, as the largest label in 2 masks is 3; the rarest label has 1 pixels, see masks/b.png" in caplog.text
+    )
     assert [dataset.get_map(index)[0, :3].tolist() for index in (0, 1)] == [[0, 3, 0], [1, IGNORED, 1]]
 
 
@@ -54,7 +56,7 @@ def test_classes_from_a_file(root, tmp_path):
     write(tmp_path / "names.txt", "background", "a cat")
     dataset = folder(root, f":classes={tmp_path}/names.txt")
     assert dataset.classes == ("background", "a cat")
-    with pytest.raises(BadMapError, match=r"9 \(1 pixels\); allowed: 0 to 1, 255"):
+    with pytest.raises(BadMapError, match=r"9 \(1 pixels\); allowed: 0 to 1, 255 \(255: ignored\)$"):
         dataset.get_map(0)
     assert folder(root, f":classes={tmp_path}/names.txt:ignore=9")._lookup.tolist() == [0, 1, *[-2] * 7, IGNORED]
     write(tmp_path / "names.txt", "cat", "dog", "cat")
@@ -78,10 +80,12 @@ def test_masks_that_are_hardly_class_indices(root):
     with pytest.raises(ValueError, match=r"only 0 and 255, which is ignored; .*'object 255 255 255'"):
         folder(root)
     save_map(root / "masks/a.png", labels(255))
-    with pytest.raises(ValueError, match="all pixels of the masks in .* have the ignored value 255"):
+    with pytest.raises(ValueError, match="all pixels of the masks in .* have ignored values: 255"):
         folder(root)
     save_map(root / "masks/a.png", labels(0, 255).astype(np.uint16) * 257)
-    with pytest.raises(ValueError, match="values from 0 to 65535, not class indices"):
+    with pytest.raises(
+        ValueError, match="values from 0 to 65535, not class indices; masks/a.png has 65535: .*ignore=65535"
+    ):
         folder(root)
 
 
@@ -170,6 +174,6 @@ def test_depths_of_integers_and_floats(root):
     dataset = make_dataset(dataset_str=f"DepthFolder:root={root}:split=val")
     assert dataset.get_sample(0)[1][0, :3].tolist() == [0, 2, 0] and (dataset.get_map(1) == 2.25).all()
     dataset = make_dataset(dataset_str=f"DepthFolder:root={root}:split=val:scale=500")
-    assert dataset.get_map(0)[0, 1] == 4 and (dataset.get_map(1) == 2.25).all()
+    assert dataset.get_map(0)[0, 1] == 4 and (dataset.get_map(1) == 2.25 / 500).all()  # floats, too
     with pytest.raises(ValueError, match="scale must be a positive number"):
         make_dataset(dataset_str=f"DepthFolder:root={root}:split=val:scale=mm")

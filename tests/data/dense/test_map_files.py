@@ -106,7 +106,9 @@ def test_values_become_classes():
 @pytest.mark.parametrize("wrong", [-1, 3, 254, 256, 70000])
 def test_values_of_no_class_are_named_with_their_number_and_what_is_allowed(wrong):
     values = np.array([[0, wrong], [wrong, 255]], np.int32)
-    with pytest.raises(ValueError, match=rf"2 pixels have .*: {wrong} \(2 pixels\); allowed: 0 to 2, 255$"):
+    with pytest.raises(
+        ValueError, match=rf"2 pixels have .*: {wrong} \(2 pixels\); allowed: 0 to 2, 255 \(255: ignored\)$"
+    ):
         to_classes(values, label_lookup({0: 0, 1: 1, 2: 2, 255: -1}))
 
 
@@ -115,9 +117,9 @@ def test_at_most_six_wrong_values_are_named():
         to_classes(np.arange(100)[None], label_lookup({0: 0}))
 
 
-@pytest.mark.parametrize("values", [{}, {-1: 0}, {2**15: 0}, {0: 2**15}])
+@pytest.mark.parametrize("values", [{}, {-1: 0}, {2**16: 0}, {0: 2**15}])
 def test_labels_that_do_not_fit(values):
-    with pytest.raises(ValueError, match="from 0 to 32,767"):
+    with pytest.raises(ValueError, match="from 0 to 65,535 and class indices from 0 to 32,767"):
         label_lookup(values)
 
 
