@@ -73,14 +73,14 @@ def _video(name: str, images: Path, annotations: Path) -> AnnotatedVideo:
     missing = [path for path in labels if not path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"no annotation {missing[0]}: {len(missing)} of {len(frames)} frames of {name} have none. The objects of the "
-            "first frame are tracked, but scores need the annotations of all frames"
+            f"no annotation {missing[0]}: {len(missing)} of {len(frames)} frames of {name} have none. The objects of "
+            "the first frame are tracked, but scores need the annotations of all frames"
         )
     surplus = sorted(set(annotations.glob("*.png")) - set(labels))
     if surplus:
         raise FileNotFoundError(
-            f"no frame {images / surplus[0].stem}.* for the annotation {surplus[0]}: {len(surplus)} annotations of {name} "
-            "have none. Add the frames or remove these annotations, so that it is clear which frames are scored"
+            f"no frame {images / surplus[0].stem}.* for the annotation {surplus[0]}: {len(surplus)} annotations of "
+            f"{name} have none. Add the frames or remove these annotations, so that it is clear which frames are scored"
         )
     return AnnotatedVideo(name, frames, labels)
 
