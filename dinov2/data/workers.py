@@ -202,6 +202,9 @@ class SupervisedLoader(DataLoader[Any]):
             **settings,
         )
 
+    def check_worker_number_rationality(self) -> None:
+        """Without torch's warning about more workers than cores: they often wait for files, and the number is set."""
+
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Start the workers immediately; they end with the iterator."""
         others = set(multiprocessing.active_children())

@@ -124,6 +124,7 @@ class KnnModule(nn.Module):
 
 def search_with_faiss(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The same on a CPU by the library faiss, which is faster there."""
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)  # not which instructions of the CPU it tries to use
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())

@@ -92,10 +92,10 @@ def run_facts(sets: Mapping[str, ImageDataset], cache: FeatureCache, started: fl
 
 
 def set_facts(dataset: ImageDataset) -> dict[str, int]:
-    """Number of labeled images, and of distinct classes among them."""
+    """Number of labeled images, and of distinct classes among them; of all images for a dataset without labels."""
     targets = dataset.get_targets()
     if targets is None:
-        return {"images": len(dataset), "classes": 0}
+        return {"images": len(dataset)}
     labeled = targets >= 0
     images = labeled.any(axis=1) if targets.ndim > 1 else labeled
     return {"images": int(images.sum()), "classes": len(np.unique(targets[labeled]))}

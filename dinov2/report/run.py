@@ -103,6 +103,10 @@ class Run:
         """(step, value) of the records that have a metric."""
         return [(record["iteration"], record[name]) for record in self.records if name in record]
 
+    def value_at(self, name: str, step: float) -> float | None:
+        """The value of a metric at a step, if it was recorded."""
+        return next((value for found, value in self.series(name) if found == step), None)
+
     def comparable(self, name: str) -> Points:
         """As `series`, on the last dataset only; all of it for k-NN on a dataset of its own."""
         own_dataset = self.config is not None and bool(self.config.health.knn_dataset)

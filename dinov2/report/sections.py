@@ -40,16 +40,21 @@ def subtitle(runs: Sequence[Run]) -> str:
 def key_figures(run: Run) -> Mapping[str, tuple[str, str]]:
     """The most important numbers of a run, each with a remark that may be empty."""
 
-    def last(name: str, text: Callable[[float], str]) -> tuple[str, str]:
+    def last(name: str, text: Callable[[float], str], error: str = "", chance: str = "") -> tuple[str, str]:
         points = points_of(run, name)
         if not points:
             return "", ""
         step, value = points[-1]
-        return text(value), "" if run.is_late(step) else f"({run.step_text(step)})"
+        remarks = [] if run.is_late(step) else [run.step_text(step)]
+        if known := run.value_at(error, step):
+            remarks.append(f"standard error {known:.1f}")
+        if known := run.value_at(chance, step):
+            remarks.append(f"guessing {percent(known)}")
+        return text(value), f"({', '.join(remarks)})" if remarks else ""
 
     figures = {
-        "k-NN accuracy": last("knn", percent),
-        "k-NN of patches, mIoU": last("patch_knn_miou", percent),
+        "k-NN accuracy": last("knn", percent, chance="knn_chance"),
+        "k-NN of patches, mIoU": last("patch_knn_miou", percent, "patch_knn_error", "patch_knn_chance"),
         "total loss": last("total_loss", number),
         "effective rank": last("probe_cls_rank_me", rough),
         "steps done": (f"{run.steps_done:,}", "" if run.total_steps is None else f"of {run.total_steps:,}"),

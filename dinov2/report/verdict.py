@@ -1,12 +1,14 @@
 """The verdict on a run, and what it is based on; `templates/verdict.html` has the sentences."""
 
+import math
 from statistics import median
 from typing import Literal, NamedTuple
 
+from dinov2.report.numbers import percent
 from dinov2.report.run import Run
 from dinov2.train.monitor.alarm_rules import ALL_ALIKE_RANK
 from dinov2.train.monitor.alarms import AlarmKind, monitored_kinds
-from dinov2.train.monitor.conclusion import conclude
+from dinov2.train.monitor.conclusion import conclude, standard_error
 from dinov2.train.monitor.starting_point import START
 
 MIN_RECORDS = 3  # fewer are too few to judge a run
@@ -45,7 +47,9 @@ def _problem(run: Run) -> str:
     chance = max((value for _, value in run.comparable("knn_chance")), default=0.0)
     lost = len(accuracy) > 1 and accuracy[-1] < (accuracy[0] + max(accuracy)) / 2  # half of the gain
     if lost and max(accuracy) > chance:
-        return "Unclear: k-NN accuracy fell"
+        images = max((value for _, value in run.series("knn_images")), default=math.inf)
+        is_clear = max(accuracy) - accuracy[-1] > 2 * standard_error(max(accuracy), accuracy[-1], images)
+        return f"Unclear: k-NN accuracy {'fell' if is_clear else 'may have fallen'}"
     if accuracy and accuracy[-1] <= chance:
         return "Unclear: k-NN is not better than guessing"
     if loss and loss.last >= loss.first and len(accuracy) < 2:
@@ -75,6 +79,35 @@ def change(run: Run, name: str) -> Change | None:
     """How a metric changed on the last dataset; None if it has fewer than two values."""
     series = run.comparable(name)
     return Change(series[0][1], series[-1][1], series[0][0], series[-1][0]) if len(series) > 1 else None
+
+
+def trend(run: Run, name: str) -> str:
+    """How `knn` or `patch_knn_miou` changed on the last dataset, in words; "" if it has fewer than two values.
+
+    It "rose" or "fell" if the difference is more than two standard errors, as far as these were recorded.
+    """
+    found = change(run, name)
+    if found is None:
+        return ""
+    start, _, initial = run.step_text(found.start).partition(", ")
+    change_text = (
+        f"{percent(found.first)} at {start}{f' ({initial})' if initial else ''} to {percent(found.last)} "
+        f"at step {found.end:,.0f}"
+    )
+    error, chance = _error(run, name, found), run.value_at(name.removesuffix("_miou") + "_chance", found.end)
+    remarks = [f"standard error of the difference {error:.1f}"] if error else []
+    remarks += [f"guessing {percent(chance)}"] if chance else []
+    remark = f" ({', '.join(remarks)})" if remarks else ""
+    if abs(found.last - found.first) > 2 * error:
+        return f"{'rose' if found.last > found.first else 'fell'} from {change_text}{remark}"
+    return f"did not change measurably: {change_text}{remark}"
+
+
+def _error(run: Run, name: str, found: Change) -> float:
+    """The standard error of the difference of two values, in percent; 0 if it is not known."""
+    if name == "patch_knn_miou":
+        return math.hypot(*(run.value_at("patch_knn_error", step) or 0.0 for step in (found.start, found.end)))
+    return standard_error(found.first, found.last, run.value_at("knn_images", found.end) or math.inf)
 
 
 def knn_on_test_images(run: Run) -> dict[str, float]:

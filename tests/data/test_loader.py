@@ -25,11 +25,7 @@ from dinov2.data.sample_stream import AugmentedDataset, StreamCollate
 from dinov2.data.samplers import SamplerType
 from dinov2.data.workers import LoadingError
 
-# Fewer cores than workers, and forking beside threads: both are fine here.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
-    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")  # beside threads: fine here
 
 AUGMENTATION = DataAugmentationDINO((0.32, 1.0), (0.05, 0.32), 2, 16, 8)
 

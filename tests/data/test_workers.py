@@ -18,10 +18,7 @@ from dinov2.data import workers
 from dinov2.data.images import BadImageError
 from dinov2.data.workers import LoadingError, SupervisedLoader
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:This DataLoader will create"),
-    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 
 
 class Acting(Dataset[int]):
@@ -72,6 +69,15 @@ def hang() -> None:
 @pytest.mark.parametrize("num_workers", [0, 1, 2])
 def test_without_faults_it_is_a_data_loader(num_workers: int) -> None:
     assert read(lambda: None, num_workers) == [[2 * i, 2 * i + 1] for i in range(10)]
+
+
+def test_more_workers_than_cores_are_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    settings = {"num_workers": 4 * (os.cpu_count() or 1), "batch_size": 1}
+    DataLoader(Acting(lambda: None), **settings)  # type: ignore[arg-type]
+    assert "This DataLoader will create" in str(recwarn.pop(UserWarning).message), "torch still warns"
+    loader = SupervisedLoader(Acting(lambda: None), **settings)
+    iter(loader).close()  # type: ignore[attr-defined]
+    assert not [each for each in recwarn if each.category is UserWarning]
 
 
 @pytest.mark.parametrize(

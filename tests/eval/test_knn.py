@@ -49,6 +49,13 @@ def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(knn, "find_spec", lambda name: name == request.param)
 
 
+def test_what_faiss_tries_to_load_is_not_logged() -> None:
+    bank = torch.eye(3)
+    knn.search_with_faiss(bank, bank, 1)
+    loader = logging.getLogger("faiss.loader")
+    assert not loader.isEnabledFor(logging.INFO) and loader.isEnabledFor(logging.WARNING)
+
+
 @pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_features_that_are_not_finite_have_no_neighbors(value: float) -> None:

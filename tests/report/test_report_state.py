@@ -244,6 +244,54 @@ def test_an_output_that_is_not_an_html_file_is_refused(
     assert not (tmp_path / "a.pdf").exists() and not list((tmp_path / "there").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("miou", "knn", "texts"),
+    [
+        (
+            (7.7, 7.9),
+            (60.0, 62.0),
+            (
+                "others, did not change measurably: 60.0 % at step 0 (untrained) to 62.0 % at step 700 "
+                "(standard error of the difference 2.2, guessing 12.0 %).",
+                "mean IoU did not change measurably: 7.7 % at step 0 (untrained) to 7.9 % at step 700 "
+                "(standard error of the difference 0.6, guessing 6.8 %).",
+            ),
+        ),
+        ((7.7, 9.0), (60.0, 65.0), ("others, rose from 60.0 % at step 0", "mean IoU rose from 7.7 % at step 0")),
+        ((9.0, 7.7), (65.0, 60.0), ("others, fell from 65.0 % at step 0", "mean IoU fell from 9.0 % at step 0")),
+    ],
+)
+def test_only_a_change_beyond_two_standard_errors_is_one(
+    tmp_path: Path, miou: tuple[float, float], knn: tuple[float, float], texts: tuple[str, str]
+) -> None:
+    def measured(line: dict) -> dict:
+        kept = {key: value for key, value in line.items() if key != "knn"}
+        if line["iteration"] not in (0, 700):
+            return kept
+        last = line["iteration"] > 0
+        kept |= {"knn": knn[last], "knn_chance": 12.0, "knn_images": 1000.0}
+        return kept | {
+            **{"patch_knn_miou": miou[last], "patch_knn_error": (0.41, 0.46)[last]},
+            **{"patch_knn_chance": 6.8, "patch_knn_images": 64.0},
+        }
+
+    folder = bare_run(tmp_path / "run", done=701)
+    rewrite(folder, measured)
+    run = read_run(folder, "run")
+    assert all(text in judged(run) for text in texts)
+    assert key_figures(run)["k-NN of patches, mIoU"][1] == "(standard error 0.5, guessing 6.8\N{NO-BREAK SPACE}%)"
+    assert key_figures(run)["k-NN accuracy"][1] == "(guessing 12.0\N{NO-BREAK SPACE}%)"
+    assert "did not change measurably" not in judged(run) or knn == (60.0, 62.0)
+
+
+def test_a_fall_of_k_nn_within_its_error_is_not_called_one(tmp_path: Path) -> None:
+    folder = bare_run(tmp_path / "run")
+    rewrite(folder, lambda line: line | ({"knn": 60.0 - line["iteration"] / 400} if "knn" in line else {}))
+    assert "unclear: Unclear: k-NN accuracy fell." in judged(read_run(folder, "run")), "the error is unknown"
+    rewrite(folder, lambda line: line | ({"knn_images": 1000.0} if "knn" in line else {}))
+    assert "unclear: Unclear: k-NN accuracy may have fallen." in judged(read_run(folder, "run"))
+
+
 def test_percents_are_the_same_in_sentences_and_charts(tmp_path: Path) -> None:
     folder = bare_run(tmp_path / "run")
     rewrite(folder, lambda line: line | ({"knn": 76.4497} if "knn" in line else {}))

@@ -46,7 +46,7 @@ def read_videos(*, root: str, split: str | None, resolution: str = RESOLUTION) -
         resolution: Name of the folders of frames and annotations, such as "480p" or "Full-Resolution".
 
     Raises:
-        FileNotFoundError: A folder, a list or an annotation is missing.
+        FileNotFoundError: A folder, a list, an annotation, or the frame of an annotation is missing.
         ValueError: There is no sequence, or one is too short.
     """
     images, annotations = (Path(root) / kind / resolution for kind in ("JPEGImages", "Annotations"))
@@ -72,7 +72,16 @@ def _video(name: str, images: Path, annotations: Path) -> AnnotatedVideo:
     labels = [annotations / f"{frame.stem}.png" for frame in frames]
     missing = [path for path in labels if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"no annotation {missing[0]}, and {len(missing) - 1} more of {len(frames)} of {name}")
+        raise FileNotFoundError(
+            f"no annotation {missing[0]}: {len(missing)} of {len(frames)} frames of {name} have none. The objects of "
+            "the first frame are tracked, but scores need the annotations of all frames"
+        )
+    surplus = sorted(set(annotations.glob("*.png")) - set(labels))
+    if surplus:
+        raise FileNotFoundError(
+            f"no frame {images / surplus[0].stem}.* for the annotation {surplus[0]}: {len(surplus)} annotations of "
+            f"{name} have none. Add the frames or remove these annotations, so that it is clear which frames are scored"
+        )
     return AnnotatedVideo(name, frames, labels)
 
 
@@ -80,7 +89,10 @@ def read_labels(path: Path) -> np.ndarray:
     """Read a label map: a palette or gray image -> (H, W) uint8. Another kind of image is a ValueError."""
     with Image.open(path) as image:
         if image.mode not in ("P", "L", "1"):
-            raise ValueError(f"{path} is an image of mode {image.mode}, not a palette image of labels")
+            raise ValueError(
+                f"{path} is an image of mode {image.mode}, not a palette image of labels: save an array of labels with "
+                "Pillow's mode P (or L), a number per pixel, not the colors of a picture of it"
+            )
         return np.array(image, dtype=np.uint8)
 
 

@@ -12,6 +12,12 @@ import numpy as np
 from dinov2.data.retrieval import SETTINGS, GroundTruth
 
 KS = (1, 5, 10)
+DEFINITIONS = {
+    "mAP": "mean over the queries of the area under the precision-recall curve, by the trapezoidal rule",
+    "mP@k": "mean over the queries of the precision of the first min(k, r) images, where r is the rank of the last "
+    "positive, from 1, as in Revisited Oxford and Paris; with fewer than k positives it can exceed their number / k",
+}
+"""What the published names mean."""
 
 
 class QueryScores(NamedTuple):
@@ -25,7 +31,7 @@ class RetrievalScores(NamedTuple):
     """Means over the queries that have positives, and the scores of each query, None without positives."""
 
     mAP: float  # noqa: N815
-    precisions: dict[int, float]  # k -> mean precision of the first k
+    precisions: dict[int, float]  # k -> mean precision at k, see `DEFINITIONS`
     per_query: list[QueryScores | None]
 
     @property

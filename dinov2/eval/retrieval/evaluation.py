@@ -4,6 +4,7 @@ import argparse
 import logging
 import time
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dinov2.data.retrieval import RETRIEVAL_DATASETS, RetrievalBenchmark, make_r
 from dinov2.eval import setup
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.results import archive_results, as_table, counted, run_facts, write_results
-from dinov2.eval.retrieval.average_precision import RetrievalScores, by_name
+from dinov2.eval.retrieval.average_precision import DEFINITIONS, RetrievalScores, by_name
 from dinov2.eval.retrieval.protocols import Preparation, preparation
 from dinov2.eval.retrieval.ranking_figure import draw_rankings
 from dinov2.eval.retrieval.rankings import RetrievalFeatures, extract_retrieval_features, score_benchmark
@@ -53,7 +54,10 @@ def per_query(benchmark: RetrievalBenchmark, scores: Mapping[str, RetrievalScore
 def log_scores(scores: Mapping[str, RetrievalScores], benchmark: RetrievalBenchmark, prepared: Preparation) -> None:
     """Log a table, in percent, with what the scores depend on."""
     queries, images = counted(len(benchmark.queries), "query", "queries"), counted(len(benchmark.database), "image")
-    title = f"retrieval: {queries} in a database of {images}, scores in %\n{prepared.description()}"
+    title = (
+        f"retrieval: {queries} in a database of {images}, scores in %\n{prepared.description()}\n"
+        "mP@k: precision of the first k images, or of those up to the last positive if they are fewer"
+    )
     metrics = metrics_of(scores)
     rows = [[setting, each.num_queries, *metrics[setting].values()] for setting, each in scores.items()]
     logger.info("%s", as_table(title, ["setting", "queries", *next(iter(metrics.values()))], rows))
@@ -62,12 +66,19 @@ def log_scores(scores: Mapping[str, RetrievalScores], benchmark: RetrievalBenchm
 def save_figure(
     path: Path, benchmark: RetrievalBenchmark, features: RetrievalFeatures, count: int, columns: int = 8
 ) -> None:
-    """Draw the rankings of evenly spaced queries; a figure that cannot be drawn or written is a warning."""
+    """Draw the rankings of evenly spaced queries; a figure that cannot be drawn or written is a warning.
+
+    The query itself is left out of its ranking if the database has it.
+    """
     total = len(benchmark.queries)
     queries = sorted({index * total // count for index in range(count)}) if count > 0 else []
     if not queries:
         return
-    rankings = [features.ranking(query, query + 1)[0, :columns].tolist() for query in queries]
+    rankings = []
+    for query in queries:
+        ranking, itself = features.ranking(query, query + 1)[0].tolist(), benchmark.queries.path(query)
+        others = (index for index in ranking if benchmark.database.path(index) != itself)
+        rankings.append(list(islice(others, columns)))
     try:
         with atomic_write(path) as file:
             draw_rankings(benchmark, queries, rankings, columns).save(file, "PNG")
@@ -106,6 +117,7 @@ def main(args: argparse.Namespace) -> None:
         )
         facts |= {"protocol": prepared.protocol, "image_size": prepared.image_size}
         facts |= {"preparation": prepared.description(), "per_query": per_query(benchmark, scores)}
+        facts |= {"definitions": DEFINITIONS}
         facts |= {"scored_queries": {setting: each.num_queries for setting, each in scores.items()}}
         write_results(path, evaluation="retrieval", metrics=metrics_of(scores), args=args, **facts)
         if distributed.is_main():

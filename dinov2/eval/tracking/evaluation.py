@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_tracking.json"
 SEQUENCES, PREDICTIONS, OVERLAYS = "sequences", "predictions", "overlays"  # folders
+RESUMED = "resumed"  # key of scores that are of an earlier run
 
 
 class Tracker(NamedTuple):
@@ -77,7 +78,7 @@ class Tracker(NamedTuple):
         saved = all(each.is_file() for each in prediction_paths(self.output_dir / PREDICTIONS, video))
         if self.resume and (saved or not self.save_predictions) and (found := read_record(path, identity)):
             logger.info("%s: scores of an earlier run", video.name)
-            return found
+            return found | {RESUMED: True}
         started = time.monotonic()
         truth = read_annotations(video, self.options.image_options)
         predictions = track(self.model, video, truth[0], self.options, self.settings, self.autocast_dtype)
@@ -88,6 +89,7 @@ class Tracker(NamedTuple):
         resized = frame_size(height, width, self.options.short_side, self.model.patch_size)
         record = {
             "identity": identity,
+            "unit": "fraction",
             "frames": num_frames,
             "size": [height, width],
             "resized": list(resized),
@@ -135,6 +137,18 @@ def metrics_of(scores: TrackingScores) -> dict[str, float | None]:
     for name, part in (("J", scores.j), ("F", scores.f)):
         values |= {f"{name}-Mean": part.mean, f"{name}-Recall": part.recall, f"{name}-Decay": part.decay}
     return {name: None if math.isnan(value) else 100 * value for name, value in values.items()}
+
+
+def sequence_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Frames, sizes and the statistics of each object of a sequence, in percent; None for nan."""
+    objects = {
+        label: {
+            measure: {name: None if value is None else 100 * value for name, value in values.items()}
+            for measure, values in scores.items()
+        }
+        for label, scores in record["objects"].items()
+    }
+    return {key: record[key] for key in ("frames", "size", "resized")} | {"objects": objects}
 
 
 def log_scores(records: Mapping[str, Mapping[str, Any]], title: str) -> None:
@@ -200,9 +214,6 @@ def main(args: argparse.Namespace) -> None:
         records = track_all(build_tracker(args, cfg, side), videos.videos)
         scores = overall(records)
         log_scores(records, f"tracking in {counted(len(records), 'sequence')}, scores in %\n{described(args, side)}")
-        sequences = {
-            name: {key: value for key, value in record.items() if key != "identity"} for name, record in records.items()
-        }
         write_results(
             path,
             evaluation="tracking",
@@ -210,6 +221,7 @@ def main(args: argparse.Namespace) -> None:
             args=args,
             protocol={"name": args.protocol, **asdict(PROTOCOLS[args.protocol])},
             image_size=side,
-            sequences=sequences,  # fractions
+            sequences={name: sequence_facts(record) for name, record in records.items()},
+            resumed=[name for name, record in records.items() if RESUMED in record],
             seconds=round(time.monotonic() - started, 2),
         )

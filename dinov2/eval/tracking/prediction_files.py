@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dinov2.data.images import ImageOptions
 from dinov2.data.videos import AnnotatedVideo, read_palette
@@ -70,13 +70,13 @@ def save_predictions(folder: Path, video: AnnotatedVideo, predictions: np.ndarra
 def save_overlay(
     path: Path, video: AnnotatedVideo, predictions: np.ndarray, options: ImageOptions, count: int = 4
 ) -> None:
-    """Draw `count` evenly spaced frames side by side with the predicted objects in their colors."""
+    """Draw `count` evenly spaced frames side by side with the predicted objects in their colors and their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
     numbers = sorted({round(i * (len(predictions) - 1) / max(count - 1, 1)) for i in range(count)})
     palette = np.array(read_palette(video.annotations[0]), np.uint8).reshape(-1, 3)
     panels = [draw_overlay(read_frame(video.frames[i], options), predictions[i], palette) for i in numbers]
     with atomic_write(path) as file:
-        _side_by_side(panels).save(file, "JPEG", quality=90)
+        _side_by_side(panels, [video.frames[i].stem for i in numbers]).save(file, "JPEG", quality=90)
 
 
 def draw_overlay(frame: Image.Image, labels: np.ndarray, palette: np.ndarray) -> Image.Image:
@@ -88,15 +88,17 @@ def draw_overlay(frame: Image.Image, labels: np.ndarray, palette: np.ndarray) ->
     return Image.fromarray(colored.round().astype(np.uint8))
 
 
-def _side_by_side(panels: Sequence[Image.Image]) -> Image.Image:
+def _side_by_side(panels: Sequence[Image.Image], names: Sequence[str]) -> Image.Image:
+    """A row of images of equal height, with the name of each in its upper left corner."""
     resized = [
         panel.resize((max(round(panel.width * OVERLAY_HEIGHT / panel.height), 1), OVERLAY_HEIGHT)) for panel in panels
     ]
     page = Image.new(
         "RGB", (sum(panel.width + OVERLAY_GAP for panel in resized) - OVERLAY_GAP, OVERLAY_HEIGHT), "white"
     )
-    left = 0
-    for panel in resized:
+    draw, font, left = ImageDraw.Draw(page), ImageFont.load_default(16), 0
+    for panel, name in zip(resized, names, strict=True):
         page.paste(panel, (left, 0))
+        draw.text((left + 6, 4), name, "white", font, stroke_width=2, stroke_fill="black")
         left += panel.width + OVERLAY_GAP
     return page

@@ -79,12 +79,12 @@ def _dense_features(start: Record, best: Rating | None, measured: Sequence[Recor
     now = measured[-1] if chosen is None else chosen
     change = now["patch_knn_miou"] - start["patch_knn_miou"]
     error = math.hypot(start["patch_knn_error"], now["patch_knn_error"])
-    verdict = "did not clearly change" if abs(change) <= 2 * error else "improved" if change > 0 else "got worse"
+    verdict = "did not change measurably" if abs(change) <= 2 * error else "improved" if change > 0 else "got worse"
     teacher = "the last teacher" if chosen is None else f"the teacher of step {now['iteration']:,.0f}"
     return (
         f"Dense features {verdict}: mean IoU {start['patch_knn_miou']:.1f} -> {now['patch_knn_miou']:.1f} % of "
         f"{teacher} by k-NN of patches on {now['patch_knn_images']:,.0f} images ({change:+.1f} points, standard error "
-        f"{error:.1f})."
+        f"{error:.1f}, guessing {now['patch_knn_chance']:.1f} %)."
     )
 
 

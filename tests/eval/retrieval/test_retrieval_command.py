@@ -45,10 +45,12 @@ def test_the_command_writes_scores_protocol_and_figure(tmp_path: Path, capsys: p
     }  # fmt: skip
     mean = np.mean([row["medium"] for row in results["per_query"][:2]])
     assert results["metrics"]["medium"]["mAP"] == pytest.approx(mean) and mean > 50
-    assert {name: facts["images"] for name, facts in results["sets"].items()} == {"queries": 3, "database": 10}
+    assert results["sets"] == {"queries": {"images": 3}, "database": {"images": 10}}, "without classes, they have none"
+    assert "first min(k, r) images" in results["definitions"]["mP@k"] and "mAP" in results["definitions"]
     log = capsys.readouterr().out
     assert "DINOv2's image size is not published" in log
     assert "retrieval: 3 queries in a database of 10 images, scores in %" in log
+    assert "mP@k: precision of the first k images, or of those up to the last positive" in log
     figure = Image.open(tmp_path / "out" / evaluation.FIGURE_FILE)
     assert figure.height > 3 * 128
     frames = {figure.convert("RGB").getpixel((16 + 1, 16 + 28 + 1)), figure.convert("RGB").getpixel((16 + 137, 45))}
@@ -59,6 +61,20 @@ def test_the_command_writes_scores_protocol_and_figure(tmp_path: Path, capsys: p
     assert set(again["feature_files"].values()) == {"read"} and again["metrics"] == results["metrics"]
     other = run(tmp_path, f"RevisitedOxford:root={tmp_path}", protocol="short_side", shown_queries=0)
     assert set(other["feature_files"].values()) == {"written"}
+
+
+def test_the_figure_has_no_row_with_the_query_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[int, list[int]] = {}
+
+    def recorded(benchmark: Any, queries: list[int], rankings: list[list[int]], columns: int) -> Image.Image:
+        drawn.update(zip(queries, rankings, strict=True))
+        return evaluation_drawing(benchmark, queries, rankings, columns)
+
+    evaluation_drawing = evaluation.draw_rankings
+    monkeypatch.setattr(evaluation, "draw_rankings", recorded)
+    run(tmp_path, f"RetrievalList:file={write_groups(tmp_path)}", shown_queries=4)
+    assert list(drawn) == [0, 3, 6, 9]
+    assert all(query not in ranking and len(ranking) == 8 for query, ranking in drawn.items())
 
 
 def test_features_depend_on_the_boxes_of_queries(tmp_path: Path) -> None:

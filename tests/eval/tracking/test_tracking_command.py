@@ -95,9 +95,13 @@ def test_the_command_writes_scores_overlays_and_predictions(tmp_path: Path, caps
         objects += [(statistics(a).mean, statistics(b).mean) for a, b in zip(j, f, strict=True)]
         with Image.open(out / "overlays" / f"{video.name}.jpg") as overlay:
             assert overlay.height == 240
+            assert np.asarray(overlay)[4:24, 6:36].max() > 200, "the name of the frame, white on a dark background"
     means = 100 * np.mean(objects, axis=0)
     assert results["metrics"]["J-Mean"] == pytest.approx(means[0]) and means[0] < 99
     assert results["metrics"]["J&F-Mean"] == pytest.approx(means.mean())
+    of_objects = [each for sequence in results["sequences"].values() for each in sequence["objects"].values()]
+    assert np.mean([each["J"]["mean"] for each in of_objects]) == pytest.approx(means[0]), "in percent, too"
+    assert set(results["sequences"]["bear"]) == {"frames", "size", "resized", "objects"} and results["resumed"] == []
 
 
 def test_finished_sequences_are_not_computed_again(
@@ -120,7 +124,7 @@ def test_finished_sequences_are_not_computed_again(
     fail, tracked[:] = set(), []
     results = run(tmp_path, dataset)
     assert tracked == ["dogs", "bear"]
-    assert "train: scores of an earlier run" in capsys.readouterr().out
+    assert "train: scores of an earlier run" in capsys.readouterr().out and results["resumed"] == ["train"]
     tracked.clear()
     assert run(tmp_path, dataset)["sequences"] == results["sequences"] and not tracked
     run(tmp_path, dataset, save_predictions=True)
@@ -174,7 +178,11 @@ def test_trees_that_are_incomplete_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown split 'TEST' in .*; known: TRAIN, VAL"):
         make_video_set(f"DAVIS2017:split=TEST:root={tmp_path}")
     (tmp_path / "Annotations" / "480p" / "b" / "00003.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no annotation .*00003.png, and 0 more of 6 of b"):
+    with pytest.raises(FileNotFoundError, match=r"no annotation .*00003.png: 1 of 6 frames of b .* need .* all"):
+        make_video_set(f"VideoFolder:root={tmp_path}")
+    write_video(tmp_path, "b", frames, labels)
+    (tmp_path / "JPEGImages" / "480p" / "b" / "00002.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no frame .*b/00002\.\* for the annotation .*b/00002.png: 1 "):
         make_video_set(f"VideoFolder:root={tmp_path}")
 
 
@@ -188,5 +196,5 @@ def test_annotations_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="00000.png has no object to track"):
         read_annotations(video, ImageOptions())
     Image.fromarray(frames[0]).save(video.annotations[0])
-    with pytest.raises(ValueError, match="an image of mode RGB, not a palette image of labels"):
+    with pytest.raises(ValueError, match="an image of mode RGB, not a palette image .*Pillow's mode P"):
         read_annotations(video, ImageOptions())
