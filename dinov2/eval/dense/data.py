@@ -150,7 +150,7 @@ def open_sets(args: argparse.Namespace, cfg: Config, kind: str) -> Sets:
         if dataset is not None:
             found = distributed.from_main(partial(check_maps, dataset))
             logger.info("%s: %s", name, found.describe())
-            for warning in getattr(found, "warnings", list)():
+            for warning in found.warnings():
                 logger.warning("%s: %s", name, warning)
     return Sets(train, val, found)
 

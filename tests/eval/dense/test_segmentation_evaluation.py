@@ -221,3 +221,15 @@ def test_a_checkpoint_of_another_protocol_names_what_differs(tmp_path: Path) -> 
     text = str(error.value)
     assert "weight_decay: 0.0001 then, 0.001 now" in text and "dropout: 0.0 then, 0.1 now" in text
     assert "crop_size" not in text and len(text) < 700, text
+
+
+def test_suspicious_maps_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, **SHORT | {"iterations": 2})
+    assert "no pixel" not in caplog.text
+    for split in ("train", "val"):
+        for path in (tmp_path / "data" / "masks" / split).glob("*.png"):
+            with Image.open(path) as image:
+                mask = np.array(image)
+            Image.fromarray(np.where(mask == 0, 255, mask).astype(np.uint8)).save(path)
+    run(tmp_path, **SHORT | {"iterations": 2}, no_resume=True)
+    assert "1 of 3 classes have no pixel in 7 maps: ground" in caplog.text
