@@ -121,5 +121,6 @@ def test_what_a_step_of_the_whole_command_costs(tmp_path: Path) -> None:
     write_images(tmp_path / "images", 6)
     words = [f"--images={tmp_path / 'images'}", "--steps", "1", "3", "--rounds=1", "--batch-size=2", *TINY]
     record = record_of("bench_training", *words, "student.depth=1", "crops.global_crops_size=28")
-    assert is_spread(record["cpu_seconds_per_step"]["ours"])
+    median, least, most = record["cpu_seconds_per_step"]["ours"]
+    assert -60 < least <= median <= most < 60, "a difference of two runs, of which the shorter may be the slower"
     assert "ratio" not in record, "there is no other side"
