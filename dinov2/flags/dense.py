@@ -69,4 +69,4 @@ def _add_shared(parser: argparse.ArgumentParser, published_heads: str) -> None:
     precision_help = "precision of the backbone (default: fp32, as published)"
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help=precision_help)
     add("--num-workers", type=int, default=4, help="data loader workers per process")
-    add("--num-pictures", type=int, default=8, help="images of the validation set in predictions.png; 0: no pictures")
+    add("--shown-images", type=int, default=8, help="images of the validation set in predictions.png; 0: no figure")

@@ -18,7 +18,7 @@ from dinov2.data.dense.segmentation_sets import VOC2012
 from dinov2.data.dense.transforms import EvaluationInputs
 from dinov2.eval.dense import depth, heads, segmentation
 from dinov2.eval.dense.data import Example
-from dinov2.eval.dense.pictures import class_colors
+from dinov2.eval.dense.prediction_figure import class_colors
 from dinov2.eval.dense.protocols import DEPTH, SEGMENTATION, SegmentationProtocol
 from dinov2.eval.extract.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
 from dinov2.eval.extract.preprocessing import input_size

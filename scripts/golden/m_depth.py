@@ -11,14 +11,14 @@ from dinov2.eval.dense import depth_losses
 from dinov2.eval.dense.depth_metrics import (
     DepthMetrics,
     align_least_squares,
-    average_mirrored,
     clamp_depth,
     crop_rectangle,
     depth_metrics,
     mean_over_images,
-    resize_depth,
     valid_pixels,
 )
+from dinov2.models.dense.averaging import predict_depth
+from dinov2.models.dense.layers import resize
 from scripts.golden.comparison import Comparison
 from scripts.golden.recording import Recording
 
@@ -123,8 +123,10 @@ def _nyu(
     prediction = recording.input(f"nyu.{number}.pred")
     both = recording.input(f"nyu.{number}.pred_tta")
     if "tta" in options:
-        prediction = average_mirrored(both[:1], both[1:])
-    prediction = resize_depth(prediction, target.shape[-2:])
+        predictions = iter(both.split(1))  # of the image, then of its mirror image
+        prediction = predict_depth(lambda images: next(predictions), target, mirror=True)
+    height, width = target.shape[-2:]
+    prediction = resize(prediction, (height, width))
     if "lsq" in options:
         prediction = align_least_squares(prediction, target, valid)
     return clamp_depth(prediction, **limits), target, valid

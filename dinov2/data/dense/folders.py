@@ -126,12 +126,12 @@ class DepthFolder(DepthDataset):
 def find_pairs(root: Path, split: str | None, *, map_name: str, endings: Sequence[str]) -> tuple[Path, Pairs]:
     """Find images and maps below a folder, in `images` and ``map_name``, with the split above or below these."""
     check_folder(root)
-    layouts = [("images", map_name)]
+    pairs = [("images", map_name)]
     if split is not None:
-        layouts = [(f"images/{split}", f"{map_name}/{split}"), (f"{split}/images", f"{split}/{map_name}")]
-    found = [(images, maps) for images, maps in layouts if (root / images).is_dir() and (root / maps).is_dir()]
+        pairs = [(f"images/{split}", f"{map_name}/{split}"), (f"{split}/images", f"{split}/{map_name}")]
+    found = [(images, maps) for images, maps in pairs if (root / images).is_dir() and (root / maps).is_dir()]
     if not found:
-        expected = " or ".join(f"{images} and {maps}" for images, maps in layouts)
+        expected = " or ".join(f"{images} and {maps}" for images, maps in pairs)
         folders = sorted(path.name for path in root.iterdir() if path.is_dir())
         raise FileNotFoundError(f"root={root} has no folders {expected}; it has {', '.join(folders[:20]) or 'none'}")
     image_folder, map_folder = found[0]

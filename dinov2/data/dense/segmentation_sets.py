@@ -1,4 +1,4 @@
-"""The public segmentation datasets ADE20K, PASCAL VOC 2012 and Cityscapes, in the layouts of their archives."""
+"""The public segmentation datasets ADE20K, PASCAL VOC 2012 and Cityscapes, with the folders of their archives."""
 
 import csv
 import os

@@ -91,7 +91,7 @@ def read_labels(path: Path) -> np.ndarray:
         if image.mode not in ("P", "L", "1"):
             raise ValueError(
                 f"{path} is an image of mode {image.mode}, not a palette image of labels: save an array of labels with "
-                "Pillow's mode P (or L), a number per pixel, not the colors of a picture of it"
+                "Pillow's mode P (or L), a number per pixel instead of a color"
             )
         return np.array(image, dtype=np.uint8)
 

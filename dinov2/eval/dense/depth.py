@@ -32,7 +32,7 @@ from dinov2.data.dense.base import DenseDataset
 from dinov2.data.dense.color import DepthColors
 from dinov2.data.dense.transforms import KITTI_SIZE, NYU_BOX, DepthCrops, EvaluationInputs
 from dinov2.eval import setup
-from dinov2.eval.dense import data, heads, pictures
+from dinov2.eval.dense import data, heads, prediction_figure
 from dinov2.eval.dense.depth_losses import WARM_UP_STEPS, labeled_pixels, weighted_depth_loss
 from dinov2.eval.dense.depth_metrics import (
     DepthMetrics,
@@ -56,7 +56,7 @@ from dinov2.models.vision_transformer import DinoVisionTransformer
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results_eval_depth.json"
-LARGE_ERROR = 0.25  # relative, in the darkest color of pictures
+LARGE_ERROR = 0.25  # relative, in the darkest color of the figure
 UNITS = "rmse, mae and sq_rel in meters, abs_rel and a1 to a3 as fractions, logarithms without unit, silog times 100"
 IMAGES_OF_A_LOSS = 2  # the published trainings have two images per process, and a loss that is not linear in images
 
@@ -84,7 +84,7 @@ class DepthScores(NamedTuple):
 
     metrics: DepthMetrics  # means over images
     scored: float  # share of the measured pixels under the mask that are in the range of depths
-    rows: pictures.Rows  # of the first images: image, truth, prediction, relative error
+    rows: prediction_figure.Rows  # of the first images: image, truth, prediction, relative error
 
 
 def evaluate(
@@ -96,10 +96,10 @@ def evaluate(
     *,
     dtype: torch.dtype = torch.float32,
     num_workers: int = 0,
-    num_pictures: int = 0,
+    shown_images: int = 0,
     depth_range: tuple[float, float] | None = None,
 ) -> DepthScores:
-    """Score a head on the images of a dataset, by all processes together; `depth_range` is that of the pictures."""
+    """Score a head on the images of a dataset, by all processes together; `depth_range` is that of the figure."""
     depther.eval()
     mine: list[tuple[int, DepthMetrics]] = []
     shown = []
@@ -113,32 +113,36 @@ def evaluate(
         rows, columns = crop_rectangle(crop, *example.target.shape[-2:])
         measured += torch.stack([(example.target[..., rows, columns] > 0).sum(), valid.sum()])
         mine.append((example.number, depth_metrics(predicted, example.target, valid)))
-        if example.number < num_pictures:
-            row = _pictures(example, predicted, valid, depth_range or (rules.min_depth, rules.max_depth))
+        if example.number < shown_images:
+            row = _panels(example, predicted, valid, depth_range or (rules.min_depth, rules.max_depth))
             shown.append((example.number, dataset.describe(example.number), row))
     scored = sorted(pair for part in distributed.all_gather_object(mine) for pair in part)
     under_mask, in_range = distributed.all_reduce_sum(measured.to(distributed.device())).tolist()
     means = mean_over_images([metrics for _, metrics in scored])
-    return DepthScores(means, in_range / max(under_mask, 1), pictures.gathered(shown))
+    return DepthScores(means, in_range / max(under_mask, 1), prediction_figure.gathered(shown))
 
 
-def _pictures(
+def _panels(
     example: data.Example, predicted: Tensor, valid: Tensor, depth_range: tuple[float, float]
 ) -> list[np.ndarray]:
     truth, prediction = example.target[0].numpy(), predicted[0].numpy()
     error = torch.where(valid, (predicted - example.target).abs() / example.target.clamp_min(1e-6), 0)[0].numpy()
-    maps = [pictures.depth_colors(values, *depth_range) for values in (truth, prediction)]
+    maps = [prediction_figure.depth_colors(values, *depth_range) for values in (truth, prediction)]
     height, width = truth.shape
     pixels = example.pixels[-height:]
     left = (pixels.shape[1] - width) // 2
-    return [pixels[:, left : left + width], *maps, pictures.heat_colors(error / LARGE_ERROR, valid[0].numpy())]
+    return [pixels[:, left : left + width], *maps, prediction_figure.heat_colors(error / LARGE_ERROR, valid[0].numpy())]
 
 
 def _legend(depth_range: tuple[float, float]) -> list[tuple[str, Sequence[int]]]:
     depths = np.linspace(*depth_range, 5)
-    colors = pictures.depth_colors(depths[None], *depth_range)[0].tolist()
+    colors = prediction_figure.depth_colors(depths[None], *depth_range)[0].tolist()
     named = [(f"{depth:.3g} m", color) for depth, color in zip(depths, colors, strict=True)]
-    return [*named, ("no error", pictures.BACKGROUND), (f"error {LARGE_ERROR:.0%} and more", pictures.WRONG)]
+    return [
+        *named,
+        ("no error", prediction_figure.BACKGROUND),
+        (f"error {LARGE_ERROR:.0%} and more", prediction_figure.WRONG),
+    ]
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -335,8 +339,8 @@ def main(args: argparse.Namespace) -> None:
             history = train(depther, sets, protocol, rules, validate, args, cfg)
             source = heads.save(args, depther, sets.train, described)
         shown = sets.found.depth_range or (rules.min_depth, rules.max_depth)
-        scores = score(num_pictures=args.num_pictures, depth_range=shown)
-        pictures.write(args, ("image", "truth", "prediction", "relative error"), scores.rows, _legend(shown))
+        scores = score(shown_images=args.shown_images, depth_range=shown)
+        prediction_figure.write(args, ("image", "truth", "prediction", "relative error"), scores.rows, _legend(shown))
         heads.report(
             path,
             "depth",

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 THRESHOLD = 1.25
 
@@ -65,18 +64,6 @@ def valid_pixels(target: Tensor, *, min_depth: float, max_depth: float, crop: st
     inside = torch.zeros(target.shape[-2:], dtype=torch.bool, device=target.device)
     inside[rows, columns] = True
     return (target > min_depth) & (target < max_depth) & inside
-
-
-def average_mirrored(prediction: Tensor, of_mirrored: Tensor) -> Tensor:
-    """Mean of the prediction (..., H, W) for an image and that for its mirror image, flipped back."""
-    return (prediction + of_mirrored.flip(-1)) / 2
-
-
-def resize_depth(prediction: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize (B, 1, h, w) bilinearly to the `size` (H, W) of the true depth."""
-    if tuple(prediction.shape[-2:]) == tuple(size):
-        return prediction
-    return functional.interpolate(prediction, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def clamp_depth(prediction: Tensor, *, min_depth: float, max_depth: float) -> Tensor:

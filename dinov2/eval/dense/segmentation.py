@@ -29,7 +29,7 @@ from dinov2.config import DTYPES, Config
 from dinov2.data.dense.base import IGNORED, DenseDataset
 from dinov2.data.dense.transforms import EvaluationInputs, SegmentationCrops
 from dinov2.eval import setup
-from dinov2.eval.dense import data, heads, pictures, probes
+from dinov2.eval.dense import data, heads, prediction_figure, probes
 from dinov2.eval.dense.protocols import (
     PROBE_PROTOCOL,
     SEGMENTATION,
@@ -96,24 +96,24 @@ def evaluate(
     *,
     dtype: torch.dtype = torch.float32,
     num_workers: int = 0,
-    num_pictures: int = 0,
-) -> tuple[SegmentationScores, pictures.Rows]:
+    shown_images: int = 0,
+) -> tuple[SegmentationScores, prediction_figure.Rows]:
     """Score a head on the whole images of a dataset, by all processes together.
 
     Returns:
-        The scores, and pictures of the first images: the image, the truth, the prediction, the errors.
+        The scores, and panels of the first images: the image, the truth, the prediction, the errors.
     """
     segmenter.eval()
     areas, shown = Areas.zeros(dataset.num_classes), []
     for example in data.examples(dataset, prepare, num_workers):
         predicted = predict(segmenter, example, protocol, dtype).cpu()
         areas += count_areas(predicted, example.target, dataset.num_classes)
-        if example.number < num_pictures:
+        if example.number < shown_images:
             truth, predicted_labels = example.target.numpy(), predicted.numpy()
-            colors = [pictures.class_colors(labels, dataset.palette) for labels in (truth, predicted_labels)]
-            errors = pictures.error_colors(predicted_labels, truth, IGNORED)
+            colors = [prediction_figure.class_colors(labels, dataset.palette) for labels in (truth, predicted_labels)]
+            errors = prediction_figure.error_colors(predicted_labels, truth, IGNORED)
             shown.append((example.number, dataset.describe(example.number), [example.pixels, *colors, errors]))
-    return segmentation_scores(areas.summed_over_processes()), pictures.gathered(shown)
+    return segmentation_scores(areas.summed_over_processes()), prediction_figure.gathered(shown)
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -236,11 +236,11 @@ def main(args: argparse.Namespace) -> None:
         if sets.train is not None:
             history = train(segmenter, sets, protocol, lambda: {"mIoU": 100 * score()[0].mIoU}, args, cfg)
             source = heads.save(args, segmenter, sets.train, protocol_text, crop_size=protocol.crop_size)
-        scores, rows = score(num_pictures=args.num_pictures)
+        scores, rows = score(shown_images=args.shown_images)
         legend = list(zip(sets.val.classes, sets.val.palette.tolist(), strict=True))
         if len(legend) > LEGEND:
-            legend = [*legend[: LEGEND - 1], (f"... {len(legend) - LEGEND + 1} more", pictures.BACKGROUND)]
-        pictures.write(args, ("image", "truth", "prediction", "errors: red; ignored: gray"), rows, legend)
+            legend = [*legend[: LEGEND - 1], (f"... {len(legend) - LEGEND + 1} more", prediction_figure.BACKGROUND)]
+        prediction_figure.write(args, ("image", "truth", "prediction", "errors: red; ignored: gray"), rows, legend)
         metrics = as_percent(scores) | {"classes": list(sets.val.classes)}
         size = f"short side {protocol.short_side}, windows of {protocol.crop_size} pixels"
         heads.report(

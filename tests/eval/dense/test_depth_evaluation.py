@@ -113,7 +113,7 @@ def test_released_linear_heads_are_decoded_as_in_the_hub_and_say_so(
     state = {f"decode_head.{name}": value for name, value in head.state_dict().items()}
     torch.save({"state_dict": state}, folder / "dinov2_vits14_nyu_linear_head.pth")
     monkeypatch.setenv("DINOV2_WEIGHTS_URL", str(tmp_path / "mirror"))
-    options = {"config_file": "eval/vits14_pretrain", "head": "nyu_linear", "max_depth": 80, "num_pictures": 0}
+    options = {"config_file": "eval/vits14_pretrain", "head": "nyu_linear", "max_depth": 80, "shown_images": 0}
     far = run(tmp_path, **options)
     assert "--bins 0.001 10 decodes the range of NYU" in caplog.text
     near = run(tmp_path, **options, bins=(0.001, 10))
@@ -126,23 +126,23 @@ def test_dpt_heads_are_tested_in_their_own_range(tmp_path: Path) -> None:
     torch.manual_seed(0)
     head = DPTDepthHead(24, channels=8, max_depth=3.0)
     save_head(tmp_path / "head.pth", head, blocks=(0, 1, 2, 3), norm=False)
-    near = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, num_pictures=0)
+    near = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, shown_images=0)
     with pytest.raises(ValueError, match="not a linear depth or DPT depth head"):
         save_head(tmp_path / "classes.pth", SegmentationHead(24, 3), blocks=(3,), norm=True)
         run(tmp_path, head=tmp_path / "classes.pth", max_depth=10)
     torch.nn.init.constant_(head.conv_depth.head[-1].bias, 50.0)
     save_head(tmp_path / "head.pth", head, blocks=(0, 1, 2, 3), norm=False)
-    clamped = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, num_pictures=0)
+    clamped = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, shown_images=0)
     # Depths are clamped to 3 m: 1 m too much, 1 m and 5 m too little; without the clamp everything would be 10 m.
     assert 3 < clamped["metrics"]["rmse"] < 5 and near["metrics"]["rmse"] != clamped["metrics"]["rmse"]
-    wider = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, num_pictures=0, bins=(0.001, 10))
+    wider = run(tmp_path, head=tmp_path / "head.pth", max_depth=10, shown_images=0, bins=(0.001, 10))
     assert wider["metrics"]["abs_rel"] > clamped["metrics"]["abs_rel"]
 
 
 def test_depths_that_are_not_scored_are_counted_and_a_range_without_any_is_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = SHORT | {"iterations": 2, "num_pictures": 0}
+    options = SHORT | {"iterations": 2, "shown_images": 0}
     results = run(tmp_path, **options | {"max_depth": 5})
     assert "depths of the validation set are from 2 to 8 m, scored from 0.001 to 5 m" in caplog.text
     assert 0.1 < results["scored_pixels"] < 0.9
@@ -154,7 +154,7 @@ def test_depths_that_are_not_scored_are_counted_and_a_range_without_any_is_an_er
 
 def test_crops_of_folders_are_as_large_as_a_small_model_saw(tmp_path: Path) -> None:
     options = {key: value for key, value in SHORT.items() if key != "train_crop"}
-    results = run(tmp_path, **options | {"iterations": 2}, num_pictures=0)
+    results = run(tmp_path, **options | {"iterations": 2}, shown_images=0)
     assert results["protocol_settings"]["train_crop"] == [16, 16]
     with pytest.raises(ValueError, match="is one of the protocol dinov2: give --protocol dinov2"):
         run(tmp_path, head=tmp_path / "out" / "head.pth", max_depth=10, protocol="dinov3")

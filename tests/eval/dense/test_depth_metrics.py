@@ -10,14 +10,14 @@ from torch import Tensor
 from dinov2.eval.dense.depth_metrics import (
     DepthMetrics,
     align_least_squares,
-    average_mirrored,
     clamp_depth,
     crop_rectangle,
     depth_metrics,
     mean_over_images,
-    resize_depth,
     valid_pixels,
 )
+from dinov2.models.dense.averaging import predict_depth
+from dinov2.models.dense.layers import resize
 
 
 def random_depths(seed: int, height: int = 12, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,8 +104,8 @@ def test_alignment_recovers_scale_and_shift_and_leaves_empty_images() -> None:
 
 def test_a_mirrored_prediction_is_flipped_back() -> None:
     prediction = torch.rand(1, 1, 3, 4)
-    assert torch.equal(average_mirrored(prediction, prediction.flip(-1)), prediction)
-    assert resize_depth(prediction, (3, 4)) is prediction and resize_depth(prediction, (6, 9)).shape == (1, 1, 6, 9)
+    assert torch.equal(predict_depth(lambda images: images, prediction, mirror=True), prediction)
+    assert torch.equal(resize(prediction, (3, 4)), prediction) and resize(prediction, (6, 9)).shape == (1, 1, 6, 9)
 
 
 def test_depths_out_of_range_are_limited_and_impossible_ones_named() -> None:

@@ -83,7 +83,7 @@ def test_the_score_is_that_of_naive_windows_and_counts(tmp_path: Path, name: str
     torch.nn.init.normal_(head.conv_seg.weight)
     segmenter = Segmenter(tiny_backbone(), head, blocks=(3,), norm=True).eval()
     prepare = EvaluationInputs(short_side=protocol.short_side, scales=protocol.test_scales)
-    scores, rows = segmentation.evaluate(segmenter, dataset, protocol, prepare, num_pictures=2)
+    scores, rows = segmentation.evaluate(segmenter, dataset, protocol, prepare, shown_images=2)
     assert [title for title, _ in rows] == ["val/000.png", "val/001.png"]
 
     segmenter.double()
@@ -107,7 +107,7 @@ def test_a_released_head_is_given_by_its_name(tmp_path: Path, monkeypatch: pytes
     state = {f"decode_head.{name}": value for name, value in head.state_dict().items()}
     torch.save({"state_dict": state}, folder / "dinov2_vits14_ade20k_linear_head.pth")
     monkeypatch.setenv("DINOV2_WEIGHTS_URL", str(tmp_path / "mirror"))
-    options = {"config_file": "eval/vits14_pretrain", "head": "ade20k_linear", "crop_size": 28, "num_pictures": 0}
+    options = {"config_file": "eval/vits14_pretrain", "head": "ade20k_linear", "crop_size": 28, "shown_images": 0}
     results = run(tmp_path, **options)
     assert results["head"].endswith("dinov2_vits14_ade20k_linear_head.pth")
     assert not (tmp_path / "out" / "predictions.png").exists()

@@ -1,4 +1,4 @@
-"""Pictures of predictions: one row per image with the image, the truth, the prediction, and the errors."""
+"""A figure of predictions: one row per image with the image, the truth, the prediction, and the errors."""
 
 import argparse
 import logging
@@ -13,9 +13,9 @@ from dinov2.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-PICTURES_FILE = "predictions.png"
+FIGURE_FILE = "predictions.png"
 
-LONGEST_SIDE = 320  # pixels of a picture in a row
+LONGEST_SIDE = 320  # pixels of a panel
 GAP, MARGIN, LINE = 8, 8, 16  # pixels
 BACKGROUND, TEXT = (255, 255, 255), (40, 40, 40)
 IGNORED_COLOR = (128, 128, 128)
@@ -23,11 +23,11 @@ WRONG, RIGHT = (214, 39, 40), (230, 230, 230)
 
 
 Rows = list[tuple[str, list[np.ndarray]]]
-"""Name of an image, and its pictures (H, W, 3) uint8 of equal size."""
+"""Name of an image, and its panels (H, W, 3) uint8 of equal size."""
 
 
 def gathered(mine: Sequence[tuple[int, str, list[np.ndarray]]]) -> Rows:
-    """The rows of all processes, (index, name, pictures), by index, with the last two parts of the names."""
+    """The rows of all processes, (index, name, panels), by index, with the last two parts of the names."""
     rows = sorted((row for part in distributed.all_gather_object(list(mine)) for row in part), key=lambda row: row[0])
     return [("/".join(Path(name).parts[-2:]), shown) for _, name, shown in rows]
 
@@ -35,11 +35,11 @@ def gathered(mine: Sequence[tuple[int, str, list[np.ndarray]]]) -> Rows:
 def write(
     args: argparse.Namespace, titles: Sequence[str], rows: Rows, legend: Sequence[tuple[str, Sequence[int]]] = ()
 ) -> None:
-    """Write the rows, if there are any, to `PICTURES_FILE` in the output folder, by one process."""
+    """Write the rows, if there are any, to `FIGURE_FILE` in the output folder, by one process."""
     if rows and distributed.is_main():
-        path = Path(args.output_dir) / PICTURES_FILE
+        path = Path(args.output_dir) / FIGURE_FILE
         write_rows(path, titles, rows, legend)
-        logger.info("pictures of %d images: %s", len(rows), path)
+        logger.info("figure of %d images: %s", len(rows), path)
 
 
 def class_colors(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -82,19 +82,19 @@ def write_rows(
     rows: Rows,
     legend: Sequence[tuple[str, Sequence[int]]] = (),
 ) -> None:
-    """Write a PNG file of rows of pictures.
+    """Write a PNG file of rows of panels.
 
     Args:
         path: The file, replaced atomically.
         titles: One per column.
-        rows: Name of each image, and its pictures (H, W, 3) uint8 of equal size.
+        rows: Name of each image, and its panels (H, W, 3) uint8 of equal size.
         legend: Names and colors below the rows.
     """
-    pictures = [[_fit(picture) for picture in row] for _, row in rows]
-    widths = [max(row[column].width for row in pictures) for column in range(len(titles))]
+    panels = [[_fit(panel) for panel in row] for _, row in rows]
+    widths = [max(row[column].width for row in panels) for column in range(len(titles))]
     width = max(sum(widths) + GAP * (len(widths) - 1), 480) + 2 * MARGIN
     in_row = max(1, (width - 2 * MARGIN) // 160)
-    height = 2 * MARGIN + LINE + sum(max(p.height for p in row) + LINE + GAP for row in pictures)
+    height = 2 * MARGIN + LINE + sum(max(p.height for p in row) + LINE + GAP for row in panels)
     height += LINE * -(-len(legend) // in_row)
     page = Image.new("RGB", (width, height), BACKGROUND)
     draw, top = ImageDraw.Draw(page), MARGIN
@@ -102,10 +102,10 @@ def write_rows(
     for left, title in zip(lefts, titles, strict=True):
         draw.text((left, top), title, fill=TEXT)
     top += LINE
-    for (name, _), row in zip(rows, pictures, strict=True):
-        for left, picture in zip(lefts, row, strict=True):
-            page.paste(picture, (left, top))
-        top += max(picture.height for picture in row)
+    for (name, _), row in zip(rows, panels, strict=True):
+        for left, panel in zip(lefts, row, strict=True):
+            page.paste(panel, (left, top))
+        top += max(panel.height for panel in row)
         draw.text((MARGIN, top), name, fill=TEXT)
         top += LINE + GAP
     for number, (name, color) in enumerate(legend):
@@ -117,9 +117,9 @@ def write_rows(
         page.save(file, format="PNG")
 
 
-def _fit(picture: np.ndarray) -> Image.Image:
+def _fit(panel: np.ndarray) -> Image.Image:
     """Resize to `LONGEST_SIDE`, without interpolation."""
-    image = Image.fromarray(picture)
+    image = Image.fromarray(panel)
     ratio = LONGEST_SIDE / max(image.size)
     return image.resize(
         (max(1, round(image.width * ratio)), max(1, round(image.height * ratio))), Image.Resampling.NEAREST
