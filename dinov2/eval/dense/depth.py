@@ -340,7 +340,6 @@ def main(args: argparse.Namespace) -> None:
             source = heads.save(args, depther, sets.train, described)
         shown = sets.found.depth_range or (rules.min_depth, rules.max_depth)
         scores = score(shown_images=args.shown_images, depth_range=shown)
-        prediction_figure.write(args, ("image", "truth", "prediction", "relative error"), scores.rows, _legend(shown))
         heads.report(
             path,
             "depth",
@@ -361,6 +360,7 @@ def main(args: argparse.Namespace) -> None:
             sets=sets,
             started=started,
         )
+        prediction_figure.write(args, ("image", "truth", "prediction", "relative error"), scores.rows, _legend(shown))
 
 
 def _resolution(rules: DepthData) -> str:

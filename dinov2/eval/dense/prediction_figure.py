@@ -35,11 +35,14 @@ def gathered(mine: Sequence[tuple[int, str, list[np.ndarray]]]) -> Rows:
 def write(
     args: argparse.Namespace, titles: Sequence[str], rows: Rows, legend: Sequence[tuple[str, Sequence[int]]] = ()
 ) -> None:
-    """Write the rows, if there are any, to `FIGURE_FILE` in the output folder, by one process."""
+    """Write the rows, if there are any, to `FIGURE_FILE` in the output folder, by one process; failure is a warning."""
     if rows and distributed.is_main():
         path = Path(args.output_dir) / FIGURE_FILE
-        write_rows(path, titles, rows, legend)
-        logger.info("figure of %d images: %s", len(rows), path)
+        try:
+            write_rows(path, titles, rows, legend)
+            logger.info("figure of %d images: %s", len(rows), path)
+        except OSError as error:  # for example on a full disk; the results are written already
+            logger.warning("no figure of the predictions: %s", error)
 
 
 def class_colors(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:

@@ -240,7 +240,6 @@ def main(args: argparse.Namespace) -> None:
         legend = list(zip(sets.val.classes, sets.val.palette.tolist(), strict=True))
         if len(legend) > LEGEND:
             legend = [*legend[: LEGEND - 1], (f"... {len(legend) - LEGEND + 1} more", prediction_figure.BACKGROUND)]
-        prediction_figure.write(args, ("image", "truth", "prediction", "errors: red; ignored: gray"), rows, legend)
         metrics = as_percent(scores) | {"classes": list(sets.val.classes)}
         size = f"short side {protocol.short_side}, windows of {protocol.crop_size} pixels"
         heads.report(
@@ -259,6 +258,7 @@ def main(args: argparse.Namespace) -> None:
             sets=sets,
             started=started,
         )
+        prediction_figure.write(args, ("image", "truth", "prediction", "errors: red; ignored: gray"), rows, legend)
     return None
 
 

@@ -160,3 +160,11 @@ def test_crops_of_folders_are_as_large_as_a_small_model_saw(tmp_path: Path) -> N
         run(tmp_path, head=tmp_path / "out" / "head.pth", max_depth=10, protocol="dinov3")
     with pytest.raises(ValueError, match=r"reads 4 block\(s\), not --layers 1"):
         run(tmp_path, head=tmp_path / "out" / "head.pth", max_depth=10, layers=1)
+
+
+def test_a_figure_of_depths_that_cannot_be_written_loses_no_score(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out" / "predictions.png").mkdir(parents=True)
+    assert run(tmp_path, **SHORT | {"iterations": 2})["metrics"]["rmse"] > 0
+    assert "no figure of the predictions" in caplog.text

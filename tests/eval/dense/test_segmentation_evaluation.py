@@ -233,3 +233,9 @@ def test_suspicious_maps_are_warned_of(tmp_path: Path, caplog: pytest.LogCapture
             Image.fromarray(np.where(mask == 0, 255, mask).astype(np.uint8)).save(path)
     run(tmp_path, **SHORT | {"iterations": 2}, no_resume=True)
     assert "1 of 3 classes have no pixel in 7 maps: ground" in caplog.text
+
+
+def test_a_figure_that_cannot_be_written_loses_no_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "out" / "predictions.png").mkdir(parents=True)
+    assert run(tmp_path, **SHORT | {"iterations": 2})["metrics"]["mIoU"] > 0
+    assert "no figure of the predictions" in caplog.text
