@@ -100,10 +100,11 @@ class Tracker(NamedTuple):
         }
         if self.save_predictions:
             save_predictions(self.output_dir / PREDICTIONS, video, predictions)
+        record = write_record(path, record)
         save_overlay(self.output_dir / OVERLAYS / f"{video.name}.jpg", video, predictions, self.options.image_options)
         seconds = time.monotonic() - started
         logger.info("%s: %d frames, %s, %.1f s", video.name, num_frames, counted(len(objects), "object"), seconds)
-        return write_record(path, record)
+        return record
 
 
 def shares(videos: Sequence[AnnotatedVideo], num_processes: int) -> list[list[AnnotatedVideo]]:

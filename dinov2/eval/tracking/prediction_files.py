@@ -70,13 +70,19 @@ def save_predictions(folder: Path, video: AnnotatedVideo, predictions: np.ndarra
 def save_overlay(
     path: Path, video: AnnotatedVideo, predictions: np.ndarray, options: ImageOptions, count: int = 4
 ) -> None:
-    """Draw `count` evenly spaced frames side by side with the predicted objects in their colors and their names."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Draw `count` evenly spaced frames side by side with the predicted objects in their colors and their names.
+
+    A figure that cannot be written, for example on a full disk, is a warning.
+    """
     numbers = sorted({round(i * (len(predictions) - 1) / max(count - 1, 1)) for i in range(count)})
     palette = np.array(read_palette(video.annotations[0]), np.uint8).reshape(-1, 3)
     panels = [draw_overlay(read_frame(video.frames[i], options), predictions[i], palette) for i in numbers]
-    with atomic_write(path) as file:
-        _side_by_side(panels, [video.frames[i].stem for i in numbers]).save(file, "JPEG", quality=90)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            _side_by_side(panels, [video.frames[i].stem for i in numbers]).save(file, "JPEG", quality=90)
+    except OSError as error:
+        logger.warning("no overlay of %s: %s", video.name, error)
 
 
 def draw_overlay(frame: Image.Image, labels: np.ndarray, palette: np.ndarray) -> Image.Image:

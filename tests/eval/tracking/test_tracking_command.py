@@ -144,6 +144,13 @@ def test_finished_sequences_are_not_computed_again(
     assert len(tracked) == 3
 
 
+def test_an_overlay_that_cannot_be_written_loses_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = write_davis(tmp_path / "davis")
+    (tmp_path / "out" / "overlays" / "bear.jpg").mkdir(parents=True)
+    assert set(run(tmp_path, dataset)["sequences"]) == {"train", "dogs", "bear"}
+    assert "no overlay of bear" in capsys.readouterr().out
+
+
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     dataset = write_davis(tmp_path / "davis")
     alone = run(tmp_path, dataset)
