@@ -84,7 +84,10 @@ DATASETS: dict[str, Entry] = (
         "Cityscapes": Entry(Cityscapes, required=("split", "root"), splits=Cityscapes.Splits),
         "SegmentationFolder": Entry(SegmentationFolder, optional=("split", "classes", "colors", "ignore", "first")),
         "FashionScenes": Entry(
-            FashionScenes, ("split",), ("size", "background", "length", "kind", "seed", "items"), FashionScenes.Split
+            FashionScenes,
+            ("split",),
+            ("size", "background", "noise", "length", "kind", "seed", "items"),
+            FashionScenes.Split,
         ),
         "DepthFolder": Entry(DepthFolder, optional=("split", "scale")),
     }

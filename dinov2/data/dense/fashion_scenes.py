@@ -50,12 +50,14 @@ class FashionScenes(DenseDataset):
     that of the item, 1 to 2.5, and nearer items cover farther ones. The background is 4 m away. The label of an image
     is the class of its nearest, which is its largest, item. TRAIN and VAL have different photos.
 
-    A scene depends on (seed, split, index) alone, not on the number of scenes; its size only changes its resolution.
+    A scene depends on (seed, split, index) alone, not on the number of scenes; its size only changes its resolution
+    (and which noise it has).
 
     Args:
         split: A `FashionMNIST.Split`.
         size: Height and width of the scenes in pixels.
         background: "gradient", "plain" or "black".
+        noise: Standard deviation of Gaussian noise on every pixel and color, as a share of the range of levels.
         length: Number of scenes; default: 10,000 for TRAIN, 2,000 for VAL.
         kind: Whether maps are of classes ("segmentation") or of depths ("depth").
         seed: Seed of the scenes.
@@ -75,6 +77,7 @@ class FashionScenes(DenseDataset):
         split: FashionMNISTSplit,
         size: int | str = _PHOTO_SIDE,
         background: str = Background.GRADIENT.value,
+        noise: float | str = 0.0,
         length: int | str | None = None,
         kind: str = SEGMENTATION,
         seed: int | str = 0,
@@ -90,6 +93,7 @@ class FashionScenes(DenseDataset):
         photos = FashionMNIST(split=split)
         self.split, self.kind, self.root = split, kind, Path()
         self.size = _number("size", size, at_least=8)
+        self.noise = _noise(noise)
         count = _number("length", len(photos) if length is None else length, at_least=1)
         self.seed = _number("seed", seed, at_least=0)
         max_items = _number("items", items, at_least=1, at_most=MAX_ITEMS)
@@ -119,7 +123,8 @@ class FashionScenes(DenseDataset):
         return f"{self.describe(index)}, map of {self.kind}"
 
     def fingerprint(self) -> str:
-        purpose = f"{self.split.name} {self.size} {self._backdrops[0].tolist()}"  # colors differ by the background
+        colors = self._backdrops[0].tolist()  # they differ by the background
+        purpose = f"{self.split.name} {self.size} {colors}" + (f" noise {self.noise}" if self.noise else "")
         return f"{seed_for(self.seed, purpose, len(self), int(self._num_items.sum())):016x}"
 
     def get_image_data(self, index: int) -> bytes:
@@ -144,7 +149,10 @@ class FashionScenes(DenseDataset):
             inside = layers[..., 1] >= 128
             pixels[inside] = (layers[..., 0][inside] * _CONTRAST + _DARKEST)[:, None] * items.tint[index, position]
             labels[inside], depths[inside] = self._labels[photo], 1 / items.share[index, position]
-        return (pixels + 0.5).astype(np.uint8), labels, depths
+        if self.noise:
+            rng = np.random.default_rng(seed_for(self.seed, f"noise of fashion scenes {self.split.name}", index))
+            pixels += np.float32(255 * self.noise) * rng.standard_normal(pixels.shape, np.float32)
+        return (pixels.clip(0, 255) + 0.5).astype(np.uint8), labels, depths
 
     def _backdrop(self, index: int) -> np.ndarray:
         """The background of a scene, (size, size, 3) float32 levels."""
@@ -166,6 +174,16 @@ def _number(name: str, value: int | str, *, at_least: int, at_most: int | None =
         allowed = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
         raise ValueError(f"{name} must be an integer {allowed}, got {value!r}")
     return number
+
+
+def _noise(noise: float | str) -> float:
+    try:
+        value = float(noise)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ValueError(f"noise must be a number from 0 to 1, got {noise!r}")
+    return value
 
 
 def _with_silhouettes(photos: np.ndarray) -> np.ndarray:

@@ -103,6 +103,22 @@ def test_backgrounds(background):
         assert background != "black" or (colors == 0).all()
 
 
+def test_noise_has_its_standard_deviation_and_is_that_of_the_scene_alone():
+    clean, noisy = (
+        FashionScenes(split=VAL, size=56, background="plain", noise=noise, length=20) for noise in (0, "0.1")
+    )
+    levels = [np.stack([each.get_scene(index)[0] for index in range(20)]).astype(float) for each in (clean, noisy)]
+    far_from_the_ends = abs(levels[0] - 127.5) < 60
+    difference = (levels[1] - levels[0])[far_from_the_ends]
+    assert difference.std() == pytest.approx(25.5, rel=0.02) and abs(difference.mean()) < 0.3
+    for index in (0, 7):
+        assert all((a == b).all() for a, b in zip(clean.get_scene(index)[1:], noisy.get_scene(index)[1:], strict=True))
+    again = FashionScenes(split=VAL, size=56, background="plain", noise=0.1, length=8)
+    assert (again.get_scene(7)[0] == noisy.get_scene(7)[0]).all()
+    noises = [(levels[1] - levels[0])[index] for index in (0, 7)]
+    assert not np.allclose(*noises, atol=60) and noisy.fingerprint() != clean.fingerprint()
+
+
 def test_a_dataset_string_names_scenes():
     dataset = make_dataset(dataset_str="FashionScenes:split=VAL:size=32:length=7:kind=depth:seed=5:background=black")
     assert (len(dataset), dataset.kind, dataset.get_sample(6)[1].shape) == (7, "depth", (32, 32))
@@ -118,6 +134,9 @@ def test_a_dataset_string_names_scenes():
         ("kind=boxes", "kind must be segmentation or depth, got 'boxes'"),
         ("background=red", "background must be gradient, plain, black, got 'red'"),
         ("seed=-1", "seed must be"),
+        ("noise=2", "noise must be a number from 0 to 1, got '2'"),
+        ("noise=nan", "noise must be a number from 0 to 1, got 'nan'"),
+        ("noise=much", "noise must be a number from 0 to 1, got 'much'"),
         ("items=4", "items must be an integer from 1 to 3, got '4'"),
     ],
 )
