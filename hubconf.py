@@ -30,6 +30,7 @@ from dinov2.hub.depthers import (
     dinov2_vits14_dd,
     dinov2_vits14_ld,
 )
+from dinov2.hub.fashion import dinov2_fashion
 from dinov2.hub.segmenters import (
     dinov2_vitb14_seg,
     dinov2_vitg14_seg,
@@ -40,6 +41,7 @@ from dinov2.hub.segmenters import (
 dependencies = ["torch"]
 
 __all__ = [
+    "dinov2_fashion",
     "dinov2_vitb14",
     "dinov2_vitb14_dd",
     "dinov2_vitb14_lc",

@@ -40,7 +40,7 @@ setup(
     },
     # Namespace packages too: folders of configurations need no __init__.py to be part of the package.
     packages=find_namespace_packages(include=["dinov2", "dinov2.*"], exclude=["*.__pycache__"]),
-    package_data={"": ["*.yaml", "*.npz", "*.html", "*.css", "*.js", "LICENSE*"]},
+    package_data={"": ["*.yaml", "*.npz", "*.pth", "*.html", "*.css", "*.js", "LICENSE*"]},
     entry_points={
         "console_scripts": [
             "dinov2-train = dinov2.run.train.train:main",

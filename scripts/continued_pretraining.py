@@ -105,7 +105,7 @@ def write_half(folder: Path, classes: Sequence[int], limit: int | None) -> dict[
 
 
 def common_settings(folder: Path, steps: int, seed: int, num_images: int, *, small: bool) -> list[str]:
-    """Settings of every run on the images of a folder: the quickstart's with other lengths and a narrower network."""
+    """Settings of every run on the images of a folder: `train/fashion_mnist`, shorter, with a narrower network."""
     return [
         *(SMALL if small else NARROW),
         f"train.dataset_path=ImageList:file={folder / 'train.tsv'}",
@@ -130,7 +130,7 @@ def settings_of(run: str, weights: Path, steps: int) -> list[str]:
 
 def train(out: Path, settings: Sequence[str]) -> None:
     """Run or resume the training command; a RuntimeError with the end of its output if it fails."""
-    words = ["--config-file", "train/quickstart", "--output-dir", str(out), *settings]
+    words = ["--config-file", "train/fashion_mnist", "--output-dir", str(out), *settings]
     command = [sys.executable, "dinov2/train/train.py", *words]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:

@@ -157,7 +157,7 @@ def training(small: bool) -> Iterator[Record]:
     options = ["train.OFFICIAL_EPOCH_LENGTH=4", "health.knn_images=64"] if small else []
     words = ["dinov2/train/train.py", "--config-file=train/quickstart", f"--output-dir={folder}", *options]
     record: Record = {}
-    for name, epochs in (("run", 2 if small else 16), ("resumed", 3 if small else 17)):
+    for name, epochs in (("run", 2 if small else 30), ("resumed", 3 if small else 31)):
         started = time.monotonic()
         with subprocess.Popen(
             [sys.executable, *words, f"optim.epochs={epochs}"], cwd=ROOT, stdout=sys.stderr

@@ -3,13 +3,14 @@
     python scripts/quickstart_report.py OUT
 
 reads what training left in OUT and adds pca.png, knn.json, knn.md and report.html, and results_eval_patches.json if the
-images come with maps of classes. The latest teacher is compared with the same network before training and with raw
-pixels, all three by the same evaluations.
+images come with maps of classes. The latest teacher is compared with the same network before training, with raw pixels
+and, on the images of the quickstart, with `dinov2_fashion`, which was trained longer; all by the same evaluations.
 """
 
 import argparse
 import sys
 from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path: make dinov2 and scripts importable
@@ -33,6 +34,7 @@ from dinov2.eval.features import extract_features
 from dinov2.eval.knn import eval_knn
 from dinov2.eval.results import write_results
 from dinov2.log import setup_logging
+from dinov2.models.published import PACKAGED
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.report.page import write_report
 from dinov2.visualization.contact_sheet import contact_sheet
@@ -42,6 +44,11 @@ NUM_NEIGHBORS = (10, 20)
 IMAGES_PER_CLASS = 3
 PROBED_IMAGES = (1000, 400)  # the first ones to fit the patch probe to, and to test it on
 PROBE_NEIGHBORS = 10
+TRAINED_LONGER = "dinov2_fashion"
+
+_INPUTS = attrgetter(
+    *("train.dataset_path", "augmentation.mean", "augmentation.std", "crops.global_crops_size", "student.patch_size")
+)
 
 Accuracies = dict[str, dict[int, float]]  # features -> {k: top-1 in percent}
 
@@ -67,6 +74,16 @@ def latest_teacher(folder: Path) -> Path:
     if not dumps:
         raise FileNotFoundError(f"no eval/training_*/teacher_checkpoint.pth in {folder}: did the training finish?")
     return max(dumps, key=lambda path: int(path.parent.name.removeprefix("training_")))
+
+
+def networks_of(cfg: Config, teacher: Path) -> dict[str, DinoVisionTransformer]:
+    """The untrained network, the teacher and, if the run has the images of `dinov2_fashion`, that one."""
+    sources = {"untrained": None, "trained": str(teacher)}
+    recipe = config.load(PACKAGED[TRAINED_LONGER])
+    found = {name: setup.build_model_for_eval(cfg, weights) for name, weights in sources.items()}
+    if _INPUTS(cfg) == _INPUTS(recipe):
+        found[TRAINED_LONGER] = setup.build_model_for_eval(recipe, TRAINED_LONGER)
+    return found
 
 
 def compare(features: Mapping[str, nn.Module], cfg: Config, train_dataset: str, val_dataset: str) -> Accuracies:
@@ -166,17 +183,16 @@ def main(folder: Path) -> int:
     teacher = latest_teacher(folder)
     train_dataset = cfg.train.dataset_path
     val_dataset = train_dataset.replace("split=TRAIN", "split=VAL")
-    trained = setup.build_model_for_eval(cfg, str(teacher))
-    untrained = setup.build_model_for_eval(cfg, None)
-    draw_features({"trained": trained, "untrained": untrained}, cfg, val_dataset, folder / "pca.png")
+    networks = networks_of(cfg, teacher)
+    draw_features(networks, cfg, val_dataset, folder / "pca.png")
     args = argparse.Namespace(pretrained_weights=str(teacher), train_dataset=train_dataset, val_dataset=val_dataset)
-    features = {"raw pixels": nn.Flatten(), "untrained": untrained, "trained": trained}
+    features = {"raw pixels": nn.Flatten(), **networks}
     accuracies = compare(features, cfg, train_dataset, val_dataset)
     write_results(folder / "knn.json", evaluation="knn", metrics=accuracies, args=args)
     patches: dict[str, float] = {}
     if has_classes(val_dataset):
         pixels = PixelPatches(cfg.student.patch_size)
-        of_patches = {"raw pixels": pixels, "untrained": PatchTokens(untrained), "trained": PatchTokens(trained)}
+        of_patches = {"raw pixels": pixels} | {name: PatchTokens(network) for name, network in networks.items()}
         patches = compare_patches(of_patches, cfg, train_dataset, val_dataset)
         write_results(folder / "results_eval_patches.json", evaluation="patch k-NN mIoU", metrics=patches, args=args)
     table = as_table(accuracies, patches)

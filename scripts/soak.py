@@ -131,7 +131,7 @@ def steps_done(metrics: Path) -> int:
 def train_and_sample(folder: Path, args: argparse.Namespace) -> tuple[list[Sample], int]:
     """Train and sample memory from the first step on; returns the samples and the number of steps."""
     metrics = folder / "out" / "training_metrics.json"
-    words = ["--config-file", "train/quickstart", "--output-dir", str(folder / "out"), *SETTINGS]
+    words = ["--config-file", "train/fashion_mnist", "--output-dir", str(folder / "out"), *SETTINGS]
     words += [f"train.dataset_path=ImageFolder:root={folder / 'images'}", f"train.num_workers={args.workers}"]
     command = [sys.executable, "dinov2/train/train.py", *words, *args.opts]
     samples: list[Sample] = []

@@ -43,8 +43,10 @@ def test_quickstart_leaves_everything_in_one_folder_and_runs_twice(tmp_path: Pat
     with Image.open(out / "pca.png") as image:
         assert min(image.size) > 400 and len(image.getcolors(image.width * image.height)) > 100
     accuracies = json.loads((out / "knn.json").read_text())["metrics"]
-    assert list(accuracies) == ["raw pixels", "untrained", "trained"]
-    assert 80 < accuracies["raw pixels"]["10"] < 86 and accuracies["untrained"]["10"] > 40
+    assert list(accuracies) == ["raw pixels", "untrained", "trained", "dinov2_fashion"]
+    assert accuracies["untrained"]["10"] < 30 < accuracies["raw pixels"]["10"] < 50 < accuracies["dinov2_fashion"]["10"]
+    patches = json.loads((out / "results_eval_patches.json").read_text())["metrics"]
+    assert list(patches) == list(accuracies) and patches["untrained"] < 20 < 30 < patches["dinov2_fashion"]
     assert (out / "knn.md").read_text() in run.stdout
     report = (out / "report.html").read_text()
     assert "Quickstart" in report and "raw pixels" in report

@@ -23,6 +23,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.files import atomic_write
 from dinov2.models.download import cache_path
+from dinov2.models.published import weights_url_or_path
 from dinov2.models.weights import files_in
 
 logger = logging.getLogger(__name__)
@@ -65,14 +66,15 @@ def write_results(
 
 
 def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
-    """Path and SHA-256 of a file of weights, or of those read in a folder; None for random weights."""
+    """Source, as given, and SHA-256 of a file of weights, or of those read in a folder; None for random weights."""
     if path_or_url is None:
         return None
-    url = urlparse(path_or_url)
+    source = weights_url_or_path(path_or_url)
+    url = urlparse(source)
     if url.scheme in ("http", "https"):
-        path = cache_path(path_or_url)
+        path = cache_path(source)
     else:
-        path = Path(url2pathname(url.path) if url.scheme == "file" else path_or_url)
+        path = Path(url2pathname(url.path) if url.scheme == "file" else source)
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}")
     digest = hashlib.sha256()

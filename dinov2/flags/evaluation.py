@@ -26,7 +26,7 @@ def model_parser(description: str, add_help: bool = True) -> argparse.ArgumentPa
     config_help = "config of the model: config.yaml of its training run, another YAML file, or a packaged name such as "
     add("--config-file", required=True, help=f"{config_help}eval/vits14_pretrain")
     weights = parser.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--pretrained-weights", help="file, folder (OUT/eval/best) or URL of the weights")
+    weights.add_argument("--pretrained-weights", help="file, folder (OUT/eval/best), URL or published name")
     random_help = "evaluate the network before training, as a baseline"
     weights.add_argument("--random-init", action="store_true", help=random_help)
     add("--output-dir", "--output_dir", default="", help="for results and logs (default: the current folder)")

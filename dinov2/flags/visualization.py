@@ -137,7 +137,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that select the model."""
     group = parser.add_argument_group("the model: --model, --config-file with weights, or --pretrained-weights alone")
     add = group.add_argument
-    add("--model", metavar="NAME", help="a published model, such as dinov2_vits14_reg")
+    add("--model", metavar="NAME", help="a published model, such as dinov2_vits14_reg, or dinov2_fashion")
     add("--config-file", help="config of the model: YAML file or packaged name")
     weights_help = (
         "file, URL, folder of transformers or of a run's teacher (OUT/eval/best); without other flags, the "

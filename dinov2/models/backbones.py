@@ -9,17 +9,9 @@ import torch
 from dinov2.models import build_model
 from dinov2.models.infer_architecture import infer_arguments
 from dinov2.models.key_mapping import StateDict
-from dinov2.models.published import PUBLISHED, published_settings, weights_url
+from dinov2.models.published import PUBLISHED, published_settings
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
-
-
-def weights_url_or_path(source: str) -> str:
-    """The URL of the weights of a published name; any other source as it is."""
-    if source not in PUBLISHED:
-        return source
-    arch, registers = PUBLISHED[source]
-    return weights_url(arch, "pretrain", registers=registers)
 
 
 def num_heads_beside(source: str) -> int | None:
@@ -48,7 +40,6 @@ def load_from_weights(
     """
     num_heads = num_heads or num_heads_beside(source)
     name = name or (source if source in PUBLISHED else None)
-    source = weights_url_or_path(source)
     state = backbone_state_dict(read_state_dict(source, checkpoint_key), checkpoint_key, source)
     return backbone_from_state(state, source, name=name, num_heads=num_heads)
 

@@ -1,4 +1,4 @@
-"""The published models: names, settings, and URLs of their weights."""
+"""Backbones by name: the published ones with settings and URLs of their weights, and those in the package."""
 
 import os
 import re
@@ -26,6 +26,9 @@ PUBLISHED: dict[str, tuple[str, bool]] = {
 }
 """{name of a published backbone: (architecture, whether it has registers)}."""
 
+PACKAGED = {"dinov2_fashion": "train/quickstart"}
+"""{name of a backbone whose weights are in this package: name of the configuration that has its settings}."""
+
 
 def published_arch(backbone: Any) -> str | None:
     """The architecture of a published network that a `DinoVisionTransformer` has, with or without registers; or None.
@@ -51,6 +54,16 @@ def published_settings(arch: str, *, registers: bool) -> dict[str, Any]:
 def position_settings(*, registers: bool) -> dict[str, Any]:
     """Arguments for resampling positions as the published networks do; tensors do not determine them."""
     return {"interpolate_antialias": registers, "interpolate_offset": 0.0 if registers else 0.1}
+
+
+def weights_url_or_path(source: str) -> str:
+    """The URL or path of the weights of a name in `PUBLISHED` or `PACKAGED`; any other source as it is."""
+    if source in PACKAGED:
+        return str(Path(__file__).parent / "embedded" / f"{source}.pth")
+    if source not in PUBLISHED:
+        return source
+    arch, registers = PUBLISHED[source]
+    return weights_url(arch, "pretrain", registers=registers)
 
 
 def weights_url(arch: str, content: str, *, registers: bool) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from dinov2.models.checksums import check_safetensors, check_zip
 from dinov2.models.download import download
-from dinov2.models.published import PUBLISHED
+from dinov2.models.published import PACKAGED, PUBLISHED, weights_url_or_path
 
 logger = logging.getLogger(__name__)
 
@@ -30,21 +30,22 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
     """Read a file, folder or URL without running code that may be in it, after comparing `checksums`; on the CPU.
 
     Args:
-        path_or_url: A file of `torch.save`, one that ends in `.safetensors`, or a folder of transformers or of a
-            run's teacher.
+        path_or_url: A file of `torch.save`, one that ends in `.safetensors`, a folder of transformers or of a run's
+            teacher, or the name of a published or packaged backbone.
         mapped: Map tensors from the file until they are used; it must not change meanwhile.
 
     Raises:
         FileNotFoundError, ConnectionError: There is no such file, or it cannot be downloaded.
         ValueError: It is truncated, would need an unsafe pickle, or needs the package safetensors.
     """
+    path_or_url = weights_url_or_path(str(path_or_url))
     path = local_path(path_or_url)
-    downloaded = urlparse(str(path_or_url)).scheme in _WEB
+    downloaded = urlparse(path_or_url).scheme in _WEB
     remedy = f" (from {path_or_url}; delete it to download it again)" if downloaded else ""
     if path.is_dir():
         return _read_folder(path, mapped)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}{_known_names(str(path_or_url))}")
+        raise FileNotFoundError(f"no weights at {path}{_known_names(path_or_url)}")
     safetensors = import_safetensors() if path.suffix == ".safetensors" else None
     try:
         _check(path)
@@ -77,7 +78,7 @@ def _known_names(text: str) -> str:
     """The published names, if a text that is no file could be meant as one of them."""
     if Path(text).name != text or Path(text).suffix:
         return ""
-    nearest = get_close_matches(text, PUBLISHED, n=1)
+    nearest = get_close_matches(text, [*PUBLISHED, *PACKAGED], n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     return f"; {hint}Published names: {', '.join(PUBLISHED)}"
 

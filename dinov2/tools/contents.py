@@ -9,11 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dinov2.models.backbones import weights_url_or_path
 from dinov2.models.checksums import CHECKSUM_KEY
 from dinov2.models.key_mapping import StateDict, flatten_block_names, to_published
 from dinov2.models.networks import without_wrappers
-from dinov2.models.published import PUBLISHED
+from dinov2.models.published import PUBLISHED, weights_url_or_path
 from dinov2.models.weight_files import files_in, import_safetensors, local_path, read_file
 from dinov2.models.weights import backbone_state_dict
 from dinov2.train.checkpoint_folder import find_checkpoint, read_shapes

@@ -228,6 +228,9 @@ for entry, options, content in (
     loaded = torch.hub.load(repository, f"dinov2_vits14_{entry}", source="local", **options)
     with torch.no_grad():
         assert loaded(images).shape[2:] == (28, 42) and torch.equal(loaded(images), source(images))
+fashion = torch.hub.load(repository, "dinov2_fashion", source="local").eval()  # weights of the repository
+with torch.no_grad():
+    assert fashion(images).shape == (2, 128)
 import dinov2
 assert dinov2.__file__.startswith(repository), dinov2.__file__
 """

@@ -13,14 +13,14 @@ from dinov2.train.preflight.checks import check_device, check_settings
 from dinov2.train.schedules import describe_schedules
 
 PROCESSES = {
-    **{"train/vitl16_short": 32, "train/vitl14": 96, "train/vitg14": 256, "train/quickstart": 1},
-    **{"train/fashion_scenes": 1, "train/vits14_1gpu": 1, "train/vitb14_1gpu": 1},
+    **{"train/vitl16_short": 32, "train/vitl14": 96, "train/vitg14": 256, "train/fashion_mnist": 1},
+    **{"train/quickstart": 1, "train/vits14_1gpu": 1, "train/vitb14_1gpu": 1},
     **{f"train/continue_vit{size}14": number for size, number in {"s": 1, "b": 1, "l": 8, "g": 32}.items()},
     **{f"train/continue_vit{size}14_reg4": number for size, number in {"s": 1, "b": 1, "l": 8, "g": 32}.items()},
 }
 
 
-def warnings(*overrides: str, recipe: str = "train/quickstart", world_size: int = 1) -> list[str]:
+def warnings(*overrides: str, recipe: str = "train/fashion_mnist", world_size: int = 1) -> list[str]:
     return check_settings(config.load(recipe, overrides), world_size)
 
 
@@ -35,7 +35,7 @@ def test_every_recipe_is_among_them() -> None:
 
 FP16 = "compute_precision.student.backbone.mixed_precision.param_dtype=fp16"
 
-# The quickstart takes 800 steps in 16 epochs, 64 images in a step, learning rate 0.0015, 16 patches a crop.
+# The recipe takes 800 steps in 16 epochs, 64 images in a step, learning rate 0.0015, 16 patches a crop.
 HARDLY_WANTED: list[tuple[list[str], str]] = [
     # longer than the run
     (["optim.warmup_epochs=16"], "optim.warmup_epochs = 16 is the whole run (optim.epochs = 16)"),
@@ -209,7 +209,7 @@ def test_a_run_logs_its_warnings_once(tmp_path: Path, caplog: pytest.LogCaptureF
     ],
 )
 def test_what_schedules_reach_within_the_run(overrides: list[str], name: str, text: str) -> None:
-    cfg = config.load("train/quickstart", overrides)
+    cfg = config.load("train/fashion_mnist", overrides)
     assert describe_schedules(cfg, cfg.optim.base_lr)[name] == text
 
 

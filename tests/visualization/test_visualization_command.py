@@ -67,7 +67,7 @@ def test_pca_draws_images_of_different_sizes(model: list[str], figures: Path, co
 
 
 def test_the_former_command_still_works(tmp_path: Path) -> None:
-    command = ["--config-file", "train/quickstart", "--random-init", "--images", "FashionMNIST:split=VAL"]
+    command = ["--config-file", "train/fashion_mnist", "--random-init", "--images", "FashionMNIST:split=VAL"]
     output = tmp_path / "new" / "pca.png"
     run(*command, "--num-images", 4, "--size", 56, "--foreground", "--shifts", 7, "--output", output)
     assert num_colors(output) > 20

@@ -15,7 +15,7 @@ from dinov2.eval import setup
 from dinov2.flags.evaluation import SMALLEST_PUBLISHED_SIZE
 from dinov2.flags.visualization import DEFAULT_SIDE
 from dinov2.models.backbones import build_published, load_from_weights
-from dinov2.models.published import PUBLISHED
+from dinov2.models.published import PACKAGED, PUBLISHED
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import TEACHER_FILE
 
@@ -45,7 +45,10 @@ def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
     """Load the backbone that the flags of a command select."""
     _check(args)
     weights, config_file = args.pretrained_weights, args.config_file
-    if config_file is None and args.model is None and (teacher := _teacher_folder(weights)):
+    if config_file is None and (name := args.model or weights) in PACKAGED:
+        config_file = PACKAGED[name]
+        weights = None if args.random_init else weights or name
+    elif config_file is None and args.model is None and (teacher := _teacher_folder(weights)):
         logger.info("%s: the model of the run in %s", weights, teacher.parent.parent)
         config_file = str(teacher.parent.parent / "config.yaml")
     if config_file is not None:
@@ -73,8 +76,8 @@ def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
 def _check(args: argparse.Namespace) -> None:
     """Raise a `ValueError` if the flags select no model or more than one."""
     has_model, has_config = args.model is not None, args.config_file is not None
-    if has_model and args.model not in PUBLISHED:
-        raise ValueError(f"unknown --model {args.model!r}; known: {', '.join(PUBLISHED)}")
+    if has_model and args.model not in [*PUBLISHED, *PACKAGED]:
+        raise ValueError(f"unknown --model {args.model!r}; known: {', '.join([*PUBLISHED, *PACKAGED])}")
     if has_model and has_config:
         raise ValueError("--model and --config-file both define the architecture: give one of them")
     if args.num_heads is not None and has_config:

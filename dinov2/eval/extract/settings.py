@@ -17,7 +17,6 @@ from dinov2.eval.extract.extraction import Extraction
 from dinov2.eval.extract.frozen_backbone import FrozenBackbone
 from dinov2.eval.extract.sources import parts_of
 from dinov2.eval.results import weights_fingerprint
-from dinov2.models.backbones import weights_url_or_path
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 
@@ -72,7 +71,7 @@ def architecture(model: DinoVisionTransformer) -> dict[str, Any]:
 def weights_facts(args: argparse.Namespace, backbone: FrozenBackbone) -> dict[str, str]:
     """Source and SHA-256 of the weights that flags select: of their files, else of the tensors of the backbone."""
     source = args.pretrained_weights or (None if args.random_init else args.model)
-    if source is not None and (fingerprint := weights_fingerprint(weights_url_or_path(source))):
+    if source is not None and (fingerprint := weights_fingerprint(source)):
         return {"source": source, "sha256": fingerprint["sha256"]}
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.model.state_dict().items()):

@@ -226,7 +226,11 @@ class GrowingNorms(Divergence):
 
 
 class SimilarPatches(Rule):
-    """Patches of an image become similar while its class token stays good."""
+    """Patches of an image become similar while its class token stays good.
+
+    Where segmentation by k-NN is measured and better than guessing, `LostSegmentation` decides instead: patches of one
+    object may become alike because they are understood.
+    """
 
     kind, patience, min_images = AlarmKind.DENSE_DECAY, 3, MIN_IMAGES
     metrics = ("probe_patch_similarity", "probe_cls_rank_me")
@@ -238,8 +242,13 @@ class SimilarPatches(Rule):
     RISEN = 0.25  # of the distance from the lowest value to 1
     CLASS_RANK_KEPT = 0.8  # else all features decay, which is another alarm
     lowest, highest_rank = 1.0, 0.0
+    is_measured_by_labels = False
 
     def check(self, record: Record, *, warm: bool) -> str | None:
+        if record.get("patch_knn_miou", 0.0) > record.get("patch_knn_chance", 0.0):
+            self.is_measured_by_labels = True
+        if self.is_measured_by_labels:
+            return ""
         similarity, rank = (record[name] for name in self.metrics)
         self.lowest, self.highest_rank = min(self.lowest, similarity), max(self.highest_rank, rank)
         rising = similarity > self.lowest + self.RISEN * (1 - self.lowest)

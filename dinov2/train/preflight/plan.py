@@ -14,7 +14,6 @@ import numpy as np
 
 from dinov2.config import Config, sources_of
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.models.backbones import weights_url_or_path
 from dinov2.models.published import PUBLISHED
 from dinov2.train.schedules import global_batch_size, num_steps
 
@@ -122,7 +121,7 @@ def _evaluation(cfg: Config, source: str, dataset: ImageDataset) -> list[str]:
     targets = dataset.get_targets() if source in PUBLISHED else None
     if targets is not None and len(np.unique(targets)) > 1:
         recipe = f"eval/{source.removeprefix('dinov2_').replace('_reg', '_reg4')}_pretrain"
-        model = ["--config-file", recipe, "--pretrained-weights", weights_url_or_path(source)]
+        model = ["--config-file", recipe, "--pretrained-weights", source]
         data = ["--train-dataset", images, "--val-dataset", "HELD_OUT_IMAGES"]
         return ["dinov2/eval/knn.py", *model, "--output-dir", str(output / "frozen_knn"), *data]
     model = ["--model" if source in PUBLISHED else "--pretrained-weights", source]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinov2 import config
 from dinov2.config import Config, sources_of
-from dinov2.models.backbones import num_heads_beside, weights_url_or_path
+from dinov2.models.backbones import num_heads_beside
 from dinov2.models.weights import TEACHER_FILE, backbone_state_dict, load_state, read_state_dict
 from dinov2.train.checkpoint import load_training_weights
 from dinov2.train.checkpoint_folder import complete_checkpoints, read_tensors
@@ -53,10 +53,9 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> InitialWeights | No
 
 def _load_backbone(model: SSLMetaArch, name: str) -> InitialWeights:
     """Load a published name, file, folder or URL into the student's backbone, with all that can be carried over."""
-    source = weights_url_or_path(name)
-    state = backbone_state_dict(read_state_dict(source), source=source)
+    state = backbone_state_dict(read_state_dict(name), source=name)
     load_state(model.student_backbone, state, name, carry_over=True)
-    return InitialWeights("student.pretrained_weights", name, state, num_heads_beside(source))
+    return InitialWeights("student.pretrained_weights", name, state, num_heads_beside(name))
 
 
 def _check_registers(cfg: Config, state: dict[str, Tensor]) -> None:

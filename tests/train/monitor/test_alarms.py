@@ -65,7 +65,6 @@ def test_an_empty_run_and_one_without_health_raise_none() -> None:
         ("collapse", {"knn": 36.0}),
         ("divergence", {"total_loss": 7.5, "cls_target_information": 0.2}),
         ("divergence", {"probe_patch_norm": 900.0, "probe_patch_rank_me": 30.0}),
-        ("decay of dense features", {"probe_patch_similarity": 0.7}),
         ("decay of dense features", {"patch_knn_miou": 41.0}),
         ("data bottleneck", {"data_wait": 0.6}),
     ],
@@ -76,8 +75,27 @@ def test_each_sign_raises_its_alarm_and_no_other(kind: str, changed: dict[str, f
     assert alarm.finding and alarm.advice
 
 
+def without_maps(records: Sequence[Record]) -> list[Record]:
+    return [{name: value for name, value in record.items() if "patch_knn" not in name} for record in records]
+
+
+def test_patches_that_become_alike_are_a_decay_of_dense_features_unless_labels_say_otherwise() -> None:
+    records = run(20, probe_patch_similarity=0.7)
+    [alarm] = find_alarms(without_maps(records))
+    assert (alarm.kind, alarm.first, alarm.last) == ("decay of dense features", 400, 780)
+    assert alarm.finding == "the mean similarity of two patches of an image rose from 0.25 to 0.70"
+    assert find_alarms(records) == [], "the mean IoU rises"
+    rarely = [
+        record if record["iteration"] % 200 == 0 else each
+        for record, each in zip(records, without_maps(records), strict=True)
+    ]
+    assert find_alarms(rarely) == [], "which need not be measured with every record"
+    unknown = [{**record, "patch_knn_chance": 60.0} for record in records]
+    assert kinds(unknown) == {"decay of dense features"}, "labels that say nothing"
+
+
 def test_patches_that_become_alike_with_all_else_are_no_decay_of_dense_features_alone() -> None:
-    assert kinds(run(20, probe_patch_similarity=0.7, probe_cls_rank_me=5.0)) == {"collapse"}
+    assert kinds(without_maps(run(20, probe_patch_similarity=0.7, probe_cls_rank_me=5.0))) == {"collapse"}
 
 
 @pytest.mark.parametrize(
