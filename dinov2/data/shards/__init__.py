@@ -1,4 +1,4 @@
-"""Datasets in archives: tar shards, as WebDataset writes them or of plain images, and zip files, read at any position."""
+"""Images in tar shards, of WebDataset or of plain images, and in zip files, read at any position."""
 
 from dinov2.data.shards.dataset import Shards
 
