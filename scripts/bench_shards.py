@@ -3,8 +3,8 @@
     python scripts/bench_shards.py [--images 4000] [--side 256] [--repeats 5] [--members 1000000]
 
 The same JPEG files, of smooth random colors, lie in a folder, in tar shards and in a zip file on the local disk. One
-process reads them, sides alternating: bytes alone, and decoded to RGB. Ours are read in random order; webdataset reads its
-shards in order, with a shuffle buffer of 1,000 samples. `--members` empty files in one tar measure the listing.
+process reads them, sides alternating: bytes alone, and decoded to RGB. Ours are read in random order; webdataset reads
+its shards in order, with a shuffle buffer of 1,000 samples. `--members` empty files in one tar measure the listing.
 """
 
 import argparse

@@ -1,12 +1,13 @@
 """The files in an archive and where their bytes are, so that each can be read without the others."""
 
 import os
+import posixpath
 import stat
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,23 +40,44 @@ class Listing(NamedTuple):
 def list_tar(path: Path) -> Listing:
     """List a tar archive (POSIX, GNU, pax; not compressed) by its headers, without reading its files.
 
+    Links are listed as the files in the archive that they lead to.
+
     Raises:
         ArchiveError: It is compressed, damaged or truncated; says after how many files.
     """
     members: list[Member] = []
+    links: dict[str, str] = {}
     size = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as archive:
             while (entry := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # they would take a kilobyte each
-                if entry.isreg() and not entry.issparse():
+                if entry.islnk():  # a second name of a file
+                    links[entry.name] = entry.linkname
+                elif entry.issym():
+                    links[entry.name] = posixpath.join(posixpath.dirname(entry.name), entry.linkname)
+                elif entry.isreg() and not entry.issparse():
                     members.append(Member(entry.name, entry.offset_data, entry.size))
                     if entry.offset_data + entry.size > size:
                         raise tarfile.ReadError(f"{entry.name} ends beyond the end of the file")
             end = archive.offset
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise ArchiveError(_why_no_tar(path, len(members), str(error))) from error
-    return Listing(members, _check_end(path, end, len(members)))
+    notes = _check_end(path, end, len(members))
+    return Listing(members + _follow(path, links, members, notes), notes)
+
+
+def _follow(path: Path, links: Mapping[str, str], members: Sequence[Member], notes: list[str]) -> list[Member]:
+    """Links as files; those that lead out of the archive are noted."""
+    files = {posixpath.normpath(member.name): member for member in members} if links else {}
+    found = [
+        files[target]._replace(name=name)
+        for name, link in links.items()
+        if (target := posixpath.normpath(link)) in files
+    ]
+    if len(found) < len(links):
+        notes.append(f"{path}: {len(links) - len(found)} of {len(links)} link(s) lead to no file in the archive")
+    return found
 
 
 def _check_end(path: Path, end: int, count: int) -> list[str]:

@@ -50,7 +50,7 @@ class Shards(ListedDataset):
         self._offsets, self._sizes, self._deflated = (
             np.concatenate([getattr(index, name) for index in indices]) for name in ("offsets", "sizes", "deflated")
         )
-        self._find_labels(_joined([index.labels for index in indices]))
+        self._find_labels(_joined([index.labels for index in indices]), label)
         self._descriptors: OrderedDict[int, int] = OrderedDict()  # of open archives, least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,10 +87,12 @@ class Shards(ListedDataset):
                 os.close(self._descriptors.popitem(last=False)[1])
         return self._descriptors[archive]
 
-    def _find_labels(self, texts: PathTable) -> None:
-        """Set classes and targets from the labels of the samples, or else from their folders."""
+    def _find_labels(self, texts: PathTable, key: str) -> None:
+        """Set classes and targets from the labels of the samples, or else, without a key, from their folders."""
         labels = list(texts)
         missing = labels.count("")
+        if missing == len(labels) and key:
+            raise ValueError(f"label={key}: no sample has it, such as {self.describe(0)}")
         if missing == len(labels):
             labels = _folders(self._images)
         elif missing:

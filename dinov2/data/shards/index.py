@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,8 +95,7 @@ def _list(path: Path, kind: str, selection: Selection) -> ShardIndex:
         kinds = Counter(_split(name)[1] or "without suffix" for name in files).most_common(6)
         held = ", ".join(f"{count} {kind}" for kind, count in kinds) or "nothing"
         raise ArchiveError(f"no images {f'*.{selection.image} ' if selection.image else ''}in {path}; it holds: {held}")
-    if len(files) > len(chosen):
-        _check_one_each(path, chosen)
+    _check_one_each(path, chosen, {_split(name)[0] for name in files if name not in chosen})
     labels = _read_labels(path, files, chosen, selection.label)
     return ShardIndex(
         *(status.st_size, status.st_mtime_ns, PathTable.of(chosen)),
@@ -120,11 +119,13 @@ def _is_image(name: str, image: str) -> bool:
     return _split(name)[1] == image.lower() if image else name.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _check_one_each(path: Path, images: Mapping[str, Member]) -> None:
-    """Raise an error for a sample with several images: which one is meant?"""
+def _check_one_each(path: Path, images: Mapping[str, Member], samples: Set[str]) -> None:
+    """Raise an error for one of the samples, which have other files too, with several images: which one is meant?"""
     keys: dict[str, str] = {}
     for name in images:
         key, extension = _split(name)
+        if key not in samples:
+            continue
         if key in keys:
             raise ArchiveError(
                 f"{path}: sample {key} has several images, {_split(keys[key])[1]} and {extension}: choose one with "

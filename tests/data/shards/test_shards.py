@@ -118,6 +118,26 @@ def test_one_of_several_images_of_a_sample_is_chosen(tmp_path: Path) -> None:
     assert levels(dataset) == [1, 11] and dataset.classes == ["ant", "cat"] and dataset.get_targets().tolist() == [1, 0]
 
 
+def test_links_in_an_archive_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+    (folder / "a" / "0.png").write_bytes(image_bytes(7))
+    os.link(folder / "a" / "0.png", folder / "b" / "1.png")
+    (folder / "b" / "2.png").symlink_to("../a/0.png")
+    (folder / "b" / "3.png").symlink_to("/elsewhere.png")
+    subprocess.run(["tar", "--sort=name", "-C", "images", "-cf", "all.tar", "."], cwd=tmp_path, check=True)
+    dataset = dataset_of(f"Tar:files={tmp_path}/all.tar")
+    assert levels(dataset) == [7, 7, 7] and dataset.get_targets().tolist() == [0, 1, 1]
+    assert "1 of 3 link(s) lead to no file in the archive" in dataset.notes_on_files()[0]
+
+
+def test_dots_in_names_make_no_samples_of_plain_images(tmp_path: Path) -> None:
+    files = [("x/a.v1.png", image_bytes(1)), ("x/a.v2.png", image_bytes(2)), ("README.md", b"two")]
+    dataset = dataset_of(f"Tar:files={write_tar(tmp_path / 'a.tar', files)}")
+    assert levels(dataset) == [1, 2]
+
+
 # --- Faults ----------------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +233,7 @@ def test_an_archive_that_changes_ends_the_run(new_file: bool, tmp_path: Path) ->
         ("files=FOLDER/a.tar,FOLDER/*.tar", "names .*a.tar twice"),
         ("files=FOLDER/a.tar:label=json", "label must be cls, txt or json:KEY, got 'json'"),
         ("files=FOLDER/a.tar:image=webp", r"no images \*.webp in .*a.tar; it holds: 1 png, 1 json"),
+        ("files=FOLDER/a.tar:label=txt", "label=txt: no sample has it, such as .*a.tar: a.png"),
         ("files=FOLDER/a.tar:label=json:x", "the JSON of a.png is malformed"),
     ],
 )
