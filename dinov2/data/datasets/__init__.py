@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.concatenation import image_folders
 from dinov2.data.datasets.fashion_mnist import FashionMNIST
 from dinov2.data.datasets.image_folder import ImageFolder
 from dinov2.data.datasets.image_list import ImageList
@@ -76,7 +77,7 @@ DATASETS: dict[str, Entry] = (
     {
         "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), optional=("real",), splits=ImageNet.Split),
         "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
-        "ImageFolder": Entry(ImageFolder, optional=("split",)),
+        "ImageFolder": Entry(image_folders, optional=("split",)),
         "ImageList": Entry(ImageList, required=("file",), optional=("root", "classes")),
         "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
         "Tar": Entry(partial(Shards, "Tar"), required=("files",), optional=("image", "label")),
