@@ -56,6 +56,12 @@ class Shards(ListedDataset):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_descriptors": OrderedDict()}  # a spawned worker opens its own
 
+    @property
+    def shard_sizes(self) -> list[int]:
+        """The number of samples in each archive."""
+        sizes: list[int] = np.bincount(self._archives, minlength=len(self._paths)).tolist()
+        return sizes
+
     def describe(self, index: int) -> str:
         return f"{self._paths[self._archives[index]]}: {self._images[index]}"
 

@@ -1,5 +1,6 @@
 """Training on shards is training on the same images in a folder, bit for bit; a replaced shard ends it."""
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def test_shards_train_as_their_images_do_in_a_folder(workers: int, images: Path)
     run_train(images / "tar", *words, f"train.dataset_path=Tar:files={images}/{{a,b}}.tar")
     first, second = tensors(images / "folder", 7), tensors(images / "tar", 7)
     assert first.keys() == second.keys() and len(first) > 20
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_order_by_shards_resumes_where_it_stopped(images: Path) -> None:
+    words = ["train.num_workers=0", "health.period=0", "train.sampler=SHARD_ORDER"]
+    words.append(f"train.dataset_path=Tar:files={images}/{{a,b}}.tar")
+    run_train(images / "whole", *words)
+    run_train(images / "parts", *words, "train.checkpoint_period=3")
+    shutil.rmtree(images / "parts" / "checkpoints" / "model_0000007")
+    run_train(images / "parts", *words, "train.checkpoint_period=3")
+    first, second = tensors(images / "whole", 7), tensors(images / "parts", 7)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
