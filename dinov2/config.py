@@ -140,7 +140,9 @@ class Train:
     OFFICIAL_EPOCH_LENGTH: Size
     cache_dataset: bool
     centering: Literal["centering", "sinkhorn_knopp"]
-    sampler: Literal["GLOBAL_ORDER", "SHARDED_INFINITE", "SHARDED_INFINITE_NEW", "INFINITE", "EPOCH", "DISTRIBUTED"]
+    sampler: Literal[
+        "GLOBAL_ORDER", "SHARD_ORDER", "SHARDED_INFINITE", "SHARDED_INFINITE_NEW", "INFINITE", "EPOCH", "DISTRIBUTED"
+    ]
     activation_checkpointing: Literal["none", "selective", "full"]
     compile: bool
     checkpoint_period: Size | None

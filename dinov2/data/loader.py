@@ -98,8 +98,8 @@ def make_train_loader(
 ) -> Iterable[Batch] | Iterable[RawBatch]:
     """Build the loader of training: endless batches of one rank, after the first ``start_position`` images of the run.
 
-    A batch depends neither on ``num_workers`` nor on where the loader started. With GLOBAL_ORDER the images at a
-    position of the run and their crops depend on the seed only, not on the number of ranks.
+    A batch depends neither on ``num_workers`` nor on where the loader started. With GLOBAL_ORDER and SHARD_ORDER the
+    images at a position of the run and their crops depend on the seed only, not on the number of ranks.
 
     Args:
         dataset: Item i is (PIL image, any target); raises `BadImageError` for an image that cannot be read.
@@ -109,13 +109,15 @@ def make_train_loader(
         augment_on: "cpu", or "device": the loader gives whole images and crop parameters, and `to_device` computes the
             crops there; requires a DataAugmentationDINO whose implementation is not "pil".
         sampler: Order of the images; finite samplers continue with their next epoch.
-        start_position: Images used by all ranks before, when a run is resumed. Only GLOBAL_ORDER neither repeats nor
-            omits any when ``world_size`` has changed; the other samplers skip what each rank would have read.
+        start_position: Images used by all ranks before, when a run is resumed. Only GLOBAL_ORDER and SHARD_ORDER
+            neither repeat nor omit any when ``world_size`` has changed; the others skip what each rank would have read.
         patience, while_waiting: See `SupervisedLoader`.
     """
     raw = _device_augmentation(augmentation, augment_on)
     place: Any = {"batch_size": batch_size, "start_position": start_position, "rank": rank, "world_size": world_size}
-    indices = make_sampler(sampler, sample_count=_num_samples(dataset), seed=seed, endless=True, **place)
+    shards = getattr(dataset, "shard_sizes", None)
+    order: Any = {"sample_count": _num_samples(dataset), "seed": seed, "shard_sizes": shards}
+    indices = make_sampler(sampler, **order, endless=True, **place)
     crop_format = raw.crop_format(dtype) if raw else None
     return SupervisedLoader(
         AugmentedDataset(dataset, raw or augmentation, seed),

@@ -10,7 +10,7 @@ Training uses `GlobalOrderSampler`. The others are those of the released code an
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -34,6 +34,7 @@ class SamplerType(Enum):
     SHARDED_INFINITE = 3
     SHARDED_INFINITE_NEW = 4
     GLOBAL_ORDER = 5
+    SHARD_ORDER = 6
 
 
 FINITE = (SamplerType.DISTRIBUTED, SamplerType.EPOCH)
@@ -65,9 +66,32 @@ class GlobalOrderSampler(Sampler[int]):
             for position in range(first, first + self.batch_size):
                 pass_index, index = divmod(position, self.sample_count)
                 if pass_index != current:
-                    generator = torch.Generator().manual_seed(seed_for(self.seed, "order", pass_index))
-                    current, order = pass_index, _permutation(self.sample_count, generator).numpy()
+                    current, order = pass_index, self._order_of(pass_index)
                 yield int(order[index])
+
+    def _order_of(self, pass_index: int) -> np.ndarray:
+        generator = torch.Generator().manual_seed(seed_for(self.seed, "order", pass_index))
+        return _permutation(self.sample_count, generator).numpy()
+
+
+@dataclass(kw_only=True, eq=False)
+class ShardOrderSampler(GlobalOrderSampler):
+    """The same for a dataset in shards on a disk that seeks badly: a pass reads ``mixed`` shards at a time.
+
+    Pass t permutes the shards, divides them into groups, and permutes the samples of each group, all by (seed, t). So a
+    batch is drawn from the shards of one group (or two) instead of all, which should be told apart by nothing.
+    """
+
+    shard_sizes: Sequence[int]  # samples of each shard, in the order of the dataset
+    mixed: int = 16
+
+    def _order_of(self, pass_index: int) -> np.ndarray:
+        rng = np.random.default_rng(seed_for(self.seed, "shard order", pass_index))
+        ends = np.cumsum(self.shard_sizes)
+        shards = rng.permutation(len(ends))
+        groups = (shards[start : start + self.mixed] for start in range(0, len(shards), self.mixed))
+        samples = [[np.arange(ends[i] - self.shard_sizes[i], ends[i]) for i in group] for group in groups]
+        return np.concatenate([rng.permutation(np.concatenate(group)) for group in samples])
 
 
 class DividedSampler(Sampler[int]):
@@ -217,6 +241,7 @@ def make_sampler(
     rank: int,
     world_size: int,
     endless: bool = False,
+    shard_sizes: Sequence[int] | None = None,
 ) -> Sampler[int]:
     """Build a sampler; EPOCH and SHARDED_INFINITE are those without the published defects.
 
@@ -226,20 +251,20 @@ def make_sampler(
         size: Samples per epoch over all ranks, for EPOCH; -1 means `sample_count`.
         start_position: Samples that all ranks together have read before; ignored by finite samplers.
         endless: Whether finite samplers continue with their next epoch, and heed `start_position`.
+        shard_sizes: Samples in each shard of the dataset, for SHARD_ORDER.
     """
     advance = start_position // world_size
     part: Any = {"sample_count": sample_count, "shuffle": shuffle, "seed": seed, "start": rank, "step": world_size}
     epoch: EpochSampler | DistributedSampler
     match sampler_type:
-        case SamplerType.GLOBAL_ORDER:
-            return GlobalOrderSampler(
-                sample_count=sample_count,
-                batch_size=batch_size,
-                seed=seed,
-                rank=rank,
-                world_size=world_size,
-                start_position=start_position,
-            )
+        case SamplerType.GLOBAL_ORDER | SamplerType.SHARD_ORDER:
+            place: Any = {"rank": rank, "world_size": world_size, "start_position": start_position}
+            place |= {"sample_count": sample_count, "batch_size": batch_size, "seed": seed}
+            if sampler_type is SamplerType.GLOBAL_ORDER:
+                return GlobalOrderSampler(**place)
+            if shard_sizes is None:
+                raise ValueError("the sampler SHARD_ORDER needs a dataset in shards: Tar or Zip")
+            return ShardOrderSampler(**place, shard_sizes=shard_sizes)
         case SamplerType.INFINITE:
             return InfiniteSampler(**part, advance=advance)
         case SamplerType.SHARDED_INFINITE | SamplerType.SHARDED_INFINITE_NEW:

@@ -251,9 +251,9 @@ def make_tar(path):
 @pytest.mark.parametrize(
     "name, make, what",
     [
-        ("shard.tar", make_tar, "a tar archive: unpack it"),
-        ("shard-without-suffix", make_tar, "a tar archive: unpack it"),
-        ("x.zip", lambda path: path.write_bytes(b"PK\x03\x04"), "a zip archive: unpack it"),
+        ("shard.tar", make_tar, "a tar archive: write Tar:files=..."),
+        ("shard-without-suffix", make_tar, "a tar archive: write Tar:files=..."),
+        ("x.zip", lambda path: path.write_bytes(b"PK\x03\x04"), "a zip archive: write Zip:files=..."),
         ("x.tar.gz", lambda path: path.touch(), "a compressed tar archive: unpack it"),
         ("one.png", lambda path: path.write_bytes(PNG), "a single image: give its folder"),
         ("list.txt", lambda path: path.touch(), "write ImageList:file="),
@@ -286,7 +286,7 @@ def test_the_missing_part_of_a_path_is_named(root):
 def test_a_folder_of_tars_raises_an_error_with_a_remedy(tmp_path):
     for index in range(4):
         (tmp_path / f"{index}.tar").touch()
-    with pytest.raises(FileNotFoundError, match=r"found 4 \.tar \(a tar archive: unpack it .*ImageNet22k"):
+    with pytest.raises(FileNotFoundError, match=r"found 4 \.tar \(a tar archive: write Tar:files=.*ImageNet22k"):
         ImageFolder(root=tmp_path)
 
 

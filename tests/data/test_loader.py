@@ -36,6 +36,7 @@ class ImageSet(Dataset):
     def __init__(self, count: int = 20, bad: tuple[int, ...] = ()) -> None:
         self.count = count
         self.bad = bad
+        self.shard_sizes = [count // 3, count - count // 3]
 
     def __len__(self) -> int:
         return self.count

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,10 @@ from dinov2.data.samplers import (
     EpochSampler,
     GlobalOrderSampler,
     InfiniteSampler,
+    SamplerType,
     ShardedInfiniteSampler,
+    ShardOrderSampler,
+    make_sampler,
 )
 
 
@@ -225,3 +229,41 @@ def test_another_number_of_ranks_continues_where_the_former_ones_stopped(count: 
         batches = global_batches(count, batch_size * world_size, world_size, 3, start_position=len(sequence))
         sequence += sum(batches, [])
     assert sequence == sum(global_batches(count, 1, 1, len(sequence)), [])
+
+
+# ---- the order by shards ----
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=1, max_size=9), mixed=st.integers(1, 4), batch_size=st.integers(1, 5))
+def test_a_pass_by_shards_has_every_sample_once_and_few_shards_at_a_time(
+    sizes: list[int], mixed: int, batch_size: int
+) -> None:
+    count = sum(sizes)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    options: dict[str, Any] = {"sample_count": count, "batch_size": batch_size, "shard_sizes": sizes, "mixed": mixed}
+    order = take(ShardOrderSampler(**options), 2 * count)
+    for first in (0, count):
+        shards = shard_of[order[first : first + count]]
+        assert sorted(order[first : first + count]) == list(range(count))
+        visits = [int(shard) for shard in dict.fromkeys(shards.tolist())]
+        open_at_once = [
+            len({s for s in visits if (shards[: i + 1] == s).any() and (shards[i:] == s).any()}) for i in range(count)
+        ]
+        assert max(open_at_once) <= mixed
+    ranks = [iter(ShardOrderSampler(**options, rank=rank, world_size=3, start_position=count)) for rank in range(3)]
+    assert [index for rank in ranks for index in take(rank, batch_size)] == take(
+        ShardOrderSampler(**options, start_position=count), 3 * batch_size
+    )
+
+
+def test_orders_by_shards_differ_by_pass_and_seed() -> None:
+    def order(seed: int) -> list[int]:
+        return take(ShardOrderSampler(sample_count=30, batch_size=4, seed=seed, shard_sizes=[3] * 10, mixed=2), 60)
+
+    assert len({tuple(part) for seed in (0, 1) for part in (order(seed)[:30], order(seed)[30:])}) == 4
+
+
+def test_a_dataset_without_shards_has_no_order_by_shards() -> None:
+    place: dict[str, Any] = {"sample_count": 9, "batch_size": 2, "seed": 0, "start_position": 0, "rank": 0}
+    with pytest.raises(ValueError, match="SHARD_ORDER needs a dataset in shards: Tar or Zip"):
+        make_sampler(SamplerType.SHARD_ORDER, **place, world_size=1)

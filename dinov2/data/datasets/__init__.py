@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.concatenation import image_folders
 from dinov2.data.datasets.fashion_mnist import FashionMNIST
 from dinov2.data.datasets.image_folder import ImageFolder
 from dinov2.data.datasets.image_list import ImageList
@@ -22,6 +23,7 @@ from dinov2.data.dense.fashion_scenes import FashionScenes
 from dinov2.data.dense.folders import DepthFolder, SegmentationFolder
 from dinov2.data.dense.segmentation_sets import ADE20K, VOC2012, Cityscapes
 from dinov2.data.images import ImageOptions
+from dinov2.data.shards import Shards
 
 __all__ = [
     "ADE20K",
@@ -75,9 +77,11 @@ DATASETS: dict[str, Entry] = (
     {
         "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), optional=("real",), splits=ImageNet.Split),
         "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
-        "ImageFolder": Entry(ImageFolder, optional=("split",)),
+        "ImageFolder": Entry(image_folders, optional=("split",)),
         "ImageList": Entry(ImageList, required=("file",), optional=("root", "classes")),
         "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
+        "Tar": Entry(partial(Shards, "Tar"), required=("files",), optional=("image", "label")),
+        "Zip": Entry(partial(Shards, "Zip"), required=("files",), optional=("image", "label")),
         # With a map for each image, see dinov2.data.dense.
         "ADE20K": Entry(ADE20K, required=("split", "root"), splits=ADE20K.Splits),
         "VOC2012": Entry(VOC2012, required=("split", "root"), splits=VOC2012.Splits),

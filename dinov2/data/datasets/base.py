@@ -27,6 +27,11 @@ from dinov2.data.images.survey import ImageSurvey, survey_images
 
 logger = logging.getLogger(__name__)
 
+
+class ChangedDataError(RuntimeError):
+    """Files of a dataset are no longer those that it found: its samples may be others. It ends a run."""
+
+
 NAMES_HASHED = 10_000  # by `ImageDataset.fingerprint`, at most
 
 
@@ -171,6 +176,8 @@ class ImageDataset(Dataset, ABC):
         try:
             path = self.describe(index)
             yield
+        except ChangedDataError:
+            raise
         except Exception as error:
             where = f"sample {index} ({path})" if path else f"sample {index}"
             raise BadImageError(f"cannot read the image of {where}: {error}", path=path) from error

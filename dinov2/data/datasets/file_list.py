@@ -122,9 +122,9 @@ def _shown(path: Path) -> str:
 
 _UNPACK, _EXPORT = "unpack it and give the folder", "export its images to a folder"
 _FILE_KINDS = {
-    ".tar": f"a tar archive: {_UNPACK} (of one tar per class, ImageNet22k reads the folder of the tars)",
+    ".tar": "a tar archive: write Tar:files=... (ImageNet-22k, with one tar per class, is ImageNet22k)",
     **dict.fromkeys((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), f"a compressed tar archive: {_UNPACK}"),
-    ".zip": f"a zip archive: {_UNPACK}",
+    ".zip": "a zip archive: write Zip:files=...",
     ".7z": f"a 7z archive: {_UNPACK}",
     ".rar": f"a rar archive: {_UNPACK}",
     ".txt": "a text file: if it lists images, write ImageList:file=...",

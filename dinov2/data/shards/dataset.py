@@ -1,0 +1,135 @@
+"""Images in tar shards or zip files as a dataset whose samples are read in any order."""
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinov2.data.datasets.base import ChangedDataError, ListedDataset
+from dinov2.data.datasets.file_list import PathTable
+from dinov2.data.shards.archives import read_member
+from dinov2.data.shards.index import Selection, index_archives
+from dinov2.data.shards.names import expand
+
+logger = logging.getLogger(__name__)
+
+_OPEN_FILES = 64  # archives that a process keeps open
+
+
+class Shards(ListedDataset):
+    """The images in archives, in the order of the archives and of the files in them.
+
+    A sample is an image, and the files with the same name up to its first dot, as WebDataset writes them. Its label is
+    an integer in its file `.cls`, or what `label` selects; without such files, the folders in the archives are the
+    classes, from the first level on which there are several. The list of the files in an archive is made once and
+    cached; an archive that changes afterwards, while it is used, is an error.
+
+    Args:
+        kind: "Tar" or "Zip".
+        files: Archives, with ranges `{000..123}`, globs and commas, or their folder.
+        image: What follows the dot in the names of images, such as "jpg"; needed where samples have several.
+        label: "cls", "txt" (a class name), or "json:KEY" (a class name or index).
+        transforms, transform, target_transform: See `ImageDataset`.
+    """
+
+    def __init__(self, kind: str, *, files: str, image: str = "", label: str = "", **transforms: Any) -> None:
+        super().__init__(**transforms)
+        if label.partition(":")[0] not in ("", "cls", "txt", "json") or label == "json":
+            raise ValueError(f"label must be cls, txt or json:KEY, got {label!r}")
+        self.root = Path()
+        self._paths = expand(files, f".{kind.lower()}")
+        indices = index_archives(self._paths, kind, Selection(image, label))
+        self._status = [(index.size, index.mtime_ns) for index in indices]
+        self._notes = [note for index in indices for note in index.notes]
+        self._archives = np.repeat(np.arange(len(indices), dtype=np.int32), [len(index.names) for index in indices])
+        self._images = _joined([index.names for index in indices])
+        self._offsets, self._sizes, self._deflated = (
+            np.concatenate([getattr(index, name) for index in indices]) for name in ("offsets", "sizes", "deflated")
+        )
+        self._find_labels(_joined([index.labels for index in indices]), label)
+        self._descriptors: OrderedDict[int, int] = OrderedDict()  # of open archives, least recently used first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descriptors": OrderedDict()}  # a spawned worker opens its own
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        """The number of samples in each archive."""
+        sizes: list[int] = np.bincount(self._archives, minlength=len(self._paths)).tolist()
+        return sizes
+
+    def describe(self, index: int) -> str:
+        return f"{self._paths[self._archives[index]]}: {self._images[index]}"
+
+    def fingerprint(self) -> str:
+        return self._images.fingerprint()
+
+    def image_files(self) -> Iterator[str]:
+        return (str(self._paths[archive]) for archive in self._archives)
+
+    def notes_on_files(self) -> list[str]:
+        return self._notes
+
+    def get_image_data(self, index: int) -> bytes:
+        """Returns the image file of a sample; a `ChangedDataError` if its archive is not the one that was listed."""
+        archive = int(self._archives[index])
+        descriptor = self._open(archive)
+        status = os.fstat(descriptor)
+        if (status.st_size, status.st_mtime_ns) != self._status[archive]:
+            raise ChangedDataError(f"{self._paths[archive]} has changed since its files were listed: start again")
+        place = int(self._offsets[index]), int(self._sizes[index]), bool(self._deflated[index])
+        return read_member(descriptor, *place, max_bytes=self.image_options.max_bytes)
+
+    def _open(self, archive: int) -> int:
+        if archive in self._descriptors:
+            self._descriptors.move_to_end(archive)
+        else:
+            self._descriptors[archive] = os.open(self._paths[archive], os.O_RDONLY)
+            if len(self._descriptors) > _OPEN_FILES:
+                os.close(self._descriptors.popitem(last=False)[1])
+        return self._descriptors[archive]
+
+    def _find_labels(self, texts: PathTable, key: str) -> None:
+        """Set classes and targets from the labels of the samples, or else, without a key, from their folders."""
+        labels = list(texts)
+        missing = labels.count("")
+        if missing == len(labels) and key:
+            raise ValueError(f"label={key}: no sample has it, such as {self.describe(0)}")
+        if missing == len(labels):
+            labels = _folders(self._images)
+        elif missing:
+            first = self.describe(labels.index(""))
+            self._notes.append(f"{missing:,} of {len(labels):,} samples have no label, such as {first}: none is used")
+            labels = []
+        self.classes, self._targets = [], None
+        if labels and all(label.removeprefix("-").isdecimal() for label in labels):
+            self._targets = np.array(labels, np.int64)
+            if (lowest := int(self._targets.min())) < 0:
+                raise ValueError(f"the label of {self.describe(int(self._targets.argmin()))} is {lowest}")
+        elif labels:
+            names, targets = np.unique(labels, return_inverse=True)
+            self.classes, self._targets = names.tolist(), targets.astype(np.int64)
+        number = f"{len(set(labels)):,} classes" if labels else "no labels"
+        logger.info("%d archives: %s", len(self._paths), number)
+
+
+def _joined(tables: list[PathTable]) -> PathTable:
+    starts = np.cumsum([0, *(len(table.data) for table in tables)])
+    ends = [table.ends + start for table, start in zip(tables, starts, strict=False)]
+    return PathTable(np.concatenate([table.data for table in tables]), np.concatenate(ends))
+
+
+def _folders(names: PathTable) -> list[str]:
+    """The folder of each image on the first level on which there are several; empty if some are in none."""
+    parts = [name.split("/") for name in names]
+    level = 0
+    while True:
+        if any(len(each) < level + 2 for each in parts):
+            return []
+        if len({each[level] for each in parts}) > 1:
+            return [each[level] for each in parts]
+        level += 1
