@@ -310,8 +310,21 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     if file is not None:
         found = _find(file)
         sources.append(_check(_read(found), str(found)))
+    _check_datasets_once(overrides)
     sources += [_check(_parse_override(word), f"override {word!r}") for word in overrides]
     return _merge(sources)
+
+
+def _check_datasets_once(overrides: Sequence[str]) -> None:
+    """Raise an error for two values of a dataset string, which a shell makes of braces without quotes."""
+    values: dict[str, str] = {}
+    for word in overrides:
+        key, _, value = word.partition("=")
+        if key.endswith(("dataset", "dataset_path")) and values.setdefault(key, value) != value:
+            raise ConfigError(
+                f"{key} is given twice, {values[key]} and {value}: put quotes around a value with braces, such as "
+                f"'{key}=Tar:files=/data/{{0..9}}.tar'"
+            )
 
 
 def from_dict(mapping: Mapping[str, Any], source: str = "mapping") -> Config:

@@ -823,3 +823,10 @@ def test_an_override_is_refused_or_gives_exactly_what_was_written(key, text):
         return
     assert value == READERS[key](text), (key, text, value)
     assert key == "train.dataset_path" or not re.match(r"[-+]?0[0-9_]+$", text), (key, text, value)
+
+
+def test_a_dataset_that_is_given_twice_is_an_error_that_speaks_of_quotes() -> None:
+    words = [f"train.dataset_path=Tar:files=/data/{name}.tar" for name in "ab"]
+    with pytest.raises(ConfigError, match=r"train.dataset_path is given twice, .*a.tar and .*b.tar: put quotes around"):
+        config.load("train/quickstart", words)
+    assert config.load("train/quickstart", [words[0], "train.seed=1", "train.seed=2", words[0]]).train.seed == 2

@@ -24,7 +24,7 @@ from dinov2.eval.feature_cache import FeatureCache
 from dinov2.files import atomic_write
 from dinov2.models.download import cache_path
 from dinov2.models.published import weights_url_or_path
-from dinov2.models.weights import files_in
+from dinov2.models.weight_files import files_in, known_names
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def weights_fingerprint(path_or_url: str | None) -> dict[str, str] | None:
     else:
         path = Path(url2pathname(url.path) if url.scheme == "file" else source)
     if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise FileNotFoundError(f"no weights at {path}{known_names(path_or_url)}")
     digest = hashlib.sha256()
     for part in files_in(path) if path.is_dir() else [path]:
         with part.open("rb") as file:

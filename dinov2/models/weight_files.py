@@ -45,7 +45,7 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
     if path.is_dir():
         return _read_folder(path, mapped)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}{_known_names(path_or_url)}")
+        raise FileNotFoundError(f"no weights at {path}{known_names(path_or_url)}")
     safetensors = import_safetensors() if path.suffix == ".safetensors" else None
     try:
         _check(path)
@@ -74,13 +74,13 @@ def _begins_as_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def _known_names(text: str) -> str:
-    """The published names, if a text that is no file could be meant as one of them."""
+def known_names(text: str) -> str:
+    """The names of backbones, as the end of a message, if a text that is no file could be meant as one of them."""
     if Path(text).name != text or Path(text).suffix:
         return ""
     nearest = get_close_matches(text, [*PUBLISHED, *PACKAGED], n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return f"; {hint}Published names: {', '.join(PUBLISHED)}"
+    return f"; {hint}Names: {', '.join([*PUBLISHED, *PACKAGED])}"
 
 
 def _check(path: Path) -> None:

@@ -122,7 +122,7 @@ def test_a_published_network_before_training_is_always_the_same() -> None:
         ([], "no model selected"),
         (["--random-init"], "no model selected"),
         (["--config-file", "train/quickstart"], "no model selected"),
-        (["--model", "dinov2_vits16"], "unknown --model 'dinov2_vits16'; known: dinov2_vits14, "),
+        (["--model", "dinov2_vits16"], "unknown --model 'dinov2_vits16'; did you mean dinov2_vits14"),
         (["--model", "dinov2_vits14", "--config-file", "train/quickstart"], "both define the architecture"),
         (["--model", "dinov2_vits14", "--random-init", "--pretrained-weights", "w.pth"], "exclude one another"),
         (

@@ -29,6 +29,7 @@ def test_its_network_and_images_are_those_of_the_recipe() -> None:
     assert (tuple(RECIPE.augmentation.mean), tuple(RECIPE.augmentation.std)) == (MEAN, STD)
     images = torch.randn(2, 3, 28, 35)  # another grid of positions, too
     assert torch.equal(ours(images), load_backbone(recipes, "dinov2_fashion")(images))
+    assert dinov2_fashion(pretrained=False, in_chans=4).patch_embed.proj.weight.shape[1] == 4
     assert ours.training and not torch.equal(dinov2_fashion(pretrained=False)(images), ours(images))
 
 
@@ -69,7 +70,7 @@ def test_features_are_extracted_by_its_name_as_it_was_trained() -> None:
 def test_a_name_that_is_nearly_its_own_gets_a_hint() -> None:
     with pytest.raises(FileNotFoundError, match="did you mean dinov2_fashion"):
         load_backbone(dinov2_fashion(pretrained=False), "dinov2_fashon")
-    with pytest.raises(ValueError, match=r"unknown --model 'dinov2_fashon'; known: .*dinov2_fashion"):
+    with pytest.raises(ValueError, match=r"unknown --model 'dinov2_fashon'; did you mean dinov2_fashion"):
         dinov2.extract_features(VAL, model="dinov2_fashon")
 
 
@@ -79,6 +80,6 @@ def test_a_run_starts_from_what_it_knows(tmp_path: Path) -> None:
     words += ["optim.warmup_epochs=0", "train.batch_size_per_gpu=8", "dino.head_n_prototypes=16"]
     train.main(train.get_args_parser().parse_intermixed_args(words))
     rows = [json.loads(line) for line in (tmp_path / "training_metrics.json").read_text().splitlines()]
-    assert rows[0]["iteration"] == -1 and rows[0]["knn"] > 45 and rows[0]["patch_knn_miou"] > 25
+    assert rows[0]["iteration"] == -1 and rows[0]["knn"] > 60 and rows[0]["patch_knn_miou"] > 15
     state = torch.load(tmp_path / "eval" / "start" / "teacher_checkpoint.pth")["teacher"]
     assert torch.equal(state["backbone.norm.weight"], dinov2_fashion().norm.weight)

@@ -270,7 +270,7 @@ def test_other_networks_than_those_of_the_run_are_named(trained: Path, tmp_path:
 
 
 def test_what_a_name_was_meant_to_be_is_suggested(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no weights at dinov2_vits41; did you mean dinov2_vits14. Published"):
+    with pytest.raises(FileNotFoundError, match="no weights at dinov2_vits41; did you mean dinov2_vits14. Names"):
         run_train(tmp_path, "student.pretrained_weights=dinov2_vits41")
     with pytest.raises(FileNotFoundError, match="no weights at /nowhere/dinov2_vits14.pth$"):
         run_train(tmp_path, "student.pretrained_weights=/nowhere/dinov2_vits14.pth")

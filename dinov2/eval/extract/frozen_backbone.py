@@ -17,7 +17,7 @@ from dinov2.flags.visualization import DEFAULT_SIDE
 from dinov2.models.backbones import build_published, load_from_weights
 from dinov2.models.published import PACKAGED, PUBLISHED
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weights import TEACHER_FILE
+from dinov2.models.weight_files import TEACHER_FILE, known_names
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raise a `ValueError` if the flags select no model or more than one."""
     has_model, has_config = args.model is not None, args.config_file is not None
     if has_model and args.model not in [*PUBLISHED, *PACKAGED]:
-        raise ValueError(f"unknown --model {args.model!r}; known: {', '.join([*PUBLISHED, *PACKAGED])}")
+        raise ValueError(f"unknown --model {args.model!r}{known_names(args.model)}")
     if has_model and has_config:
         raise ValueError("--model and --config-file both define the architecture: give one of them")
     if args.num_heads is not None and has_config:
