@@ -19,7 +19,7 @@ from dinov2.models import build_model
 from dinov2.visualization.contact_sheet import GAP, MARGIN
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "scripts" / "first_steps.ipynb"
-MAX_BYTES = 500_000
+MAX_BYTES = 1_000_000  # noise hardly compresses
 
 
 def read() -> Any:
@@ -89,9 +89,9 @@ def test_it_runs_with_a_model_of_ones_own(tmp_path: Path, run_with: Any) -> None
     assert "(torch.Size([2000, 32]), torch.Size([2000, 32]))" in text
     assert "10 neighbors: " in text
     similar, colors = images_of(done)
-    pixels = np.asarray(similar)[:, -10 * (84 + GAP) - MARGIN :]  # without the labels of the rows
+    pixels = np.asarray(similar)[:, -10 * (56 + GAP) - MARGIN :]  # without the labels of the rows
     top = int(np.flatnonzero((pixels < 128).any(axis=(1, 2)))[0])
-    first, second = (pixels[y : y + 84] for y in (top, top + 84 + GAP))
+    first, second = (pixels[y : y + 56] for y in (top, top + 56 + GAP))
     assert first.min() < 50 and (first == second).all(), "the nearest of an image is itself"
     assert len(colors.getcolors(colors.width * colors.height)) > 1000
 

@@ -93,7 +93,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path: Path) -> None:
         assert result in text
     assert "best teacher is that of step 599 (k-NN 82.8 %)" in text
     assert "optim.base_lr 0.004 0.0015" in text  # setting, default, here
-    assert "python dinov2/train/train.py --config-file train/quickstart" in text
+    assert "python dinov2/train/train.py --config-file train/fashion_mnist" in text
     assert "0123456789abcdef0123456789abcdef01234567, with 2 changed file(s)" in text
 
 

@@ -31,7 +31,7 @@ def write_run(
     """Write a run of `steps` steps, of which `done` are logged; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     words = (f"optim.epochs={steps // 50}", "optim.warmup_epochs=1", "train.OFFICIAL_EPOCH_LENGTH=50", *overrides)
-    config.save(config.load("train/quickstart", words), folder / "config.yaml")
+    config.save(config.load("train/fashion_mnist", words), folder / "config.yaml")
     logged = [*range(0, done or steps, 10), (done or steps) - 1]
     lines = [record(step, steps, health, collapse_at, seed) for step in logged]
     (folder / "training_metrics.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -111,7 +111,7 @@ def session(first_step: int) -> dict[str, Any]:
     return {
         "first_step": first_step,
         "date": "2026-11-23T14:18:21+00:00",
-        "command": "python dinov2/train/train.py --config-file train/quickstart --output-dir quickstart",
+        "command": "python dinov2/train/train.py --config-file train/fashion_mnist --output-dir quickstart",
         "processes": 2,
         "device": "A processor with a name",
         "cores": 2,

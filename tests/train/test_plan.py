@@ -142,7 +142,7 @@ def test_labeled_images_are_classified_by_the_frozen_model(tmp_path: Path, monke
     python, program, *words = shlex.split(command)
     args = evaluation.knn_parser().parse_args(words)
     assert (python, program) == ("python", "dinov2/eval/knn.py")
-    assert args.pretrained_weights == "https://mirror/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth"
+    assert args.pretrained_weights == "dinov2_vits14_reg"
     assert args.train_dataset == f"ImageFolder:root={tmp_path / 'my images'}" and args.output_dir == "OUT/frozen_knn"
     assert config.load(args.config_file).student.num_register_tokens == 4
 
