@@ -320,7 +320,11 @@ def _check_datasets_once(overrides: Sequence[str]) -> None:
     values: dict[str, str] = {}
     for word in overrides:
         key, _, value = word.partition("=")
-        if key.endswith(("dataset", "dataset_path")) and values.setdefault(key, value) != value:
+        if (
+            key.endswith(("_dataset", "dataset_path"))
+            and key != "train.cache_dataset"
+            and values.setdefault(key, value) != value
+        ):
             raise ConfigError(
                 f"{key} is given twice, {values[key]} and {value}: put quotes around a value with braces, such as "
                 f"'{key}=Tar:files=/data/{{0..9}}.tar'"

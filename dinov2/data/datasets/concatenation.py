@@ -1,7 +1,6 @@
 """Several datasets as one."""
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -12,8 +11,6 @@ import numpy as np
 
 from dinov2.data.datasets.base import ImageDataset, ListedDataset
 from dinov2.data.datasets.image_folder import ImageFolder
-
-logger = logging.getLogger(__name__)
 
 
 class Concatenation(ImageDataset):
@@ -32,6 +29,7 @@ class Concatenation(ImageDataset):
         self._ends = np.cumsum([len(part) for part in parts])
         self.classes: list[str] = []
         self._targets = None
+        self._notes: list[str] = []
         unlabeled = [part for part in parts if part.get_targets() is None or not part.classes]
         if not unlabeled:
             self.classes = sorted(set(chain.from_iterable(part.classes for part in parts)))
@@ -41,8 +39,6 @@ class Concatenation(ImageDataset):
             )
         elif len(unlabeled) < len(parts):
             self._notes = [f"{unlabeled[0].root} has no labels, so that those of the other folders are not used"]
-
-    _notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return int(self._ends[-1])

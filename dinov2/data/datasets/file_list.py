@@ -235,24 +235,29 @@ def _kind_of(entry: os.DirEntry[str]) -> str:
 
 
 def _cache_path(root: Path) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = hashlib.sha256(os.fsencode(os.path.realpath(root)) + " ".join((_FORMAT, *IMAGE_SUFFIXES)).encode())
-    return Path(base, "dinov2", "file_lists", f"{key.hexdigest()[:32]}.npz")
+    return cache_folder("file_lists") / f"{key.hexdigest()[:32]}.npz"
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of that name in the user's cache folder; it need not exist."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base, "dinov2", name)
 
 
 def _load(cache: Path, root: Path) -> FileList | None:
     """The stored list if there is one, it is consistent and no folder has changed."""
     try:
         with cache.open("rb") as file, np.load(file) as stored:
-            folders = _stored_paths(stored, "folder")
+            folders = stored_paths(stored, "folder")
             times = stored["folder_times"]
             if times.shape != (len(folders),):
                 return None
             for folder, folder_time in zip(folders, times, strict=True):
                 if os.stat(root / folder).st_mtime_ns != folder_time:
                     return None
-            images = _stored_paths(stored, "file")
-            others = dict(zip(_stored_paths(stored, "kind"), map(int, stored["kind_counts"]), strict=True))
+            images = stored_paths(stored, "file")
+            others = dict(zip(stored_paths(stored, "kind"), map(int, stored["kind_counts"]), strict=True))
             return FileList(images, others) if len(images) else None
     except FileNotFoundError:
         return None
@@ -261,7 +266,8 @@ def _load(cache: Path, root: Path) -> FileList | None:
         return None
 
 
-def _stored_paths(stored: Mapping[str, np.ndarray], name: str) -> PathTable:
+def stored_paths(stored: Mapping[str, np.ndarray], name: str) -> PathTable:
+    """The table that was stored as the arrays `<name>_data` and `<name>_ends`; a ValueError if they do not fit."""
     data, ends = stored[f"{name}_data"], stored[f"{name}_ends"]
     if data.dtype != np.uint8 or ends.dtype != np.int64 or data.ndim != 1 or ends.ndim != 1:
         raise ValueError(f"{name}: wrong types")

@@ -88,7 +88,10 @@ class Shards(ListedDataset):
         if archive in self._descriptors:
             self._descriptors.move_to_end(archive)
         else:
-            self._descriptors[archive] = os.open(self._paths[archive], os.O_RDONLY)
+            try:
+                self._descriptors[archive] = os.open(self._paths[archive], os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise ChangedDataError(f"{self._paths[archive]} is gone since its files were listed") from error
             if len(self._descriptors) > _OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
         return self._descriptors[archive]

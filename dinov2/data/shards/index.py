@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2.data.datasets.file_list import IMAGE_SUFFIXES, SETTLED_NS, PathTable
+from dinov2.data.datasets.file_list import IMAGE_SUFFIXES, SETTLED_NS, PathTable, cache_folder, stored_paths
 from dinov2.data.shards.archives import LISTERS, ArchiveError, Member, read_member
 from dinov2.files import atomic_write
 
@@ -165,17 +165,16 @@ def _entry_of(path: Path, name: str, text: str, key: str) -> str:
 
 
 def _cache_path(path: Path, kind: str, selection: Selection) -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     key = " ".join((_FORMAT, kind, *selection, *IMAGE_SUFFIXES)).encode()
     digest = hashlib.sha256(os.fsencode(os.path.realpath(path)) + b"\0" + key)
-    return Path(base, "dinov2", "shards", f"{digest.hexdigest()[:32]}.npz")
+    return cache_folder("shards") / f"{digest.hexdigest()[:32]}.npz"
 
 
 def _load(cache: Path) -> ShardIndex | None:
     """The stored index if there is one and it is consistent."""
     try:
         with cache.open("rb") as file, np.load(file) as stored:
-            names, labels = (PathTable(stored[f"{name}_data"], stored[f"{name}_ends"]) for name in ("names", "labels"))
+            names, labels = stored_paths(stored, "names"), stored_paths(stored, "labels")
             arrays = [stored[name] for name in ("offsets", "sizes", "deflated")]
             if {len(array) for array in (*arrays, labels)} != {len(names)}:
                 return None

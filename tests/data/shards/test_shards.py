@@ -224,6 +224,15 @@ def test_an_archive_that_changes_ends_the_run(new_file: bool, tmp_path: Path) ->
         dataset.get_image(0)
 
 
+def test_an_archive_that_is_deleted_ends_the_run(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.png", image_bytes(1))])
+    dataset = dataset_of(f"Tar:files={path}")
+    dataset._descriptors.clear()  # as in another process
+    path.unlink()
+    with pytest.raises(ChangedDataError, match=r"a.tar is gone since its files were listed"):
+        dataset.get_image(0)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -253,7 +262,6 @@ def test_an_index_is_made_once_and_again_when_its_archive_changes(
     age(path)
     first = dataset_of(f"Tar:files={path}")
     (stored,) = cache.iterdir()
-    os.truncate(path, path.stat().st_size)
     content = path.read_bytes()
     path.write_bytes(bytes(len(content)))  # were it listed again, it would be refused
     age(path)
