@@ -11,13 +11,14 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from difflib import SequenceMatcher, get_close_matches
 from functools import cache
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
@@ -65,6 +66,8 @@ ProbabilityRange = Annotated[tuple[Probability, Probability], _ASCENDING]
 
 Level = Annotated[int, Limit("from 0 to 255", lambda n: 0 <= n <= 255)]
 ValueRange = Annotated[tuple[Real, Real], Limit("the smaller one first", lambda pair: pair[0] < pair[1])]
+ValueRanges = Annotated[tuple[ValueRange, ...], Limit("one for each band", lambda ranges: len(ranges) > 0)]
+Bands = Annotated[tuple[Count, ...], Limit("one or more", lambda bands: len(bands) > 0)]
 
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -230,13 +233,16 @@ class Augmentation:
     blur_sigma: PositiveRange
     solarize_probability: Probability
     implementation: Literal["tensor", "pil"]
-    mean: tuple[PixelMean, PixelMean, PixelMean]
-    std: tuple[PixelStd, PixelStd, PixelStd]
+    mean: tuple[PixelMean, ...]
+    std: tuple[PixelStd, ...]
 
 
 @dataclass(frozen=True)
 class Images:
-    value_range: ValueRange | None
+    bands: Bands | None
+    shown_bands: Bands | None
+    pages: Literal["first", "bands"]
+    value_range: ValueRange | ValueRanges | None
     max_pixels: Size
     max_file_size: Size
     background: tuple[Level, Level, Level] | None
@@ -352,13 +358,38 @@ def save(cfg: Config, path: str | Path) -> None:
         file.write(to_yaml(cfg).encode())
 
 
+def channels_of(cfg: Config) -> int:
+    """Number of channels of the images."""
+    return 3 if cfg.images.bands is None else len(cfg.images.bands)
+
+
+def is_normalization_missing(cfg: Config) -> bool:
+    """Whether mean and standard deviation are still those of red, green and blue, but images have other channels."""
+    return channels_of(cfg) != 3 and len(cfg.augmentation.mean) == len(cfg.augmentation.std) == 3
+
+
+def require_rgb(cfg: Config, task: str) -> None:
+    """Raise a ConfigError unless images have three channels."""
+    if channels_of(cfg) != 3:
+        raise ConfigError(f"images.bands = {list(cfg.images.bands or ())}: {task} takes images of three channels only")
+
+
+def require_normalization(cfg: Config) -> None:
+    """Raise a ConfigError if mean and standard deviation of the bands are not known."""
+    if is_normalization_missing(cfg):
+        raise ConfigError(
+            f"images.bands = {list(cfg.images.bands or ())}: augmentation.mean and augmentation.std of these bands are "
+            "not given: use the config.yaml of the training run, or measure them by python -m dinov2.data.statistics"
+        )
+
+
 def backbone_arguments(cfg: Config) -> dict[str, Any]:
     """Arguments of `dinov2.models.build_model` for the teacher's backbone; None is the default of the architecture."""
     arguments = asdict(cfg.student)
     for key in ("pretrained_weights", "drop_path_rate"):
         del arguments[key]
     arguments["init_values"] = arguments.pop("layerscale")
-    return {**arguments, "img_size": cfg.crops.global_crops_size}
+    return {**arguments, "img_size": cfg.crops.global_crops_size, "in_chans": channels_of(cfg)}
 
 
 def sources_of(cfg: Config) -> dict[str, str]:
@@ -494,9 +525,16 @@ def _convert(value: Any, kind: Any) -> Any:
         value = _convert(value, args[0])
         if all(limit.holds(value) for limit in args[1:]):
             return value
-    elif origin in (Union, UnionType):  # X | None
-        return None if value is None else _convert(value, args[0])
+    elif origin in (Union, UnionType):
+        for kind in args:
+            with suppress(ValueError):
+                return _convert(value, kind)
+    elif kind is NoneType:
+        if value is None:
+            return None
     elif origin is tuple:
+        if isinstance(value, list | tuple) and args[-1] is Ellipsis:
+            return tuple(_convert(item, args[0]) for item in value)
         if isinstance(value, list | tuple):
             return tuple(_convert(item, item_kind) for item, item_kind in zip(value, args, strict=True))
     elif origin is Literal:
@@ -515,7 +553,9 @@ def _describe(kind: Any) -> str:
     if origin is Annotated:
         return ", ".join([_describe(args[0]), *(limit.text for limit in args[1:])])
     if origin in (Union, UnionType):
-        return f"{_describe(args[0])}, or null"
+        return ", or ".join("null" if each is NoneType else _describe(each) for each in args)
+    if origin is tuple and args[-1] is Ellipsis:
+        return f"a list (each {_describe(args[0])})"
     if origin is tuple:
         kinds = [_describe(each) for each in args]
         same = len(set(kinds)) == 1
@@ -585,11 +625,32 @@ def _contradictions(cfg: Config) -> Iterator[str]:
                 f"compute_precision.teacher.{module}.sharding_strategy = {teacher} shard weights differently, "
                 f"but the teacher is an average of the student's shards"
             )
+    yield from _contradictions_of_bands(cfg)
     width, heads = cfg.student.embed_dim, cfg.student.num_heads
     if width and heads and width % heads:
         yield f"student.embed_dim = {width} is not a multiple of student.num_heads = {heads}"
     if cfg.student.depth and cfg.student.block_chunks > cfg.student.depth:
         yield f"student.block_chunks = {cfg.student.block_chunks} is more than student.depth = {cfg.student.depth}"
+
+
+def _contradictions_of_bands(cfg: Config) -> Iterator[str]:
+    images, channels = cfg.images, channels_of(cfg)
+    ranges = images.value_range or ()
+    bands = f"images.bands = {'null' if images.bands is None else list(images.bands)}"
+    if ranges and isinstance(ranges[0], tuple) and (images.bands is None or len(ranges) != channels):
+        yield f"images.value_range has a range for each of {len(ranges)} bands, which does not fit {bands}"
+    for key, values in (("mean", cfg.augmentation.mean), ("std", cfg.augmentation.std)):
+        if len(values) != channels and not is_normalization_missing(cfg):
+            yield f"augmentation.{key} has {len(values)} values, but {bands} gives {channels} channels" + (
+                "" if channels == 3 else ": give as many, or neither mean nor std, which are then measured"
+            )
+    if channels != 3 and cfg.augmentation.implementation == "pil":
+        yield f"augmentation.implementation = pil is for images of three channels, not for {bands}"
+    shown = images.shown_bands
+    if shown is not None and (images.bands is None or len(shown) not in (1, 3) or not {*shown} <= {*images.bands}):
+        yield f"images.shown_bands = {list(shown)} must be three or one of the bands that are read, {bands}"
+    if images.pages == "bands" and images.bands is None:
+        yield "images.pages = bands needs images.bands, which says which of them are read"
 
 
 # --- Merging ---------------------------------------------------------------------------------------------------------

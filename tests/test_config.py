@@ -116,6 +116,9 @@ for network in ("teacher", "student"):
         }
 
 OUR_DEFAULTS = {
+    "images.bands": None,
+    "images.shown_bands": None,
+    "images.pages": "first",
     "images.value_range": None,
     "images.max_pixels": 178956970,
     "images.max_file_size": 1024,

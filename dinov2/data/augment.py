@@ -13,24 +13,25 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dinov2.data.color_ops import SMALLEST_BLURRED, jitter_colors
+from dinov2.data.color_ops import SMALLEST_BLURRED, jitter_bands, jitter_colors
 from dinov2.data.crop_params import NEUTRAL_FACTORS, CropParam, CropParams, CropParamSampler, possible_reduction
-from dinov2.data.images import EncodedImage
+from dinov2.data.images import AnyImage, EncodedImage
 from dinov2.data.transforms import BLUR_KERNEL, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 
 class MultiCrop(NamedTuple):
     """The crops of one image, float32."""
 
-    global_crops: tuple[Tensor, Tensor]  # each (3, G, G)
-    local_crops: tuple[Tensor, ...]  # L times (3, S, S)
+    global_crops: tuple[Tensor, Tensor]  # each (C, G, G), of C channels
+    local_crops: tuple[Tensor, ...]  # L times (C, S, S)
 
 
 class DataAugmentationDINO:
-    """RGB image -> MultiCrop. Each crop draws its own geometry and colors.
+    """Image -> MultiCrop. Each crop draws its own geometry and colors.
 
     The order is: resized crop (bicubic), flip, color jitter, grayscale, blur, solarize (second global crop only),
-    normalization.
+    normalization. With means of another number of channels than three, images have these bands (`BandImage`), of which
+    each has a brightness and a contrast of its own; there is no saturation, hue or grayscale then.
 
     The blur probabilities are those in effect in the released code, which applied blur with probability 1 - p;
     the paper's are (1.0, 0.1, 0.5).
@@ -91,7 +92,9 @@ class DataAugmentationDINO:
             if probability > 0 and side < SMALLEST_BLURRED:
                 raise ValueError(f"crops of {side} pixels cannot be blurred; they need at least {SMALLEST_BLURRED}")
         self.implementation = implementation
-        self.mean, self.std = (255 * torch.tensor(values).view(3, 1, 1) for values in (mean, std))  # in levels
+        self.mean, self.std = (255 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std))  # in levels
+        if (channels := len(mean)) != 3 and implementation == "pil":
+            raise ValueError(f"the implementation pil is for images of three channels, not of {channels}")
         self.sampler = CropParamSampler(
             scale=[global_crops_scale] * 2 + [local_crops_scale] * local_crops_number,
             aspect_ratio=aspect_ratio,
@@ -102,23 +105,27 @@ class DataAugmentationDINO:
             blur=blur,
             blur_sigma=blur_sigma,
             solarize=[0.0, solarize_probability] + [0.0] * local_crops_number,
+            num_bands=None if channels == 3 else channels,
         )
 
-    def __call__(self, image: Image.Image | EncodedImage) -> MultiCrop:
+    def __call__(self, image: AnyImage | EncodedImage) -> MultiCrop:
         """Augment an image; the seed of all its random numbers is drawn from torch's CPU generator."""
         return self.apply(*self.draw(image))
 
-    def draw(self, image: Image.Image | EncodedImage) -> tuple[np.ndarray, CropParams]:
+    def draw(self, image: AnyImage | EncodedImage) -> tuple[np.ndarray, CropParams]:
         """Decode an image, at a reduced scale if its crops allow it, and draw the parameters of its C crops.
 
-        The pixels are (height, width, 3) uint8; the parameters are in pixels of that scale.
+        The pixels are (height, width, 3) uint8, or (height, width, bands) float32; the parameters are in pixels of that
+        scale.
         """
-        encoded = EncodedImage(image) if isinstance(image, Image.Image) else image
+        encoded = image if isinstance(image, EncodedImage) else EncodedImage(image)
         seed = int(torch.randint(2**63 - 1, ()))
         params = self.sampler.draw(*encoded.size, np.random.default_rng(seed))
         reduction = 1 if self.implementation == "pil" else possible_reduction(params, self.sides)
         pixels = encoded.pixels(reduction)
-        height, width, _ = pixels.shape
+        height, width, channels = pixels.shape
+        if channels != len(self.mean):
+            raise ValueError(f"an image of {channels} channels, but mean and standard deviation of {len(self.mean)}")
         return pixels, params if reduction == 1 else params.reduced(reduction, width, height)
 
     def apply(self, pixels: np.ndarray, params: CropParams) -> MultiCrop:
@@ -128,14 +135,21 @@ class DataAugmentationDINO:
 
 
 def tensor_crops(pixels: np.ndarray, crops: Iterable[tuple[CropParam, int]]) -> Iterator[Tensor]:
-    """Crops (1, 3, side, side) of float32 levels 0..255: resampled in 8 bits like Pillow, color-jittered in float32."""
+    """Crops (1, C, side, side) of float32 levels 0..255: resampled in 8 bits like Pillow, color-jittered in float32.
+
+    Pixels that are float32 already are not rounded.
+    """
+    is_rgb = pixels.dtype == np.uint8
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     for param, side in crops:
         top, left, height, width = param.box
         box = image[:, :, top : top + height, left : left + width]
         crop = interpolate(box, (side, side), mode="bicubic", antialias=True)
         crop = crop.flip(3) if param.flip else crop
-        yield jitter_colors(crop.to(torch.float32, memory_format=torch.contiguous_format), param)
+        if is_rgb:
+            yield jitter_colors(crop.to(torch.float32, memory_format=torch.contiguous_format), param)
+        else:
+            yield jitter_bands(crop.contiguous().clamp_(0, 255), param)
 
 
 def pil_crops(pixels: np.ndarray, crops: Iterable[tuple[CropParam, int]]) -> Iterator[Tensor]:

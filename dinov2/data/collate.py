@@ -20,8 +20,8 @@ from dinov2.data.masking import MaskingGenerator
 class Batch(NamedTuple):
     """The crops and masks of one training step. Rows are crop-major: crop 0 of all images, then crop 1, ..."""
 
-    global_crops: Tensor  # (2B, 3, G, G)
-    local_crops: Tensor  # (L*B, 3, S, S); without local crops (0, 3, G, G)
+    global_crops: Tensor  # (2B, C, G, G), of C channels
+    local_crops: Tensor  # (L*B, C, S, S); without local crops (0, C, G, G)
     masks: Tensor  # (2B, N) bool, True = masked; patches in row-major order
     mask_index: Tensor  # (M,) int64, where masks.flatten() is True, ascending
     mask_weight: Tensor  # (M,) float32, 1 / masked patches of the same crop

@@ -45,6 +45,41 @@ def jitter_colors(crop: Tensor, param: CropParam) -> Tensor:
     return crop.repeat(1, 3, 1, 1) if param.gray else crop
 
 
+def jitter_bands(crop: Tensor, param: CropParam) -> Tensor:
+    """The operations that are valid for any bands on one crop (1, C, S, S), which is overwritten.
+
+    Brightness and contrast of each band change by factors of its own, in the order drawn; gray values, saturation and
+    hue are not defined. Then follow blur and solarizing. Nothing is rounded.
+    """
+    factors = torch.tensor(param.factors, dtype=torch.float32)[:, None, :, None, None]  # (2, 1, C, 1, 1)
+    if not torch.all(factors == 1):
+        crop = change_bands(crop, factors, torch.tensor(is_contrast_first(param.order)))
+    if param.sigma > 0:
+        crop = blur(crop, [weight for weight in blur_weights(param.sigma) if weight > _NEGLIGIBLE])
+    return solarize(crop) if param.solarize else crop
+
+
+def is_contrast_first(order: Sequence[int]) -> bool:
+    """Whether contrast comes before brightness in the order of the operations."""
+    return list(order).index(CONTRAST) < list(order).index(BRIGHTNESS)
+
+
+def change_bands(crops: Tensor, factors: Tensor, contrast_first: Tensor) -> Tensor:
+    """Change brightness and contrast of each band of crops (n, C, S, S).
+
+    Args:
+        crops: Levels.
+        factors: (2, n, C, 1, 1), of brightness and of contrast, which is about the mean of the band.
+        contrast_first: Whether contrast comes first, bool that can be broadcast to the crops.
+    """
+    brightness, contrast = factors
+    for is_contrast in (contrast_first, ~contrast_first):
+        mean = crops.mean((2, 3), keepdim=True)
+        factor = torch.where(is_contrast, contrast, brightness)
+        crops = (crops * factor).add_(torch.where(is_contrast, mean * (1 - contrast), 0.0)).clamp_(0, 255)
+    return crops
+
+
 def gray_of(crops: Tensor) -> Tensor:
     """Luminance as in Pillow: (n, 3, S, S) -> (n, 1, S, S)."""
     red, green, blue = crops.split(1, 1)

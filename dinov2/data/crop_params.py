@@ -7,7 +7,7 @@ Legend: C crops of an image, 2 global ones and the local ones; n crops in genera
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ class CropParam(NamedTuple):
     box: tuple[int, int, int, int]
     flip: bool
     order: tuple[int, int, int, int]
-    factors: tuple[float, float, float, float]
+    factors: Any  # four numbers, or two lists
     gray: bool
     sigma: float
     solarize: bool
@@ -35,7 +35,9 @@ class CropParams(NamedTuple):
     boxes: np.ndarray  # (n, 4) int64: top, left, height, width in pixels of the upright image
     flip: np.ndarray  # (n,) bool
     order: np.ndarray  # (n, 4) int64: the operations of the color jitter, first to last
-    factors: np.ndarray  # (n, 4) float64 of brightness, contrast, saturation; shift of hue in turns
+    # (n, 4) float64 of brightness, contrast, saturation, and the shift of hue in turns; for images of bands
+    # (n, 2, C) of the brightness and the contrast of each
+    factors: np.ndarray
     gray: np.ndarray  # (n,) bool
     sigma: np.ndarray  # (n,) float64: blur in pixels, 0 = none
     solarize: np.ndarray  # (n,) bool
@@ -77,6 +79,7 @@ class CropParamSampler:
         color_jitter: Strengths of brightness, contrast, saturation and hue.
         blur, solarize: (C,) probabilities of blurring and of inverting bright pixels.
         blur_sigma: Range of the blur's standard deviation in pixels.
+        num_bands: Number of bands whose brightness and contrast are drawn separately; None for RGB images.
     """
 
     def __init__(
@@ -91,7 +94,9 @@ class CropParamSampler:
         blur: Sequence[float],
         blur_sigma: Sequence[float],
         solarize: Sequence[float],
+        num_bands: int | None = None,
     ) -> None:
+        self.num_bands = num_bands
         self.scale = np.array(scale, np.float64)
         self.aspect_ratio = (float(aspect_ratio[0]), float(aspect_ratio[1]))
         self.probabilities = np.array([[flip, jitter, gray, b, s] for b, s in zip(blur, solarize, strict=True)])
@@ -112,13 +117,21 @@ class CropParamSampler:
             boxes=self._boxes(width, height, areas, aspects, corner),
             flip=flip,
             order=order.argsort(axis=1),
-            factors=np.where(
-                jitter[:, None], self.factor_low + (self.factor_high - self.factor_low) * factors, NEUTRAL_FACTORS
-            ),
+            factors=self._factors(jitter, factors) if self.num_bands is None else self._factors_of_bands(jitter, rng),
             gray=gray,
             sigma=np.where(blur, low + (high - low) * sigma[:, 0], 0.0),
             solarize=solarize,
         )
+
+    def _factors(self, jitter: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        factors = self.factor_low + (self.factor_high - self.factor_low) * numbers
+        return np.where(jitter[:, None], factors, NEUTRAL_FACTORS)
+
+    def _factors_of_bands(self, jitter: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Brightness and contrast of each band, (C, 2, number of bands)."""
+        low, high = self.factor_low[: CONTRAST + 1, None], self.factor_high[: CONTRAST + 1, None]
+        factors = low + (high - low) * rng.random((len(self.scale), 2, self.num_bands or 0))
+        return np.where(jitter[:, None, None], factors, 1.0)
 
     def _boxes(self, width: int, height: int, areas: np.ndarray, aspects: np.ndarray, corner: np.ndarray) -> np.ndarray:
         """Boxes as in torchvision's RandomResizedCrop, from numbers in [0, 1): (C, attempts) twice, and (C, 2)."""

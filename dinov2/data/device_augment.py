@@ -13,14 +13,24 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dinov2.data.augment import DataAugmentationDINO
 from dinov2.data.collate import Batch, shared_tensor
-from dinov2.data.color_ops import BLUR_RADIUS, blend, blur, blur_weights, gray_of, hue_centers, shift_hue, solarize
+from dinov2.data.color_ops import (
+    BLUR_RADIUS,
+    blend,
+    blur,
+    blur_weights,
+    change_bands,
+    gray_of,
+    hue_centers,
+    is_contrast_first,
+    shift_hue,
+    solarize,
+)
 from dinov2.data.crop_params import CONTRAST, HUE, NEUTRAL_FACTORS, SATURATION, CropParams, stack_crop_params
-from dinov2.data.images import EncodedImage
+from dinov2.data.images import AnyImage, EncodedImage
 
 _PART_SIDES = 2**14  # pixels; bounds the memory: number of images processed together times their longest side
 
@@ -28,7 +38,7 @@ _PART_SIDES = 2**14  # pixels; bounds the memory: number of images processed tog
 class RawImage(NamedTuple):
     """A decoded image with the parameters of its crops."""
 
-    pixels: np.ndarray  # (height, width, 3) uint8
+    pixels: np.ndarray  # (height, width, 3) uint8, or (height, width, channels) float32 levels
     params: CropParams  # of its C crops
 
 
@@ -37,8 +47,8 @@ class CropFormat(NamedTuple):
 
     global_side: int
     local_side: int
-    mean: tuple[float, ...]  # of red, green and blue, in levels
-    std: tuple[float, ...]  # of red, green and blue, in levels
+    mean: tuple[float, ...]  # of each channel, in levels
+    std: tuple[float, ...]  # of each channel, in levels
     dtype: torch.dtype
 
 
@@ -46,7 +56,7 @@ class RawBatch(NamedTuple):
     """A `Batch` with images and crop parameters in place of the crops."""
 
     batch: Batch  # without crops
-    pixels: Tensor  # (bytes,) uint8: the images (height, width, 3), concatenated
+    pixels: Tensor  # uint8, or float32 of bands: the images (height, width, channels), concatenated
     sizes: np.ndarray  # (B, 2) int64: height and width of each
     params: CropParams  # of B x C crops, image by image
     crop_format: CropFormat
@@ -60,7 +70,7 @@ class DeviceAugmentation:
     def __init__(self, augmentation: DataAugmentationDINO) -> None:
         self.augmentation = augmentation
 
-    def __call__(self, image: Image.Image | EncodedImage) -> RawImage:
+    def __call__(self, image: AnyImage | EncodedImage) -> RawImage:
         return RawImage(*self.augmentation.draw(image))
 
     def crop_format(self, dtype: torch.dtype) -> CropFormat:
@@ -71,7 +81,8 @@ class DeviceAugmentation:
 
 def pack_raw_batch(images: Sequence[RawImage], batch: Batch, crop_format: CropFormat) -> RawBatch:
     """Put the images of a batch into one buffer; ``batch`` is everything else but the crops, see `make_masks`."""
-    pixels = shared_tensor([sum(image.pixels.size for image in images)], torch.uint8)
+    dtype = torch.uint8 if images[0].pixels.dtype == np.uint8 else torch.float32
+    pixels = shared_tensor([sum(image.pixels.size for image in images)], dtype)
     np.concatenate([image.pixels.reshape(-1) for image in images], out=pixels.numpy())
     sizes = np.array([image.pixels.shape[:2] for image in images])
     return RawBatch(batch, pixels, sizes, stack_crop_params([image.params for image in images]), crop_format)
@@ -81,19 +92,20 @@ def make_crops(raw: RawBatch) -> Batch:
     """Compute the crops of a batch on the device where ``raw.pixels`` and the rest of the batch are."""
     batch, pixels, sizes, params, crop_format = raw
     count, crops_each = len(sizes), len(params.flip) // len(sizes)
-    device, dtype = pixels.device, crop_format.dtype
+    device, dtype, channels = pixels.device, crop_format.dtype, len(crop_format.mean)
+    color_jittered = _color_jittered if channels == 3 else _bands_jittered
     mean, std = _move_together([torch.tensor(crop_format.mean), torch.tensor(crop_format.std)], device)
     kinds = ((2, crop_format.global_side), (crops_each - 2, crop_format.local_side))
-    all_crops = [torch.empty(n, count, 3, side, side, dtype=dtype, device=device) for n, side in kinds]
-    starts = np.concatenate([[0], np.cumsum(3 * sizes.prod(1))])
+    all_crops = [torch.empty(n, count, channels, side, side, dtype=dtype, device=device) for n, side in kinds]
+    starts = np.concatenate([[0], np.cumsum(channels * sizes.prod(1))])
     for first, last in _parts(sizes):
-        images = _padded(pixels[starts[first] : starts[last]], sizes[first:last])
+        images = _padded(pixels[starts[first] : starts[last]], sizes[first:last], channels)
         crop_index = np.arange(first * crops_each, last * crops_each).reshape(-1, crops_each)
         for rows, crops in zip((crop_index[:, :2], crop_index[:, 2:]), all_crops, strict=True):
             if not rows.size:
                 continue
             part_params = params.take(rows.reshape(-1))
-            levels = _color_jittered(_resampled(images, part_params, crops.shape[-1]), part_params)
+            levels = color_jittered(_resampled(images, part_params, crops.shape[-1]), part_params)
             levels.sub_(mean[:, None, None]).div_(std[:, None, None])
             crops[:, first:last] = levels.unflatten(0, (last - first, -1)).transpose(0, 1)
     global_crops, local_crops = (crops.flatten(0, 1) for crops in all_crops)
@@ -109,12 +121,13 @@ def _parts(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
             first = last
 
 
-def _padded(pixels: Tensor, sizes: np.ndarray) -> Tensor:
-    """Concatenated images -> (P, 3, H, W) float32, padded with zeros at the right and the bottom."""
+def _padded(pixels: Tensor, sizes: np.ndarray, channels: int) -> Tensor:
+    """Concatenated images -> (P, channels, H, W) float32, padded with zeros at the right and the bottom."""
     height, width = sizes.max(0).tolist()
-    images = torch.zeros(len(sizes), 3, height, width, device=pixels.device)
-    for image, part, (h, w) in zip(images, pixels.split((3 * sizes.prod(1)).tolist()), sizes.tolist(), strict=True):
-        image[:, :h, :w] = part.view(h, w, 3).permute(2, 0, 1)
+    images = torch.zeros(len(sizes), channels, height, width, device=pixels.device)
+    parts = pixels.split((channels * sizes.prod(1)).tolist())
+    for image, part, (h, w) in zip(images, parts, sizes.tolist(), strict=True):
+        image[:, :h, :w] = part.view(h, w, channels).permute(2, 0, 1)
     return images
 
 
@@ -122,20 +135,23 @@ def _padded(pixels: Tensor, sizes: np.ndarray) -> Tensor:
 
 
 def _resampled(images: Tensor, params: CropParams, side: int) -> Tensor:
-    """Resample, and flip where drawn, the boxes of n/P crops of each image: (n, 3, side, side) integral levels.
+    """Resample, and flip where drawn, the boxes of n/P crops of each image: (n, channels, side, side) levels.
 
-    Two matrix products, along the rows and then the columns, each followed by rounding to 8 bits as in Pillow.
+    Two matrix products, along the rows and then the columns, each followed by rounding to 8 bits as in Pillow if images
+    are RGB.
     """
-    count, _, height, width = images.shape
+    count, channels, height, width = images.shape
     edges = torch.from_numpy(np.column_stack([params.boxes, params.flip]).astype(np.float32))
     (edges,) = _move_together([edges], images.device)
     top, left, rows, columns, flip = edges.T
     across = _weights(left, columns, side, width)
     across = torch.where(flip[:, None, None] > 0, across.flip(1), across).view(count, -1, width)  # (P, n/P * side, W)
     down = _weights(top, rows, side, height)
-    narrow = _levels(images.view(count, 3 * height, width) @ across.mT)
-    narrow = narrow.view(count, 3, height, -1, side).permute(0, 3, 1, 2, 4).reshape(-1, 3, height, side)
-    return _levels(down[:, None] @ narrow)
+    narrow = images.view(count, channels * height, width) @ across.mT
+    narrow = _levels(narrow) if channels == 3 else narrow
+    narrow = narrow.view(count, channels, height, -1, side).permute(0, 3, 1, 2, 4).reshape(-1, channels, height, side)
+    resampled = down[:, None] @ narrow
+    return _levels(resampled) if channels == 3 else resampled.clamp_(0, 255)
 
 
 def _weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
@@ -186,6 +202,23 @@ def _color_jittered(crops: Tensor, params: CropParams) -> Tensor:
     _change(crops, gray, lambda some: gray_of(some).expand(-1, 3, -1, -1))
     _change(crops, blurry, lambda some: blur(some, kernels.unbind(1)))
     crops.round_()
+    _change(crops, inverted, solarize)
+    return crops
+
+
+def _bands_jittered(crops: Tensor, params: CropParams) -> Tensor:
+    """Apply the operations of `dinov2.data.color_ops.jitter_bands` to many crops at once."""
+    changed, blurred = np.flatnonzero((params.factors != 1).any((1, 2))), np.flatnonzero(params.sigma)
+    weights = [blur_weights(sigma) for sigma in params.sigma[blurred].tolist()]
+    chosen = [torch.from_numpy(x) for x in (changed, blurred, np.flatnonzero(params.solarize))]
+    factors = torch.from_numpy(params.factors[changed].astype(np.float32)).transpose(0, 1)[..., None, None].contiguous()
+    first = torch.tensor([is_contrast_first(order) for order in params.order[changed].tolist()], dtype=torch.bool)
+    kernels = torch.tensor(weights).view(-1, BLUR_RADIUS + 1, 1, 1, 1)
+    jittered, blurry, inverted, factors, first, kernels = _move_together(
+        [*chosen, factors, first.view(-1, 1, 1, 1), kernels], crops.device
+    )
+    _change(crops, jittered, lambda some: change_bands(some, factors, first))
+    _change(crops, blurry, lambda some: blur(some, kernels.unbind(1)))
     _change(crops, inverted, solarize)
     return crops
 

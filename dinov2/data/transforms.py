@@ -1,6 +1,6 @@
 """Image transforms: blur, conversion to tensors, and the two pipelines of image classification.
 
-Shapes: PIL images are RGB; tensors are float32 (3, H, W).
+Shapes: PIL images are RGB; images of other bands are `BandImage`; tensors are float32 (C, H, W), of C channels.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from dinov2.data.images import AnyImage, BandImage
 
 if TYPE_CHECKING:  # its import takes seconds, so it is imported where it is used
     from torchvision.transforms import Compose, InterpolationMode, Normalize
@@ -42,16 +44,23 @@ class GaussianBlur:
 
 
 class ToNormalizedTensor:
-    """RGB image -> float32 (3, H, W), scaled to [0, 1] and normalized: ToTensor and Normalize in one, same numbers."""
+    """Image -> float32 (C, H, W), scaled to [0, 1] and normalized: ToTensor and Normalize in one, same numbers."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean = torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: AnyImage | np.ndarray) -> Tensor:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         tensor = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         return tensor.div_(255).sub_(self.mean).div_(self.std)
+
+
+class BandsToTensor:
+    """A `BandImage` as tensor, on which torchvision's operations work; others are left as they are."""
+
+    def __call__(self, image: Any) -> Any:
+        return image.tensor() if isinstance(image, BandImage) else image
 
 
 class MaybeToTensor:
@@ -66,7 +75,7 @@ class MaybeToTensor:
 def make_normalize_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN, std: Sequence[float] = IMAGENET_DEFAULT_STD
 ) -> "Normalize":
-    """Normalization of float tensors (3, H, W) in [0, 1]."""
+    """Normalization of float tensors (C, H, W) in [0, 1]."""
     from torchvision.transforms import Normalize
 
     return Normalize(mean=mean, std=std)
@@ -80,11 +89,14 @@ def make_classification_train_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> "Compose":
-    """Random crop and flip, as in linear evaluation, bicubic by default: image -> (3, crop_size, crop_size)."""
+    """Random crop and flip, as in linear evaluation, bicubic by default: image -> (C, crop_size, crop_size)."""
     from torchvision import transforms
 
     interpolation = interpolation or transforms.InterpolationMode.BICUBIC
-    steps: list[Callable[[Any], Any]] = [transforms.RandomResizedCrop(crop_size, interpolation=interpolation)]
+    steps: list[Callable[[Any], Any]] = [
+        BandsToTensor(),
+        transforms.RandomResizedCrop(crop_size, interpolation=interpolation),
+    ]
     if hflip_prob > 0:
         steps.append(transforms.RandomHorizontalFlip(hflip_prob))
     return transforms.Compose([*steps, MaybeToTensor(), make_normalize_transform(mean, std)])
@@ -98,12 +110,13 @@ def make_classification_eval_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> "Compose":
-    """Shorter side to ``resize_size``, center crop, bicubic by default: image -> (3, crop_size, crop_size)."""
+    """Shorter side to ``resize_size``, center crop, bicubic by default: image -> (C, crop_size, crop_size)."""
     from torchvision import transforms
 
     interpolation = interpolation or transforms.InterpolationMode.BICUBIC
     return transforms.Compose(
         [
+            BandsToTensor(),
             transforms.Resize(resize_size, interpolation=interpolation),
             transforms.CenterCrop(crop_size),
             MaybeToTensor(),

@@ -291,7 +291,7 @@ def train_classifiers(
     _, crop = setup.image_sizes(args, cfg)
     max_iter, world_size = args.epochs * args.epoch_length, distributed.world_size()
     classifiers, param_groups = setup_linear_classifiers(
-        feature_model(torch.zeros(1, 3, crop, crop, device=distributed.device())),
+        feature_model(torch.zeros(1, len(cfg.augmentation.mean), crop, crop, device=distributed.device())),
         [n for n in LAST_BLOCKS if n <= feature_model.n_last_blocks],
         args.learning_rates,
         args.batch_size,

@@ -41,6 +41,7 @@ def setup(args: argparse.Namespace, datasets: Iterable[str] = ()) -> Config:
     If the configuration or one of the dataset strings is wrong, nothing has been created.
     """
     cfg = config.load(args.config_file, args.opts)
+    config.require_normalization(cfg)
     for dataset_str in datasets:
         _check_dataset_str(dataset_str)
     output_dir = Path(args.output_dir).resolve()
@@ -121,7 +122,7 @@ def resize_and_crop_size(
 
 
 def eval_transform(args: argparse.Namespace, cfg: Config, published_resize_size: int = 256) -> Callable[..., Tensor]:
-    """Build the transform image -> (3, crop, crop), with the normalization of training."""
+    """Build the transform image -> (C, crop, crop), of C channels, with the normalization of training."""
     resize, crop = image_sizes(args, cfg, published_resize_size)
     logger.info("images: shorter side to %d pixels, center crop of %d x %d", resize, crop, crop)
     return make_classification_eval_transform(

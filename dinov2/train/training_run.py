@@ -44,25 +44,35 @@ METRICS_FILE = "training_metrics.json"
 
 
 def open_dataset(cfg: Config, *, resume: bool) -> tuple[Config, ImageDataset]:
-    """Open the dataset of a training run; returns it, and the configuration with its range of pixel values.
+    """Open the dataset of a training run; returns it, and the configuration with what was measured of its pixels.
 
-    All processes have the same range, which is None for images of 8 bits. `resume`: reuse the range that an earlier run
-    in the same folder measured on the same dataset.
+    This is their range, None for images of 8 bits, and the normalization of bands. All processes have the same.
+    `resume`: reuse what an earlier run in the same folder measured on the same dataset.
     """
+    if resume and (former := _former_measures(cfg)):
+        logger.info("pixel values are mapped and normalized as in the run so far (OUTPUT/config.yaml)")
+        cfg = former
     options = ImageOptions(**vars(cfg.images))
-    if resume and options.value_range is None and (former := _former_range(cfg)):
-        logger.info(
-            "pixel values from %g to %g are mapped to 0..255, as in the run so far (images.value_range)", *former
-        )
-        options = options.with_range(former)
     dataset = make_dataset(dataset_str=cfg.train.dataset_path, image_options=options)
-    value_range = distributed.all_gather_object(dataset.image_options.value_range)[0]
+    found = dataset.survey().normalization() if config.is_normalization_missing(cfg) else None
+    value_range, found = distributed.all_gather_object((dataset.image_options.value_range, found))[0]
     dataset.image_options = dataset.image_options.with_range(value_range)
-    return replace(cfg, images=replace(cfg.images, value_range=value_range)), dataset
+    cfg = replace(cfg, images=replace(cfg.images, value_range=value_range))
+    if found is not None:
+        mean, std = (", ".join(f"{value:.4f}" for value in values) for values in found)
+        logger.info("bands in [0, 1]: mean %s, standard deviation %s (augmentation.mean, .std set them)", mean, std)
+        cfg = replace(cfg, augmentation=replace(cfg.augmentation, mean=found[0], std=found[1]))
+    elif config.is_normalization_missing(cfg):
+        path, reason = next(iter(dataset.survey().unreadable), ("", "none has a finite value"))
+        raise ValueError(
+            f"train.dataset_path={cfg.train.dataset_path}: mean and standard deviation of the bands cannot be measured "
+            f"on {dataset.survey().num_sampled} images: {path}: {reason}"
+        )
+    return cfg, dataset
 
 
-def _former_range(cfg: Config) -> tuple[float, float] | None:
-    """The range of pixel values of the run in the output folder; None without checkpoints on this dataset."""
+def _former_measures(cfg: Config) -> Config | None:
+    """The configuration with what the run in the output folder measured and is not given; None without checkpoints."""
     output = Path(cfg.train.output_dir)
     if latest_checkpoint(output / "checkpoints") is None:
         return None
@@ -70,7 +80,15 @@ def _former_range(cfg: Config) -> tuple[float, float] | None:
         former = config.load(output / "config.yaml")
     except (ConfigError, OSError):  # resuming reports a damaged one
         return None
-    return former.images.value_range if former.train.dataset_path == cfg.train.dataset_path else None
+    if (former.train.dataset_path, former.images.bands) != (cfg.train.dataset_path, cfg.images.bands):
+        return None
+    found = cfg
+    if cfg.images.value_range is None and former.images.value_range is not None:
+        found = replace(found, images=replace(cfg.images, value_range=former.images.value_range))
+    if config.is_normalization_missing(cfg):
+        mean, std = former.augmentation.mean, former.augmentation.std
+        found = replace(found, augmentation=replace(cfg.augmentation, mean=mean, std=std))
+    return found if found != cfg else None
 
 
 def build_loader(

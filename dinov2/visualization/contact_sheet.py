@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from dinov2.data.images import AnyImage
+
 MARGIN, GAP = 20, 6  # pixels around the sheet, and between images
 BLACK, GRAY = "#1a1a1a", "#666666"
 TITLE, SUBTITLE, TEXT = 22, 15, 14  # font sizes in pixels
@@ -25,7 +27,7 @@ _MAGMA = (
 class Cell(NamedTuple):
     """An image on a sheet, and the caption below it."""
 
-    image: Image.Image
+    image: AnyImage
     caption: str = ""
     align_top: bool = False  # where the image is in a row of taller images: at the top, or at the bottom
     ring: tuple[float, float] | None = None  # center of a ring, as fractions (x, y) of width and height
@@ -50,7 +52,7 @@ def heat_map(values: np.ndarray, low: float, high: float) -> Image.Image:
     return Image.fromarray(np.stack(channels, axis=-1).round().astype(np.uint8))
 
 
-def overlay(image: Image.Image, colors: Image.Image, opacity: float = 0.65) -> Image.Image:
+def overlay(image: AnyImage, colors: Image.Image, opacity: float = 0.65) -> Image.Image:
     """Blend patch colors over a photograph in gray, at the size of the photograph."""
     return Image.blend(image.convert("L").convert("RGB"), enlarge(colors, image.size), opacity)
 
@@ -121,7 +123,7 @@ def draw_sheet(
 
 
 def contact_sheet(
-    rows: Mapping[str, Sequence[Image.Image]],
+    rows: Mapping[str, Sequence[AnyImage]],
     *,
     captions: Sequence[str] = (),
     columns: int = 10,
@@ -163,7 +165,7 @@ def _draw_cell(item: Cell | None, image: Image.Image | None, height: int, size: 
 
 def _fit(item: Cell, side: int) -> Image.Image:
     """The image of a cell with a longer side of `side` pixels, and its ring if it has one."""
-    image = item.image
+    image = item.image.convert("RGB")
     scale = side / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     image = enlarge(image, size) if scale >= 1 else image.resize(size, Image.Resampling.LANCZOS)

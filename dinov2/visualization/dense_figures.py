@@ -5,7 +5,7 @@ Predictions are those of the evaluations, `dinov2.eval.dense`: windows, scales a
 Shapes: images of H x W pixels, C classes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from PIL import Image
 from dinov2.data.dense.palettes import distinct_palette, voc_palette
 from dinov2.data.dense.segmentation_sets import VOC2012
 from dinov2.data.dense.transforms import EvaluationInputs
+from dinov2.data.images import AnyImage
 from dinov2.eval.dense import depth, heads, segmentation
 from dinov2.eval.dense.data import Example
 from dinov2.eval.dense.prediction_figure import class_colors
@@ -80,7 +81,7 @@ def protocol_of(head: heads.ChosenHead, backbone: FrozenBackbone, name: str | No
 class _Prepared(NamedTuple):
     """An image that is ready for prediction."""
 
-    image: Image.Image  # at the size of the prediction
+    image: AnyImage  # at the size of the prediction
     example: Example
 
 
@@ -177,7 +178,7 @@ def depth_sheet(
     return Figure(sheet, {"depth": maps})
 
 
-def _class_maps(images: Sequence[Image.Image], maps: Sequence[np.ndarray], palette: np.ndarray) -> list[Image.Image]:
+def _class_maps(images: Sequence[AnyImage], maps: Sequence[np.ndarray], palette: np.ndarray) -> list[Image.Image]:
     """Class colors over the images in gray, so that outlines of objects and of classes can be compared."""
     colors = [Image.fromarray(class_colors(labels, palette)) for labels in maps]
     return [overlay(image, each, CLASS_OPACITY) for image, each in zip(images, colors, strict=True)]
@@ -197,7 +198,7 @@ def _prepared(image: LoadedImage, prepare: EvaluationInputs) -> _Prepared:
 
 
 def _sheet(
-    images: Sequence[LoadedImage], rows: dict[str, list[Image.Image]], captions: Sequence[str] = (), **texts: Any
+    images: Sequence[LoadedImage], rows: Mapping[str, Sequence[AnyImage]], captions: Sequence[str] = (), **texts: Any
 ) -> Image.Image:
     columns = min(len(images), 4 if len(images) <= 8 else 6)
     return contact_sheet(

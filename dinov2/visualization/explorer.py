@@ -20,6 +20,7 @@ from torch import Tensor
 
 import dinov2
 from dinov2.analysis.pca import fit_pca_colormap
+from dinov2.data.images import AnyImage
 from dinov2.eval.extract.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
 from dinov2.visualization.compact_tokens import CompactTokens, compact_tokens
 from dinov2.visualization.contact_sheet import heat_map
@@ -101,15 +102,15 @@ def _pca_levels(tokens: Sequence[Tensor]) -> bytes:
     return b"".join((colormap(batch) * 255).round().to(torch.uint8).numpy().tobytes() for batch in batches)
 
 
-def _attention_levels(backbone: FrozenBackbone, inputs: Sequence[Image.Image]) -> bytes:
+def _attention_levels(backbone: FrozenBackbone, inputs: Sequence[AnyImage]) -> bytes:
     """Attention of the class token in the last block, mean of the heads; 255 is the 99th percentile of each image."""
     maps = [heads.mean(dim=0) for heads in image_attention(backbone, inputs)]
     scaled = [(values / values.quantile(0.99).clamp_min(1e-12)).clamp(0, 1) for values in maps]
     return b"".join((values * 255).round().to(torch.uint8).numpy().tobytes() for values in scaled)
 
 
-def _data_uri(image: Image.Image) -> str:
-    reduced, buffer = image.copy(), io.BytesIO()
+def _data_uri(image: AnyImage) -> str:
+    reduced, buffer = image.convert("RGB"), io.BytesIO()
     reduced.thumbnail((LONGER_SIDE, LONGER_SIDE), Image.Resampling.LANCZOS)
     reduced.save(buffer, "JPEG", quality=QUALITY, optimize=True)
     return f"data:image/jpeg;base64,{_text(buffer.getvalue())}"

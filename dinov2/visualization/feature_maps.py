@@ -13,11 +13,11 @@ from itertools import groupby, islice
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from dinov2.analysis.shifts import finer_tokens
+from dinov2.data.images import AnyImage
 from dinov2.data.transforms import ToNormalizedTensor
 from dinov2.eval.extract.frozen_backbone import FrozenBackbone
 from dinov2.eval.features import autocast, run_model
@@ -40,7 +40,7 @@ def log_sizes(sizes: Iterable[tuple[tuple[int, int], tuple[int, int]]], patch_si
         logger.info("resized to multiples of the patch (%d pixels): %s", patch_size, ", ".join(changes))
 
 
-def _batches(backbone: FrozenBackbone, images: Iterable[Image.Image]) -> Iterator[Tensor]:
+def _batches(backbone: FrozenBackbone, images: Iterable[AnyImage]) -> Iterator[Tensor]:
     """Normalized batches (n, 3, H, W) of consecutive images of one size."""
     to_tensor = ToNormalizedTensor(backbone.mean, backbone.std)
     for _, group in groupby(images, key=lambda image: image.size):
@@ -51,7 +51,7 @@ def _batches(backbone: FrozenBackbone, images: Iterable[Image.Image]) -> Iterato
 # --- Patch tokens ----------------------------------------------------------------------------------------------------
 
 
-def image_tokens(backbone: FrozenBackbone, images: Sequence[Image.Image], *, shifts: int = 1) -> list[Tensor]:
+def image_tokens(backbone: FrozenBackbone, images: Sequence[AnyImage], *, shifts: int = 1) -> list[Tensor]:
     """Patch tokens (s * h, s * w, D) of each image, whose sides are multiples of the patch size; see `patch_tokens`."""
     tokens_of = partial(patch_tokens, backbone.model, shifts=shifts, autocast_dtype=backbone.autocast_dtype)
     return [tokens for batch in _batches(backbone, images) for tokens in tokens_of(batch)]
@@ -96,7 +96,7 @@ def patch_tokens(
 # --- Attention -------------------------------------------------------------------------------------------------------
 
 
-def image_attention(backbone: FrozenBackbone, images: Sequence[Image.Image]) -> list[Tensor]:
+def image_attention(backbone: FrozenBackbone, images: Sequence[AnyImage]) -> list[Tensor]:
     """Attention (H, h, w) in each image, whose sides are multiples of the patch size; see `class_attention`."""
     attention_in = partial(class_attention, backbone.model, autocast_dtype=backbone.autocast_dtype)
     return [attention for batch in _batches(backbone, images) for attention in attention_in(batch)]

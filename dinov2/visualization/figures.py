@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from dinov2.analysis.pca import fit_foreground, fit_pca_colormap, to_images
+from dinov2.data.images import AnyImage
 from dinov2.eval.extract.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
 from dinov2.eval.extract.preprocessing import input_size
 from dinov2.eval.features import require_finite
@@ -170,8 +171,8 @@ def inputs_and_features(
     backbone: FrozenBackbone,
     images: Sequence[LoadedImage],
     shorter_side: int | None,
-    compute: Callable[[FrozenBackbone, Sequence[Image.Image]], list[Tensor]],
-) -> tuple[list[Image.Image], list[Tensor]]:
+    compute: Callable[[FrozenBackbone, Sequence[AnyImage]], list[Tensor]],
+) -> tuple[list[AnyImage], list[Tensor]]:
     """The images at the sizes of model inputs, and their features, which must be finite."""
     patch_size = backbone.model.patch_size
     sizes = [(each.image.size, input_size(each.image.size, shorter_side, patch_size)) for each in images]

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
 from torch.utils.data import Dataset
 
 from dinov2.data import make_dataset
@@ -15,6 +14,7 @@ from dinov2.data.datasets import DATASETS
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import (
     DEFAULT_OPTIONS,
+    AnyImage,
     BadImageError,
     ImageDecodeError,
     ImageOptions,
@@ -35,7 +35,7 @@ class LoadedImage(NamedTuple):
 
     name: str
     path: str
-    image: Image.Image
+    image: AnyImage
 
 
 class ImageInput(NamedTuple):
@@ -43,7 +43,7 @@ class ImageInput(NamedTuple):
 
     name: str  # short, for captions
     path: str  # for messages and lists
-    decode: Callable[[], Image.Image]  # returns an upright RGB image, or raises BadImageError
+    decode: Callable[[], AnyImage]  # returns an upright image, or raises BadImageError
 
     def load(self) -> LoadedImage:
         """Decode the image; a `BadImageError` if it cannot be read."""
@@ -95,7 +95,7 @@ def no_readable_image(inputs: Sequence[ImageInput]) -> ValueError:
 class TransformedImages(Dataset[tuple[int, Any] | None]):
     """Indices of images and the transformed images; None, with a warning, for an image that cannot be read."""
 
-    def __init__(self, inputs: Sequence[ImageInput], transform: Callable[[Image.Image], Any]) -> None:
+    def __init__(self, inputs: Sequence[ImageInput], transform: Callable[[AnyImage], Any]) -> None:
         self.inputs, self.transform = inputs, transform
 
     def __len__(self) -> int:
@@ -154,7 +154,7 @@ def _file_input(path: Path, options: ImageOptions) -> ImageInput:
     return ImageInput(path.name, str(path), partial(_decode_file, path, options))
 
 
-def _decode_file(path: Path, options: ImageOptions) -> Image.Image:
+def _decode_file(path: Path, options: ImageOptions) -> AnyImage:
     try:
         return decode_image(read_image_file(path, options), options)
     except (OSError, ImageDecodeError) as error:

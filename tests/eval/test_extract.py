@@ -169,7 +169,7 @@ def test_labels_of_several_sources_are_left_out(folder: Path) -> None:
     ("images", "message"),
     [
         ([1, 2], "images are paths or dataset strings, or PIL images, or one tensor .*, not int"),
-        (torch.zeros(3, 16, 16), r"a tensor of images is \(n, 3, H, W\) float, normalized, not 3 x 16 x 16"),
+        (torch.zeros(3, 16, 16), r"a tensor of images is \(n, C, H, W\) float, normalized, not 3 x 16 x 16"),
         (torch.zeros(1, 3, 20, 16), "1 images of 20 x 16 pixels: .* multiples of the patch size 8"),
         ([], "no images given"),
         ("nowhere", "no such images: 'nowhere'; give a folder, image files, "),
@@ -198,7 +198,10 @@ def test_unsuitable_images_are_named(images: Any, message: str) -> None:
         ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
         ({"num_workers": -1}, "--num-workers -1 must be at least 0"),
         ({"random_init": True}, "random_init cannot be used with a model that is a backbone already"),
-        ({"model": "dinov2_vits15"}, "unknown --model 'dinov2_vits15'; did you mean dinov2_vits14? Names: dinov2_vits14, "),
+        (
+            {"model": "dinov2_vits15"},
+            "unknown --model 'dinov2_vits15'; did you mean dinov2_vits14? Names: dinov2_v",
+        ),
         ({"token": "patch"}, "unknown option 'token' of extract_features; known: tokens, layers, "),
     ],
 )

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from dinov2.data.datasets.file_list import PathTable
 from dinov2.data.images import (
     DEFAULT_OPTIONS,
+    AnyImage,
     BadImageError,
     EncodedImage,
     ImageOptions,
@@ -150,8 +151,8 @@ class ImageDataset(Dataset, ABC):
                 self.describe(index),
             )
 
-    def get_image(self, index: int) -> Image.Image:
-        """Decode an image, RGB, not transformed; errors as in `open_image`."""
+    def get_image(self, index: int) -> AnyImage:
+        """Decode an image, RGB or of chosen bands, not transformed; errors as in `open_image`."""
         encoded = self.open_image(index)
         with self._naming(index):
             return encoded.load()

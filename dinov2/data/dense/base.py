@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from dinov2.data.datasets.base import ImageDataset, ListedDataset
 from dinov2.data.datasets.file_list import PathTable
 from dinov2.data.dense.map_files import BadMapError, label_lookup, read_depths, read_indices, to_classes
 from dinov2.data.dense.pairing import named
 from dinov2.data.dense.palettes import distinct_palette
-from dinov2.data.images import EncodedImage, read_image_file
+from dinov2.data.images import AnyImage, EncodedImage, read_image_file
 
 IGNORED = -1
 """Class index of pixels that are neither trained on nor counted; files usually have 255."""
@@ -74,7 +73,7 @@ class DenseDataset(ListedDataset):
         with self._naming_map(index):
             return self._read_map(index)
 
-    def get_sample(self, index: int) -> tuple[Image.Image, np.ndarray]:
+    def get_sample(self, index: int) -> tuple[AnyImage, np.ndarray]:
         """Read the image of a sample, RGB, and its map, which have the same size.
 
         Raises:

@@ -44,11 +44,17 @@ class PhotometricDistortion:
             )
 
     def __call__(self, image: Tensor, generator: np.random.Generator) -> Tensor:
-        """Distort an image (3, H, W) of integral levels, which is overwritten; the result is integral too."""
+        """Distort an image (3, H, W) of integral levels, which is overwritten; the result is integral too.
+
+        Of images of other bands (C, H, W) brightness and contrast are changed only, and levels are not rounded.
+        """
         brightness, contrast, saturation, hue, contrast_is_last = (generator.random(5) < 0.5).tolist()
         beta = generator.uniform(-self.brightness, self.brightness)
         contrast_factor, saturation_factor = generator.uniform(*self.contrast), generator.uniform(*self.saturation)
         steps = int(generator.integers(-self.hue, self.hue)) if self.hue else 0
+        if len(image) != 3:
+            image = image.add_(beta if brightness else 0.0).clamp_(0, 255)
+            return image.mul_(contrast_factor if contrast else 1.0).clamp_(0, 255)
         if brightness:
             image = image.add_(beta).clamp_(0, 255).floor_()
         if contrast and not contrast_is_last:

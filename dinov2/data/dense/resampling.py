@@ -32,10 +32,16 @@ class Window(NamedTuple):
 def resized_image(
     pixels: np.ndarray, size: tuple[int, int], window: Window | None = None, *, antialias: bool = False
 ) -> Tensor:
-    """Resize an image, (h, w, 3) uint8, to ``size`` (H, W), and return a window of the result.
+    """Resize an image to ``size`` (H, W), and return a window of the result.
+
+    Args:
+        pixels: (h, w, 3) uint8, or levels of bands (h, w, C) float32.
+        size: (H, W).
+        window: Part of the result; None: all of it.
+        antialias: Whether to resize with antialiasing.
 
     Returns:
-        Levels from 0 to 255, integers, (3, window.height, window.width) float32.
+        Levels from 0 to 255 (C, window.height, window.width) float32, integers if those of the image are.
     """
     window = window or Window.whole(size)
     if antialias and size != pixels.shape[:2]:
@@ -47,8 +53,8 @@ def resized_image(
     columns = _neighbors(pixels.shape[1], size[1], window.left, window.width)
     source = pixels[rows.first[0] : rows.last[-1] + 1, columns.first[0] : columns.last[-1] + 1]
     image = torch.from_numpy(np.ascontiguousarray(source.transpose(2, 0, 1), np.float32))
-    image = _interpolated(image, rows, 1)
-    return _interpolated(image, columns, 2).round_()
+    image = _interpolated(_interpolated(image, rows, 1), columns, 2)
+    return image.round_() if pixels.dtype == np.uint8 else image
 
 
 class _Neighbors(NamedTuple):

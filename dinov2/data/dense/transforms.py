@@ -1,9 +1,9 @@
 """Joint transforms of an image and its map: random crops for training, resized images for testing.
 
 All random numbers come from the generator that is passed, so a sample depends on the generator's seed alone; see
-`dinov2.data.randomness`. Images are RGB; their tensors are float32, normalized by mean and standard deviation of
-ImageNet by default. Maps are those of `DenseDataset.get_map`: their tensors are int64 class indices (H, W), or float32
-depths in meters (1, H, W).
+`dinov2.data.randomness`. Images are RGB, or for segmentation of any bands; their tensors are float32, normalized by
+mean and standard deviation of ImageNet by default. Maps are those of `DenseDataset.get_map`: their tensors are int64
+class indices (H, W), or float32 depths in meters (1, H, W).
 
 Legend: H, W height and width of a crop or an image.
 """
@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from dinov2.data.dense.base import IGNORED
 from dinov2.data.dense.color import DepthColors, PhotometricDistortion, check_probability, check_range
 from dinov2.data.dense.resampling import Window, resized_image, resized_map, size_for_short_side
+from dinov2.data.images import AnyImage
 from dinov2.data.transforms import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 NYU_BOX = Window(45, 43, 427, 565)
@@ -44,8 +45,8 @@ class _Normalized:
     antialias: bool = False
 
     def _normalized(self, levels: Tensor) -> Tensor:
-        """Levels (3, H, W), overwritten, -> normalized (3, H, W)."""
-        mean, std = (255 * torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (self.mean, self.std))
+        """Levels (C, H, W), overwritten, -> normalized (C, H, W)."""
+        mean, std = (255 * torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (self.mean, self.std))
         return levels.sub_(mean).div_(std)
 
 
@@ -87,7 +88,7 @@ class SegmentationCrops(_Normalized):
             raise ValueError(f"crop_tries must be at least 0, got {self.crop_tries}")
 
     def __call__(
-        self, image: Image.Image | np.ndarray, labels: np.ndarray, generator: np.random.Generator
+        self, image: AnyImage | np.ndarray, labels: np.ndarray, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
         pixels = _checked_pixels(image, labels)
         size = self.draw_size((labels.shape[0], labels.shape[1]), generator)
@@ -156,7 +157,7 @@ class DepthCrops(_Normalized):
             raise ValueError(f"rotation must be from 0 to 180 degrees, got {self.rotation}")
 
     def __call__(
-        self, image: Image.Image | np.ndarray, depths: np.ndarray, generator: np.random.Generator
+        self, image: AnyImage | np.ndarray, depths: np.ndarray, generator: np.random.Generator
     ) -> tuple[Tensor, Tensor]:
         pixels = _checked_pixels(image, depths)
         chances, angle = generator.random(2), generator.uniform(-self.rotation, self.rotation)
@@ -210,7 +211,7 @@ class EvaluationInputs(_Normalized):
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f"scales must be positive numbers, got {self.scales}")
 
-    def __call__(self, image: Image.Image | np.ndarray, labels: np.ndarray) -> tuple[tuple[Tensor, ...], Tensor]:
+    def __call__(self, image: AnyImage | np.ndarray, labels: np.ndarray) -> tuple[tuple[Tensor, ...], Tensor]:
         pixels, labels = _fixed_crop(_checked_pixels(image, labels), labels, None, self.bottom)
         sizes = [self.size_at(scale, (labels.shape[0], labels.shape[1])) for scale in self.scales]
         images = tuple(self._normalized(resized_image(pixels, size, antialias=self.antialias)) for size in sizes)
@@ -246,11 +247,17 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def _checked_pixels(image: Image.Image | np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The pixels of an image, (H, W, 3) uint8; ValueError if it is not RGB or differs in size from its map."""
+def _checked_pixels(image: AnyImage | np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The pixels of an image, (H, W, 3) uint8 or levels of bands (H, W, C) float32; ValueError for others.
+
+    Or if it differs in size from its map.
+    """
     pixels = np.asarray(image)
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise ValueError(f"the image must be RGB, (H, W, 3) uint8, got {pixels.dtype} of shape {pixels.shape}")
+    if pixels.ndim != 3 or (pixels.shape[2] == 3) != (pixels.dtype == np.uint8):
+        raise ValueError(
+            "the image must be RGB, (H, W, 3) uint8, or have other bands, float32, "
+            f"got {pixels.dtype} of shape {pixels.shape}"
+        )
     if values.shape != pixels.shape[:2]:
         raise ValueError(f"the image has {pixels.shape[:2]} pixels (height, width), but its map {values.shape}")
     return pixels

@@ -1,13 +1,10 @@
-"""Decode image files of any kind to upright 8-bit RGB images, for the whole package; encode pixels as PNG."""
+"""Decode image files of any kind to upright images, for the whole package; encode pixels as PNG."""
 
 import io
 import os
 import stat
-import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +12,16 @@ import torch
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from dinov2.data.images.deep_pixels import Samples, check_usable, map_to_rgb, read_samples
-from dinov2.data.images.formats import UnknownFormatError, bits_of_jpeg2000, is_cut_to_8_bits, is_deep, open_header
+from dinov2.data.images.arrays import is_array
+from dinov2.data.images.band_image import AnyImage
+from dinov2.data.images.bands import ArrayFile, BandFile
+from dinov2.data.images.deep_pixels import Samples, all_samples, check_usable, map_to_rgb, read_samples
+from dinov2.data.images.encoded import EncodedImage, decoding
+from dinov2.data.images.formats import bits_of_jpeg2000, is_cut_to_8_bits, is_deep, open_header
 from dinov2.data.images.limits import check_header, check_jpeg_scans, check_pixels, png_chunks
+from dinov2.data.images.options import DEFAULT_OPTIONS, ImageOptions
 from dinov2.data.images.tiff import is_tiff, read_tiff_header
-from dinov2.data.images.value_range import ValueRange
+from dinov2.data.images.value_range import to_8_bit
 
 # EXIF orientation -> the transposition that turns the image upright.
 _UPRIGHT = {
@@ -35,40 +37,7 @@ _SIDEWAYS = (5, 6, 7, 8)  # orientations of images that are stored rotated by 90
 _PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may contain the orientation
 _MAX_EXIF_BYTES = 2**16 - 1  # bytes searched for the orientation: the maximum of a JPEG file
 _MAX_SAMPLES_OF_PILLOW = 6  # per pixel of a TIFF file; for more Pillow logs an error, each time
-
-
-class ImageDecodeError(ValueError):
-    """The bytes are not a usable image: truncated, corrupt, of an unsupported format, or too large."""
-
-
-class BadImageError(RuntimeError):
-    """A sample of a dataset has no usable image (missing, unreadable or undecodable file)."""
-
-    def __init__(self, message: str, path: str = "") -> None:
-        super().__init__(message)
-        self.path = path  # from `describe(index)` of the dataset
-
-
-@dataclass(frozen=True)
-class ImageOptions:
-    """Options of reading image files: the section `images` of the configuration."""
-
-    value_range: ValueRange | None = None  # mapped to 0 and 255, for images of more than 8 bits; None: measured
-    max_pixels: int = 178_956_970  # larger images are unreadable
-    max_file_size: int = 1024  # in MiB; larger files are unreadable
-    # Color (red, green, blue), each from 0 to 255, that transparent images are composited on; None: transparency is
-    # dropped, which shows the colors under it.
-    background: tuple[int, int, int] | None = None
-
-    @property
-    def max_bytes(self) -> int:
-        return self.max_file_size * 2**20
-
-    def with_range(self, value_range: ValueRange | None) -> "ImageOptions":
-        return replace(self, value_range=value_range)
-
-
-DEFAULT_OPTIONS = ImageOptions()
+_BANDS_OF_PILLOW = ("L", "LA", "RGB", "RGBA", "CMYK")  # modes whose bands are used as they are; others become RGB
 
 
 def read_image_file(path: str | Path, options: ImageOptions = DEFAULT_OPTIONS) -> bytes:
@@ -92,27 +61,6 @@ def kind_of_file(mode: int) -> str:
     """Kind of a file that is not regular, from its `st_mode`."""
     kinds = {stat.S_IFREG: "a file", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
     return kinds.get(stat.S_IFMT(mode), "a device")
-
-
-class EncodedImage:
-    """An image of known size whose pixels are decoded on request, optionally at a reduced scale."""
-
-    def __init__(self, image: Image.Image) -> None:
-        """Wrap an upright RGB image."""
-        self._image = image
-        self.size = image.size  # (width, height), upright
-
-    def load(self, reduction: int = 1) -> Image.Image:
-        """Decode to mode RGB, with sides divided by ``reduction`` (1, 2, 4 or 8) and rounded up.
-
-        Raises:
-            ImageDecodeError: The data are truncated or corrupt; so for all methods that decode.
-        """
-        return self._image if reduction == 1 else self._image.reduce(reduction)
-
-    def pixels(self, reduction: int = 1) -> np.ndarray:
-        """Decode to a new array (height, width, 3) uint8."""
-        return np.array(self.load(reduction))
 
 
 class ImageFile(EncodedImage):
@@ -169,10 +117,10 @@ class ImageFile(EncodedImage):
         return orientation
 
     def load(self, reduction: int = 1) -> Image.Image:
-        with _decoding(self._data):
+        with decoding(self._data):
             if self.is_deep or self._is_unsupported_by_pillow:
                 samples = read_samples(self._data, self.tiff, self.options.max_pixels)
-                image, is_upright = map_to_rgb(samples, self.tiff, self.options.value_range), samples.is_upright
+                image, is_upright = map_to_rgb(samples, self.tiff, self.options.joint_range), samples.is_upright
             else:
                 image, self._opened = self.opened, None
                 if isinstance(image, JpegImageFile) and reduction > 1:
@@ -189,8 +137,25 @@ class ImageFile(EncodedImage):
 
     def samples(self) -> Samples:
         """Decode the first band, or the first three, of an image of more than 8 bits."""
-        with _decoding(self._data):
+        with decoding(self._data):
             return read_samples(self._data, self.tiff, self.options.max_pixels)
+
+    def all_bands(self) -> np.ndarray:
+        """Decode all samples as they are stored: (height, width, bands), upright; NaN where there is no data."""
+        pages_are_bands = self.options.pages == "bands" and self.has_more_frames
+        if self.is_deep or self._is_unsupported_by_pillow or pages_are_bands:
+            stored, is_upright = all_samples(self._data, self.tiff, self.options.max_pixels, pages_are_bands)
+            if not self.is_deep and self.tiff is not None and self.tiff.bits < 8:
+                stored = to_8_bit(stored, (0.0, float(2**self.tiff.bits - 1)))
+        else:
+            image, self._opened = self.opened, None
+            image.load()
+            if image.mode not in _BANDS_OF_PILLOW:
+                rgb = "RGBA" if _may_be_transparent(image) else "RGB"
+                image = image.convert("L" if image.mode == "1" else rgb)
+            stored, is_upright = np.asarray(image), self.tiff is not None  # Pillow rotates TIFF while loading
+        stored = stored if stored.ndim == 3 else stored[..., None]
+        return stored if is_upright else _upright_array(stored, self._orientation)
 
     # --- Content that is not used ---
 
@@ -209,9 +174,14 @@ class ImageFile(EncodedImage):
         """Whether any pixel is not opaque; decodes the image."""
         if self.is_deep or self._is_unsupported_by_pillow:
             return self.samples().is_transparent
-        with _decoding(self._data):
+        with decoding(self._data):
             image, self._opened = self.opened, None
             return int(np.asarray(image.convert("RGBA").getchannel("A")).min()) < 255
+
+    @property
+    def white_is_zero(self) -> bool:
+        """Whether the samples of `all_bands` are to be inverted."""
+        return self.is_deep and self.tiff is not None and self.tiff.photometric == 0
 
     @property
     def has_more_frames(self) -> bool:
@@ -236,13 +206,14 @@ def _decode_by_torchvision(data: bytes) -> np.ndarray | None:
     return None
 
 
-def open_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> ImageFile:
-    """Open an image file in one of `formats.FORMATS`, with pixels of any type, as an upright 8-bit RGB image.
+def open_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> "ImageFile | BandFile":
+    """Open an image file in one of `formats.FORMATS`, or NPY or NPZ, as an upright image.
 
     Only the header is read here; errors in the pixels are raised when they are decoded.
 
     - The EXIF orientation is applied. The published code ignores it, so training and evaluation differ from the
       published behavior on images with such a tag.
+    - With `ImageOptions.bands` these are read as they are, see `BandFile`. Otherwise the image becomes 8-bit RGB:
     - Transparency is dropped, which shows the colors under it as in the published code, unless
       `ImageOptions.background` is set.
     - Values of more than 8 bits are mapped to 8 bits by `ImageOptions.value_range`. Without a range it is measured on
@@ -250,30 +221,19 @@ def open_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> ImageFil
     - Of more than three bands the first three are used, of two the first; of pages and frames the first.
 
     Raises:
-        ImageDecodeError: The data are corrupt, the format is not supported, or there are too many pixels.
+        ImageDecodeError: The data are corrupt, the format is not supported, there are too many pixels, or a band that
+            is chosen is missing.
     """
-    with _decoding(data):
-        return ImageFile(data, options)
+    with decoding(data):
+        if is_array(data):
+            return BandFile(ArrayFile(data, options.max_pixels), options, data)
+        file = ImageFile(data, options)
+        return file if options.bands is None else BandFile(file, options, data)
 
 
-def decode_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> Image.Image:
-    """Decode an image file to an upright image in mode RGB, see `open_image`."""
+def decode_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> AnyImage:
+    """Decode an image file to an upright image, in mode RGB unless bands are chosen, see `open_image`."""
     return open_image(data, options).load()
-
-
-@contextmanager
-def _decoding(data: bytes) -> Iterator[None]:
-    """Turn all errors of Pillow into an ImageDecodeError, and silence its warnings."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of broken metadata once per image
-            yield
-    except UnknownFormatError as error:
-        raise ImageDecodeError(f"{len(data)} bytes {error}") from error
-    except Exception as error:  # damaged files make Pillow raise errors of any type: SyntaxError, OverflowError, ...
-        is_short = isinstance(error.__cause__ or error, struct.error)  # its message is about buffers and offsets
-        reason = "they end within the header, or it is damaged" if is_short else error
-        raise ImageDecodeError(f"cannot decode {len(data)} bytes: {reason}") from error
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
@@ -287,6 +247,14 @@ def _to_upright(image: Image.Image, orientation: int | None) -> Image.Image:
     # Not ImageOps.exif_transpose: it copies upright images and rewrites the EXIF block of the others, which fails on
     # the malformed blocks that are common in images from the web.
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _upright_array(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
+    """The same for an array (height, width, bands)."""
+    if orientation not in _UPRIGHT:
+        return pixels
+    position = np.arange(pixels.shape[0] * pixels.shape[1], dtype=np.int32).reshape(pixels.shape[:2])
+    return pixels.reshape(-1, pixels.shape[2])[np.asarray(_to_upright(Image.fromarray(position), orientation))]
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -39,22 +39,31 @@ def check_usable(tiff: TiffHeader) -> None:
 
 
 def read_samples(data: bytes, tiff: TiffHeader | None, max_pixels: int) -> Samples:
-    """Read the first band of an image file, or the first three, and its alpha; errors are of any type.
-
-    Files other than TIFF have 16 bits (PNG, PPM) or one band.
-    """
-    is_upright = False
+    """Read the first band of an image file, or the first three, and its alpha; see `all_samples`."""
+    stored, is_upright = all_samples(data, tiff, max_pixels)
     if tiff is None:
-        stored = _read_by_pillow(data, None)
-        assert stored is not None, "Pillow reads all layouts of other formats"
         num_bands = stored.shape[2] - (stored.shape[2] in (2, 4))
         alpha = num_bands if num_bands < stored.shape[2] else None
     else:
-        stored, is_upright = _read_tiff(data, tiff, max_pixels)
         num_bands, alpha = tiff.num_bands, tiff.alpha
     bands = np.delete(stored, alpha, axis=2) if alpha is not None and alpha < min(num_bands, 3) else stored
     values = bands[..., : 3 if num_bands >= 3 else 1]
     return Samples(values, None if alpha is None else stored[..., alpha], is_upright)
+
+
+def all_samples(
+    data: bytes, tiff: TiffHeader | None, max_pixels: int, all_pages: bool = False
+) -> tuple[np.ndarray, bool]:
+    """Read all samples of an image file, (H, W, S), and whether they are upright; errors are of any type.
+
+    Files other than TIFF have 16 bits (PNG, PPM) or one band. With `all_pages` the samples of the pages of a TIFF file
+    follow each other.
+    """
+    if tiff is not None:
+        return _read_tiff(data, tiff, max_pixels, all_pages)
+    stored = _read_by_pillow(data, None)
+    assert stored is not None, "Pillow reads all layouts of other formats"
+    return stored, False
 
 
 def map_to_rgb(samples: Samples, tiff: TiffHeader | None, value_range: ValueRange | None) -> Image.Image:
@@ -73,15 +82,20 @@ def map_to_rgb(samples: Samples, tiff: TiffHeader | None, value_range: ValueRang
     return image
 
 
-def _read_tiff(data: bytes, tiff: TiffHeader, max_pixels: int) -> tuple[np.ndarray, bool]:
+def check_bytes(size: tuple[int, int], samples: int, bits: int, stored_bytes: int, max_pixels: int) -> None:
+    """Raise a ValueError for an image of many samples that would take much more memory than its file has bytes."""
+    if samples * bits > 8 * max(_MAX_BYTES_PER_PIXEL, stored_bytes // max(math.prod(size), 1)):
+        check_pixels((size[0] * samples, size[1]), max_pixels)
+
+
+def _read_tiff(data: bytes, tiff: TiffHeader, max_pixels: int, all_pages: bool) -> tuple[np.ndarray, bool]:
     """Read all samples of a TIFF file, (H, W, S), and whether their orientation has been applied."""
-    if tiff.samples * tiff.bits > 8 * max(_MAX_BYTES_PER_PIXEL, len(data) // max(math.prod(tiff.size), 1)):
-        check_pixels((tiff.size[0] * tiff.samples, tiff.size[1]), max_pixels)
+    check_bytes(tiff.size, tiff.samples, tiff.bits, len(data), max_pixels)
     is_upright = False
     try:
-        stored = read_stored(data, tiff)
+        stored = read_stored(data, tiff, all_pages)
     except Exception as error:
-        found = _read_by_pillow(data, tiff)
+        found = None if all_pages else _read_by_pillow(data, tiff)
         if found is None:
             raise ValueError(
                 f"{tiff}, which cannot be read ({error}); convert it to Deflate or no compression, for instance "

@@ -5,13 +5,14 @@ Headers are read for all images of the sample, pixels only for those with more t
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from dinov2.data.images import ImageOptions, open_image
-from dinov2.data.images.value_range import RangeMeasurement, share_outside, to_8_bit
+from dinov2.data.images.options import range_of_each
+from dinov2.data.images.value_range import RangeMeasurement, ValueRange, share_outside, to_8_bit, to_levels
 
 NUM_SAMPLED = 64  # images, evenly spaced in the dataset
 LARGE = 100 * 10**6  # pixels from which an image slows down loading
@@ -35,7 +36,22 @@ class ImageSurvey:
     num_more_frames: int = 0  # with more than one page or frame
     num_large: int = 0  # of more than `LARGE` pixels
     num_lost_bits: int = 0  # of more than 8 bits in a format of which only 8 are read
-    measurement: RangeMeasurement = field(default_factory=RangeMeasurement)  # of images of more than 8 bits
+    # Of images of more than 8 bits, or of all if bands are chosen: one of all bands, or one of each.
+    measurements: list[RangeMeasurement] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.measurements = [RangeMeasurement() for _ in self.options.bands or [None]]
+
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        """Mean and standard deviation of each band in [0, 1], of all pixels measured; None if a band has none."""
+        if self.options.value_range is None or not all(each.samples for each in self.measurements):
+            return None
+        ranges = range_of_each(self.options.value_range, len(self.measurements))
+        found = [
+            to_levels(np.concatenate(each.samples), value_range) / 255
+            for each, value_range in zip(self.measurements, ranges, strict=True)
+        ]
+        return tuple(float(values.mean()) for values in found), tuple(float(values.std()) for values in found)
 
     def notes(self) -> list[tuple[int, str]]:
         """Messages for the user, each with its logging level; none for a dataset of plain 8-bit images."""
@@ -63,35 +79,50 @@ class ImageSurvey:
         return notes
 
     def _notes_on_values(self) -> list[tuple[int, str]]:
-        value_range, measured = self.options.value_range, self.measurement
+        if self.options.value_range is None:
+            ranges: Sequence[ValueRange | None] = [None] * len(self.measurements)
+        else:
+            ranges = range_of_each(self.options.value_range, len(self.measurements))
+        bands = self.options.bands or [None]
+        return [
+            note
+            for band, measured, value_range in zip(bands, self.measurements, ranges, strict=True)
+            for note in self._notes_on_band("" if band is None else f"band {band}: ", measured, value_range)
+        ]
+
+    def _notes_on_band(
+        self, which: str, measured: RangeMeasurement, value_range: ValueRange | None
+    ) -> Iterator[tuple[int, str]]:
         num_measured = measured.types.total()
         empty = num_measured - len(measured.samples)
-        text = f"{empty} of {num_measured} images of more than 8 bits have no finite value and become black"
-        notes = [(logging.WARNING, text)] if empty else []
+        kind = "images" if which else "images of more than 8 bits"
+        if empty:
+            text = f"{which}{empty} of {num_measured} {kind} have no finite value and become black"
+            yield logging.WARNING, text
         if value_range is None or not measured.samples:
-            return notes
+            return
         low, high = (f"{value:,.6g}" for value in value_range)
-        text = (
-            f"{self.num_deep:,} of {self.num_sampled:,} images sampled have more than 8 bits: pixel values of "
-            f"{' and '.join(sorted(measured.types))} from {measured.smallest:,.6g} to {measured.largest:,.6g}; "
-            f"{low} to {high} is mapped to 0..255 (images.value_range sets this)"
+        what = f"{self.num_deep:,} of {self.num_sampled:,} images sampled have more than 8 bits: pixel values"
+        yield (
+            logging.INFO,
+            f"{f'{which}values' if which else what} of {' and '.join(sorted(measured.types))} from "
+            f"{measured.smallest:,.6g} to {measured.largest:,.6g}; {low} to {high} is mapped to 0..255 "
+            "(images.value_range sets this)",
         )
-        notes.append((logging.INFO, text))
         clipped = float(np.mean([share_outside(values, value_range) for values in measured.samples]))
         if clipped > _MUCH_CLIPPED:
             text = f"{100 * clipped:.1f} % of the pixel values are outside {low} to {high} and are clipped"
-            notes.append((logging.WARNING, f"{text} (images.value_range)"))
+            yield logging.WARNING, f"{which}{text} (images.value_range)"
         poor = sum(
             np.unique(to_8_bit(values, value_range)).size < min(FEW_LEVELS, np.unique(values).size)
             for values in measured.samples
         )
-        if poor:
+        if poor and (not which or self.options.channels == 3):
             text = (
-                f"{poor} of {len(measured.samples)} images of more than 8 bits keep fewer than {FEW_LEVELS} gray "
-                f"levels of 256: {low} to {high} is too wide a range for them (images.value_range)"
+                f"{which}{poor} of {len(measured.samples)} {kind} keep fewer than {FEW_LEVELS} gray levels of 256: "
+                f"{low} to {high} is too wide a range for them (images.value_range)"
             )
-            notes.append((logging.WARNING if poor > _MANY_POOR * len(measured.samples) else logging.INFO, text))
-        return notes
+            yield logging.WARNING if poor > _MANY_POOR * len(measured.samples) else logging.INFO, text
 
 
 def survey_images(
@@ -113,14 +144,14 @@ def survey_images(
             survey.num_more_frames += image.has_more_frames
             survey.num_large += pixels > LARGE
             survey.num_lost_bits += image.lost_bits > 0
-            if image.is_deep:
+            if image.is_deep or options.bands is not None:
                 deep.append((index, pixels))
+                survey.num_deep += image.is_deep
             elif image.has_alpha and decoded < _MAX_DECODED:
                 decoded += pixels
                 survey.num_transparent += image.is_transparent()
         except Exception as error:  # damaged files raise errors of any type
             survey.unreadable.append((describe(index), str(error)))
-    survey.num_deep = len(deep)
     _measure(survey, read, describe, deep)
     return survey
 
@@ -136,7 +167,12 @@ def _measure(
         except Exception as error:
             survey.unreadable.append((describe(index), str(error)))
             continue
-        survey.measurement.add(samples.values)
+        own = survey.options.bands is not None
+        parts = np.moveaxis(samples.values, 2, 0) if own else [samples.values]
+        for measurement, values in zip(survey.measurements, parts, strict=True):
+            measurement.add(values)
         survey.num_transparent += samples.is_transparent
-    if survey.options.value_range is None:
-        survey.options = survey.options.with_range(survey.measurement.range())
+    ranges = [each.range() for each in survey.measurements]
+    if survey.options.value_range is None and None not in ranges:
+        joint = len(ranges) == 1
+        survey.options = survey.options.with_range(ranges[0] if joint else tuple(ranges))  # type: ignore[arg-type]

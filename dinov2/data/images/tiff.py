@@ -7,7 +7,8 @@ import io
 import logging
 import math
 import struct
-from typing import NamedTuple
+from collections import Counter
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -130,8 +131,8 @@ def _nodata(text: tuple[int, ...]) -> float | None:
         return None
 
 
-def read_stored(data: bytes, header: TiffHeader) -> np.ndarray:
-    """Read the samples (H, W, S) of the first page with `tifffile`.
+def read_stored(data: bytes, header: TiffHeader, all_pages: bool = False) -> np.ndarray:
+    """Read the samples (H, W, S) of the first page with `tifffile`, or those of all pages one after the other.
 
     It supports all numbers of bands and bits, but not all compressions; its errors are of any type.
     """
@@ -139,8 +140,17 @@ def read_stored(data: bytes, header: TiffHeader) -> np.ndarray:
 
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs broken metadata once per image
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = file.pages[0]
-        samples, axes = page.asarray(), page.axes
+        if not all_pages:
+            return _samples_of(file.pages[0], header)
+        shapes = Counter((page.shape, page.dtype) for page in file.pages)
+        if len(shapes) > 1:
+            found = ", ".join(f"{count} of {dtype} {shape}" for (shape, dtype), count in shapes.items())
+            raise ValueError(f"its pages cannot be bands of one image, as they differ: {found}")
+        return np.concatenate([_samples_of(page, header) for page in file.pages], axis=2)
+
+
+def _samples_of(page: Any, header: TiffHeader) -> np.ndarray:
+    samples, axes = page.asarray(), page.axes
     if axes not in ("YX", "YXS", "SYX"):
         raise ValueError(f"its axes are {axes}, not rows, columns and samples")
     if axes == "YX":
@@ -149,4 +159,4 @@ def read_stored(data: bytes, header: TiffHeader) -> np.ndarray:
         samples = np.moveaxis(samples, 0, -1)
     if math.prod(samples.shape) != math.prod(header.size) * header.samples:
         raise ValueError(f"its samples have shape {samples.shape}")
-    return samples
+    return np.asarray(samples)

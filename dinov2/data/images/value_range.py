@@ -19,8 +19,9 @@ _AT_ONCE = 2**20  # values converted at once; bounds the memory
 class RangeMeasurement:
     """Collects pixel values of some images and chooses the range that is mapped to 8 bits.
 
-    - Nonnegative integers (sensors, counts) get [0, 2^n - 1] with the smallest n that covers the maximum, such as 4095
-      for 12 bits, because other images of the dataset may be brighter than those measured.
+    - Bytes keep their values.
+    - Other nonnegative integers (sensors, counts) get [0, 2^n - 1] with the smallest n that covers the maximum, such as
+      4095 for 12 bits, because other images of the dataset may be brighter than those measured.
     - Fractions from 0 to 1 with a maximum above 0.5 get [0, 1].
     - Others (signed, floating point) get their minimum and maximum.
 
@@ -54,6 +55,8 @@ class RangeMeasurement:
         """Returns the range; None without finite values."""
         if not self.samples:
             return None
+        if set(self.types) == {"uint8"}:
+            return 0.0, 255.0
         pooled = np.concatenate(self.samples)
         inner_low, inner_high = np.percentile(pooled, [_OUTLIERS, 100 - _OUTLIERS], method="nearest").tolist()
         low, high = self.smallest, self.largest
@@ -104,6 +107,14 @@ def _scaled(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
     if low == 0 and high >= 255 and np.log2(high + 1).is_integer():
         return np.floor(levels * (256 / (high + 1))).astype(np.uint8)
     return ((levels - low) * (255 / max(high - low, np.finfo(np.float64).tiny))).round().astype(np.uint8)
+
+
+def to_levels(values: np.ndarray, value_range: ValueRange) -> np.ndarray:
+    """Map ``value_range`` to 0..255 in float32, without rounding; values outside are clipped, NaN becomes 0."""
+    low, high = value_range
+    levels: np.ndarray = values.astype(np.float64)
+    levels = (levels - low) * (255 / max(high - low, np.finfo(np.float64).tiny))
+    return np.nan_to_num(levels, nan=0.0).clip(0, 255).astype(np.float32, copy=False)
 
 
 def share_outside(values: np.ndarray, value_range: ValueRange) -> float:

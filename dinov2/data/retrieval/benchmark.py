@@ -5,11 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from dinov2.data.datasets.base import ListedDataset
 from dinov2.data.datasets.file_list import PathTable
-from dinov2.data.images import read_image_file
+from dinov2.data.images import AnyImage, read_image_file
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom edge in pixels."""
@@ -62,7 +60,7 @@ class QuerySet(ListedDataset):
     def get_image_data(self, index: int) -> bytes:
         return read_image_file(self.path(index), self.image_options)
 
-    def get_image(self, index: int) -> Image.Image:
+    def get_image(self, index: int) -> AnyImage:
         image = super().get_image(index)
         if self.boxes is None:
             return image

@@ -69,7 +69,7 @@ class Example(NamedTuple):
     """A whole image for testing."""
 
     number: int  # in the dataset
-    pixels: np.ndarray  # (H, W, 3) uint8
+    pixels: np.ndarray  # (H, W, 3) uint8, or levels of bands (H, W, C) float32
     inputs: tuple[Tensor, ...]  # the image as the model gets it, (3, h, w) float32, at each scale
     target: Tensor  # class indices (H, W) int64, or depths (1, H, W) float32
 

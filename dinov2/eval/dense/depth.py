@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dinov2 import distributed
+from dinov2 import config, distributed
 from dinov2.config import DTYPES, Config
 from dinov2.data.datasets import parse_dataset_str
 from dinov2.data.dense.base import DenseDataset
@@ -310,6 +310,7 @@ def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     with distributed.session():
         cfg = setup.setup(args, data.named_sets(args))
+        config.require_rgb(cfg, "depth estimation")
         path = Path(args.output_dir) / RESULTS_FILE
         archive_results(path)
         protocol, published, rules, changed = chosen(args, cfg)

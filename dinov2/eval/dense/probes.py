@@ -19,6 +19,7 @@ from dinov2 import distributed
 from dinov2.config import DTYPES, Config
 from dinov2.data.dense.base import DenseDataset, DenseSubset
 from dinov2.data.dense.resampling import resized_map
+from dinov2.data.images import AnyImage
 from dinov2.data.workers import SupervisedLoader
 from dinov2.eval import setup
 from dinov2.eval.dense import heads
@@ -57,13 +58,13 @@ class PatchTokens(nn.Module):
 
 
 class Squeezed:
-    """Image -> (3, side, side) float32: bicubic, the ratio not kept, normalized."""
+    """Image -> (C, side, side) float32: bicubic, the ratio not kept, normalized."""
 
     def __init__(self, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self.side = side
-        self.shift, self.scale = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self.shift, self.scale = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: AnyImage) -> Tensor:
         pixels = np.array(image.resize((self.side, self.side), Image.Resampling.BICUBIC))
         return (torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 - self.shift) / self.scale
 

@@ -28,6 +28,7 @@ from dinov2 import distributed
 from dinov2.config import DTYPES, Config
 from dinov2.data.dense.base import IGNORED, DenseDataset
 from dinov2.data.dense.transforms import EvaluationInputs, SegmentationCrops
+from dinov2.data.images import in_colors
 from dinov2.eval import setup
 from dinov2.eval.dense import data, heads, prediction_figure, probes
 from dinov2.eval.dense.protocols import (
@@ -112,7 +113,8 @@ def evaluate(
             truth, predicted_labels = example.target.numpy(), predicted.numpy()
             colors = [prediction_figure.class_colors(labels, dataset.palette) for labels in (truth, predicted_labels)]
             errors = prediction_figure.error_colors(predicted_labels, truth, IGNORED)
-            shown.append((example.number, dataset.describe(example.number), [example.pixels, *colors, errors]))
+            image = in_colors(example.pixels, dataset.image_options.shown)
+            shown.append((example.number, dataset.describe(example.number), [image, *colors, errors]))
     return segmentation_scores(areas.summed_over_processes()), prediction_figure.gathered(shown)
 
 

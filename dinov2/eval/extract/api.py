@@ -100,7 +100,7 @@ def extract_features(
 
     Args:
         images: A folder, image file, glob, list of images, dataset string or video, or several of these; a PIL image or
-            several; or a tensor (n, 3, H, W) of normalized images, which are not preprocessed.
+            several; or a tensor (n, C, H, W) of normalized images, which are not preprocessed.
         model: A published name such as `dinov2_vits14`, or a backbone.
         pretrained_weights: File, URL, folder of transformers or of a run's teacher (`OUT/eval/best`).
         config_file, random_init, num_heads, opts: As the flags of the command.
@@ -144,14 +144,14 @@ def as_sources(images: Images) -> list[str] | MemoryImages:
     if isinstance(images, Tensor):
         if images.ndim != 4 or not images.is_floating_point():
             shape = " x ".join(map(str, images.shape))
-            raise ValueError(f"a tensor of images is (n, 3, H, W) float, normalized, not {shape} {images.dtype}")
+            raise ValueError(f"a tensor of images is (n, C, H, W) float, normalized, not {shape} {images.dtype}")
         return MemoryImages(images)
     items = [images] if isinstance(images, str | Path | Image.Image) else list(images)
     if items and all(isinstance(item, Image.Image) for item in items):
         return MemoryImages([item for item in items if isinstance(item, Image.Image)])
     if not all(isinstance(item, str | Path) for item in items):
         kinds = ", ".join(dict.fromkeys(type(item).__name__ for item in items))
-        raise TypeError(f"images are paths or dataset strings, or PIL images, or one tensor (n, 3, H, W), not {kinds}")
+        raise TypeError(f"images are paths or dataset strings, or PIL images, or one tensor (n, C, H, W), not {kinds}")
     return [str(item) for item in items]
 
 

@@ -53,6 +53,7 @@ def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
         config_file = str(teacher.parent.parent / "config.yaml")
     if config_file is not None:
         cfg = config.load(config_file, args.opts)
+        config.require_normalization(cfg)
         return FrozenBackbone(
             setup.build_model_for_eval(cfg, weights),
             _name(weights) if weights else _name_untrained(config_file),

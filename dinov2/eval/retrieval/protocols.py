@@ -7,9 +7,11 @@ takes a full center crop of 224 x 224, in which the rest is black.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from dinov2.data.images import AnyImage
 from dinov2.data.transforms import ToNormalizedTensor, make_classification_eval_transform
 from dinov2.flags.evaluation import PUBLISHED_CROP_SIZE, SMALLEST_PUBLISHED_SIZE
 
@@ -61,10 +63,11 @@ class LongerSideTransform:
     def __init__(self, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
         self.side, self.normalize = side, ToNormalizedTensor(mean, std)
 
-    def __call__(self, image: Image.Image) -> Tensor:
+    def __call__(self, image: AnyImage) -> Tensor:
         scale = self.side / max(image.size)
         width, height = (max(round(length * scale), 1) for length in image.size)
-        square = Image.new("RGB", (self.side, self.side))
-        resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        square.paste(resized, ((self.side - width) // 2, (self.side - height) // 2))
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        top, left = (self.side - height) // 2, (self.side - width) // 2
+        square = np.zeros((self.side, self.side, pixels.shape[2]), pixels.dtype)
+        square[top : top + height, left : left + width] = pixels
         return self.normalize(square)

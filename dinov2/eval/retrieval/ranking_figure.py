@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from dinov2.data.images import AnyImage
 from dinov2.data.retrieval import RetrievalBenchmark
 
 CELL, FRAME, GAP, MARGIN, TITLE_HEIGHT = 128, 5, 8, 16, 28  # pixels
@@ -31,7 +32,7 @@ def draw_rankings(
     return page
 
 
-def _framed(image: Image.Image, color: str) -> Image.Image:
+def _framed(image: AnyImage, color: str) -> Image.Image:
     """The image in a square of CELL pixels with a frame."""
     side = CELL - 2 * FRAME
     inside = ImageOps.pad(image.convert("RGB"), (side, side), Image.Resampling.LANCZOS, color="white")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dinov2 import distributed
+from dinov2 import config, distributed
 from dinov2.config import Config
 from dinov2.data.datasets import parse_dataset_str
 from dinov2.data.videos import VIDEO_DATASETS, VOID, AnnotatedVideo, make_video_set
@@ -206,6 +206,7 @@ def main(args: argparse.Namespace) -> None:
     with distributed.session():
         parse_dataset_str(args.dataset, VIDEO_DATASETS)  # before anything is created
         cfg = setup.setup(args)
+        config.require_rgb(cfg, "tracking")
         side = short_side(args, cfg.student.patch_size)
         logger.info("%s", described(args, side))
         path = Path(args.output_dir) / RESULTS_FILE

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dinov2.data.images import ImageOptions
+from dinov2.data.images import AnyImage, ImageOptions
 from dinov2.data.videos import AnnotatedVideo, read_palette
 from dinov2.eval.tracking.region_and_boundary import boundary
 from dinov2.eval.tracking.video_tracking import read_frame
@@ -85,7 +85,7 @@ def save_overlay(
         logger.warning("no overlay of %s: %s", video.name, error)
 
 
-def draw_overlay(frame: Image.Image, labels: np.ndarray, palette: np.ndarray) -> Image.Image:
+def draw_overlay(frame: AnyImage, labels: np.ndarray, palette: np.ndarray) -> Image.Image:
     """Color the objects of a frame, and outline them in white."""
     pixels = np.asarray(frame.convert("RGB")).astype(np.float32)
     colored = np.where((labels > 0)[..., None], (1 - OPACITY) * pixels + OPACITY * palette[labels], pixels)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from dinov2 import distributed
-from dinov2.data.images import ImageOptions, open_image, read_image_file
+from dinov2.data.images import AnyImage, ImageOptions, open_image, read_image_file
 from dinov2.data.transforms import ToNormalizedTensor
 from dinov2.data.videos import VOID, AnnotatedVideo, read_labels
 from dinov2.data.workers import SupervisedLoader
@@ -59,7 +59,7 @@ class Frames(Dataset[Tensor]):
         return self.normalize(image.resize(self.size[::-1], Image.Resampling.BICUBIC))
 
 
-def read_frame(path: Path, options: ImageOptions) -> Image.Image:
+def read_frame(path: Path, options: ImageOptions) -> AnyImage:
     """Read a frame, RGB; an error names the file."""
     try:
         return open_image(read_image_file(path, options), options).load()

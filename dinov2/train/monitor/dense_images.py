@@ -20,7 +20,7 @@ from dinov2.data.dense.map_files import BadMapError
 from dinov2.data.dense.opening import open_dense
 from dinov2.data.dense.resampling import resized_map
 from dinov2.data.images import BadImageError
-from dinov2.train.monitor.probe_images import ProbeImages, evenly_spread
+from dinov2.train.monitor.probe_images import ProbeImages, empty_pixels, evenly_spread
 
 NUM_NEIGHBORS = 10
 MIN_IMAGES = 16
@@ -93,7 +93,7 @@ def read_dense_images(cfg: Config, dataset: ImageDataset) -> DenseImages | None:
         if len(found) < MIN_IMAGES:
             raise ValueError(f"{len(found)} images are too few; at least {MIN_IMAGES} are needed")
         positions = evenly_spread(np.arange(len(found)), health.dense_images)
-        bank, queries = (_read(found, part, cfg.crops.global_crops_size) for part in (positions[::2], positions[1::2]))
+        bank, queries = (_read(found, part, cfg) for part in (positions[::2], positions[1::2]))
         for title, maps in (("bank", bank.maps), ("queries", queries.maps)):
             if (count := int((maps.unique() != IGNORED).sum())) < 2:
                 raise ValueError(f"the {len(maps)} images of the {title} have {count} class(es); two are needed")
@@ -102,10 +102,11 @@ def read_dense_images(cfg: Config, dataset: ImageDataset) -> DenseImages | None:
     return DenseImages(bank, queries, found.num_classes, _chance(bank.maps, queries.maps, found.num_classes))
 
 
-def _read(dataset: DenseDataset, positions: np.ndarray, side: int) -> MappedImages:
+def _read(dataset: DenseDataset, positions: np.ndarray, cfg: Config) -> MappedImages:
     """Read this process's share of the images at some positions, and exchange maps; squeezed to squares."""
     local = np.array_split(positions, distributed.world_size())[distributed.rank()]
-    pixels, found = torch.empty(len(local), 3, side, side, dtype=torch.uint8), []
+    side = cfg.crops.global_crops_size
+    pixels, found = empty_pixels(len(local), cfg), []
     for row, position in enumerate(local.tolist()):
         image, values = dataset.get_sample(position)
         squeezed = np.array(image.resize((side, side), Image.Resampling.BICUBIC))

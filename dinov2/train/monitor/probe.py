@@ -20,6 +20,7 @@ from dinov2.analysis.feature_statistics import leave_one_out_accuracy, patch_sim
 from dinov2.analysis.shifts import finer_tokens
 from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.images import ImageOptions, in_colors
 from dinov2.files import atomic_write, numbered_path, read_array
 from dinov2.train.monitor.dense_images import read_dense_images
 from dinov2.train.monitor.probe_images import (
@@ -28,6 +29,7 @@ from dinov2.train.monitor.probe_images import (
     ProbeImages,
     balanced_positions,
     contradicting,
+    empty_pixels,
     evenly_spread,
     informative,
     labeled_dataset,
@@ -105,7 +107,7 @@ class Probe:
         """Read this process's share of the images at some positions; unreadable ones are replaced by the next."""
         side = self.cfg.crops.global_crops_size
         local = np.array_split(positions, distributed.world_size())[distributed.rank()]
-        pixels, found = torch.empty(len(local), 3, side, side, dtype=torch.uint8), []
+        pixels, found = empty_pixels(len(local), self.cfg), []
         for row, position in enumerate(local.tolist()):
             pixels[row], position = read_pixels(dataset, position, side)
             found.append((position, sha256(pixels[row].numpy().tobytes()).digest()))
@@ -120,8 +122,8 @@ class Probe:
         # All processes call the teacher equally often, with batches of one size: if compiled, that of training.
         in_training = NUM_GLOBAL_CROPS * self.cfg.train.batch_size_per_gpu
         at_once = in_training if self.cfg.train.compile else min(in_training, share)
-        mean = torch.tensor(self.cfg.augmentation.mean).view(3, 1, 1)
-        std = torch.tensor(self.cfg.augmentation.std).view(3, 1, 1)
+        mean = torch.tensor(self.cfg.augmentation.mean).view(-1, 1, 1)
+        std = torch.tensor(self.cfg.augmentation.std).view(-1, 1, 1)
         parts: dict[str, list[Tensor]] = {}
         for first in range(0, share, at_once):
             pixels = images.pixels[first : first + at_once]
@@ -204,7 +206,8 @@ class Probe:
         if not distributed.is_main():
             return
         try:
-            images = pixels.cpu().numpy()
+            shown = ImageOptions(**vars(self.cfg.images)).shown
+            images = in_colors(pixels.cpu().numpy().transpose(0, 2, 3, 1), shown).transpose(0, 3, 1, 2)
             _archive_features_of_other_images(folder, images)
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / "images.npz") as file:

@@ -3,16 +3,17 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+import torch
 from torch import Tensor
 
-from dinov2.config import Config
+from dinov2.config import Config, channels_of
 from dinov2.data import make_dataset
 from dinov2.data.datasets.base import ImageDataset
-from dinov2.data.images import BadImageError
+from dinov2.data.images import AnyImage, BadImageError
+from dinov2.data.transforms import BandsToTensor
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ MAX_TRIES = 20  # consecutive images that may be unreadable
 class ProbeImages(NamedTuple):
     """Images that are divided among the processes; equal `digests` of pixels are the same image."""
 
-    pixels: Tensor  # (n_local, 3, G, G) uint8, the images of this process
+    pixels: Tensor  # (n_local, C, G, G) uint8, or float32 levels of bands, the images of this process
     positions: Tensor  # (n,) int64, indices in the dataset of the images of all processes
     digests: list[bytes]  # SHA-256 of the pixels of all n images
 
@@ -124,16 +125,27 @@ def balanced_positions(targets: np.ndarray, count: int) -> np.ndarray:
 
 
 def read_pixels(dataset: ImageDataset, position: int, side: int) -> tuple[Tensor, int]:
-    """Pixels (3, side, side) uint8 of the `first_readable` image, resized and center-cropped, and its position."""
+    """Pixels of the `first_readable` image, resized and center-cropped, and its position.
+
+    They are (3, side, side) uint8, or float32 levels (C, side, side) of bands.
+    """
     from torchvision.transforms import v2
 
     image, position = first_readable(dataset, position)
     resize = v2.Resize(side, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    pixels: Tensor = v2.Compose([resize, v2.CenterCrop(side), v2.PILToTensor()])(image)
-    return pixels, position
+    cropped: Any = v2.Compose([BandsToTensor(), resize, v2.CenterCrop(side)])(image)
+    if not isinstance(cropped, Tensor):
+        return v2.functional.pil_to_tensor(cropped), position
+    return cropped.clamp_(0, 1).mul_(255), position
 
 
-def first_readable(dataset: ImageDataset, position: int) -> tuple[Image.Image, int]:
+def empty_pixels(count: int, cfg: Config) -> Tensor:
+    """An uninitialized tensor for the pixels of some images, as `read_pixels` returns them."""
+    side, channels = cfg.crops.global_crops_size, channels_of(cfg)
+    return torch.empty(count, channels, side, side, dtype=torch.uint8 if channels == 3 else torch.float32)
+
+
+def first_readable(dataset: ImageDataset, position: int) -> tuple[AnyImage, int]:
     """The image at a position, or the first readable one after it, and its position; an OSError after `MAX_TRIES`."""
     last = ""
     for tried in range(MAX_TRIES):

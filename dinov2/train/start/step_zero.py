@@ -52,7 +52,7 @@ def _compare(model: SSLMetaArch, cfg: Config, dataset: ImageDataset, loaded: Ini
     positions = evenly_spread(np.arange(len(dataset)), NUM_IMAGES)
     side = cfg.crops.global_crops_size
     pixels = torch.stack([read_pixels(dataset, position, side)[0] for position in positions.tolist()])
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.augmentation.mean, cfg.augmentation.std))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (cfg.augmentation.mean, cfg.augmentation.std))
     images = ((pixels / 255 - mean) / std).to(distributed.device())
     with _exact_products():
         ours = _features(teacher, images)
