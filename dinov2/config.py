@@ -241,7 +241,7 @@ class Augmentation:
 class Images:
     bands: Bands | None
     shown_bands: Bands | None
-    pages: Literal["first", "bands"]
+    pages: Literal["first", "bands", "images"]
     value_range: ValueRange | ValueRanges | None
     max_pixels: Size
     max_file_size: Size

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "configs": set(),
     "models": {"layers"},
     "data": {"files"},
+    "data.statistics": {"config", "data", "files", "flags", "log"},  # a command
     "loss": {"distributed"},
     "hub": {"models"},
     "train": {"config", "data", "distributed", "files", "flags", "layers", "log", "loss", "models", "analysis"}
@@ -64,7 +65,8 @@ OPTIONAL |= {"faiss", "torchvision"}
 
 
 def layer_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    first, *others = path.relative_to(PACKAGE).with_suffix("").parts
+    return f"{first}.{others[0]}" if others and f"{first}.{others[0]}" in MAY_IMPORT else first
 
 
 def tree_of(path: Path) -> ast.Module:

@@ -165,7 +165,7 @@ def _draw_cell(item: Cell | None, image: Image.Image | None, height: int, size: 
 
 def _fit(item: Cell, side: int) -> Image.Image:
     """The image of a cell with a longer side of `side` pixels, and its ring if it has one."""
-    image = item.image.convert("RGB")
+    image = item.image if isinstance(item.image, Image.Image) else item.image.convert("RGB")
     scale = side / max(image.size)
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     image = enlarge(image, size) if scale >= 1 else image.resize(size, Image.Resampling.LANCZOS)

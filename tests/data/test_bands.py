@@ -1,6 +1,7 @@
 """Images of chosen bands, of any type of pixels: what is read, and what the augmentation makes of it."""
 
 import io
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import tifffile
 import torch
 from PIL import Image
 
+from dinov2 import config
 from dinov2.data import DataAugmentationDINO, make_dataset
 from dinov2.data.collate import make_masks
 from dinov2.data.device_augment import DeviceAugmentation, make_crops, pack_raw_batch
 from dinov2.data.images import BandImage, ImageDecodeError, ImageOptions, decode_image, open_image
 from dinov2.data.masking import MaskingGenerator
+from dinov2.data.statistics.__main__ import main
 from dinov2.data.transforms import make_classification_eval_transform
 
 RNG = np.random.default_rng(0)
@@ -280,3 +283,77 @@ def test_the_transform_of_evaluations() -> None:
     transform = make_classification_eval_transform(resize_size=32, crop_size=16, mean=[0.5] * 4, std=[0.25] * 4)
     expected = (image.levels[8:24, 8:24] / 255 - 0.5) / 0.25
     np.testing.assert_allclose(transform(image).numpy(), expected.transpose(2, 0, 1), atol=1e-5)
+
+
+# --- Pages and statistics of a dataset -------------------------------------------------------------------------------
+
+
+def write_stack(path: Path, pages: int, **options: Any) -> np.ndarray:
+    """A TIFF file of some pages of int16 slices."""
+    slices = np.random.default_rng(pages).integers(-1000, 1000, (pages, 9, 7)).astype(np.int16)
+    with tifffile.TiffWriter(path) as writer:
+        for page in slices:
+            writer.write(page, photometric="minisblack", **options)
+    return slices
+
+
+def test_pages_are_images(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first, second = write_stack(tmp_path / "a" / "0.tif", 3), write_stack(tmp_path / "b" / "1.tif", 1)
+    (tmp_path / "b" / "2.png").write_bytes(encoded(np.full((4, 5), 7, np.uint8)))
+    options = ImageOptions(bands=(0,), value_range=(-1000.0, 1000.0), pages="images")
+    dataset = make_dataset(dataset_str=f"ImageFolder:root={tmp_path}", image_options=options)
+    assert len(dataset) == 5 and dataset.get_targets().tolist() == [0, 0, 0, 1, 1]
+    assert [dataset.get_target(index) for index in range(5)] == [0, 0, 0, 1, 1]
+    assert dataset.describe(2) == f"{tmp_path}/a/0.tif page 2" and dataset.describe(3) == f"{tmp_path}/b/1.tif"
+    for index, expected in enumerate([*first, *second]):
+        found = np.asarray(dataset.get_image(index))[..., 0]
+        np.testing.assert_allclose(found, (expected.astype(float) + 1000) * (255 / 2000), rtol=1e-4, atol=1e-3)
+    assert np.asarray(dataset.get_image(4)).tolist() == [[[7.0]] * 5] * 4
+    assert len(set(dataset.image_files())) == 3 and len({dataset.get_image_data(index) for index in range(5)}) == 5
+
+
+def test_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    pixels = [rng.integers(0, 1000 * (1 + n), (20, 10 + n, 2)).astype(np.uint16) for n in range(12)]
+    for number, each in enumerate(pixels):
+        (tmp_path / str(number % 2)).mkdir(exist_ok=True)
+        (tmp_path / str(number % 2) / f"{number}.tif").write_bytes(tiff(each, planarconfig="contig"))
+    (tmp_path / "1" / "copy.tif").write_bytes(tiff(pixels[0], planarconfig="contig", rowsperstrip=3))
+    (tmp_path / "1" / "cut.tif").write_bytes(tiff(pixels[1], planarconfig="contig")[:300])
+    output = tmp_path.with_name("statistics")
+    flags = ["--output", str(output), "--num-workers", "0", "images.bands=[0,1]"]
+    assert main([f"ImageFolder:root={tmp_path}", *flags]) == 0
+    found = json.loads((output / "statistics.json").read_text())
+    assert [each["path"] for each in found["unreadable"]] == [f"{tmp_path}/1/cut.tif"] and found["inspected"] == 14
+    assert found["duplicates"] == [[f"{tmp_path}/0/0.tif", f"{tmp_path}/1/copy.tif"]]
+    assert found["duplicates_of_several_classes"] == 1 and found["types"] == {"uint16 x 2 bands": 13}
+    levels_of = [each / 16383 for each in [*pixels, pixels[0]]]
+    for band, values in enumerate(found["bands"]):
+        assert values["value_range"] == [0, 16383]
+        mean = np.mean([each[..., band].mean() for each in levels_of])
+        square = np.mean([(each[..., band] ** 2).mean() for each in levels_of])
+        assert values["mean"] == pytest.approx(mean) and values["std"] == pytest.approx((square - mean**2) ** 0.5)
+        every = np.concatenate([each[..., band].ravel() for each in [*pixels, pixels[0]]])
+        assert (values["smallest"], values["largest"]) == (every.min(), every.max())
+        assert values["percentiles"]["50"] == np.percentile(every, 50) and sum(values["histogram"]) > 0.99 * every.size
+    cfg = config.load(None, [*found["overrides"], "images.bands=[0,1]"])
+    assert cfg.augmentation.mean[1] == pytest.approx(mean, abs=1e-4)
+    page = (output / "statistics.html").read_text()
+    assert page.count("data:image/jpeg") == 13 + 3 * 2 + 2 and "cut.tif" in page and "http" not in page
+
+
+def test_statistics_of_plain_images_and_of_none(tmp_path: Path) -> None:
+    gray = [np.full((4, 4), value, np.uint8) for value in (0, 51, 255)]
+    for number, pixels in enumerate(gray):
+        (tmp_path / f"{number}.png").write_bytes(encoded(pixels))
+    output = tmp_path / "out"
+    assert main([f"ImageFolder:root={tmp_path}", "--output", str(output), "--num-workers", "0"]) == 0
+    found = json.loads((output / "statistics.json").read_text())
+    assert found["overrides"] == ["augmentation.mean=[0.4, 0.4, 0.4]", "augmentation.std=[0.432, 0.432, 0.432]"]
+    assert [band["constant"] for band in found["bands"]] == [3, 3, 3]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="none of 1 images can be read; the first, .*0.png: .* no supported image"):
+        main([f"ImageFolder:root={tmp_path / 'bad'}", "--output", str(output), "--num-workers", "0"])

@@ -56,7 +56,7 @@ def test_eval_transform_is_the_middle_of_the_resized_image(width: int, height: i
 
 def test_eval_transform_defaults_to_256_and_224() -> None:
     assert make_classification_eval_transform()(random_image(300, 280)).shape == (3, 224, 224)
-    assert make_classification_eval_transform().transforms[0].size == 256
+    assert make_classification_eval_transform().transforms[1].size == 256
 
 
 def test_train_transform_leaves_out_a_flip_of_probability_0() -> None:

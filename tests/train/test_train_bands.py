@@ -1,6 +1,11 @@
 """A run on images of five bands, from the training over resuming to evaluations, pictures and export."""
 
+import contextlib
 import json
+import os
+import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -8,7 +13,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from tiny import assert_same_end, killed_after, metrics, run_train, write_images
+from PIL import Image
+from tiny import ROOT, assert_same_end, killed_after, metrics, run_train, write_images
 
 import dinov2
 from dinov2 import config
@@ -146,3 +152,26 @@ def test_an_evaluation_without_the_normalization_of_the_bands_is_refused(images:
     words = ["--config-file", "train/vitl16_short", "--random-init", "--opts", "images.bands=[0,1]"]
     with pytest.raises(ConfigError, match="augmentation.std of these bands are not given"):
         evaluate("knn", images, tmp_path, *words)
+
+
+def test_the_example_of_the_docs_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "bands.md").read_text()
+    example = text[text.index("## An example") :]
+    [code], [commands] = (
+        re.findall(rf"^```{language}\n(.*?)^```", example, re.M | re.S) for language in ("python", "shell")
+    )
+    with contextlib.chdir(tmp_path):
+        exec(compile(code, "docs/bands.md", "exec"), {})
+    commands = (
+        commands.replace("EPOCH_LENGTH=20", "EPOCH_LENGTH=2")
+        .replace("=20", "=2")
+        .replace("python ", f"{sys.executable} ")
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    commands = commands.replace(" dinov2/", f" {ROOT}/dinov2/")
+    done = subprocess.run(["bash", "-e"], input=commands, text=True, capture_output=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "OUT" / "bands" / "knn" / "results_eval_knn.json").read_text())
+    assert "100.0" in json.dumps(results)
+    with Image.open(tmp_path / "soil.png") as sheet:
+        assert min(sheet.size) > 300

@@ -16,6 +16,7 @@ from dinov2.data.datasets.image_folder import ImageFolder
 from dinov2.data.datasets.image_list import ImageList
 from dinov2.data.datasets.image_net import ImageNet
 from dinov2.data.datasets.image_net_22k import ImageNet22k
+from dinov2.data.datasets.pages import with_pages
 from dinov2.data.datasets.torchvision_sets import TorchvisionSet
 from dinov2.data.datasets.torchvision_sources import SOURCES
 from dinov2.data.dense.depth_lists import FORMATS, ListedDepth
@@ -177,6 +178,7 @@ def make_dataset(
     logger.info("%d samples in dataset %r", len(dataset), dataset_str)
     if isinstance(dataset, ImageDataset):
         dataset.image_options = image_options or dataset.image_options
+        dataset = with_pages(dataset)
         for level, note in dataset.notes():
             logger.log(level, "%s", note)
     return dataset

@@ -73,7 +73,7 @@ class BandFile(EncodedImage):
     def __init__(self, file: StoredBands, options: ImageOptions, data: bytes) -> None:
         self.options, self.size, self.is_deep = options, file.size, file.is_deep
         self.lost_bits = file.lost_bits
-        self.has_more_frames = file.has_more_frames and options.pages == "first"
+        self.has_more_frames = file.has_more_frames and options.pages != "bands"
         self._file, self._data = file, data
 
     def _chosen(self) -> np.ndarray:

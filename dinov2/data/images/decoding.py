@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from dinov2.data.images.arrays import is_array
@@ -20,22 +20,11 @@ from dinov2.data.images.encoded import EncodedImage, decoding
 from dinov2.data.images.formats import bits_of_jpeg2000, is_cut_to_8_bits, is_deep, open_header
 from dinov2.data.images.limits import check_header, check_jpeg_scans, check_pixels, png_chunks
 from dinov2.data.images.options import DEFAULT_OPTIONS, ImageOptions
+from dinov2.data.images.orientation import SIDEWAYS, UPRIGHT, read_orientation, to_upright, upright
 from dinov2.data.images.tiff import is_tiff, read_tiff_header
 from dinov2.data.images.value_range import to_8_bit
 
-# EXIF orientation -> the transposition that turns the image upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_SIDEWAYS = (5, 6, 7, 8)  # orientations of images that are stored rotated by 90 degrees
 _PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may contain the orientation
-_MAX_EXIF_BYTES = 2**16 - 1  # bytes searched for the orientation: the maximum of a JPEG file
 _MAX_SAMPLES_OF_PILLOW = 6  # per pixel of a TIFF file; for more Pillow logs an error, each time
 _BANDS_OF_PILLOW = ("L", "LA", "RGB", "RGBA", "CMYK")  # modes whose bands are used as they are; others become RGB
 
@@ -93,9 +82,9 @@ class ImageFile(EncodedImage):
         self._is_unsupported_by_pillow = self._opened is None
         if self.tiff is not None and (self.is_deep or self._is_unsupported_by_pillow):
             check_usable(self.tiff)
-        self._orientation = self.tiff.orientation if self.tiff is not None else self._read_orientation()
-        self._is_plain_jpeg = is_jpeg and self.opened.mode == "RGB" and self._orientation not in _UPRIGHT
-        self.size = (stored[1], stored[0]) if self._orientation in _SIDEWAYS else stored
+        self._orientation = self.tiff.orientation if self.tiff is not None else self._stored_orientation()
+        self._is_plain_jpeg = is_jpeg and self.opened.mode == "RGB" and self._orientation not in UPRIGHT
+        self.size = (stored[1], stored[0]) if self._orientation in SIDEWAYS else stored
 
     @property
     def opened(self) -> Image.Image:
@@ -104,14 +93,14 @@ class ImageFile(EncodedImage):
             self._opened = open_header(self._data)
         return self._opened
 
-    def _read_orientation(self) -> int | None:
+    def _stored_orientation(self) -> int | None:
         if self.opened.format != "PNG":
-            return _orientation(self.opened)
+            return read_orientation(self.opened)
         texts = (self._data[start : start + 24] if kind != b"eXIf" else kind for kind, start in png_chunks(self._data))
         if not any(text.startswith(_PNG_ORIENTATION) for text in texts):
             return None
         self.opened.load()  # the orientation may follow the pixels
-        orientation = _orientation(self.opened)
+        orientation = read_orientation(self.opened)
         if self.is_deep:
             self._opened = None  # its pixels were truncated to 8 bits
         return orientation
@@ -128,7 +117,7 @@ class ImageFile(EncodedImage):
                     reduction = 1
                 image.load()
                 is_upright = self.tiff is not None  # Pillow rotates TIFF while loading
-            image = _to_rgb(image if is_upright else _to_upright(image, self._orientation), self.options.background)
+            image = _to_rgb(image if is_upright else to_upright(image, self._orientation), self.options.background)
             return image if reduction == 1 else image.reduce(reduction)
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
@@ -155,7 +144,7 @@ class ImageFile(EncodedImage):
                 image = image.convert("L" if image.mode == "1" else rgb)
             stored, is_upright = np.asarray(image), self.tiff is not None  # Pillow rotates TIFF while loading
         stored = stored if stored.ndim == 3 else stored[..., None]
-        return stored if is_upright else _upright_array(stored, self._orientation)
+        return stored if is_upright else upright(stored, self._orientation)
 
     # --- Content that is not used ---
 
@@ -243,30 +232,11 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _to_upright(image: Image.Image, orientation: int | None) -> Image.Image:
-    # Not ImageOps.exif_transpose: it copies upright images and rewrites the EXIF block of the others, which fails on
-    # the malformed blocks that are common in images from the web.
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _upright_array(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
-    """The same for an array (height, width, bands)."""
-    if orientation not in _UPRIGHT:
-        return pixels
-    position = np.arange(pixels.shape[0] * pixels.shape[1], dtype=np.int32).reshape(pixels.shape[:2])
-    return pixels.reshape(-1, pixels.shape[2])[np.asarray(_to_upright(Image.fromarray(position), orientation))]
-
-
-def _orientation(image: Image.Image) -> int | None:
-    try:
-        block = image.info.get("exif")
-        if block is not None and len(block) > _MAX_EXIF_BYTES:  # tags that all refer to one large value fill the memory
-            exif = Image.Exif()
-            exif.load(block[:_MAX_EXIF_BYTES])
-            return exif.get(ExifTags.Base.Orientation)
-        return image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:
-        return None  # an unreadable EXIF block has no orientation
+def encode_array(pixels: np.ndarray) -> bytes:
+    """Encode pixels of any type, (H, W, bands), as an NPY file."""
+    file = io.BytesIO()
+    np.save(file, pixels)
+    return file.getvalue()
 
 
 def _may_be_transparent(image: Image.Image) -> bool:

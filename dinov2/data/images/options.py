@@ -21,7 +21,7 @@ class ImageOptions:
     background: tuple[int, int, int] | None = None
     bands: tuple[int, ...] | None = None  # samples of a pixel that are read, from 0; None: red, green and blue
     shown_bands: tuple[int, ...] | None = None  # three of the bands, or one, for pictures; None: the first
-    pages: str = "first"  # of a TIFF file: "first", or "bands", whose samples together are the bands
+    pages: str = "first"  # of a TIFF file: "first", or "bands", whose samples together are the bands, or "images"
 
     @property
     def max_bytes(self) -> int:

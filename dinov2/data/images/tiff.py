@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dinov2.data.images.orientation import upright
+
 _MAX_ENTRIES = 4096  # tags of a page; files from microscopes have dozens
 _MAX_TAG_BYTES = 2**26
 _MAX_STRIPS = 100_000  # strips or tiles; an image of 50,000 rows has at most 50,000 strips
@@ -160,3 +162,32 @@ def _samples_of(page: Any, header: TiffHeader) -> np.ndarray:
     if math.prod(samples.shape) != math.prod(header.size) * header.samples:
         raise ValueError(f"its samples have shape {samples.shape}")
     return np.asarray(samples)
+
+
+def count_pages(data: bytes) -> int:
+    """The number of pages of a TIFF file, without the reduced versions of an image that some programs add."""
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        return len(_whole_pages(file)) or 1
+
+
+def _whole_pages(file: Any) -> list[Any]:
+    return [page for page in (each.aspage() for each in file.pages) if not page.is_reduced]
+
+
+def read_page(data: bytes, number: int) -> np.ndarray:
+    """The pixels (H, W, bands) of a page, counted as `count_pages` does, upright and with black as 0."""
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = _whole_pages(file)[number]
+        samples = page.asarray()
+        if page.axes not in ("YX", "YXS", "SYX"):
+            raise ValueError(f"the axes of its page {number} are {page.axes}, not rows, columns and samples")
+        samples = samples[..., None] if page.axes == "YX" else samples
+        samples = np.moveaxis(samples, 0, -1) if page.axes == "SYX" else samples
+        if page.photometric == 0 and samples.dtype.kind == "u":
+            samples = np.iinfo(samples.dtype).max - samples
+        orientation = page.tags.get(274)
+    return upright(samples, None if orientation is None else int(orientation.value))

@@ -19,6 +19,7 @@ from dinov2.data import make_dataset
 from dinov2.data.datasets import DATASETS, ImageFolder, ImageList, parse_dataset_str
 from dinov2.data.datasets.base import ImageDataset, ListedDataset
 from dinov2.data.datasets.file_list import PathTable
+from dinov2.data.datasets.pages import with_pages
 from dinov2.data.images import EncodedImage, ImageOptions, encode_png
 from dinov2.eval.extract.video import Video, import_av, is_video
 
@@ -233,6 +234,7 @@ def _opened_files(files: Sequence[str], options: ImageOptions) -> list[ImageData
 def _opened(dataset: ImageDataset, options: ImageOptions) -> ImageDataset:
     """Set how images are decoded, and log what `make_dataset` does."""
     dataset.image_options = options
+    dataset = with_pages(dataset)
     for level, note in dataset.notes():
         logger.log(level, "%s", note)
     return dataset

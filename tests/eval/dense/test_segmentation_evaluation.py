@@ -11,10 +11,11 @@ from eval_images import tiny_backbone
 from PIL import Image
 from torch.nn import functional
 
+from dinov2.config import ConfigError
 from dinov2.data.dense.transforms import EvaluationInputs
-from dinov2.eval.dense import data, segmentation
+from dinov2.eval.dense import data, depth, segmentation
 from dinov2.eval.dense.protocols import SEGMENTATION
-from dinov2.flags.dense import segmentation_parser
+from dinov2.flags.dense import depth_parser, segmentation_parser
 from dinov2.models.dense.head_files import save_head
 from dinov2.models.dense.segmentation_head import SegmentationHead
 from dinov2.models.dense.segmenter import Segmenter
@@ -46,6 +47,18 @@ def test_a_trained_head_finds_the_boxes_and_can_be_given_again(tmp_path: Path) -
     with Image.open(tmp_path / "out" / "predictions.png") as image:
         page = np.array(image)
     assert {(230, 230, 230), (214, 39, 40), (128, 128, 128)} <= set(map(tuple, page.reshape(-1, 3)))
+
+
+BANDS = ["images.bands=[2,1,0,0]", "augmentation.mean=[0.3,0.3,0.3,0.3]", "augmentation.std=[0.3,0.3,0.3,0.3]"]
+
+
+def test_images_of_four_bands(tmp_path: Path) -> None:
+    results = run(tmp_path, opts=BANDS, **SHORT)
+    assert results["metrics"]["mIoU"] > 50
+    assert (tmp_path / "out" / "predictions.png").stat().st_size > 1000
+    args = depth_parser().parse_args(dense_command(tmp_path, "depth", opts=BANDS))
+    with pytest.raises(ConfigError, match=r"images.bands = \[2, 1, 0, 0\]: depth estimation takes images of three"):
+        depth.main(args)
 
 
 def naive_prediction(segmenter: Segmenter, image: np.ndarray, protocol: object, size: tuple[int, int]) -> np.ndarray:
