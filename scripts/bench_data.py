@@ -163,7 +163,8 @@ def make_files(folder: Path | None, size: tuple[int, int]) -> list[bytes]:
 
         images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
     else:
-        images = [open_image(path.read_bytes()).load().convert("RGB") for path in sorted(folder.rglob("*")) if path.is_file()]
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        images = [open_image(path.read_bytes()).load().convert("RGB") for path in paths]
         if not images:
             raise SystemExit(f"error: no images in {folder}")
     files = []
