@@ -279,7 +279,7 @@ def test_what_is_dropped_is_counted(tmp_path, caplog):
     for expected in (
         "3 of 9 images sampled have more bands than are used: those beyond the third, or of two the second, are",
         "1 of 9 images sampled are transparent: transparency is dropped, which shows the colors under it",
-        "2 of 9 images sampled have more pages or frames than one: the first is used",
+        "2 of 9 images sampled have more pages or frames than one: the first is used (images.pages, of TIFF)",
         "1 of 9 images sampled have more than 100 megapixels, which slows down loading",
         f"1 of 9 images sampled cannot be read: {root}/broken.png: 0 bytes in no supported image format",
     ):

@@ -62,10 +62,11 @@ class ImageSurvey:
         counts = [
             (
                 self.num_extra_bands,
-                "have more bands than are used: those beyond the third, or of two the second, are dropped",
+                "have more bands than are used: those beyond the third, or of two the second, are dropped "
+                "(images.bands chooses bands)",
             ),
             (self.num_transparent, f"are transparent: transparency is {alpha}"),
-            (self.num_more_frames, "have more pages or frames than one: the first is used"),
+            (self.num_more_frames, "have more pages or frames than one: the first is used (images.pages, of TIFF)"),
             (self.num_lost_bits, "have more than 8 bits in a format of which only the upper 8 are read"),
             (self.num_large, f"have more than {LARGE // 10**6} megapixels, which slows down loading"),
         ]
