@@ -101,6 +101,7 @@ def test_nearest_neighbors() -> None:
     assert min(record["found_by_both"].values()) > 0.999
 
 
+@pytest.mark.slow
 def test_soaking() -> None:
     record = record_of("soak", "--minutes=0.15", "--interval=0.5", "--images=24", "health.period=0")
     assert record["steps"] > 0 and record["samples"] > 5

@@ -98,6 +98,8 @@ def test_interrupted_at_any_write_it_has_the_same_bytes(
 
             def replace_or_die(self: Path, target: Path, before: bool = before) -> Path:
                 nonlocal left
+                if tmp_path not in target.parents:  # the cached list of the images
+                    return replace(self, target)
                 left -= 1
                 if left < 0 and before:
                     raise Killed

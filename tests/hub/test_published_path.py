@@ -16,6 +16,10 @@ from weight_server import WeightServer, serving
 ROOT = Path(__file__).resolve().parents[2]
 
 BACKBONES = [f"dinov2_vit{size}14{suffix}" for size in "sblg" for suffix in ("", "_reg")]
+LARGE_AGAIN = (
+    "dinov2_vitl14_reg",
+    "dinov2_vitg14_reg",
+)  # as the smaller ones with registers and the large ones without
 NO_MEMORY = "ignore:.*copying from a non-meta parameter in the checkpoint to a meta parameter:UserWarning"
 
 
@@ -60,7 +64,9 @@ def test_a_whole_vit_small_comes_over_the_wire(server: WeightServer, tmp_path: P
 
 
 @pytest.mark.filterwarnings(NO_MEMORY)
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE_AGAIN)) for name in BACKBONES]
+)
 def test_every_name_loads_files_of_its_shapes(server: WeightServer, name: str) -> None:
     backbone, head, head4 = published_paths(name)
     for layers, path in ((1, head), (4, head4)):
