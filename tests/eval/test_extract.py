@@ -198,7 +198,10 @@ def test_unsuitable_images_are_named(images: Any, message: str) -> None:
         ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
         ({"num_workers": -1}, "--num-workers -1 must be at least 0"),
         ({"random_init": True}, "random_init cannot be used with a model that is a backbone already"),
-        ({"model": "dinov2_vits15"}, "unknown --model 'dinov2_vits15'; did you mean dinov2_vits14? Names: dinov2_vits14, "),
+        (
+            {"model": "dinov2_vits15"},
+            "unknown --model 'dinov2_vits15'; did you mean dinov2_vits14? Names: dinov2_vits14, ",
+        ),
         ({"token": "patch"}, "unknown option 'token' of extract_features; known: tokens, layers, "),
     ],
 )
