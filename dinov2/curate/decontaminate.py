@@ -45,7 +45,10 @@ def drop_test_images(images: Images, tests: Images, *, threshold: float, k: int,
     return Selection(
         np.flatnonzero(~is_dropped),
         _records(images, tests, dropped, partner, values, is_near, groups),
-        facts | counts | {"cosine of an image and the nearest test image, quantiles": cosines},
+        {"threshold": threshold}
+        | facts
+        | counts
+        | {"cosine of an image and the nearest test image, quantiles": cosines},
         _sections(images, tests, dropped, partner, values, is_near),
     )
 

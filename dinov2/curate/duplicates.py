@@ -49,6 +49,7 @@ def drop_duplicates(
         }
         for row, group, value in zip(dropped.tolist(), number.tolist(), similarity.tolist(), strict=True)
     )
+    facts = {"threshold": threshold} | facts
     counts = {"groups": len(groups), "largest group": int(sizes.max(initial=0))}
     return Selection(
         np.setdiff1d(np.arange(len(table)), dropped, assume_unique=True),

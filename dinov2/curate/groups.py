@@ -5,6 +5,8 @@ from typing import Literal
 
 import numpy as np
 
+BATCH = 1 << 20  # pairs that are added at once
+
 
 class Groups:
     """Connected components of n images, to which pairs are added in batches."""
@@ -12,7 +14,7 @@ class Groups:
     def __init__(self, num_images: int, pairs: Iterable[tuple[np.ndarray, np.ndarray]] = ()) -> None:
         self.labels = np.arange(num_images, dtype=np.int32)  # number of the component of each image
         self.count = num_images
-        for left, right in pairs:
+        for left, right in _gathered(pairs):
             self.add(left, right)
 
     def add(self, left: np.ndarray, right: np.ndarray) -> None:
@@ -35,6 +37,18 @@ class Groups:
         order = np.argsort(first[group], kind="stable")
         starts = np.flatnonzero(np.diff(first[group][order], prepend=-1))
         return iter(np.split(images[order], starts[1:])) if len(images) else iter(())
+
+
+def _gathered(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same pairs in large batches, each of which costs time for all images."""
+    waiting, count = [(np.empty(0, np.int64), np.empty(0, np.int64))], 0
+    for batch in pairs:
+        waiting.append(batch)
+        count += len(batch[0])
+        if count >= BATCH:
+            yield np.concatenate([left for left, _ in waiting]), np.concatenate([right for _, right in waiting])
+            waiting, count = waiting[:1], 0
+    yield np.concatenate([left for left, _ in waiting]), np.concatenate([right for _, right in waiting])
 
 
 def choose_kept(group: np.ndarray, keep: Literal["largest", "first"], size_of: Callable[[int], tuple[int, int]]) -> int:

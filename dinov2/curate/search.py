@@ -125,7 +125,8 @@ class CellSearch:
         self.probes, self.recall = min(options.probes, self.num_cells), {"recall": math.nan, "pairs": 0}
         logger.info("%d rows in %d cells, %d of which are searched", n, self.num_cells, self.probes)
         points = bank.take(sample_rows(n, POINTS_PER_CELL * self.num_cells, options.seed))
-        self.centroids = fit_centroids(points, self.num_cells, ITERATIONS, options.seed + 1)
+        seed = int(np.random.default_rng((options.seed, 1)).integers(1, 2**31 - 1))
+        self.centroids = fit_centroids(points, self.num_cells, ITERATIONS, seed)
         self.around = search_rows(self.centroids, self.centroids, self.probes).rows  # (cells, probes)
         self.cell = self._cells_of(bank)
         self.order = np.argsort(self.cell, kind="stable")  # (n,) rows of the bank, cell by cell

@@ -58,7 +58,7 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="replace the lists and the page in a folder that is not empty")
     add("--tokens", choices=("class", "mean"), default="class", help="the features to compare (default: class)")
     add("--root", type=Path, help="folder where relative names of image files begin (default: the current one)")
-    add("--seed", type=int, default=0, help="of all random choices (default: 0)")
+    add("--seed", type=_count, default=0, help="of all random choices (default: 0)")
 
 
 def add_balance_flags(parser: argparse.ArgumentParser) -> None:

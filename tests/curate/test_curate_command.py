@@ -256,7 +256,9 @@ def test_names_that_break_a_list_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "images.txt").exists()
 
 
-def test_groups_are_connected_components() -> None:
+@pytest.mark.parametrize("batch", [1, 1 << 20])
+def test_groups_are_connected_components(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    monkeypatch.setattr("dinov2.curate.groups.BATCH", batch)
     groups = Groups(8, [(np.array([6, 2]), np.array([1, 3])), (np.array([], int), np.array([], int))])
     assert [group.tolist() for group in groups.of_several()] == [[1, 6], [2, 3]]
     groups.add(np.array([3, 5]), np.array([6, 7]))
