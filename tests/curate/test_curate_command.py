@@ -149,6 +149,31 @@ def test_retrieval_takes_each_image_once(photos: Path, tmp_path: Path) -> None:
     assert everything["facts"]["kept"] == 55 and everything["facts"]["neighbors"] == 3 * 55
 
 
+def test_commands_select_the_same_by_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near copies of test images, some with copies of their own, among many other rows."""
+    tests = unit_rows(300, 32)
+    copies = near(tests[:60], 0.97)
+    rows = np.concatenate([unit_rows(1500, 32, seed=4), copies, near(copies[:20], 0.97, seed=5)])
+    features = write_features(tmp_path / "pool", rows, shard_size=500)
+    against = write_features(tmp_path / "tests", tests, [f"test {row}" for row in range(300)], shard_size=500)
+    flags = {
+        "decontaminate": ("--against", against, "--threshold", "0.95"),
+        "retrieve": ("--queries", against, "--k", "1"),
+    }
+    for command, words in flags.items():
+        exact = run(command, features, tmp_path / f"{command}_exact", *words)
+        with monkeypatch.context() as patch:
+            patch.setattr("dinov2.curate.search.EXACT_PAIRS", 0)
+            found = run(command, features, tmp_path / f"{command}_cells", *words, "--probes", "99")
+        assert found["facts"]["search"].endswith("cells") and exact["facts"]["search"] == "exact"
+        names, expected = ({each["name"] for each in one["dropped"]} for one in (found, exact))
+        if command == "decontaminate":
+            assert names == expected == {f"image {row}" for row in range(1500, 1580)}
+        else:
+            assert len(names ^ expected) <= 6, "equally near ones, but for rounding"
+            assert found["facts"]["neighbors"] == exact["facts"]["neighbors"] == 300
+
+
 def test_one_image_is_enough(tmp_path: Path) -> None:
     features = write_features(tmp_path / "features", unit_rows(1, 8))
     assert run("duplicates", features, tmp_path / "a", "--threshold", "0.5")["facts"]["kept"] == 1
