@@ -36,6 +36,7 @@ setup(
     extras_require={
         "video": [DEV["av"]],
         "tracking": [DEV["tensorboard"], DEV["wandb"]],
+        "curation": [DEV["faiss-cpu"]],
         "dev": list(DEV.values()),
     },
     # Namespace packages too: folders of configurations need no __init__.py to be part of the package.

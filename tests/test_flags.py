@@ -24,6 +24,7 @@ COMMANDS = (
     "dinov2/run/eval/log_regression.py",
     "dinov2/run/eval/retrieval.py",
     "dinov2/run/eval/tracking.py",
+    "-m dinov2.curate",
     "-m dinov2.eval.extract",
     "-m dinov2.report",
     "-m dinov2.tools",

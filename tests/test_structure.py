@@ -42,6 +42,7 @@ MAY_IMPORT = {
     # Of a run the report needs what reads the files that it left.
     "report": {"config", "files", "flags", "log", "analysis", "metric_names"}
     | {f"train.{name}" for name in ("monitor", "environment", "checkpoint_folder")},
+    "curate": {"flags", "data", "files", "log", "eval"},
     "tools": {"flags", "config", "files", "log", "models", "train"},
     "run": {"flags", "config", "distributed", "files", "log", "train", "eval"},
 }
@@ -61,7 +62,7 @@ MAY_NEED: dict[str, set[str]] = {
 
 # Imported only inside the functions that use them: optional, or slow.
 OPTIONAL = {"xformers", "submitit", "matplotlib", "sklearn", "cuml", "cupy", "tensorboard", "wandb", "av"}
-OPTIONAL |= {"faiss", "torchvision"}
+OPTIONAL |= {"faiss", "torchvision", "scipy"}
 
 
 def layer_of(path: Path) -> str:

@@ -19,7 +19,7 @@ BACKBONES = [f"dinov2_vit{size}14{suffix}" for size in "sblg" for suffix in ("",
 LARGE_AGAIN = (
     "dinov2_vitl14_reg",
     "dinov2_vitg14_reg",
-)  # as the smaller ones with registers and the large ones without
+)  # small ones have registers, too
 NO_MEMORY = "ignore:.*copying from a non-meta parameter in the checkpoint to a meta parameter:UserWarning"
 
 

@@ -118,11 +118,7 @@ def load_features(folder: str | Path) -> ImageFeatures:
         FileNotFoundError, ValueError: There are none, the extraction is not finished, or a file is damaged.
     """
     folder = Path(folder)
-    if not (folder / METADATA_FILE).is_file():
-        raise FileNotFoundError(f"no features in {folder}: it has no {METADATA_FILE}")
-    metadata = read_json(folder / METADATA_FILE)
-    if not metadata["complete"]:
-        raise ValueError(f"the extraction to {folder} is not finished: run the same command again")
+    metadata = read_metadata(folder)
     lines = [json.loads(line) for line in (folder / NAMES_FILE).read_text(encoding="utf-8").splitlines()]
     arrays: dict[str, list[np.ndarray]] = {}
     for shard in metadata["shards"]:
@@ -131,6 +127,32 @@ def load_features(folder: str | Path) -> ImageFeatures:
                 arrays.setdefault(key, []).append(array)
     rows = [(line["name"], line.get("label"), line["grid"]) for line in lines]
     return gather_features(rows, {name: parts for name, parts in arrays.items() if name != "grids"})
+
+
+def read_metadata(folder: Path) -> Any:
+    """Read what is recorded about the features in a folder; errors as of `load_features`."""
+    if not (folder / METADATA_FILE).is_file():
+        raise FileNotFoundError(f"no features in {folder}: it has no {METADATA_FILE}")
+    metadata = read_json(folder / METADATA_FILE)
+    if not metadata["complete"]:
+        raise ValueError(f"the extraction to {folder} is not finished: run the same command again")
+    return metadata
+
+
+def map_array(path: Path, name: str) -> np.ndarray:
+    """Map an array in a file, not empty, into memory, read-only; one that is damaged or lacks it is a `ValueError`."""
+    types = {kind: np.dtype(kind_name) for kind_name, kind in _SAFETENSORS_TYPES.items()}
+    try:
+        if path.suffix == ".npy":
+            array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+            return array
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            entry = json.loads(file.read(start - 8))[name]
+        offset = start + entry["data_offsets"][0]
+        return np.memmap(path, types[entry["dtype"]], "r", offset, tuple(entry["shape"]))
+    except (ValueError, KeyError, TypeError, OverflowError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
 def gather_features(
