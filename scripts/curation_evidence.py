@@ -96,7 +96,7 @@ def write_planted(folder: Path, num_images: int) -> None:
     dataset = FashionMNIST(split=FashionMNIST.Split.TRAIN)
     folder.mkdir(parents=True)
     for index in range(num_images):
-        image = dataset.get_image(index)
+        image = dataset.get_image(index).convert("RGB")
         image.save(folder / f"{index:05d}.png")
         if index < num_images // 2:
             number = index % len(CHANGES)
@@ -156,7 +156,7 @@ def write_long_tail(folder: Path, seed: int) -> None:
     folder.mkdir(parents=True)
     for rank, target in enumerate(rng.permutation(10), start=1):
         for index in rng.permutation(np.flatnonzero(targets == target))[: 1000 // rank].tolist():
-            dataset.get_image(index).save(folder / f"{index:05d}.png")
+            dataset.get_image(index).convert("RGB").save(folder / f"{index:05d}.png")
             lines.append(f"{index:05d}.png\t{target}\n")
     (folder / "images.tsv").write_text("".join(sorted(lines)))
 

@@ -64,13 +64,13 @@ class Images:
             if self.are_files:
                 files = ImageFiles([self.path(row)])
                 files.image_options = options
-                return files.get_image(0)
+                return files.get_image(0).convert("RGB")
             if number not in self._datasets:
                 self._datasets[number] = self._open_dataset(number, options)
             dataset = self._datasets[number]
             if dataset is None or dataset.describe(position) != self.table.names[row]:
                 return None
-            return dataset.get_image(position)
+            return dataset.get_image(position).convert("RGB")
         except (BadImageError, ValueError, OSError):
             return None
 
@@ -101,5 +101,8 @@ class Images:
 def _image_options(settings: Mapping[str, Any]) -> ImageOptions:
     """How images were decoded; of several sources, those of the first."""
     given: dict[str, Any] = settings["image_options"][0]
-    values: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in given.items()}
-    return ImageOptions(**values)
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return ImageOptions(**{key: frozen(value) for key, value in given.items()})
