@@ -193,6 +193,11 @@ class Teacher:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    teacher: str
+
+
+@dataclass(frozen=True)
 class Optim:
     epochs: Size
     weight_decay: NotNegative
@@ -283,6 +288,7 @@ class Config:
     train: Train
     student: Student
     teacher: Teacher
+    distillation: Distillation
     optim: Optim
     crops: Crops
     augmentation: Augmentation
@@ -381,6 +387,11 @@ def require_normalization(cfg: Config) -> None:
             f"images.bands = {list(cfg.images.bands or ())}: augmentation.mean and augmentation.std of these bands are "
             "not given: use the config.yaml of the training run, or measure them by python -m dinov2.data.statistics"
         )
+
+
+def has_masks(cfg: Config) -> bool:
+    """Whether the student's global crops are masked."""
+    return cfg.ibot.loss_weight > 0 and not cfg.distillation.teacher
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:

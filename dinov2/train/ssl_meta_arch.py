@@ -68,11 +68,30 @@ def mean_losses(parts: Sequence[Losses]) -> Losses:
     )
 
 
+def build_networks(cfg: Config, drop_path_rate: float = 0.0) -> nn.ModuleDict:
+    """Build a backbone and its heads by name: `backbone`, `dino_head` and, where patches have one, `ibot_head`."""
+    backbone = build_model(**backbone_arguments(cfg), drop_path_rate=drop_path_rate)
+    networks: dict[str, nn.Module] = {"backbone": backbone}
+    separate = cfg.ibot.loss_weight > 0 and cfg.ibot.separate_head
+    for name, head in ({"dino_head": cfg.dino} | ({"ibot_head": cfg.ibot} if separate else {})).items():
+        networks[name] = DINOHead(
+            backbone.embed_dim,
+            head.head_n_prototypes,
+            nlayers=head.head_nlayers,
+            hidden_dim=head.head_hidden_dim,
+            bottleneck_dim=head.head_bottleneck_dim,
+        )
+    return nn.ModuleDict(networks)
+
+
 class SSLMetaArch(nn.Module):
     """Student and teacher networks and the objective of DINOv2 (paper section 4).
 
     `student` and `teacher` contain `backbone`, `dino_head` and, with separate heads, `ibot_head`. The teacher starts as
     a copy of the student, has no gradients, and stays in eval mode.
+
+    Later stages of the method (`dinov2.train.stages`) derive from it: they replace the networks that give targets, or
+    add a term.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -85,8 +104,8 @@ class SSLMetaArch(nn.Module):
             raise ValueError("dino.loss_weight and ibot.loss_weight are both 0: nothing to train")
         self.separate_head = self.use_ibot and cfg.ibot.separate_head
 
-        self.student = self._networks(cfg.student.drop_path_rate)
-        self.teacher = self._networks(0.0)
+        self.student = build_networks(cfg, cfg.student.drop_path_rate)
+        self.teacher = build_networks(cfg)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
@@ -95,23 +114,25 @@ class SSLMetaArch(nn.Module):
         self.ibot_patch_loss = iBOTPatchLoss(patch_prototypes)
         self.koleo_loss = KoLeoLoss()
 
-    def _networks(self, drop_path_rate: float) -> nn.ModuleDict:
-        backbone = build_model(**backbone_arguments(self.cfg), drop_path_rate=drop_path_rate)
-        networks: dict[str, nn.Module] = {"backbone": backbone}
-        heads = {"dino_head": self.cfg.dino} | ({"ibot_head": self.cfg.ibot} if self.separate_head else {})
-        for name, head in heads.items():
-            networks[name] = DINOHead(
-                backbone.embed_dim,
-                head.head_n_prototypes,
-                nlayers=head.head_nlayers,
-                hidden_dim=head.head_hidden_dim,
-                bottleneck_dim=head.head_bottleneck_dim,
-            )
-        return nn.ModuleDict(networks)
-
     @property
     def student_backbone(self) -> DinoVisionTransformer:
         return cast(DinoVisionTransformer, self.student["backbone"])
+
+    @property
+    def target_networks(self) -> nn.ModuleDict:
+        """The networks that give targets."""
+        return self.teacher
+
+    @property
+    def frozen_networks(self) -> list[nn.ModuleDict]:
+        """Networks besides student and teacher, which do not learn and are not in checkpoints."""
+        return []
+
+    def load_frozen(self) -> None:
+        """Load the weights of `frozen_networks`, before sharding."""
+
+    def check_frozen(self) -> None:
+        """Raise a ValueError if they are not those that a resumed run has begun with."""
 
     def train(self, mode: bool = True) -> "SSLMetaArch":
         super().train(mode)
@@ -154,13 +175,21 @@ class SSLMetaArch(nn.Module):
 
     def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         with self._precision("teacher", "backbone") as dtype:
-            crops = [batch.global_crops.to(dtype)]
-            [features] = self.teacher["backbone"](crops, patches=[_padded_mask_index(batch)], is_training=True)
+            crops = [self._target_crops(batch).to(dtype)]
+            [features] = self.target_networks["backbone"](crops, patches=[_padded_mask_index(batch)], is_training=True)
         # Swap the crops: the student of crop 0 must predict the class token of crop 1, and vice versa.
         cls_tokens = torch.cat(features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)[::-1])
         patch_tokens = features["x_norm_patchtokens"][: len(batch.mask_index)]
         cls, _, patch = self._heads("teacher", cls_tokens, None, patch_tokens)
         return cls, patch
+
+    def _target_crops(self, batch: Batch) -> Tensor:
+        """The crops that targets are computed for."""
+        return batch.global_crops
+
+    def _student_masks(self, batch: Batch) -> Tensor | None:
+        """The patches of the global crops that the student does not see."""
+        return batch.masks if self.use_ibot else None
 
     @torch.no_grad()
     def teacher_features(self, images: Tensor) -> dict[str, Tensor]:
@@ -173,7 +202,7 @@ class SSLMetaArch(nn.Module):
         """Run the student on the masked global crops and the local crops, packed in one pass."""
         has_locals = len(batch.local_crops) > 0
         crops = [batch.global_crops, batch.local_crops] if has_locals else [batch.global_crops]
-        masks = [batch.masks if self.use_ibot else None, None][: len(crops)]
+        masks = [self._student_masks(batch), None][: len(crops)]
         patches = [_padded_mask_index(batch), batch.mask_index[:0]][: len(crops)]  # only the class token of local crops
         with self._precision("student", "backbone") as dtype:
             features = self.student["backbone"](
@@ -204,7 +233,7 @@ class SSLMetaArch(nn.Module):
         """Compute scores of groups of tokens in one pass: {group: (rows, D)} -> {group: (rows, K)}."""
         if not groups:
             return {}
-        networks = self.student if side == "student" else self.teacher
+        networks = self.student if side == "student" else self.target_networks
         with self._precision(side, name) as dtype:
             joint = networks[name](torch.cat([tokens.to(dtype) for tokens in groups.values()]))
         return dict(zip(groups, joint.split([len(tokens) for tokens in groups.values()]), strict=True))

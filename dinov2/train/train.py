@@ -51,6 +51,7 @@ from dinov2.train.preflight.dry_run import dry_run
 from dinov2.train.preflight.plan import check_length
 from dinov2.train.schedules import StepValues, build_schedules, global_batch_size, is_due, num_steps, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
+from dinov2.train.stages.choice import build_arch
 from dinov2.train.start.baseline import measure_baseline
 from dinov2.train.training_run import (
     METRICS_FILE,
@@ -89,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         warnings += [] if args.eval_only else check_length(cfg, len(dataset), distributed.world_size())
         for warning in warnings:
             logger.warning("%s", warning)
-        model = SSLMetaArch(cfg).to(distributed.device())
+        model = build_arch(cfg).to(distributed.device())
         with distributed.on_main(folder_lock(output_dir)):
             if args.eval_only:
                 dump_teacher_only(cfg, model, resume=not args.no_resume)

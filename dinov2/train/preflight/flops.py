@@ -83,7 +83,7 @@ def step_flops(cfg: Config, model: SSLMetaArch, masked_patches: float | None = N
     groups = crop_sequences(cfg)
     teacher, student = (
         Forward._make(cfg.train.accumulate_steps * flops for flops in _forward(model, networks, seen, masked))
-        for networks, seen in ((model.teacher, groups[:1]), (model.student, groups))
+        for networks, seen in ((model.target_networks, groups[:1]), (model.student, groups))
     )
     again = student.linear + student.attention if cfg.train.activation_checkpointing == "full" else 0.0
     return StepFlops(teacher, student, again)
