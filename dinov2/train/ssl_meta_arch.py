@@ -24,6 +24,8 @@ from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 NUM_GLOBAL_CROPS = 2
+METHOD_STATE = ("student.", "teacher.", "dino_loss.", "ibot_patch_loss.")
+"""Prefixes of the tensors that another run can start from; those of a stage alone are not among them."""
 
 
 class Targets(NamedTuple):
@@ -40,6 +42,7 @@ class Predictions(NamedTuple):
     local_cls: Tensor | None  # (L*B, K) scores
     patch: Tensor | None  # (M, K) scores
     features: Tensor  # (2B, D) class tokens before the head
+    patches: Tensor  # (patches of `_needed_patches`, D) patch tokens of the global crops before the head
 
 
 class Losses(NamedTuple):
@@ -131,6 +134,9 @@ class SSLMetaArch(nn.Module):
     def load_frozen(self) -> None:
         """Load the weights of `frozen_networks`, before sharding."""
 
+    def begin_step(self, step: int) -> None:
+        """What a stage does before the losses of a step are computed."""
+
     def check_frozen(self) -> None:
         """Raise a ValueError if they are not those that a resumed run has begun with."""
 
@@ -203,15 +209,24 @@ class SSLMetaArch(nn.Module):
         has_locals = len(batch.local_crops) > 0
         crops = [batch.global_crops, batch.local_crops] if has_locals else [batch.global_crops]
         masks = [self._student_masks(batch), None][: len(crops)]
-        patches = [_padded_mask_index(batch), batch.mask_index[:0]][: len(crops)]  # only the class token of local crops
+        patches = [self._needed_patches(batch), batch.mask_index[:0]][: len(crops)]  # of local crops the class token
         with self._precision("student", "backbone") as dtype:
             features = self.student["backbone"](
                 [crop.to(dtype) for crop in crops], masks, patches=patches, is_training=True
             )
         global_cls = features[0]["x_norm_clstoken"]
         local_cls = features[1]["x_norm_clstoken"] if has_locals else None
-        patch_tokens = features[0]["x_norm_patchtokens"][: len(batch.mask_index)]
-        return Predictions(*self._heads("student", global_cls, local_cls, patch_tokens), global_cls)
+        patch_tokens = features[0]["x_norm_patchtokens"]
+        scores = self._heads("student", global_cls, local_cls, self._masked(patch_tokens, batch))
+        return Predictions(*scores, global_cls, patch_tokens)
+
+    def _needed_patches(self, batch: Batch) -> Tensor:
+        """Indices of the patches of the global crops whose tokens the losses need, of all crops together."""
+        return _padded_mask_index(batch)
+
+    def _masked(self, patch_tokens: Tensor, batch: Batch) -> Tensor:
+        """Those of the tokens of `_needed_patches` that are masked: (M, D)."""
+        return patch_tokens[: len(batch.mask_index)]
 
     def _heads(
         self, side: str, global_cls: Tensor, local_cls: Tensor | None, patch_tokens: Tensor
@@ -253,6 +268,7 @@ class SSLMetaArch(nn.Module):
         if targets.cls is not None and predictions.global_cls is not None:
             if predictions.local_cls is not None:
                 local = self.dino_loss([predictions.local_cls], targets.cls.unbind()) / pairs
+                local = local * cfg.dino.local_crops_loss_weight
                 terms["dino_local_crops_loss"] = cfg.dino.loss_weight * local
                 published["dino_local_crops_loss"] = local
             loss = self.dino_loss([predictions.global_cls], [targets.cls.flatten(0, 1)])

@@ -135,6 +135,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         for step, batches in log_steps(cfg, metrics, micro_batches, first_step=run.step + 1):
             now = schedules.at(step)
             set_hyperparameters(optimizer, now)
+            model.begin_step(step)
             stats = panel.target_stats(step, line_is_due=metrics.line_is_due())
             losses = forward_backward(model, batches, now.teacher_temp, scaler, stats, seed=cfg.train.seed, step=step)
             norms = clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite)

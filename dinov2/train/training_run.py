@@ -102,6 +102,7 @@ def build_loader(
         crops.local_crops_number,
         crops.global_crops_size,
         crops.local_crops_size,
+        gram_crops_size=cfg.gram.crops_scale * crops.global_crops_size if cfg.gram.loss_weight > 0 else 0,
         **asdict(cfg.augmentation),
     )
     side = crops.global_crops_size // patch_size

@@ -225,6 +225,10 @@ def _activations(cfg: Config, model: SSLMetaArch) -> float:
     extra = 1 + arch.num_register_tokens
     tokens = NUM_GLOBAL_CROPS * ((crops.global_crops_size // arch.patch_size) ** 2 + extra)
     tokens += crops.local_crops_number * ((crops.local_crops_size // arch.patch_size) ** 2 + extra)
+    grams = 0
+    if cfg.gram.loss_weight > 0:  # similarities of all pairs of patches, theirs, their difference and its gradient
+        grams = NUM_GLOBAL_CROPS * FLOAT32 * 4 * (crops.global_crops_size // arch.patch_size) ** 4
+        grams += 2 * 3 * NUM_GLOBAL_CROPS * (cfg.gram.crops_scale * crops.global_crops_size) ** 2 * value_bytes
     pixels = NUM_GLOBAL_CROPS * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
     of_all, of_kept = saved_in_block(blocks[0], value_bytes, arch.drop_path_rate, cfg.train.activation_checkpointing)
     per_token = len(blocks) * (of_all + of_kept * (1 - arch.drop_path_rate))
@@ -237,7 +241,7 @@ def _activations(cfg: Config, model: SSLMetaArch) -> float:
     scores = sum((student * 2 * value_bytes + teacher * targets) * width for student, teacher, width in rows)
     largest = batch_size * max(student * width for student, _, width in rows)
     pieces = 2 * FLOAT32 * min(largest, LARGEST_PIECE)  # of scores and their softmax in float32
-    return batch_size * (tokens * per_token + batches + scores) + pieces
+    return batch_size * (tokens * per_token + batches + scores + grams) + pieces
 
 
 def masked_patches_per_image(cfg: Config) -> float:

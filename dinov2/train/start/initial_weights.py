@@ -13,9 +13,8 @@ from dinov2.config import Config, sources_of
 from dinov2.models.backbones import num_heads_beside
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
 from dinov2.train.checkpoint import load_training_weights
-from dinov2.train.checkpoint_folder import read_tensors
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.start.source_runs import config_of, weights_of_run
+from dinov2.train.start.source_runs import config_of, teacher_backbone, weights_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +48,7 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> InitialWeights | No
             _check_registers(cfg, loaded.backbone)
             return loaded
         path = load_training_weights(model, source) if key == "MODEL.WEIGHTS" else _load_run(model, cfg, source)
-        return InitialWeights(key, str(path), _teacher_in(path), None)
+        return InitialWeights(key, str(path), teacher_backbone(path), None)
 
 
 def _load_backbone(model: SSLMetaArch, name: str) -> InitialWeights:
@@ -81,14 +80,6 @@ def _load_run(model: SSLMetaArch, cfg: Config, source: str) -> str | Path:
         changes = config.differences(former, cfg)
         ours = [text for text in changes if text.startswith(_NETWORK_KEYS) and "pretrained_weights" not in text]
         raise ValueError(f"{error}. Settings there -> here: {'; '.join(ours) or 'the same'}") from error
-
-
-def _teacher_in(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of the teacher's backbone in a checkpoint folder or file, as it is there."""
-    if not Path(path).is_dir():
-        return backbone_state_dict(read_state_dict(path), source=str(path))
-    prefix = "model.teacher.backbone."
-    return {name.removeprefix(prefix): value for name, value in read_tensors(Path(path), prefix).items()}
 
 
 @contextmanager

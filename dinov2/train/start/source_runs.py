@@ -3,10 +3,12 @@
 import logging
 from pathlib import Path
 
+from torch import Tensor
+
 from dinov2 import config
 from dinov2.config import Config
-from dinov2.models.weights import TEACHER_FILE
-from dinov2.train.checkpoint_folder import complete_checkpoints
+from dinov2.models.weights import TEACHER_FILE, backbone_state_dict, read_state_dict
+from dinov2.train.checkpoint_folder import complete_checkpoints, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -44,3 +46,20 @@ def config_of(weights: Path) -> Config | None:
     """The configuration of the run in whose folder some weights are; None if there is none."""
     found = next((folder / "config.yaml" for folder in weights.parents if (folder / "config.yaml").is_file()), None)
     return None if found is None else config.load(found)
+
+
+def teacher_backbone(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of the teacher's backbone in a checkpoint folder or file, as it is there."""
+    if not Path(path).is_dir():
+        return backbone_state_dict(read_state_dict(path), source=str(path))
+    prefix = "model.teacher.backbone."
+    return {name.removeprefix(prefix): value for name, value in read_tensors(Path(path), prefix).items()}
+
+
+def backbone_of_run(source: str, key: str) -> tuple[str, dict[str, Tensor]]:
+    """The path of `weights_of_run` and its `teacher_backbone`; errors name the key of the configuration."""
+    try:
+        path = weights_of_run(source)
+        return str(path), teacher_backbone(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from error
