@@ -131,8 +131,8 @@ class SSLMetaArch(nn.Module):
         """Networks besides student and teacher, which do not learn and are not in checkpoints."""
         return []
 
-    def load_frozen(self) -> None:
-        """Load the weights of `frozen_networks`, before sharding."""
+    def load_frozen(self, *, resuming: bool = False) -> None:
+        """Load the weights of `frozen_networks`, before sharding; those in checkpoints not when `resuming` from one."""
 
     def begin_step(self, step: int) -> None:
         """What a stage does before the losses of a step are computed."""

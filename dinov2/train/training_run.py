@@ -168,7 +168,7 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
             archive_run(output_dir)
         if distributed.is_main():
             forget_start(output_dir)
-    model.load_frozen()
+    model.load_frozen(resuming=latest is not None)
     optimizer = parallelize_and_build_optimizer(cfg, model.train())
     scaler = torch.amp.GradScaler(distributed.device().type, enabled=uses_fp16(cfg))
     checkpointer = Checkpointer(

@@ -18,7 +18,7 @@ from dinov2.data.collate import Batch
 from dinov2.models.weights import check_numbers, read_state_dict
 from dinov2.train.checkpoint_folder import read_tensors
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets, build_networks
-from dinov2.train.start.source_runs import config_of, weights_of_run
+from dinov2.train.start.source_runs import config_of, naming_key, weights_of_run
 
 _EQUAL = {  # settings that frozen teacher and student share, and why
     "dino.head_n_prototypes": "the student predicts the prototypes of the teacher",
@@ -73,7 +73,7 @@ class DistillationArch(SSLMetaArch):
             networks._apply(fn)
         return super()._apply(fn, recurse)
 
-    def load_frozen(self) -> None:
+    def load_frozen(self, *, resuming: bool = False) -> None:
         """Load the frozen teacher, and the centers of its run as the initial ones; a ValueError if they do not fit."""
         state, centers = _read_source(self.source)
         check_numbers(state, str(self.source))
@@ -120,11 +120,9 @@ class DistillationArch(SSLMetaArch):
 
 def _source_of(name: str) -> tuple[Path, Config]:
     """The weights of a run, and its configuration; errors name the key."""
-    try:
+    with naming_key("distillation.teacher"):
         source = weights_of_run(name)
         cfg = config_of(source)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"distillation.teacher: {error}") from error
     if cfg is None:
         raise FileNotFoundError(f"distillation.teacher: there is no config.yaml above {source}")
     return source, cfg

@@ -18,7 +18,7 @@ from dinov2.models.weights import check_numbers, load_state
 from dinov2.train.parallel import local_tensors
 from dinov2.train.schedules import num_steps
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets
-from dinov2.train.start.source_runs import backbone_of_run
+from dinov2.train.start.source_runs import naming_key, teacher_backbone, weights_of_run
 
 
 class GramAnchoringArch(SSLMetaArch):
@@ -40,13 +40,15 @@ class GramAnchoringArch(SSLMetaArch):
         self.gram_teacher.eval()
         return self
 
-    def load_frozen(self) -> None:
+    def load_frozen(self, *, resuming: bool = False) -> None:
         """Load the Gram teacher from `gram.teacher`, if it is an earlier run; a ValueError if it does not fit."""
-        if not self.cfg.gram.teacher:
+        if not self.cfg.gram.teacher or resuming:  # a checkpoint has it
             return
-        source, state = backbone_of_run(self.cfg.gram.teacher, "gram.teacher")
-        check_numbers(state, source)
-        load_state(cast(DinoVisionTransformer, self.gram_teacher["backbone"]), state, f"gram.teacher: {source}")
+        with naming_key("gram.teacher"):
+            source = weights_of_run(self.cfg.gram.teacher)
+            state = teacher_backbone(source)
+            check_numbers(state, str(source))
+            load_state(cast(DinoVisionTransformer, self.gram_teacher["backbone"]), state, str(source))
 
     def begin_step(self, step: int) -> None:
         """Set the weight of a step, and copy the teacher to the Gram teacher if it is due."""

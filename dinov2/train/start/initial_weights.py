@@ -1,8 +1,6 @@
 """The initial weights of a run: `student.pretrained_weights`, `MODEL.WEIGHTS` or `init_from`."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +12,7 @@ from dinov2.models.backbones import num_heads_beside
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
 from dinov2.train.checkpoint import load_training_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.start.source_runs import config_of, teacher_backbone, weights_of_run
+from dinov2.train.start.source_runs import config_of, naming_key, teacher_backbone, weights_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +39,7 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> InitialWeights | No
     (key, source), *replaced = sources.items()
     for other, name in replaced:
         logger.info("%s=%s replaces %s=%s", key, source, other, name)
-    with _naming_key(key):
+    with naming_key(key):
         if key == "student.pretrained_weights":
             loaded = _load_backbone(model, source)
             model.teacher.load_state_dict(model.student.state_dict())
@@ -80,12 +78,3 @@ def _load_run(model: SSLMetaArch, cfg: Config, source: str) -> str | Path:
         changes = config.differences(former, cfg)
         ours = [text for text in changes if text.startswith(_NETWORK_KEYS) and "pretrained_weights" not in text]
         raise ValueError(f"{error}. Settings there -> here: {'; '.join(ours) or 'the same'}") from error
-
-
-@contextmanager
-def _naming_key(key: str) -> Iterator[None]:
-    """Name the key of the configuration in errors about weights."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{key}: {error}") from error

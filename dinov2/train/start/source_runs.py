@@ -1,6 +1,8 @@
 """Earlier runs that a run starts from or learns from: their weights and their configuration."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from dinov2 import config
 from dinov2.config import Config
 from dinov2.models.weights import TEACHER_FILE, backbone_state_dict, read_state_dict
-from dinov2.train.checkpoint_folder import complete_checkpoints, read_tensors
+from dinov2.train.checkpoint_folder import complete_checkpoints, latest_checkpoint, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,30 @@ def weights_of_run(source: str) -> Path:
     return best
 
 
+def check_source_runs(cfg: Config, *, resume: bool) -> None:
+    """Raise the error of a run that is named but missing, before large networks are built.
+
+    A run that resumes needs the teacher of a distillation only.
+    """
+    begins = not resume or latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") is None
+    named = {"distillation.teacher": cfg.distillation.teacher}
+    if begins:
+        named |= {"init_from": cfg.init_from, "gram.teacher": cfg.gram.teacher if cfg.gram.loss_weight > 0 else ""}
+    for key, source in named.items():
+        if source:
+            with naming_key(key):
+                weights_of_run(source)
+
+
+@contextmanager
+def naming_key(key: str) -> Iterator[None]:
+    """Name the key of the configuration in errors about weights."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
 def config_of(weights: Path) -> Config | None:
     """The configuration of the run in whose folder some weights are; None if there is none."""
     found = next((folder / "config.yaml" for folder in weights.parents if (folder / "config.yaml").is_file()), None)
@@ -54,12 +80,3 @@ def teacher_backbone(path: str | Path) -> dict[str, Tensor]:
         return backbone_state_dict(read_state_dict(path), source=str(path))
     prefix = "model.teacher.backbone."
     return {name.removeprefix(prefix): value for name, value in read_tensors(Path(path), prefix).items()}
-
-
-def backbone_of_run(source: str, key: str) -> tuple[str, dict[str, Tensor]]:
-    """The path of `weights_of_run` and its `teacher_backbone`; errors name the key of the configuration."""
-    try:
-        path = weights_of_run(source)
-        return str(path), teacher_backbone(path)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{key}: {error}") from error
