@@ -116,6 +116,7 @@ class Dino:
     head_nlayers: Size
     head_hidden_dim: Size
     koleo_loss_weight: Real
+    local_crops_loss_weight: NotNegative
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,23 @@ class Teacher:
     warmup_teacher_temp: Positive
     teacher_temp: Positive
     warmup_teacher_temp_epochs: Count
+
+
+@dataclass(frozen=True)
+class Distillation:
+    teacher: str
+
+
+@dataclass(frozen=True)
+class Gram:
+    loss_weight: NotNegative
+    start_step: Count
+    rise_steps: Count
+    teacher: str
+    teacher_step: Count
+    refresh_period: Count
+    max_refreshes: Count
+    crops_scale: Size
 
 
 @dataclass(frozen=True)
@@ -283,6 +301,8 @@ class Config:
     train: Train
     student: Student
     teacher: Teacher
+    distillation: Distillation
+    gram: Gram
     optim: Optim
     crops: Crops
     augmentation: Augmentation
@@ -381,6 +401,11 @@ def require_normalization(cfg: Config) -> None:
             f"images.bands = {list(cfg.images.bands or ())}: augmentation.mean and augmentation.std of these bands are "
             "not given: use the config.yaml of the training run, or measure them by python -m dinov2.data.statistics"
         )
+
+
+def has_masks(cfg: Config) -> bool:
+    """Whether the student's global crops are masked."""
+    return cfg.ibot.loss_weight > 0 and not cfg.distillation.teacher
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:
@@ -626,11 +651,27 @@ def _contradictions(cfg: Config) -> Iterator[str]:
                 f"but the teacher is an average of the student's shards"
             )
     yield from _contradictions_of_bands(cfg)
+    yield from _contradictions_of_stages(cfg)
     width, heads = cfg.student.embed_dim, cfg.student.num_heads
     if width and heads and width % heads:
         yield f"student.embed_dim = {width} is not a multiple of student.num_heads = {heads}"
     if cfg.student.depth and cfg.student.block_chunks > cfg.student.depth:
         yield f"student.block_chunks = {cfg.student.block_chunks} is more than student.depth = {cfg.student.depth}"
+
+
+def _contradictions_of_stages(cfg: Config) -> Iterator[str]:
+    gram, steps = cfg.gram, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    if gram.loss_weight <= 0:
+        return
+    if cfg.distillation.teacher:
+        yield f"gram.loss_weight = {gram.loss_weight} and distillation.teacher exclude one another"
+    if gram.start_step + gram.rise_steps > steps:
+        yield f"gram.start_step = {gram.start_step} + gram.rise_steps = {gram.rise_steps} is more than {steps} steps"
+    if not gram.teacher and gram.teacher_step > gram.start_step:
+        yield (
+            f"gram.teacher_step = {gram.teacher_step} is after gram.start_step = {gram.start_step}: there is no Gram "
+            "teacher when the loss begins"
+        )
 
 
 def _contradictions_of_bands(cfg: Config) -> Iterator[str]:

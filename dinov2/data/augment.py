@@ -24,6 +24,7 @@ class MultiCrop(NamedTuple):
 
     global_crops: tuple[Tensor, Tensor]  # each (C, G, G), of C channels
     local_crops: tuple[Tensor, ...]  # L times (C, S, S)
+    gram_crops: tuple[Tensor, ...] = ()  # the global crops at another size, without changed colors, if wanted
 
 
 class DataAugmentationDINO:
@@ -52,6 +53,7 @@ class DataAugmentationDINO:
         mean: Mean per channel, in [0, 1]; subtracted.
         std: Standard deviation per channel, in [0, 1].
         aspect_ratio: Range of width / height of a crop.
+        gram_crops_size: Side of `MultiCrop.gram_crops` in pixels; 0: none.
         implementation: "tensor", or "pil", which runs every operation by torchvision on PIL images, like the released
             code, and is several times slower. Both draw the same parameters and give the same pixels up to rounding and
             the resampling kernels.
@@ -80,6 +82,7 @@ class DataAugmentationDINO:
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
         aspect_ratio: Sequence[float] = (3 / 4, 4 / 3),
+        gram_crops_size: int = 0,
         implementation: str = "tensor",
     ) -> None:
         if implementation not in IMPLEMENTATIONS:
@@ -87,6 +90,7 @@ class DataAugmentationDINO:
         blur_global_1, blur_global_2, blur_local = blur_probabilities
         blur = [blur_global_1, blur_global_2] + [blur_local] * local_crops_number
         self.global_side, self.local_side = global_crops_size, local_crops_size
+        self.gram_side = gram_crops_size
         self.sides = [global_crops_size] * 2 + [local_crops_size] * local_crops_number
         for side, probability in zip(self.sides, blur, strict=True):
             if probability > 0 and side < SMALLEST_BLURRED:
@@ -121,7 +125,7 @@ class DataAugmentationDINO:
         encoded = image if isinstance(image, EncodedImage) else EncodedImage(image)
         seed = int(torch.randint(2**63 - 1, ()))
         params = self.sampler.draw(*encoded.size, np.random.default_rng(seed))
-        reduction = 1 if self.implementation == "pil" else possible_reduction(params, self.sides)
+        reduction = 1 if self.implementation == "pil" else possible_reduction(params, self._largest_sides)
         pixels = encoded.pixels(reduction)
         height, width, channels = pixels.shape
         if channels != len(self.mean):
@@ -129,9 +133,18 @@ class DataAugmentationDINO:
         return pixels, params if reduction == 1 else params.reduced(reduction, width, height)
 
     def apply(self, pixels: np.ndarray, params: CropParams) -> MultiCrop:
-        crops = IMPLEMENTATIONS[self.implementation](pixels, zip(params.rows(), self.sides, strict=True))
-        first, second, *local_crops = (crop[0].sub_(self.mean).div_(self.std) for crop in crops)
-        return MultiCrop((first, second), tuple(local_crops))
+        rows = list(zip(params.rows(), self.sides, strict=True))
+        if self.gram_side:
+            rows += [(row, self.gram_side) for row in params.take(slice(0, 2)).without_colors().rows()]
+        crops = IMPLEMENTATIONS[self.implementation](pixels, rows)
+        first, second, *others = (crop[0].sub_(self.mean).div_(self.std) for crop in crops)
+        num_local = len(self.sides) - 2
+        return MultiCrop((first, second), tuple(others[:num_local]), tuple(others[num_local:]))
+
+    @property
+    def _largest_sides(self) -> list[int]:
+        """The largest side that each box is resampled to."""
+        return [max(side, self.gram_side) for side in self.sides[:2]] + self.sides[2:]
 
 
 def tensor_crops(pixels: np.ndarray, crops: Iterable[tuple[CropParam, int]]) -> Iterator[Tensor]:

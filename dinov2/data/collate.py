@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     mask_index: Tensor  # (M,) int64, where masks.flatten() is True, ascending
     mask_weight: Tensor  # (M,) float32, 1 / masked patches of the same crop
     upperbound: int  # >= M; the same for every batch with these settings
+    gram_crops: Tensor | None = None  # (2B, C, H, H): the global crops at another size, without changed colors
     bad_images: tuple[str, ...] = ()  # "path: reason" of images that could not be read and were replaced by others
 
 
@@ -44,8 +45,10 @@ def collate_data_and_cast(samples: Sequence[MultiCrop], *, dtype: torch.dtype, *
     global_crops = _stacked([sample.global_crops[i] for i in range(2) for sample in samples], dtype)
     num_local = len(samples[0].local_crops)
     local_crops = [sample.local_crops[i] for i in range(num_local) for sample in samples]
+    gram_crops = [sample.gram_crops[i] for i in range(len(samples[0].gram_crops)) for sample in samples]
     batch = make_masks(len(global_crops), **masking)
     return batch._replace(
+        gram_crops=_stacked(gram_crops, dtype) if gram_crops else None,
         global_crops=global_crops,
         local_crops=_stacked(local_crops, dtype) if local_crops else global_crops[:0],
     )

@@ -45,6 +45,13 @@ class CropParams(NamedTuple):
     def take(self, which: slice | np.ndarray) -> "CropParams":
         return CropParams(*(values[which] for values in self))
 
+    def without_colors(self) -> "CropParams":
+        """The same boxes and flips with unchanged colors."""
+        of_bands = self.factors.ndim == 3
+        neutral = np.ones_like(self.factors) if of_bands else np.tile(NEUTRAL_FACTORS, (len(self.flip), 1))
+        off = np.zeros_like(self.flip)
+        return self._replace(factors=neutral, gray=off, sigma=np.zeros_like(self.sigma), solarize=off)
+
     def rows(self) -> list[CropParam]:
         return [CropParam(*row) for row in zip(*(values.tolist() for values in self), strict=True)]
 

@@ -47,6 +47,7 @@ class CropFormat(NamedTuple):
 
     global_side: int
     local_side: int
+    gram_side: int  # of the global crops without changed colors; 0: none
     mean: tuple[float, ...]  # of each channel, in levels
     std: tuple[float, ...]  # of each channel, in levels
     dtype: torch.dtype
@@ -76,7 +77,7 @@ class DeviceAugmentation:
     def crop_format(self, dtype: torch.dtype) -> CropFormat:
         source = self.augmentation
         mean, std = (tuple(values.flatten().tolist()) for values in (source.mean, source.std))
-        return CropFormat(source.global_side, source.local_side, mean, std, dtype)
+        return CropFormat(source.global_side, source.local_side, source.gram_side, mean, std, dtype)
 
 
 def pack_raw_batch(images: Sequence[RawImage], batch: Batch, crop_format: CropFormat) -> RawBatch:
@@ -95,21 +96,33 @@ def make_crops(raw: RawBatch) -> Batch:
     device, dtype, channels = pixels.device, crop_format.dtype, len(crop_format.mean)
     color_jittered = _color_jittered if channels == 3 else _bands_jittered
     mean, std = _move_together([torch.tensor(crop_format.mean), torch.tensor(crop_format.std)], device)
-    kinds = ((2, crop_format.global_side), (crops_each - 2, crop_format.local_side))
+    num_gram = 2 if crop_format.gram_side else 0
+    kinds = (
+        (2, crop_format.global_side),
+        (crops_each - 2, crop_format.local_side),
+        (num_gram, crop_format.gram_side),
+    )
+    plain = params.without_colors()
     all_crops = [torch.empty(n, count, channels, side, side, dtype=dtype, device=device) for n, side in kinds]
     starts = np.concatenate([[0], np.cumsum(channels * sizes.prod(1))])
     for first, last in _parts(sizes):
         images = _padded(pixels[starts[first] : starts[last]], sizes[first:last], channels)
         crop_index = np.arange(first * crops_each, last * crops_each).reshape(-1, crops_each)
-        for rows, crops in zip((crop_index[:, :2], crop_index[:, 2:]), all_crops, strict=True):
+        global_index = crop_index[:, :2]
+        each = ((global_index, params), (crop_index[:, 2:], params), (global_index[:, :num_gram], plain))
+        for (rows, drawn), crops in zip(each, all_crops, strict=True):
             if not rows.size:
                 continue
-            part_params = params.take(rows.reshape(-1))
+            part_params = drawn.take(rows.reshape(-1))
             levels = color_jittered(_resampled(images, part_params, crops.shape[-1]), part_params)
             levels.sub_(mean[:, None, None]).div_(std[:, None, None])
             crops[:, first:last] = levels.unflatten(0, (last - first, -1)).transpose(0, 1)
-    global_crops, local_crops = (crops.flatten(0, 1) for crops in all_crops)
-    return batch._replace(global_crops=global_crops, local_crops=local_crops if len(local_crops) else global_crops[:0])
+    global_crops, local_crops, gram_crops = (crops.flatten(0, 1) for crops in all_crops)
+    return batch._replace(
+        global_crops=global_crops,
+        local_crops=local_crops if len(local_crops) else global_crops[:0],
+        gram_crops=gram_crops if num_gram else None,
+    )
 
 
 def _parts(sizes: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -39,7 +39,7 @@ from dinov2.train.checkpoint_folder import (
 from dinov2.train.checkpoint_metadata import METADATA_FILE, write_checksums
 from dinov2.train.checkpoint_state import STATE_FILE, read_state
 from dinov2.train.parallel import full_tensor
-from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.ssl_meta_arch import METHOD_STATE, SSLMetaArch
 
 logger = logging.getLogger(__name__)
 
@@ -283,9 +283,11 @@ def load_training_weights(model: SSLMetaArch, source: str | Path) -> str | Path:
         teacher = folder / "teacher_checkpoint.pth"
         source = teacher if teacher.is_file() else latest_checkpoint(folder / "checkpoints") or folder
     if Path(source).is_dir():
-        state = {f"model.{name}": value for name, value in model.state_dict().items()}
+        prefixes = tuple(f"model.{part}" for part in METHOD_STATE)
+        names_and_values = ((f"model.{name}", value) for name, value in model.state_dict().items())
+        state = {name: value for name, value in names_and_values if name.startswith(prefixes)}
         try:
-            stored = {name for name in stored_names(Path(source)) if name.startswith("model.")}
+            stored = {name for name in stored_names(Path(source)) if name.startswith(prefixes)}
             tables = _tables_of_other_grids(state, Path(source))
             _load_tensors(state | tables, Path(source), stored)
             for name, table in tables.items():
@@ -302,7 +304,11 @@ def load_training_weights(model: SSLMetaArch, source: str | Path) -> str | Path:
             if state[name].shape != model.student_backbone.pos_embed.shape:
                 state[name] = fit_positions(state[name], model.student_backbone, str(source))
         try:
-            for module in (model,) if whole else (model.student, model.teacher):
+            if whole:
+                kept = {name: value for name, value in state.items() if name.startswith(METHOD_STATE)}
+                own = {name: value for name, value in model.state_dict().items() if not name.startswith(METHOD_STATE)}
+                model.load_state_dict(kept | own)
+            for module in () if whole else (model.student, model.teacher):
                 module.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(

@@ -42,6 +42,7 @@ def parallelize(
     teacher: nn.ModuleDict,
     precision: ComputePrecision,
     *,
+    frozen: Sequence[nn.ModuleDict] = (),
     block_chunks: int = 0,
     activation_checkpointing: ActivationCheckpointing = "none",
     compile_blocks: bool = False,
@@ -53,6 +54,7 @@ def parallelize(
     Args:
         student, teacher: Networks by name; `backbone` has `blocks`.
         precision: Sharding strategy and dtypes of each network.
+        frozen: Further networks that do not learn, treated like the teacher.
         block_chunks: Number of sharding units of the blocks of a backbone; 0: one unit per block.
         activation_checkpointing: Activations of the student's blocks recomputed in the backward pass: none, all but the
             outputs of matrix products and attention ("selective"), or all ("full").
@@ -62,18 +64,19 @@ def parallelize(
         for block in _blocks(student):
             _recompute(block, selective=activation_checkpointing == "selective")
     if compile_blocks:
-        _compile([*_blocks(student), *_blocks(teacher)])
+        _compile([block for networks in (student, teacher, *frozen) for block in _blocks(networks)])
     if distributed.is_enabled():
         # It warns of in-place operations on views, of which there are none.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
         meshes: dict[int, DeviceMesh] = {}
-        for networks, precisions in ((student, precision.student), (teacher, precision.teacher)):
+        for networks in (student, teacher, *frozen):
+            precisions = precision.student if networks is student else precision.teacher
             for name, network in networks.items():
                 _broadcast_weights(network)
                 how: ModulePrecision = getattr(precisions, name)
                 shards = num_shards(how.sharding_strategy, distributed.world_size(), distributed.local_world_size())
                 mesh = meshes[shards] = meshes.get(shards) or distributed.device_mesh(shards)
-                free = networks is teacher or how.sharding_strategy in FREED_AFTER_FORWARD
+                free = networks is not student or how.sharding_strategy in FREED_AFTER_FORWARD
                 _shard(network, how, mesh, block_chunks=block_chunks, reshard_after_forward=free)
 
 

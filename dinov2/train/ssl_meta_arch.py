@@ -24,6 +24,8 @@ from dinov2.models import build_model
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 NUM_GLOBAL_CROPS = 2
+METHOD_STATE = ("student.", "teacher.", "dino_loss.", "ibot_patch_loss.")
+"""Prefixes of the tensors that another run can start from; those of a stage alone are not among them."""
 
 
 class Targets(NamedTuple):
@@ -40,6 +42,7 @@ class Predictions(NamedTuple):
     local_cls: Tensor | None  # (L*B, K) scores
     patch: Tensor | None  # (M, K) scores
     features: Tensor  # (2B, D) class tokens before the head
+    patches: Tensor  # (patches of `_needed_patches`, D) patch tokens of the global crops before the head
 
 
 class Losses(NamedTuple):
@@ -68,11 +71,30 @@ def mean_losses(parts: Sequence[Losses]) -> Losses:
     )
 
 
+def build_networks(cfg: Config, drop_path_rate: float = 0.0) -> nn.ModuleDict:
+    """Build a backbone and its heads by name: `backbone`, `dino_head` and, where patches have one, `ibot_head`."""
+    backbone = build_model(**backbone_arguments(cfg), drop_path_rate=drop_path_rate)
+    networks: dict[str, nn.Module] = {"backbone": backbone}
+    separate = cfg.ibot.loss_weight > 0 and cfg.ibot.separate_head
+    for name, head in ({"dino_head": cfg.dino} | ({"ibot_head": cfg.ibot} if separate else {})).items():
+        networks[name] = DINOHead(
+            backbone.embed_dim,
+            head.head_n_prototypes,
+            nlayers=head.head_nlayers,
+            hidden_dim=head.head_hidden_dim,
+            bottleneck_dim=head.head_bottleneck_dim,
+        )
+    return nn.ModuleDict(networks)
+
+
 class SSLMetaArch(nn.Module):
     """Student and teacher networks and the objective of DINOv2 (paper section 4).
 
     `student` and `teacher` contain `backbone`, `dino_head` and, with separate heads, `ibot_head`. The teacher starts as
     a copy of the student, has no gradients, and stays in eval mode.
+
+    Later stages of the method (`dinov2.train.stages`) derive from it: they replace the networks that give targets, or
+    add a term.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -85,8 +107,8 @@ class SSLMetaArch(nn.Module):
             raise ValueError("dino.loss_weight and ibot.loss_weight are both 0: nothing to train")
         self.separate_head = self.use_ibot and cfg.ibot.separate_head
 
-        self.student = self._networks(cfg.student.drop_path_rate)
-        self.teacher = self._networks(0.0)
+        self.student = build_networks(cfg, cfg.student.drop_path_rate)
+        self.teacher = build_networks(cfg)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
 
@@ -95,23 +117,28 @@ class SSLMetaArch(nn.Module):
         self.ibot_patch_loss = iBOTPatchLoss(patch_prototypes)
         self.koleo_loss = KoLeoLoss()
 
-    def _networks(self, drop_path_rate: float) -> nn.ModuleDict:
-        backbone = build_model(**backbone_arguments(self.cfg), drop_path_rate=drop_path_rate)
-        networks: dict[str, nn.Module] = {"backbone": backbone}
-        heads = {"dino_head": self.cfg.dino} | ({"ibot_head": self.cfg.ibot} if self.separate_head else {})
-        for name, head in heads.items():
-            networks[name] = DINOHead(
-                backbone.embed_dim,
-                head.head_n_prototypes,
-                nlayers=head.head_nlayers,
-                hidden_dim=head.head_hidden_dim,
-                bottleneck_dim=head.head_bottleneck_dim,
-            )
-        return nn.ModuleDict(networks)
-
     @property
     def student_backbone(self) -> DinoVisionTransformer:
         return cast(DinoVisionTransformer, self.student["backbone"])
+
+    @property
+    def target_networks(self) -> nn.ModuleDict:
+        """The networks that give targets."""
+        return self.teacher
+
+    @property
+    def frozen_networks(self) -> list[nn.ModuleDict]:
+        """Networks besides student and teacher, which do not learn and are not in checkpoints."""
+        return []
+
+    def load_frozen(self, *, resuming: bool = False) -> None:
+        """Load the weights of `frozen_networks`, before sharding; those in checkpoints not when `resuming` from one."""
+
+    def begin_step(self, step: int) -> None:
+        """What a stage does before the losses of a step are computed."""
+
+    def check_frozen(self) -> None:
+        """Raise a ValueError if they are not those that a resumed run has begun with."""
 
     def train(self, mode: bool = True) -> "SSLMetaArch":
         super().train(mode)
@@ -154,13 +181,21 @@ class SSLMetaArch(nn.Module):
 
     def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         with self._precision("teacher", "backbone") as dtype:
-            crops = [batch.global_crops.to(dtype)]
-            [features] = self.teacher["backbone"](crops, patches=[_padded_mask_index(batch)], is_training=True)
+            crops = [self._target_crops(batch).to(dtype)]
+            [features] = self.target_networks["backbone"](crops, patches=[_padded_mask_index(batch)], is_training=True)
         # Swap the crops: the student of crop 0 must predict the class token of crop 1, and vice versa.
         cls_tokens = torch.cat(features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)[::-1])
         patch_tokens = features["x_norm_patchtokens"][: len(batch.mask_index)]
         cls, _, patch = self._heads("teacher", cls_tokens, None, patch_tokens)
         return cls, patch
+
+    def _target_crops(self, batch: Batch) -> Tensor:
+        """The crops that targets are computed for."""
+        return batch.global_crops
+
+    def _student_masks(self, batch: Batch) -> Tensor | None:
+        """The patches of the global crops that the student does not see."""
+        return batch.masks if self.use_ibot else None
 
     @torch.no_grad()
     def teacher_features(self, images: Tensor) -> dict[str, Tensor]:
@@ -173,16 +208,25 @@ class SSLMetaArch(nn.Module):
         """Run the student on the masked global crops and the local crops, packed in one pass."""
         has_locals = len(batch.local_crops) > 0
         crops = [batch.global_crops, batch.local_crops] if has_locals else [batch.global_crops]
-        masks = [batch.masks if self.use_ibot else None, None][: len(crops)]
-        patches = [_padded_mask_index(batch), batch.mask_index[:0]][: len(crops)]  # only the class token of local crops
+        masks = [self._student_masks(batch), None][: len(crops)]
+        patches = [self._needed_patches(batch), batch.mask_index[:0]][: len(crops)]  # of local crops the class token
         with self._precision("student", "backbone") as dtype:
             features = self.student["backbone"](
                 [crop.to(dtype) for crop in crops], masks, patches=patches, is_training=True
             )
         global_cls = features[0]["x_norm_clstoken"]
         local_cls = features[1]["x_norm_clstoken"] if has_locals else None
-        patch_tokens = features[0]["x_norm_patchtokens"][: len(batch.mask_index)]
-        return Predictions(*self._heads("student", global_cls, local_cls, patch_tokens), global_cls)
+        patch_tokens = features[0]["x_norm_patchtokens"]
+        scores = self._heads("student", global_cls, local_cls, self._masked(patch_tokens, batch))
+        return Predictions(*scores, global_cls, patch_tokens)
+
+    def _needed_patches(self, batch: Batch) -> Tensor:
+        """Indices of the patches of the global crops whose tokens the losses need, of all crops together."""
+        return _padded_mask_index(batch)
+
+    def _masked(self, patch_tokens: Tensor, batch: Batch) -> Tensor:
+        """Those of the tokens of `_needed_patches` that are masked: (M, D)."""
+        return patch_tokens[: len(batch.mask_index)]
 
     def _heads(
         self, side: str, global_cls: Tensor, local_cls: Tensor | None, patch_tokens: Tensor
@@ -204,7 +248,7 @@ class SSLMetaArch(nn.Module):
         """Compute scores of groups of tokens in one pass: {group: (rows, D)} -> {group: (rows, K)}."""
         if not groups:
             return {}
-        networks = self.student if side == "student" else self.teacher
+        networks = self.student if side == "student" else self.target_networks
         with self._precision(side, name) as dtype:
             joint = networks[name](torch.cat([tokens.to(dtype) for tokens in groups.values()]))
         return dict(zip(groups, joint.split([len(tokens) for tokens in groups.values()]), strict=True))
@@ -224,6 +268,7 @@ class SSLMetaArch(nn.Module):
         if targets.cls is not None and predictions.global_cls is not None:
             if predictions.local_cls is not None:
                 local = self.dino_loss([predictions.local_cls], targets.cls.unbind()) / pairs
+                local = local * cfg.dino.local_crops_loss_weight
                 terms["dino_local_crops_loss"] = cfg.dino.loss_weight * local
                 published["dino_local_crops_loss"] = local
             loss = self.dino_loss([predictions.global_cls], [targets.cls.flatten(0, 1)])

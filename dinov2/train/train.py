@@ -51,7 +51,9 @@ from dinov2.train.preflight.dry_run import dry_run
 from dinov2.train.preflight.plan import check_length
 from dinov2.train.schedules import StepValues, build_schedules, global_batch_size, is_due, num_steps, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
+from dinov2.train.stages.choice import build_arch
 from dinov2.train.start.baseline import measure_baseline
+from dinov2.train.start.source_runs import check_source_runs
 from dinov2.train.training_run import (
     METRICS_FILE,
     build_loader,
@@ -84,12 +86,13 @@ def main(args: argparse.Namespace) -> None:
         if not args.eval_only:
             for warning in [*check_settings(cfg, distributed.world_size()), *check_device(cfg)]:
                 logger.warning("%s", warning)
+        check_source_runs(cfg, resume=not args.no_resume)
         cfg, dataset = open_dataset(cfg, resume=not args.no_resume)  # before the model, to report mistakes early
         warnings = check_images(cfg, dataset)
         warnings += [] if args.eval_only else check_length(cfg, len(dataset), distributed.world_size())
         for warning in warnings:
             logger.warning("%s", warning)
-        model = SSLMetaArch(cfg).to(distributed.device())
+        model = build_arch(cfg).to(distributed.device())
         with distributed.on_main(folder_lock(output_dir)):
             if args.eval_only:
                 dump_teacher_only(cfg, model, resume=not args.no_resume)
@@ -134,6 +137,7 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
         for step, batches in log_steps(cfg, metrics, micro_batches, first_step=run.step + 1):
             now = schedules.at(step)
             set_hyperparameters(optimizer, now)
+            model.begin_step(step)
             stats = panel.target_stats(step, line_is_due=metrics.line_is_due())
             losses = forward_backward(model, batches, now.teacher_temp, scaler, stats, seed=cfg.train.seed, step=step)
             norms = clip_and_step(losses, model.student, optimizer, scaler, cfg.optim.clip_grad, nonfinite)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dinov2 import config, distributed
-from dinov2.config import DTYPES, Config, ConfigError
+from dinov2.config import DTYPES, Config, ConfigError, has_masks
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, make_dataset
 from dinov2.data.collate import Batch
 from dinov2.data.datasets.base import ImageDataset
@@ -102,6 +102,7 @@ def build_loader(
         crops.local_crops_number,
         crops.global_crops_size,
         crops.local_crops_size,
+        gram_crops_size=cfg.gram.crops_scale * crops.global_crops_size if cfg.gram.loss_weight > 0 else 0,
         **asdict(cfg.augmentation),
     )
     side = crops.global_crops_size // patch_size
@@ -122,7 +123,7 @@ def build_loader(
             (side, side), max_num_patches=published_max_num_patches(crops.global_crops_size, patch_size)
         ),
         mask_ratio_tuple=cfg.ibot.mask_ratio_min_max,
-        mask_probability=cfg.ibot.mask_sample_probability if cfg.ibot.loss_weight > 0 else 0.0,
+        mask_probability=cfg.ibot.mask_sample_probability if has_masks(cfg) else 0.0,
         dtype=DTYPES[cfg.compute_precision.student.backbone.mixed_precision.param_dtype],
     )
 
@@ -167,6 +168,7 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
             archive_run(output_dir)
         if distributed.is_main():
             forget_start(output_dir)
+    model.load_frozen(resuming=latest is not None)
     optimizer = parallelize_and_build_optimizer(cfg, model.train())
     scaler = torch.amp.GradScaler(distributed.device().type, enabled=uses_fp16(cfg))
     checkpointer = Checkpointer(
@@ -190,6 +192,8 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
     global_batch = global_batch_size(cfg, distributed.world_size())
     setup = Setup(distributed.world_size(), global_batch, len(dataset), dataset.fingerprint())
     first_step, images_seen = resume_run(cfg, latest, checkpointer, metrics, setup)
+    if latest is not None:
+        model.check_frozen()
     if distributed.is_main() and first_step < num_steps(cfg):
         record_environment(output_dir, first_step, data=cfg.train.dataset_path)
     logger.info("%d of %d steps are done; %d images each", first_step, num_steps(cfg), global_batch)
@@ -210,6 +214,7 @@ def parallelize_and_build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.op
         model.student,
         model.teacher,
         cfg.compute_precision,
+        frozen=model.frozen_networks,
         block_chunks=cfg.student.block_chunks,
         activation_checkpointing=cfg.train.activation_checkpointing,
         compile_blocks=cfg.train.compile,

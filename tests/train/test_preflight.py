@@ -15,6 +15,9 @@ from dinov2.train.schedules import describe_schedules
 PROCESSES = {
     **{"train/vitl16_short": 32, "train/vitl14": 96, "train/vitg14": 256, "train/fashion_mnist": 1},
     **{"train/quickstart": 1, "train/vits14_1gpu": 1, "train/vitb14_1gpu": 1},
+    **{f"train/vit{size}14_distilled": number for size, number in {"s": 32, "b": 32, "l": 64}.items()},
+    **{f"train/vit{size}14_highres": number for size, number in {"s": 32, "b": 32, "l": 32, "g": 128}.items()},
+    **{"train/vitl14_gram": 96},
     **{f"train/continue_vit{size}14": number for size, number in {"s": 1, "b": 1, "l": 8, "g": 32}.items()},
     **{f"train/continue_vit{size}14_reg4": number for size, number in {"s": 1, "b": 1, "l": 8, "g": 32}.items()},
 }

@@ -26,6 +26,9 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 # Recipe -> published name.
 CONTINUE = {f"train/continue_{name.removeprefix('dinov2_').replace('_reg', '_reg4')}": name for name in PUBLISHED}
 ONE_GPU = ["train/vits14_1gpu", "train/vitb14_1gpu"]
+HIGH_RESOLUTION = [f"train/vit{size}14_highres" for size in "sblg"]
+DISTILLED = [f"train/vit{size}14_distilled" for size in "sbl"]
+STAGES = [*HIGH_RESOLUTION, *DISTILLED, "train/vitl14_gram"]
 
 
 def different(first: str, second: str) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def test_there_is_one_for_each_released_backbone() -> None:
         assert config.load(recipe).student.pretrained_weights == name
 
 
-@pytest.mark.parametrize("recipe", [*CONTINUE, *ONE_GPU])
+@pytest.mark.parametrize("recipe", [*CONTINUE, *ONE_GPU, *STAGES])
 def test_the_header_says_what_how_long_what_to_expect_and_the_command(recipe: str) -> None:
     header = (files("dinov2") / "configs" / f"{recipe}.yaml").read_text(encoding="utf-8").partition("\ndino:")[0]
     assert all(f"# {word}:" in header for word in ("How long", "Expect", "Command"))
@@ -167,3 +170,48 @@ def test_the_overrides_in_the_documentation_fit_their_numbers_of_gpus() -> None:
             cfg, number = config.load(recipe, overrides.split()), int(processes)
             assert global_batch_size(cfg, number) == int(images.replace(",", ""))
             assert check_settings(cfg, number) == []
+
+
+# --- Later stages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", DISTILLED)
+def test_the_published_values_of_distillation(recipe: str) -> None:
+    """Paper, table 16; heads and crops are those of its teacher, train/vitg14."""
+    cfg, teacher = config.load(recipe), config.load("train/vitg14")
+    assert global_batch_size(cfg, PROCESSES[recipe]) == 2048 and num_steps(cfg) == 625_000
+    assert scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, 2048) == 1e-3
+    assert cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH == 100_000
+    assert (cfg.optim.weight_decay, cfg.optim.weight_decay_end) == (0.04, 0.2)
+    assert (cfg.teacher.momentum_teacher, cfg.teacher.final_momentum_teacher) == (0.994, 1.0)
+    assert cfg.student.drop_path_rate == 0 and cfg.student.ffn_layer == "mlp"
+    assert (cfg.dino, cfg.ibot, cfg.crops) == (teacher.dino, teacher.ibot, teacher.crops)
+
+
+@pytest.mark.parametrize("recipe", HIGH_RESOLUTION)
+def test_the_high_resolution_stage_continues_the_recipe_that_it_names(recipe: str) -> None:
+    former = "train/vitg14" if recipe.endswith("vitg14_highres") else recipe.replace("highres", "distilled")
+    cfg, before = config.load(recipe), config.load(former)
+    assert num_steps(cfg) == 10_000 and cfg.crops.global_crops_size == 518
+    assert (cfg.dino, cfg.ibot, cfg.student) == (before.dino, before.ibot, before.student)
+    batch = global_batch_size(cfg, PROCESSES[recipe])
+    assert batch == global_batch_size(before, PROCESSES[former])
+    rate, former_rate = (scale_lr(each.optim.base_lr, each.optim.scaling_rule, batch) for each in (cfg, before))
+    assert rate == pytest.approx(former_rate / 10)
+    assert cfg.optim.warmup_epochs / cfg.optim.epochs == before.optim.warmup_epochs / before.optim.epochs
+
+
+def test_gram_anchoring_has_the_values_of_dinov3() -> None:
+    cfg, before = config.load("train/vitl14_gram"), config.load("train/vitl14")
+    assert (cfg.gram.loss_weight, cfg.gram.rise_steps, cfg.gram.crops_scale) == (2.0, 1000, 2)
+    assert (cfg.teacher.momentum_teacher, cfg.dino.local_crops_loss_weight) == (0.999, 0.5)
+    assert cfg.student == before.student and cfg.ibot == before.ibot
+
+
+@pytest.mark.parametrize("recipe", STAGES)
+def test_a_stage_needs_the_run_before_it(recipe: str, tmp_path: Path) -> None:
+    key = "distillation.teacher" if recipe in DISTILLED else "init_from"
+    words = ["--dry-run", "--config-file", recipe, "--output-dir", str(tmp_path)]
+    words += ["train.dataset_path=FashionMNIST:split=VAL", "student.attention_backend=xformers"]
+    with pytest.raises(FileNotFoundError, match=f"{key}: (TEACHER|PRETRAINED)_RUN is not the output folder of a run"):
+        train.main(train.get_args_parser().parse_intermixed_args(words))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from dinov2 import distributed
-from dinov2.config import Config, ConfigError, Dino, Ibot, sources_of
+from dinov2.config import Config, ConfigError, Dino, Ibot, has_masks, sources_of
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.loss import DINOLoss
 from dinov2.train.preflight.memory import masked_patches_per_image
@@ -104,7 +104,7 @@ def _useless_heads(cfg: Config) -> Iterator[str]:
 
 
 def _no_masks(cfg: Config) -> Iterator[str]:
-    if cfg.ibot.loss_weight <= 0:
+    if not has_masks(cfg):
         return
     crops = NUM_GLOBAL_CROPS * cfg.train.batch_size_per_gpu
     patches = (cfg.crops.global_crops_size // cfg.student.patch_size) ** 2
@@ -235,6 +235,8 @@ def _network(cfg: Config) -> Iterator[str]:
     for section, head in _heads(cfg).items():
         if head.head_hidden_dim == 1 and head.head_nlayers > 1:
             yield f"{_set(cfg, f'{section}.head_hidden_dim')}: only one number per image reaches the prototypes"
+    if cfg.distillation.teacher and cfg.student.drop_path_rate > 0:
+        yield f"{_set(cfg, 'student.drop_path_rate')}: the published distillation has no stochastic depth"
     if (rate := cfg.student.drop_path_rate) > MAX_DROP_PATH:
         mean = rate if cfg.student.drop_path_uniform else rate / 2
         yield f"{_set(cfg, 'student.drop_path_rate')}: an image skips {mean:.0%} of the blocks"
@@ -273,7 +275,7 @@ def _pixels(cfg: Config) -> Iterator[str]:
         yield f"{_set(cfg, 'augmentation.std')}: pixels in [0, 1] are divided by less than {MIN_STD}"
     if max(cfg.augmentation.color_jitter) > MAX_JITTER:
         yield f"{_set(cfg, 'augmentation.color_jitter')}: above {MAX_JITTER:g} many crops are black, white or garish"
-    if cfg.ibot.loss_weight > 0 and min(cfg.ibot.mask_ratio_min_max) > MAX_MASK_RATIO:
+    if has_masks(cfg) and min(cfg.ibot.mask_ratio_min_max) > MAX_MASK_RATIO:
         yield f"{_set(cfg, 'ibot.mask_ratio_min_max')}: masked crops show too little to predict the rest from"
 
 

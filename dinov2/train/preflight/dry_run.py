@@ -25,7 +25,9 @@ from dinov2.train.preflight.memory import estimate
 from dinov2.train.preflight.plan import advise_few_images, check_length, describe_length
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.stages.choice import build_arch
 from dinov2.train.start.initial_weights import load_initial_weights
+from dinov2.train.start.source_runs import check_source_runs
 from dinov2.train.start.step_zero import check_step_zero
 from dinov2.train.training_run import open_dataset
 
@@ -38,13 +40,15 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     """Check all that the run needs, with the error that it would have failed with, and print its plan."""
     findings = [*check_settings(cfg, world_size), *check_device(cfg)]
     _check_writable(Path(cfg.train.output_dir))
+    check_source_runs(cfg, resume=resume)
     cfg, dataset = open_dataset(cfg, resume=resume)
     unreadable = _check_readable(dataset, cfg.train.max_bad_image_share)
     knn, dense = _knn(cfg, dataset), _dense(cfg, dataset)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     latest = latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") if resume else None
     with torch.device("cpu" if latest is None and config.sources_of(cfg) else "meta"):
-        model = SSLMetaArch(cfg)
+        model = build_arch(cfg)
+    model.load_frozen(resuming=latest is not None)
     start = _start(latest, cfg, model)
     if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
         start["step 0"] = check_step_zero(model, cfg, dataset, loaded)

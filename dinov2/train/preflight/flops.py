@@ -83,8 +83,15 @@ def step_flops(cfg: Config, model: SSLMetaArch, masked_patches: float | None = N
     groups = crop_sequences(cfg)
     teacher, student = (
         Forward._make(cfg.train.accumulate_steps * flops for flops in _forward(model, networks, seen, masked))
-        for networks, seen in ((model.teacher, groups[:1]), (model.student, groups))
+        for networks, seen in ((model.target_networks, groups[:1]), (model.student, groups))
     )
+    if cfg.gram.loss_weight > 0:  # its teacher sees larger crops, and all its patches are needed
+        side = cfg.gram.crops_scale * cfg.crops.global_crops_size // cfg.student.patch_size
+        seen = ((groups[0][0], 1 + cfg.student.num_register_tokens + side**2),)
+        anchor = _forward(model, model.frozen_networks[0], seen, groups[0][0] * side**2)
+        teacher = Forward._make(
+            ours + cfg.train.accumulate_steps * its for ours, its in zip(teacher, anchor, strict=True)
+        )
     again = student.linear + student.attention if cfg.train.activation_checkpointing == "full" else 0.0
     return StepFlops(teacher, student, again)
 
@@ -132,8 +139,9 @@ def _forward(model: SSLMetaArch, networks: nn.ModuleDict, groups: Segments, mask
     for block, rows in zip(cast(list[Block], backbone.blocks), rows_of_blocks(backbone, groups, masked), strict=True):
         linear += 2 * (rows.attention * _weights(block.attn) + rows.feed_forward * _weights(block.mlp))
         attention += 4 * backbone.embed_dim * rows.pairs
-    heads = masked * _weights(networks["ibot_head" if model.separate_head else "dino_head"])
-    heads += num_sequences * _weights(networks["dino_head"]) if model.use_dino else 0
+    has_heads = "dino_head" in networks
+    heads = masked * _weights(networks["ibot_head" if model.separate_head else "dino_head"]) if has_heads else 0
+    heads += num_sequences * _weights(networks["dino_head"]) if has_heads and model.use_dino else 0
     return Forward(
         patches=2 * sum(count * (length - extra) for count, length in groups) * _weights(backbone.patch_embed),
         linear=linear,

@@ -27,7 +27,7 @@ from typing import Any, cast, get_args, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from dinov2.config import DTYPES, Config, ModulePrecision
+from dinov2.config import DTYPES, Config, ModulePrecision, has_masks
 from dinov2.loss.targets import LARGEST_PIECE
 from dinov2.train.parallel import FREED_AFTER_FORWARD, local_tensors, num_shards, units_of_blocks
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
@@ -63,12 +63,17 @@ def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_
     for name, network in model.student.items():
         how = getattr(cfg.compute_precision.student, name), getattr(cfg.compute_precision.teacher, name)
         networks.append(_Network(sharding_units(network, cfg.student.block_chunks), *how, num_processes, per_machine))
+    frozen = []
+    for name, network in (item for each in model.frozen_networks for item in each.items()):
+        as_teacher = getattr(cfg.compute_precision.teacher, name)
+        units = sharding_units(network, cfg.student.block_chunks)
+        frozen.append(_Network(units, as_teacher, as_teacher, num_processes, per_machine))
     steps = cfg.train.accumulate_steps
     shards = sum(network.shard for network in networks) * FLOAT32
     return Estimate(
-        state=shards * (COPIES_OF_STUDENT + 1),
+        state=shards * (COPIES_OF_STUDENT + 1) + sum(network.shard for network in frozen) * FLOAT32,
         gradients=shards if steps == 1 else 0,
-        gathered=_gathered(networks),
+        gathered=max(_gathered(networks), *(network.passing(network.teacher_bytes) for network in frozen), 0),
         reducing=_reducing(networks, steps),
         activations=_activations(cfg, model),
         sent=steps * sum(network.sent_around_shards + network.sent_around_replicas for network in networks),
@@ -220,6 +225,10 @@ def _activations(cfg: Config, model: SSLMetaArch) -> float:
     extra = 1 + arch.num_register_tokens
     tokens = NUM_GLOBAL_CROPS * ((crops.global_crops_size // arch.patch_size) ** 2 + extra)
     tokens += crops.local_crops_number * ((crops.local_crops_size // arch.patch_size) ** 2 + extra)
+    grams = 0
+    if cfg.gram.loss_weight > 0:  # similarities of all pairs of patches, theirs, their difference and its gradient
+        grams = NUM_GLOBAL_CROPS * FLOAT32 * 4 * (crops.global_crops_size // arch.patch_size) ** 4
+        grams += 2 * 3 * NUM_GLOBAL_CROPS * (cfg.gram.crops_scale * crops.global_crops_size) ** 2 * value_bytes
     pixels = NUM_GLOBAL_CROPS * crops.global_crops_size**2 + crops.local_crops_number * crops.local_crops_size**2
     of_all, of_kept = saved_in_block(blocks[0], value_bytes, arch.drop_path_rate, cfg.train.activation_checkpointing)
     per_token = len(blocks) * (of_all + of_kept * (1 - arch.drop_path_rate))
@@ -232,12 +241,14 @@ def _activations(cfg: Config, model: SSLMetaArch) -> float:
     scores = sum((student * 2 * value_bytes + teacher * targets) * width for student, teacher, width in rows)
     largest = batch_size * max(student * width for student, _, width in rows)
     pieces = 2 * FLOAT32 * min(largest, LARGEST_PIECE)  # of scores and their softmax in float32
-    return batch_size * (tokens * per_token + batches + scores) + pieces
+    return batch_size * (tokens * per_token + batches + scores + grams) + pieces
 
 
 def masked_patches_per_image(cfg: Config) -> float:
-    """Mean number of masked patches in all global crops of an image."""
+    """Mean number of patches in all global crops of an image that the patch-level loss takes."""
     if cfg.ibot.loss_weight <= 0:
         return 0.0
     patches = (cfg.crops.global_crops_size // cfg.student.patch_size) ** 2
+    if not has_masks(cfg):  # all patches, see `dinov2.train.stages.distillation`
+        return float(NUM_GLOBAL_CROPS * patches)
     return NUM_GLOBAL_CROPS * patches * cfg.ibot.mask_sample_probability * sum(cfg.ibot.mask_ratio_min_max) / 2

@@ -1,8 +1,6 @@
 """The initial weights of a run: `student.pretrained_weights`, `MODEL.WEIGHTS` or `init_from`."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +9,10 @@ from torch import Tensor
 from dinov2 import config
 from dinov2.config import Config, sources_of
 from dinov2.models.backbones import num_heads_beside
-from dinov2.models.weights import TEACHER_FILE, backbone_state_dict, load_state, read_state_dict
+from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
 from dinov2.train.checkpoint import load_training_weights
-from dinov2.train.checkpoint_folder import complete_checkpoints, read_tensors
 from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.start.source_runs import config_of, naming_key, teacher_backbone, weights_of_run
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +39,14 @@ def load_initial_weights(model: SSLMetaArch, cfg: Config) -> InitialWeights | No
     (key, source), *replaced = sources.items()
     for other, name in replaced:
         logger.info("%s=%s replaces %s=%s", key, source, other, name)
-    with _naming_key(key):
+    with naming_key(key):
         if key == "student.pretrained_weights":
             loaded = _load_backbone(model, source)
             model.teacher.load_state_dict(model.student.state_dict())
             _check_registers(cfg, loaded.backbone)
             return loaded
         path = load_training_weights(model, source) if key == "MODEL.WEIGHTS" else _load_run(model, cfg, source)
-        return InitialWeights(key, str(path), _teacher_in(path), None)
+        return InitialWeights(key, str(path), teacher_backbone(path), None)
 
 
 def _load_backbone(model: SSLMetaArch, name: str) -> InitialWeights:
@@ -71,55 +69,12 @@ def _check_registers(cfg: Config, state: dict[str, Tensor]) -> None:
 
 def _load_run(model: SSLMetaArch, cfg: Config, source: str) -> str | Path:
     """Load an own run; a ValueError names the settings of its networks that differ from those of this run."""
-    path = _weights_of_run(source)
+    path = weights_of_run(source)
     try:
         return load_training_weights(model, path)
     except ValueError as error:
-        former = next((folder / "config.yaml" for folder in path.parents if (folder / "config.yaml").is_file()), None)
-        if former is None:
+        if (former := config_of(path)) is None:
             raise
-        changes = config.differences(config.load(former), cfg)
+        changes = config.differences(former, cfg)
         ours = [text for text in changes if text.startswith(_NETWORK_KEYS) and "pretrained_weights" not in text]
         raise ValueError(f"{error}. Settings there -> here: {'; '.join(ours) or 'the same'}") from error
-
-
-def _weights_of_run(source: str) -> Path:
-    """The checkpoint of `OUT` or `OUT:STEP`, or the best teacher of a run whose checkpoints were deleted."""
-    folder, colon, text = source.rpartition(":")
-    if not colon or Path(source).is_dir():
-        folder, text = source, ""
-    if text and not text.isdecimal():
-        raise ValueError(f"{source}: expected OUT or OUT:STEP with the number of a checkpoint, such as OUT:12499")
-    run = Path(folder)
-    if not run.is_dir():
-        raise FileNotFoundError(f"{run} is not the output folder of a run: there is no such folder")
-    found = complete_checkpoints(run / "checkpoints")
-    if found and not text:
-        return found[max(found)]
-    if text:
-        if int(text) not in found:
-            steps = ", ".join(map(str, found)) or "none"
-            raise FileNotFoundError(f"{run} has no checkpoint of step {text}; there are: {steps}")
-        return found[int(text)]
-    best = run / "eval" / "best" / TEACHER_FILE
-    if not best.is_file():
-        raise FileNotFoundError(f"{run} has neither checkpoints nor eval/best/{TEACHER_FILE}: is it the output folder?")
-    logger.warning("%s has no checkpoints: student and teacher start from its best teacher", run)
-    return best
-
-
-def _teacher_in(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of the teacher's backbone in a checkpoint folder or file, as it is there."""
-    if not Path(path).is_dir():
-        return backbone_state_dict(read_state_dict(path), source=str(path))
-    prefix = "model.teacher.backbone."
-    return {name.removeprefix(prefix): value for name, value in read_tensors(Path(path), prefix).items()}
-
-
-@contextmanager
-def _naming_key(key: str) -> Iterator[None]:
-    """Name the key of the configuration in errors about weights."""
-    try:
-        yield
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f"{key}: {error}") from error
