@@ -116,6 +116,16 @@ for network in ("teacher", "student"):
         }
 
 OUR_DEFAULTS = {
+    "dino.local_crops_loss_weight": 1.0,
+    "distillation.teacher": "",
+    "gram.loss_weight": 0.0,
+    "gram.start_step": 0,
+    "gram.rise_steps": 0,
+    "gram.teacher": "",
+    "gram.teacher_step": 0,
+    "gram.refresh_period": 0,
+    "gram.max_refreshes": 3,
+    "gram.crops_scale": 2,
     "images.bands": None,
     "images.shown_bands": None,
     "images.pages": "first",

@@ -42,7 +42,7 @@ class Predictions(NamedTuple):
     local_cls: Tensor | None  # (L*B, K) scores
     patch: Tensor | None  # (M, K) scores
     features: Tensor  # (2B, D) class tokens before the head
-    patches: Tensor  # (patches of `_needed_patches`, D) patch tokens of the global crops before the head
+    patches: Tensor | None = None  # (patches of `_needed_patches`, D) tokens of the global crops before the head
 
 
 class Losses(NamedTuple):

@@ -74,6 +74,7 @@ class GramAnchoringArch(SSLMetaArch):
         losses = super().losses(batch, targets, predictions)
         if self.gram_weight == 0:
             return losses
+        assert predictions.patches is not None, "they are computed with the scores"
         gram = gram_loss(predictions.patches.unflatten(0, (len(batch.global_crops), -1)), self._anchor(batch))
         term = self.gram_weight * gram
         return Losses(
