@@ -5,12 +5,14 @@ import os
 import re
 from pathlib import Path
 
+from dinov2.data.shards.storage import DataFile, LocalFile
+
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
 _MOST = 1_000_000  # files of a pattern
 
 
-def expand(pattern: str, suffix: str) -> list[Path]:
+def expand(pattern: str, suffix: str) -> list[DataFile]:
     """Expand ranges `{000..123}`, choices `{a,b}`, lists with commas, globs, and folders to their files with a suffix.
 
     Files are in the order of the pattern, those of a glob or folder sorted by name.
@@ -19,7 +21,7 @@ def expand(pattern: str, suffix: str) -> list[Path]:
         FileNotFoundError: A file or folder is missing, or nothing matches; names the first.
         ValueError: A range is empty or too long, or a file is named twice.
     """
-    found: list[Path] = []
+    found: list[DataFile] = []
     for part in _split(pattern):
         for text in _expand_braces(os.path.expanduser(part)):
             found += _files(text, suffix)
@@ -49,7 +51,11 @@ def _expand_braces(text: str) -> list[str]:
     return [each for one in rest for each in _expand_braces(one)]
 
 
-def _files(text: str, suffix: str) -> list[Path]:
+def _files(text: str, suffix: str) -> list[DataFile]:
+    return [LocalFile(str(path)) for path in _local_files(text, suffix)]
+
+
+def _local_files(text: str, suffix: str) -> list[Path]:
     path = Path(text)
     if path.is_file():
         return [path]
