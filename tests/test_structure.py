@@ -60,7 +60,7 @@ MAY_NEED: dict[str, set[str]] = {
 
 # Imported only inside the functions that use them: optional, or slow.
 OPTIONAL = {"xformers", "submitit", "matplotlib", "sklearn", "cuml", "cupy", "tensorboard", "wandb", "av"}
-OPTIONAL |= {"faiss", "torchvision"}
+OPTIONAL |= {"faiss", "torchvision", "pyarrow", "aiohttp"}
 
 
 def layer_of(path: Path) -> str:

@@ -38,6 +38,7 @@ class SamplerType(Enum):
 
 
 FINITE = (SamplerType.DISTRIBUTED, SamplerType.EPOCH)
+MIXED_SHARDS = 16  # by SHARD_ORDER
 
 
 @dataclass(kw_only=True, eq=False)
@@ -83,7 +84,7 @@ class ShardOrderSampler(GlobalOrderSampler):
     """
 
     shard_sizes: Sequence[int]  # samples of each shard, in the order of the dataset
-    mixed: int = 16
+    mixed: int = MIXED_SHARDS
 
     def _order_of(self, pass_index: int) -> np.ndarray:
         rng = np.random.default_rng(seed_for(self.seed, "shard order", pass_index))
@@ -263,7 +264,7 @@ def make_sampler(
             if sampler_type is SamplerType.GLOBAL_ORDER:
                 return GlobalOrderSampler(**place)
             if shard_sizes is None:
-                raise ValueError("the sampler SHARD_ORDER needs a dataset in shards: Tar or Zip")
+                raise ValueError("the sampler SHARD_ORDER needs a dataset in shards: Tar, Zip or Parquet")
             return ShardOrderSampler(**place, shard_sizes=shard_sizes)
         case SamplerType.INFINITE:
             return InfiniteSampler(**part, advance=advance)

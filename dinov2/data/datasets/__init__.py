@@ -23,7 +23,7 @@ from dinov2.data.dense.fashion_scenes import FashionScenes
 from dinov2.data.dense.folders import DepthFolder, SegmentationFolder
 from dinov2.data.dense.segmentation_sets import ADE20K, VOC2012, Cityscapes
 from dinov2.data.images import ImageOptions
-from dinov2.data.shards import Shards
+from dinov2.data.shards import ParquetFiles, Shards
 
 __all__ = [
     "ADE20K",
@@ -82,6 +82,7 @@ DATASETS: dict[str, Entry] = (
         "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
         "Tar": Entry(partial(Shards, "Tar"), required=("files",), optional=("image", "label")),
         "Zip": Entry(partial(Shards, "Zip"), required=("files",), optional=("image", "label")),
+        "Parquet": Entry(ParquetFiles, required=("files",), optional=("image", "label")),
         # With a map for each image, see dinov2.data.dense.
         "ADE20K": Entry(ADE20K, required=("split", "root"), splits=ADE20K.Splits),
         "VOC2012": Entry(VOC2012, required=("split", "root"), splits=VOC2012.Splits),

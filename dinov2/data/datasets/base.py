@@ -28,7 +28,7 @@ from dinov2.data.images.survey import ImageSurvey, survey_images
 logger = logging.getLogger(__name__)
 
 
-class DataSourceError(RuntimeError):
+class DataSourceError(Exception):
     """What images are read from fails as a whole, unlike one unreadable image: it ends a run."""
 
 

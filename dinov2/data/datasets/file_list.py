@@ -129,7 +129,7 @@ _FILE_KINDS = {
     ".rar": f"a rar archive: {_UNPACK}",
     ".txt": "a text file: if it lists images, write ImageList:file=...",
     **dict.fromkeys((".csv", ".tsv"), "a table: if it lists images, write ImageList:file=..."),
-    ".parquet": f"a Parquet file: {_EXPORT}",
+    ".parquet": "a Parquet file: write Parquet:files=...",
     ".arrow": f"an Arrow file: {_EXPORT}",
     ".tfrecord": f"a TFRecord file: {_EXPORT}",
     **dict.fromkeys((".h5", ".hdf5"), f"an HDF5 file: {_EXPORT}"),

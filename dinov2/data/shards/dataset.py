@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.base import ChangedDataError, ListedDataset
+from dinov2.data.datasets.base import ChangedDataError
 from dinov2.data.datasets.file_list import PathTable
 from dinov2.data.shards.archives import read_member
 from dinov2.data.shards.index import Selection, index_archives
 from dinov2.data.shards.labels import labels_of
 from dinov2.data.shards.names import expand
+from dinov2.data.shards.sharded import ShardedDataset
 from dinov2.data.shards.storage import changed, gone, version_of
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 _OPEN_FILES = 64  # archives that a process keeps open
 
 
-class Shards(ListedDataset):
+class Shards(ShardedDataset):
     """The images in archives, in the order of the archives and of the files in them.
 
     A sample is an image, and the files with the same name up to its first dot, as WebDataset writes them. Its label is

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from dinov2.data.datasets.base import ChangedDataError, DataSourceError
 from dinov2.data.datasets.file_list import SETTLED_NS
+from dinov2.data.shards.archives import ArchiveError
 from dinov2.data.shards.local_cache import data_cache
 from dinov2.files import FULL
 
@@ -61,6 +62,10 @@ class DataFile(ABC):
     @abstractmethod
     def ranges(self) -> AbstractContextManager[BinaryIO]:
         """The file itself, open for reading: of a remote one only what is read is transferred."""
+
+    def attempt(self, call: Callable[[], Result]) -> Result:
+        """Call a function that reads the file, some times if that fails and the file is remote."""
+        return call()
 
     def check(self, version: Version) -> None:
         """Raise a `ChangedDataError` if the file has another version."""
@@ -137,7 +142,10 @@ class RemoteFile(DataFile):
                 raise DataSourceError(f"{self.url} is no file, or its server does not report a size")
             return Version(info["size"], " ".join(str(info[key]) for key in _CONTENT_KEYS if info.get(key)))
 
-        return attempt(self.url, ask)
+        return self.attempt(ask)
+
+    def attempt(self, call: Callable[[], Result]) -> Result:
+        return attempt(self.url, call)
 
     def is_settled(self, version: Version) -> bool:
         return True
@@ -157,7 +165,7 @@ class RemoteFile(DataFile):
     def _download(self, version: Version, file: BinaryIO) -> int:
         logger.info("downloading %s, %.3g MB", self.url, version.size / 1e6)
         try:
-            attempt(self.url, partial(self._copy_rest, version.size, file))
+            self.attempt(partial(self._copy_rest, version.size, file))
         except FileNotFoundError as error:
             raise ChangedDataError(gone(self)) from error
         self.check(version)  # was it replaced before or meanwhile?
@@ -187,7 +195,7 @@ def is_url(text: str) -> bool:
 def file_system(url: str) -> tuple[Any, str]:
     """The file system of fsspec for a URL, and the path there; an ImportError names what to install."""
     try:
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec
     except ImportError as error:
         raise ImportError(f"{url} needs fsspec: pip install fsspec") from error
     try:
@@ -209,7 +217,7 @@ def attempt(url: str, call: Callable[[], Result]) -> Result:
     for number, wait in enumerate((*_WAITS, 0.0), start=1):
         try:
             return call()
-        except (DataSourceError, ImportError):
+        except (DataSourceError, ArchiveError, ImportError):
             raise
         except Exception as error:  # clients raise nearly anything
             status = _status(error)
