@@ -14,9 +14,10 @@ from dinov2.data.datasets.file_list import PathTable
 from dinov2.data.shards.archives import read_member
 from dinov2.data.shards.index import Selection, index_archives
 from dinov2.data.shards.labels import labels_of
+from dinov2.data.shards.local_cache import data_cache
 from dinov2.data.shards.names import expand
 from dinov2.data.shards.sharded import ShardedDataset
-from dinov2.data.shards.storage import changed, gone, version_of
+from dinov2.data.shards.storage import RemoteFile, changed, gone, version_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ class Shards(ShardedDataset):
     A sample is an image, and the files with the same name up to its first dot, as WebDataset writes them. Its label is
     an integer in its file `.cls`, or what `label` selects; without such files, the folders in the archives are the
     classes, from the first level on which there are several. The list of the files in an archive is made once and
-    cached; an archive that changes afterwards, while it is used, is an error.
+    cached; an archive that changes afterwards, while it is used, is an error. Of remote archives copies are read, which
+    are in the data cache.
 
     Args:
         kind: "Tar" or "Zip".
@@ -45,6 +47,7 @@ class Shards(ShardedDataset):
             raise ValueError(f"label must be cls, txt or json:KEY, got {label!r}")
         self.root = Path()
         self._files = expand(files, f".{kind.lower()}")
+        data_cache().remove_leftovers()
         indices = index_archives(self._files, kind, Selection(image, label))
         self._versions = [index.version for index in indices]
         self._notes = [note for index in indices for note in index.notes]
@@ -65,6 +68,13 @@ class Shards(ShardedDataset):
         sizes: list[int] = np.bincount(self._archives, minlength=len(self._files)).tolist()
         return sizes
 
+    @property
+    def copied_bytes(self) -> list[int]:
+        if not any(isinstance(file, RemoteFile) for file in self._files):
+            return []
+        pairs = zip(self._files, self._versions, strict=True)
+        return [version.size if isinstance(file, RemoteFile) else 0 for file, version in pairs]
+
     def describe(self, index: int) -> str:
         return f"{self._files[self._archives[index]]}: {self._images[index]}"
 
@@ -78,12 +88,15 @@ class Shards(ShardedDataset):
         return self._notes
 
     def get_image_data(self, index: int) -> bytes:
-        """Returns the image file of a sample; a `ChangedDataError` if its archive is not the one that was listed."""
+        """Returns the image file of a sample; a `DataSourceError` if its archive cannot be read or is another one."""
         archive = int(self._archives[index])
+        place = int(self._offsets[index]), int(self._sizes[index]), bool(self._deflated[index])
+        if isinstance(file := self._files[archive], RemoteFile):
+            with file.opened(self._versions[archive]) as copy:
+                return read_member(copy.fileno(), *place, max_bytes=self.image_options.max_bytes)
         descriptor = self._open(archive)
         if version_of(os.fstat(descriptor)) != self._versions[archive]:
-            raise ChangedDataError(changed(self._files[archive]))
-        place = int(self._offsets[index]), int(self._sizes[index]), bool(self._deflated[index])
+            raise ChangedDataError(changed(file))
         return read_member(descriptor, *place, max_bytes=self.image_options.max_bytes)
 
     def _open(self, archive: int) -> int:

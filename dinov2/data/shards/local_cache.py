@@ -28,7 +28,7 @@ class LocalCache:
     """Copies by key; the least recently used ones make room for new ones.
 
     A copy is complete or absent. While one process makes it, others wait for it. One that is removed while it is read
-    can still be read to the end. Copies that are being made at the same time may exceed the limit together.
+    can still be read to the end. While several are made at the same time, these may exceed the limit together.
     """
 
     folder: Path
@@ -75,6 +75,8 @@ class LocalCache:
                     file.truncate(write(file))
                     file.seek(0)
                     descriptor = os.dup(file.fileno())  # it may be removed as soon as it has its name
+                with _locked(self.folder / ".lock"):  # others were made meanwhile, or it is larger than expected
+                    self._make_room(0)
                 return descriptor
         except OSError as error:
             if error.filename is None or not str(error.filename).startswith(str(self.folder)):

@@ -2,6 +2,7 @@
 
 import heapq
 from abc import abstractmethod
+from contextlib import suppress
 
 import numpy as np
 
@@ -41,11 +42,15 @@ class ShardedDataset(ListedDataset):
 
     def survey(self) -> ImageSurvey:
         """As of every dataset, but from a few shards if they have to be copied first."""
-        sizes = self.shard_sizes
-        if self._survey is None and self.copied_bytes and len(sizes) > _SURVEYED:
-            ends = np.cumsum(sizes)
-            chosen = (number * len(sizes) // _SURVEYED for number in range(_SURVEYED))
-            samples = np.concatenate([np.arange(ends[shard] - sizes[shard], ends[shard]) for shard in chosen])
+        if self._survey is None and self.copied_bytes:
+            sizes = np.array(self.shard_sizes)
+            starts, filled = np.cumsum(sizes) - sizes, np.flatnonzero(sizes)
+            count = min(_SURVEYED, len(filled))
+            chosen = filled[np.arange(count) * len(filled) // count]
+            for shard in chosen:  # a shard that cannot be read is no unreadable image
+                with suppress(OSError):
+                    self.get_image_data(int(starts[shard]))
+            samples = np.concatenate([np.arange(starts[shard], starts[shard] + sizes[shard]) for shard in chosen])
             self._survey = survey_images(
                 lambda index: self.get_image_data(int(samples[index])),
                 lambda index: self.describe(int(samples[index])),

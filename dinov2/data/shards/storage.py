@@ -20,7 +20,7 @@ from dinov2.files import FULL
 
 logger = logging.getLogger(__name__)
 
-_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
+_WAITS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0)  # seconds before each further attempt
 _BLOCK = 16 * 2**20  # bytes that are requested at once
 # What fsspec's file systems say about the content of a file, by which a change is noticed; whichever are there.
 _CONTENT_KEYS = (
@@ -186,10 +186,6 @@ class RemoteFile(DataFile):
         if (arrived := file.tell()) != size:
             file.seek(min(arrived, size))
             raise OSError(f"{arrived:,} of {size:,} bytes arrived")
-
-
-def is_url(text: str) -> bool:
-    return "://" in text
 
 
 def file_system(url: str) -> tuple[Any, str]:
