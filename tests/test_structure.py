@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "layers": set(),
     "configs": set(),
     "models": {"layers"},
-    "data": {"files"},
+    "data": {"files", "yaml_values"},
     "loss": {"distributed"},
     "hub": {"models"},
     "train": {"config", "data", "distributed", "files", "flags", "layers", "log", "loss", "models", "analysis"}

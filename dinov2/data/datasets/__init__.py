@@ -16,6 +16,7 @@ from dinov2.data.datasets.image_folder import ImageFolder
 from dinov2.data.datasets.image_list import ImageList
 from dinov2.data.datasets.image_net import ImageNet
 from dinov2.data.datasets.image_net_22k import ImageNet22k
+from dinov2.data.datasets.mixture import Mixture
 from dinov2.data.datasets.torchvision_sets import TorchvisionSet
 from dinov2.data.datasets.torchvision_sources import SOURCES
 from dinov2.data.dense.depth_lists import FORMATS, ListedDepth
@@ -40,6 +41,7 @@ __all__ = [
     "ImageNet",
     "ImageNet22k",
     "ListedDepth",
+    "Mixture",
     "SegmentationFolder",
     "TorchvisionSet",
     "build_dataset",
@@ -70,6 +72,10 @@ class Entry(NamedTuple):
         return {} if self.splits is None else self.splits.__members__
 
 
+def _mixture(*, file: str, **transforms: Any) -> Mixture:
+    return Mixture(file, lambda text: build_dataset(text, DATASETS), **transforms)
+
+
 # Name in the dataset string -> dataset. To add one, write a class like ImageFolder (see ImageDataset) and a line like
 #     DATASETS["Birds"] = Entry(Birds, required=("root",), optional=("split",))
 # here or in your code; then "Birds:root=/data/birds:split=val" is Birds(root="/data/birds", split="val").
@@ -83,6 +89,7 @@ DATASETS: dict[str, Entry] = (
         "Tar": Entry(partial(Shards, "Tar"), required=("files",), optional=("image", "label")),
         "Zip": Entry(partial(Shards, "Zip"), required=("files",), optional=("image", "label")),
         "Parquet": Entry(ParquetFiles, required=("files",), optional=("image", "label")),
+        "Mix": Entry(_mixture, required=("file",)),
         # With a map for each image, see dinov2.data.dense.
         "ADE20K": Entry(ADE20K, required=("split", "root"), splits=ADE20K.Splits),
         "VOC2012": Entry(VOC2012, required=("split", "root"), splits=VOC2012.Splits),

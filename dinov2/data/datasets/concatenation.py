@@ -9,41 +9,45 @@ from typing import Any
 
 import numpy as np
 
-from dinov2.data.datasets.base import ImageDataset, ListedDataset
+from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.image_folder import ImageFolder
 
 
 class Concatenation(ImageDataset):
     """The samples of several datasets, one after the other; classes of the same name are one class.
 
-    Without labels if one of the datasets has none, or if only some of them have class names.
+    Without labels if one of the datasets has none, or no class names.
 
     Args:
         parts: The datasets, without transforms of their own.
+        names: Their names in messages.
         transforms, transform, target_transform: See `ImageDataset`.
     """
 
-    def __init__(self, parts: Sequence[ListedDataset], **transforms: Any) -> None:
+    def __init__(self, parts: Sequence[ImageDataset], names: Sequence[str], **transforms: Any) -> None:
         super().__init__(**transforms)
         self.parts = parts
+        self.names = names
         self._ends = np.cumsum([len(part) for part in parts])
         self.classes: list[str] = []
         self._targets = None
         self._notes: list[str] = []
-        unlabeled = [part for part in parts if part.get_targets() is None or not part.classes]
-        if not unlabeled:
-            self.classes = sorted(set(chain.from_iterable(part.classes for part in parts)))
+        classes = [_class_names(part) for part in parts]
+        if all(classes):
+            self.classes = sorted(set(chain.from_iterable(classes)))
             of_class = {name: index for index, name in enumerate(self.classes)}
+            tables = (np.array([of_class[name] for name in names]) for names in classes)
             self._targets = np.concatenate(
-                [np.array([of_class[name] for name in part.classes])[part.get_targets()] for part in parts]
+                [table[part.get_targets()] for table, part in zip(tables, parts, strict=True)]
             )
-        elif len(unlabeled) < len(parts):
-            self._notes = [f"{unlabeled[0].root} has no labels, so that those of the other folders are not used"]
+        elif any(part.get_targets() is not None for part in parts):
+            without = names[classes.index([])]
+            self._notes = [f"{without} has no labels with class names, so that those of the others are not used"]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def _find(self, index: int) -> tuple[ListedDataset, int]:
+    def _find(self, index: int) -> tuple[ImageDataset, int]:
         """The dataset of a sample, and its index there."""
         part = int(np.searchsorted(self._ends, index, side="right"))
         return self.parts[part], int(index - (self._ends[part - 1] if part else 0))
@@ -84,4 +88,11 @@ def image_folders(*, root: str | Path, split: str | None = None, **transforms: A
         return ImageFolder(root=root, split=split, **transforms)
     if "" in roots or len({os.path.realpath(each) for each in roots}) < len(roots):
         raise ValueError(f"root={root} names {'no folder' if '' in roots else 'a folder twice'} between commas")
-    return Concatenation([ImageFolder(root=os.path.expanduser(each), split=split) for each in roots], **transforms)
+    folders = [ImageFolder(root=os.path.expanduser(each), split=split) for each in roots]
+    return Concatenation(folders, [str(folder.root) for folder in folders], **transforms)
+
+
+def _class_names(part: ImageDataset) -> list[str]:
+    """The class names of a dataset, if each of its images has one; else an empty list."""
+    targets, names = part.get_targets(), list(getattr(part, "classes", ()))
+    return names if targets is not None and targets.ndim == 1 and targets.min(initial=0) >= 0 else []

@@ -1,6 +1,5 @@
 """Parquet files of the library datasets and of others: every image with its bytes and label; what is wrong is named."""
 
-import io
 import logging
 import multiprocessing
 import os
@@ -14,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from archive_files import image_bytes, levels
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -21,6 +21,7 @@ from dinov2.data.datasets import make_dataset
 from dinov2.data.datasets.base import ChangedDataError, DataSourceError
 from dinov2.data.images import BadImageError
 from dinov2.data.shards.archives import ArchiveError
+from dinov2.data.shards.sharded import order_warning
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -34,12 +35,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "dinov2" / "data"
 
 
-def image_bytes(level: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (6, 5), (level, 0, 0)).save(file, "PNG")
-    return file.getvalue()
-
-
 def write(path: Path, columns: dict[str, Any], **settings: Any) -> Path:
     pq.write_table(pa.table(columns), path, **settings)
     return path
@@ -49,10 +44,6 @@ def write_structs(path: Path, count: int = 10, start: int = 0, **columns: Any) -
     """Images of the levels from `start` on in row groups of four."""
     images = [{"bytes": image_bytes(start + row), "path": f"{start + row}.png"} for row in range(count)]
     return write(path, {"image": pa.array(images, STRUCT), **columns}, row_group_size=4)
-
-
-def levels(dataset: Any) -> list[int]:
-    return [dataset.get_image(index).getpixel((0, 0))[0] for index in range(len(dataset))]
 
 
 def dataset_of(text: str) -> Any:
@@ -251,11 +242,11 @@ def test_a_small_cache_is_never_exceeded_and_every_image_is_right(
         assert dataset.get_image_data(row) == bytes([row]) * 1000
         assert sum(each.stat().st_size for each in cache.iterdir()) <= 10_000
     assert 40_000 < sum(dataset.copied_bytes) < 70_000
-    warning = dataset.order_warning(by_shards=False)
+    warning = order_warning([dataset], by_shards=False)
     assert "needs 6.11e-05 GB" in warning and "cache, which has 1e-05; use train.sampler=SHARD_ORDER" in warning
-    assert "SHARD_ORDER" not in dataset.order_warning(by_shards=True)
+    assert "SHARD_ORDER" not in order_warning([dataset], by_shards=True)
     monkeypatch.setenv("DINOV2_DATA_CACHE_GB", "1")
-    assert dataset.order_warning(by_shards=False) == ""
+    assert order_warning([dataset], by_shards=False) == ""
 
 
 def test_a_row_group_is_copied_in_pieces(tmp_path: Path) -> None:

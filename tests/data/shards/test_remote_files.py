@@ -12,14 +12,15 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from archive_files import image_bytes, levels, write_tar
 from file_server import FileServer, serving
-from test_shards import image_bytes, levels, write_tar
 from torch.utils.data import DataLoader
 
 from dinov2.data.datasets import make_dataset
 from dinov2.data.datasets.base import ChangedDataError, DataSourceError
 from dinov2.data.shards import storage
 from dinov2.data.shards.archives import ArchiveError
+from dinov2.data.shards.sharded import order_warning
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +201,7 @@ def test_a_cache_of_one_archive_reads_two_in_several_processes(
     before = len(gets(server))
     assert list(loader) == [0, 3, 1, 4, 2, 5] * 4
     assert len(copies(cache)) == 1 and len(gets(server)) - before >= 2
-    assert "it needs 2.05e-05 GB of the data cache" in dataset.order_warning(by_shards=False)
+    assert "it needs 2.05e-05 GB of the data cache" in order_warning([dataset], by_shards=False)
 
 
 def test_an_archive_larger_than_the_cache_is_an_error(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
