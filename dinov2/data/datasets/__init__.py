@@ -83,7 +83,7 @@ DATASETS: dict[str, Entry] = (
     {
         "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), optional=("real",), splits=ImageNet.Split),
         "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
-        "ImageFolder": Entry(image_folders, optional=("split",)),
+        "ImageFolder": Entry(image_folders, optional=("split", "suffixes")),
         "ImageList": Entry(ImageList, required=("file",), optional=("root", "classes")),
         "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
         "Tar": Entry(partial(Shards, "Tar"), required=("files",), optional=("image", "label")),

@@ -1,9 +1,10 @@
 """Several datasets as one."""
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +82,41 @@ class Concatenation(ImageDataset):
         return [*chain.from_iterable(part.notes_on_files() for part in self.parts), *self._notes]
 
 
-def image_folders(*, root: str | Path, split: str | None = None, **transforms: Any) -> ImageDataset:
-    """Images under a folder, or under several with commas between them; see `ImageFolder`."""
-    roots = [str(root)] if os.path.exists(root) else str(root).split(",")
+def image_folders(*, root: str | Path, **arguments: Any) -> ImageDataset:
+    """Images under a folder, or under several: with commas between them, or those that match a glob.
+
+    The other arguments are those of `ImageFolder`.
+    """
+    roots = [str(root)] if os.path.exists(root) else _folders(str(root))
     if len(roots) == 1:
-        return ImageFolder(root=root, split=split, **transforms)
-    if "" in roots or len({os.path.realpath(each) for each in roots}) < len(roots):
-        raise ValueError(f"root={root} names {'no folder' if '' in roots else 'a folder twice'} between commas")
-    folders = [ImageFolder(root=os.path.expanduser(each), split=split) for each in roots]
-    return Concatenation(folders, [str(folder.root) for folder in folders], **transforms)
+        return ImageFolder(root=roots[0], **arguments)
+    own = {name: arguments.pop(name) for name in ("split", "suffixes") if name in arguments}
+    folders = [ImageFolder(root=each, **own) for each in roots]
+    return Concatenation(folders, [str(folder.root) for folder in folders], **arguments)
+
+
+def _folders(text: str) -> list[str]:
+    """The folders that a text names; those of a glob are sorted, and not below one another."""
+    found: list[str] = []
+    if len(parts := text.split(",")) > 1 and "" in parts:
+        raise ValueError(f"root={text} names no folder between commas")
+    for part in parts:
+        folder = os.path.expanduser(part)
+        if glob.has_magic(folder) and not os.path.exists(folder):
+            matches = sorted(glob.glob(folder, recursive=True))
+            if not any(map(os.path.isdir, matches)):
+                but = f", but files do, such as {matches[0]}: give the folder above them" if matches else ""
+                raise FileNotFoundError(f"no folder matches root={part}{but}")
+            found += filter(os.path.isdir, matches)
+        else:
+            found.append(folder)
+    places = sorted((Path(os.path.realpath(each)), each) for each in found)
+    for (above, first), (below, second) in pairwise(places):
+        if below == above:
+            raise ValueError(f"root={text} names a folder twice: {second}")
+        if below.is_relative_to(above):
+            raise ValueError(f"root={text} names {second}, which is in {first}: its images would come twice")
+    return found
 
 
 def _class_names(part: ImageDataset) -> list[str]:
