@@ -46,10 +46,10 @@ class LocalCache:
         Raises:
             DataSourceError: The copy does not fit in the cache or on its disk.
         """
-        path = self.folder / hashlib.sha256(key.encode()).hexdigest()[:32]
-        descriptor = _open(path)
+        name = hashlib.sha256(key.encode()).hexdigest()[:32]
+        descriptor = _open(f"{self.folder}/{name}")
         if descriptor is None:
-            descriptor = self._make(path, size, write)
+            descriptor = self._make(self.folder / name, size, write)
         with os.fdopen(descriptor, "rb") as file:
             yield file
 
@@ -117,7 +117,7 @@ def data_cache() -> LocalCache:
     return LocalCache(Path(folder).expanduser() if folder else cache_folder("data"), int(limit))
 
 
-def _open(path: Path) -> int | None:
+def _open(path: str | Path) -> int | None:
     """Open a copy, and mark it as used; None if there is none."""
     try:
         descriptor = os.open(path, os.O_RDONLY)

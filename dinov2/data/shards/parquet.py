@@ -48,6 +48,10 @@ class ParquetFiles(ShardedDataset):
         self.root = Path()
         self._files = expand(files, ".parquet")
         self._indices = _index(self._files, image, label)
+        self._keys = [  # of copies
+            f"{file.identity} {index.version} {index.column}"
+            for file, index in zip(self._files, self._indices, strict=True)
+        ]
         self._cache = data_cache()
         self._cache.remove_leftovers()
         self._images = joined([index.paths for index in self._indices])
@@ -98,9 +102,8 @@ class ParquetFiles(ShardedDataset):
         group = int(np.searchsorted(self._group_ends, index, side="right"))
         row = index - int(self._group_ends[group - 1] if group else 0)
         file = self._file_of_group[group]
-        key = f"{self._files[file].identity} {self._indices[file].version} {self._indices[file].column}"
-        number = group - self._first_groups[file]
-        with self._cache.opened(f"{key} {number}", self._copy_bytes(group), partial(self._write, group)) as copy:
+        key = f"{self._keys[file]} {group - self._first_groups[file]}"
+        with self._cache.opened(key, self._copy_bytes(group), partial(self._write, group)) as copy:
             start, end = _PLACE.unpack(pread(copy.fileno(), _PLACE.size, OFFSET_BYTES * row))
             if start == end:
                 raise OSError("the row has no image in it")
