@@ -47,7 +47,8 @@ class Shards(ShardedDataset):
             raise ValueError(f"label must be cls, txt or json:KEY, got {label!r}")
         self.root = Path()
         self._files = expand(files, f".{kind.lower()}")
-        data_cache().remove_leftovers()
+        if any(isinstance(file, RemoteFile) for file in self._files):
+            data_cache().remove_leftovers()
         indices = index_archives(self._files, kind, Selection(image, label))
         self._versions = [index.version for index in indices]
         self._notes = [note for index in indices for note in index.notes]

@@ -14,13 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from archive_files import image_bytes, levels, write_tar
 from file_server import FileServer, serving
+from tiny import run_train
 from torch.utils.data import DataLoader
 
 from dinov2.data.datasets import make_dataset
 from dinov2.data.datasets.base import ChangedDataError, DataSourceError
-from dinov2.data.shards import storage
+from dinov2.data.shards import ParquetFiles, Shards, storage
 from dinov2.data.shards.archives import ArchiveError
 from dinov2.data.shards.sharded import order_warning
+from dinov2.data.workers import LoadingError
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +165,26 @@ def test_an_archive_that_cannot_be_read_is_no_bad_image(server: FileServer, cach
     assert copies(cache) == [] and levels(dataset) == [0, 1, 2]
 
 
+def test_a_server_that_fails_for_good_ends_training(
+    server: FileServer, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Shards.get_image_data, []
+
+    def read(self: Shards, index: int) -> bytes:
+        calls.append(index)
+        if len(calls) == 20:  # six have been inspected before the first step
+            server.failures = [503] * 1000
+            for path in copies(cache):
+                path.unlink()
+        return original(self, index)
+
+    monkeypatch.setattr(Shards, "get_image_data", read)
+    words = ["train.num_workers=0", "health.period=0", f"train.dataset_path=Tar:files={server.url}/s-{{00..01}}.tar"]
+    with pytest.raises(LoadingError, match=r"cannot load sample .*s-0\d.tar cannot be read, attempt 3: .*503"):
+        run_train(tmp_path / "out", *words)
+    assert len(calls) == 20  # no other image took its place
+
+
 @pytest.mark.parametrize("change", ["replace", "delete"])
 def test_an_archive_that_changes_ends_the_run(change: str, server: FileServer, cache: Path) -> None:
     dataset, path = dataset_of(f"Tar:files={server.url}/s-00.tar"), server.folder / "s-00.tar"
@@ -216,8 +238,6 @@ def test_an_archive_larger_than_the_cache_is_an_error(server: FileServer, monkey
 def test_of_a_remote_parquet_file_only_what_is_read_is_transferred(server: FileServer, cache: Path) -> None:
     rows = [os.urandom(100_000) for _ in range(12)]
     pq.write_table(pa.table({"image": rows}), server.folder / "a.parquet", row_group_size=3)
-    from dinov2.data.shards import ParquetFiles
-
     dataset = ParquetFiles(files=f"{server.url}/a.parquet")
     server.failures = ["truncated", 503]
     assert [dataset.get_image_data(row) for row in (7, 6, 8)] == [rows[7], rows[6], rows[8]]
