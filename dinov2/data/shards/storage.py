@@ -192,8 +192,12 @@ def file_system(url: str) -> tuple[Any, str]:
     """The file system of fsspec for a URL, and the path there; an ImportError names what to install."""
     try:
         import fsspec
+        import fsspec.asyn
     except ImportError as error:
         raise ImportError(f"{url} needs fsspec: pip install fsspec") from error
+    thread = fsspec.asyn.iothread[0]
+    if thread is not None and not thread.is_alive():  # in a forked worker, where older versions would wait for it
+        fsspec.asyn.reset_lock()
     try:
         files, path = fsspec.core.url_to_fs(url)  # anew in each process: connections do not survive a fork
     except ImportError as error:
