@@ -35,6 +35,7 @@ setup(
     install_requires=read_requirements("requirements.txt"),
     extras_require={
         "video": [DEV["av"]],
+        "parquet": [DEV["pyarrow"]],
         "tracking": [DEV["tensorboard"], DEV["wandb"]],
         "curation": [DEV["faiss-cpu"]],
         "dev": list(DEV.values()),

@@ -19,7 +19,8 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Error numbers of a full disk."""
 _TEMPORARY, _ABANDONED_S = ".*.unfinished", 24 * 3600.0
 
 
@@ -79,7 +80,7 @@ def naming_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL or error.filename is not None:
+        if error.errno not in FULL or error.filename is not None:
             raise
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 

@@ -1,10 +1,12 @@
-"""Benchmark of images in tar shards and zip files against a folder and the webdataset library; prints JSON.
+"""Benchmark of images in tar shards, zip and Parquet files against a folder and the webdataset library; prints JSON.
 
     python scripts/bench_shards.py [--images 4000] [--side 256] [--repeats 5] [--members 1000000]
 
-The same JPEG files, of smooth random colors, lie in a folder, in tar shards and in a zip file on the local disk. One
-process reads them, sides alternating: bytes alone, and decoded to RGB. Ours are read in random order; webdataset reads
-its shards in order, with a shuffle buffer of 1,000 samples. `--members` empty files in one tar measure the listing.
+The same JPEG files, of smooth random colors, lie in a folder, in tar shards, in a zip file and in Parquet files on the
+local disk. One process reads them, sides alternating: bytes alone, and decoded to RGB. Ours are read in random order;
+webdataset reads its shards in order, with a shuffle buffer of 1,000 samples. Parquet is read from the copies in the
+data cache; what these cost is measured apart, also with a cache of a quarter of the dataset. `--members` empty files in
+one tar measure the listing.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import statistics
 import sys
 import tarfile
@@ -28,18 +31,24 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # run by path from a clone: make the package importable
 
 import numpy as np
+import pyarrow
 from PIL import Image
+from pyarrow import parquet
 
 from dinov2.data.datasets import make_dataset
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.global_order import GlobalOrderSampler, ShardOrderSampler
+from dinov2.data.shards import ParquetFiles
 from dinov2.data.shards.archives import list_tar
+from dinov2.data.shards.local_cache import LIMIT_VARIABLE
 
-SHARD = 500  # images
+SHARD, ROW_GROUP = 500, 100  # images
+STRUCT = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
 BUFFER = 1000  # samples that webdataset shuffles
 
 
 def write_images(folder: Path, count: int, side: int) -> None:
-    """The same images in folder/images, folder/shards and folder/images.zip."""
+    """The same images in folder/images, folder/shards, folder/parquet and folder/images.zip."""
     rng = np.random.default_rng(0)
     files = []
     for _ in range(min(count, 200)):  # smooth images, of which a JPEG file has a usual size
@@ -48,6 +57,7 @@ def write_images(folder: Path, count: int, side: int) -> None:
         small.resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=85)
         files.append(file.getvalue())
     (folder / "shards").mkdir()
+    (folder / "parquet").mkdir()
     with zipfile.ZipFile(folder / "images.zip", "w") as archive:
         for start in range(0, count, SHARD):
             with tarfile.open(folder / "shards" / f"shard-{start // SHARD:05}.tar", "w") as shard:
@@ -58,6 +68,10 @@ def write_images(folder: Path, count: int, side: int) -> None:
                     path.write_bytes(content)
                     shard.add(path, name)
                     archive.write(path, name)
+            numbers = range(start, min(start + SHARD, count))
+            rows = [{"bytes": files[number % len(files)], "path": None} for number in numbers]
+            table = pyarrow.table({"image": pyarrow.array(rows, STRUCT)})
+            parquet.write_table(table, folder / "parquet" / f"{start // SHARD:05}.parquet", row_group_size=ROW_GROUP)
 
 
 def read(dataset: ImageDataset, order: np.ndarray, *, decode: bool) -> int:
@@ -90,6 +104,7 @@ def measure(folder: Path, repeats: int, *, decode: bool) -> dict[str, Any]:
         "folder": make_dataset(dataset_str=f"ImageFolder:root={folder}/images"),
         "tar": make_dataset(dataset_str=f"Tar:files={folder}/shards"),
         "zip": make_dataset(dataset_str=f"Zip:files={folder}/images.zip"),
+        "parquet": make_dataset(dataset_str=f"Parquet:files={folder}/parquet"),
     }
     sides: dict[str, Callable[[], int]] = {
         name: partial(read, dataset, np.random.default_rng(0).permutation(len(dataset)), decode=decode)
@@ -111,13 +126,38 @@ def measure(folder: Path, repeats: int, *, decode: bool) -> dict[str, Any]:
     return {"images_per_s": {name: round(statistics.median(v)) for name, v in speeds.items()}, "ratio": ratios}
 
 
+def time_copies(folder: Path, repeats: int) -> dict[str, int]:
+    """Images per second of Parquet, bytes alone: medians of the repeats, each from an empty data cache."""
+    orders = {
+        "all copied, random": (1.0, False),
+        "a quarter, random": (0.25, False),
+        "a quarter, by shards": (0.25, True),
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in orders}
+    for _, (name, (share, by_shards)) in itertools.product(range(repeats), orders.items()):
+        total = sum(ParquetFiles(files=f"{folder}/parquet").copied_bytes)
+        os.environ[LIMIT_VARIABLE] = str(1.1 * share * total / 1e9)
+        dataset = ParquetFiles(files=f"{folder}/parquet")
+        shutil.rmtree(folder / "cache" / "dinov2" / "data")
+        place: Any = {"sample_count": len(dataset), "batch_size": 1}
+        order: GlobalOrderSampler = GlobalOrderSampler(**place)
+        if by_shards:
+            order = ShardOrderSampler(**place, shard_sizes=dataset.shard_sizes, mixed=4)
+        count = len(dataset) if share == 1 or by_shards else len(dataset) // 10  # it is slow
+        started = time.perf_counter()
+        read(dataset, np.array(list(itertools.islice(order, count))), decode=False)
+        speeds[name].append(count / (time.perf_counter() - started))
+    return {name: round(statistics.median(values)) for name, values in speeds.items()}
+
+
 def time_listing(folder: Path, members: int) -> dict[str, float]:
     """Seconds that listing a tar of that many small files takes, and per million."""
     with tarfile.open(folder / "many.tar", "w") as archive:
         for index in range(members):
             archive.addfile(tarfile.TarInfo(f"{index // 1000:06}/{index:09}.jpg"))
     started = time.perf_counter()
-    count = len(list_tar(folder / "many.tar").members)
+    with (folder / "many.tar").open("rb") as file:
+        count = len(list_tar(file, "many.tar").members)
     seconds = time.perf_counter() - started
     return {"members": count, "seconds": round(seconds, 2), "seconds_per_million": round(1e6 * seconds / count, 1)}
 
@@ -136,6 +176,7 @@ def main() -> None:
         result = {
             "bytes": measure(folder, args.repeats, decode=False),
             "decoded": measure(folder, args.repeats, decode=True),
+            "parquet": time_copies(folder, args.repeats),
             "listing": time_listing(folder, args.members),
         }
     print(json.dumps(result, indent=2))

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "layers": set(),
     "configs": set(),
     "models": {"layers"},
-    "data": {"files"},
+    "data": {"files", "yaml_values"},
     "data.statistics": {"config", "data", "files", "flags", "log"},  # a command
     "loss": {"distributed"},
     "hub": {"models"},
@@ -62,7 +62,7 @@ MAY_NEED: dict[str, set[str]] = {
 
 # Imported only inside the functions that use them: optional, or slow.
 OPTIONAL = {"xformers", "submitit", "matplotlib", "sklearn", "cuml", "cupy", "tensorboard", "wandb", "av"}
-OPTIONAL |= {"faiss", "torchvision", "scipy"}
+OPTIONAL |= {"faiss", "torchvision", "scipy", "pyarrow", "aiohttp"}
 
 
 def layer_of(path: Path) -> str:

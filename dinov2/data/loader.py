@@ -14,6 +14,7 @@ from dinov2.data.device_augment import DeviceAugmentation, RawBatch, make_crops
 from dinov2.data.masking import MaskingGenerator
 from dinov2.data.sample_stream import AugmentedDataset, PositionBatches, StreamCollate
 from dinov2.data.samplers import FINITE, SamplerType, make_sampler
+from dinov2.data.shards.sharded import order_warning
 from dinov2.data.workers import DEFAULT_TIMEOUT, SupervisedLoader
 
 logger = logging.getLogger(__name__)
@@ -115,9 +116,12 @@ def make_train_loader(
     """
     raw = _device_augmentation(augmentation, augment_on)
     place: Any = {"batch_size": batch_size, "start_position": start_position, "rank": rank, "world_size": world_size}
-    shards = getattr(dataset, "shard_sizes", None)
-    order: Any = {"sample_count": _num_samples(dataset), "seed": seed, "shard_sizes": shards}
-    indices = make_sampler(sampler, **order, endless=True, **place)
+    parts: Any = {"shard_sizes": getattr(dataset, "shard_sizes", None), "mixture": getattr(dataset, "mixture", ())}
+    order: Any = {"sample_count": _num_samples(dataset), "seed": seed}
+    indices = make_sampler(sampler, **order, **parts, endless=True, **place)
+    by_shards = sampler is SamplerType.SHARD_ORDER
+    if warning := order_warning(getattr(dataset, "parts", [dataset]), by_shards=by_shards):
+        logger.warning("train.sampler=%s: %s", sampler.name, warning)
     crop_format = raw.crop_format(dtype) if raw else None
     return SupervisedLoader(
         AugmentedDataset(dataset, raw or augmentation, seed),

@@ -4,14 +4,13 @@
 ``start, start + step, ...`` of a global sequence, with ``start`` the rank (None: 0) and ``step`` the number of ranks
 (None: 1).
 
-Training uses `GlobalOrderSampler`. The others are those of the released code and reproduce its orders.
+Training uses those of `dinov2.data.global_order`. The others are those of the released code and reproduce its orders.
 """
 
 import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -20,6 +19,14 @@ import torch
 from torch.utils.data import Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+from dinov2.data.global_order import (
+    GlobalOrderSampler,
+    MixtureSampler,
+    ShardOrderSampler,
+    Source,
+    check_count,
+    permutation,
+)
 from dinov2.data.randomness import seed_for
 
 logger = logging.getLogger(__name__)
@@ -38,60 +45,6 @@ class SamplerType(Enum):
 
 
 FINITE = (SamplerType.DISTRIBUTED, SamplerType.EPOCH)
-
-
-@dataclass(kw_only=True, eq=False)
-class GlobalOrderSampler(Sampler[int]):
-    """One endless order of the samples, the same for any number of ranks.
-
-    Pass t over the data is a permutation that depends on (seed, t) only. The passes are concatenated and divided into
-    global batches of ``batch_size * world_size``, of which each rank gets ``batch_size`` consecutive samples. So no
-    sample of a pass is dropped or repeated, and the ranks together get the global batch that one process would get.
-    """
-
-    sample_count: int
-    batch_size: int  # samples per rank and step
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-    start_position: int = 0  # samples that all ranks together have read before, when a run is resumed
-
-    def __post_init__(self) -> None:
-        _check_count(self.sample_count)
-
-    def __iter__(self) -> Iterator[int]:
-        current = -1
-        first_of_rank = self.start_position + self.rank * self.batch_size
-        for first in itertools.count(first_of_rank, self.batch_size * self.world_size):
-            for position in range(first, first + self.batch_size):
-                pass_index, index = divmod(position, self.sample_count)
-                if pass_index != current:
-                    current, order = pass_index, self._order_of(pass_index)
-                yield int(order[index])
-
-    def _order_of(self, pass_index: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(seed_for(self.seed, "order", pass_index))
-        return _permutation(self.sample_count, generator).numpy()
-
-
-@dataclass(kw_only=True, eq=False)
-class ShardOrderSampler(GlobalOrderSampler):
-    """The same for a dataset in shards on a disk that seeks badly: a pass reads ``mixed`` shards at a time.
-
-    Pass t permutes the shards, divides them into groups, and permutes the samples of each group, all by (seed, t). So a
-    batch is drawn from the shards of one group (or two) instead of all, which should be told apart by nothing.
-    """
-
-    shard_sizes: Sequence[int]  # samples of each shard, in the order of the dataset
-    mixed: int = 16
-
-    def _order_of(self, pass_index: int) -> np.ndarray:
-        rng = np.random.default_rng(seed_for(self.seed, "shard order", pass_index))
-        ends = np.cumsum(self.shard_sizes)
-        shards = rng.permutation(len(ends))
-        groups = (shards[start : start + self.mixed] for start in range(0, len(shards), self.mixed))
-        samples = [[np.arange(ends[i] - self.shard_sizes[i], ends[i]) for i in group] for group in groups]
-        return np.concatenate([rng.permutation(np.concatenate(group)) for group in samples])
 
 
 class DividedSampler(Sampler[int]):
@@ -123,7 +76,7 @@ class EpochSampler(DividedSampler):
 
     def __init__(self, *, size: int, published: bool = True, **part: Any) -> None:
         super().__init__(**part)
-        _check_count(self.sample_count)
+        check_count(self.sample_count)
         self.size = size
         self.published = published
         self.epoch = 0
@@ -154,7 +107,7 @@ class InfiniteSampler(DividedSampler):
     def __init__(self, *, advance: int = 0, **part: Any) -> None:
         super().__init__(**part)
         self.advance = advance
-        _check_count(self.sample_count - self.start)
+        check_count(self.sample_count - self.start)
 
     def __iter__(self) -> Iterator[int]:
         in_order = range(self.start, self.sample_count, self.step)
@@ -165,7 +118,7 @@ class InfiniteSampler(DividedSampler):
     def _shuffled(self, first_pass: int) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
         for pass_index in itertools.count():
-            order = _permutation(self.sample_count, generator)
+            order = permutation(self.sample_count, generator)
             torch.randint(1, (1,), generator=generator)  # the released shuffle draws once more for the last element
             if pass_index >= first_pass:
                 yield from order[self.start :: self.step].tolist()
@@ -193,7 +146,7 @@ class ShardedInfiniteSampler(DividedSampler):
         self.shuffle_shard = _shuffle_at_once if use_new_shuffle_tensor_slice else _shuffle_one_by_one
         self.published = published
         self.shard_size, left = divmod(self.sample_count, self.step)
-        _check_count(self.shard_size)
+        check_count(self.shard_size)
         if self.shuffle and left:
             logger.warning("%d of %d samples are in no shard and are never read", left, self.sample_count)
 
@@ -207,7 +160,7 @@ class ShardedInfiniteSampler(DividedSampler):
 
     def _shuffled(self, first_pass: int) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed)
-        shard = _permutation(self.sample_count, generator)[self.start :: self.step][: self.shard_size]
+        shard = permutation(self.sample_count, generator)[self.start :: self.step][: self.shard_size]
         for pass_index in itertools.count(first_pass):
             generator.manual_seed(self.seed + self.start + (pass_index << 24))
             yield from self.shuffle_shard(shard, generator)
@@ -219,7 +172,7 @@ class EndlessEpochs(Sampler[int]):
     def __init__(self, sampler: EpochSampler | DistributedSampler, *, advance: int = 0) -> None:
         self.sampler = sampler
         self.advance = advance
-        _check_count(len(sampler))
+        check_count(len(sampler))
 
     def __iter__(self) -> Iterator[int]:
         first, skip = divmod(self.advance, len(self.sampler))
@@ -242,6 +195,7 @@ def make_sampler(
     world_size: int,
     endless: bool = False,
     shard_sizes: Sequence[int] | None = None,
+    mixture: Sequence[Source] = (),
 ) -> Sampler[int]:
     """Build a sampler; EPOCH and SHARDED_INFINITE are those without the published defects.
 
@@ -252,6 +206,7 @@ def make_sampler(
         start_position: Samples that all ranks together have read before; ignored by finite samplers.
         endless: Whether finite samplers continue with their next epoch, and heed `start_position`.
         shard_sizes: Samples in each shard of the dataset, for SHARD_ORDER.
+        mixture: The sources of a dataset with weights, for GLOBAL_ORDER and SHARD_ORDER only.
     """
     advance = start_position // world_size
     part: Any = {"sample_count": sample_count, "shuffle": shuffle, "seed": seed, "start": rank, "step": world_size}
@@ -260,11 +215,18 @@ def make_sampler(
         case SamplerType.GLOBAL_ORDER | SamplerType.SHARD_ORDER:
             place: Any = {"rank": rank, "world_size": world_size, "start_position": start_position}
             place |= {"sample_count": sample_count, "batch_size": batch_size, "seed": seed}
-            if sampler_type is SamplerType.GLOBAL_ORDER:
+            by_shards = sampler_type is SamplerType.SHARD_ORDER
+            if mixture and (not by_shards or any(source.shard_sizes for source in mixture)):
+                return MixtureSampler(**place, sources=mixture, by_shards=by_shards)
+            if not by_shards:
                 return GlobalOrderSampler(**place)
-            if shard_sizes is None:
-                raise ValueError("the sampler SHARD_ORDER needs a dataset in shards: Tar or Zip")
+            if shard_sizes is None or mixture:
+                raise ValueError("the sampler SHARD_ORDER needs a dataset in shards: Tar, Zip or Parquet")
             return ShardOrderSampler(**place, shard_sizes=shard_sizes)
+        case _ if mixture:
+            raise ValueError(
+                f"weights of a mixture need the sampler GLOBAL_ORDER or SHARD_ORDER, not {sampler_type.name}"
+            )
         case SamplerType.INFINITE:
             return InfiniteSampler(**part, advance=advance)
         case SamplerType.SHARDED_INFINITE | SamplerType.SHARDED_INFINITE_NEW:
@@ -278,16 +240,6 @@ def make_sampler(
             counted: Any = range(sample_count)  # it only reads the length
             epoch = DistributedSampler(counted, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed)
     return EndlessEpochs(epoch, advance=advance) if endless else epoch
-
-
-def _check_count(count: int) -> None:
-    if count < 1:
-        raise ValueError("no samples to draw from: the dataset is empty or has fewer samples than there are ranks")
-
-
-def _permutation(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Random permutation of range(count), (count,); 32-bit integers where possible, which halves the memory."""
-    return torch.randperm(count, dtype=torch.int32 if count <= 2**31 else torch.int64, generator=generator)
 
 
 def _shuffle_at_once(shard: torch.Tensor, generator: torch.Generator) -> list[int]:

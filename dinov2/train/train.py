@@ -48,7 +48,7 @@ from dinov2.train.monitor.target_stats import HealthPanel, TargetStats
 from dinov2.train.optim import clip_gradients, ema_update, set_hyperparameters, step_unless
 from dinov2.train.preflight.checks import check_device, check_images, check_settings
 from dinov2.train.preflight.dry_run import dry_run
-from dinov2.train.preflight.plan import check_length
+from dinov2.train.preflight.plan import check_length, check_sources
 from dinov2.train.schedules import StepValues, build_schedules, global_batch_size, is_due, num_steps, scale_lr
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
 from dinov2.train.stages.choice import build_arch
@@ -89,7 +89,9 @@ def main(args: argparse.Namespace) -> None:
         check_source_runs(cfg, resume=not args.no_resume)
         cfg, dataset = open_dataset(cfg, resume=not args.no_resume)  # before the model, to report mistakes early
         warnings = check_images(cfg, dataset)
-        warnings += [] if args.eval_only else check_length(cfg, len(dataset), distributed.world_size())
+        if not args.eval_only:
+            warnings += check_length(cfg, len(dataset), distributed.world_size())
+            warnings += check_sources(cfg, dataset, distributed.world_size())
         for warning in warnings:
             logger.warning("%s", warning)
         model = build_arch(cfg).to(distributed.device())

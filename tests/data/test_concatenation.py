@@ -64,3 +64,18 @@ def test_wrong_folders(roots: str, message: str, folders: Path) -> None:
     text = ",".join(str(folders / root) if root else "" for root in roots.split(" "))
     with pytest.raises((OSError, ValueError), match=message):
         make_dataset(dataset_str=f"ImageFolder:root={text}")
+
+
+def test_a_glob_is_the_folders_that_match(folders: Path) -> None:
+    dataset = make_dataset(dataset_str=f"ImageFolder:root={folders}/[ab]")
+    assert dataset.fingerprint() == made(folders, "a b").fingerprint() and dataset.classes == ["ant", "cat", "dog"]
+    assert make_dataset(dataset_str=f"ImageFolder:root={folders}/[ab],{folders}/c").get_targets() is None
+    one = make_dataset(dataset_str=f"ImageFolder:root={folders}/a*:split=cat")
+    assert isinstance(one, ImageFolder) and one.root == folders / "a" / "cat"
+
+
+def test_a_glob_without_folders_or_with_nested_ones_is_an_error(folders: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder matches root=.*/x\*"):
+        make_dataset(dataset_str=f"ImageFolder:root={folders}/x*")
+    with pytest.raises(ValueError, match=r"names .*a/cat, which is in .*a/: its images would come twice"):
+        make_dataset(dataset_str=f"ImageFolder:root={folders}/a/**")

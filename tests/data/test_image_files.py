@@ -267,9 +267,51 @@ def test_the_error_names_the_kind_of_a_root_that_is_not_a_folder(tmp_path, name,
         make_dataset(dataset_str=f"ImageFolder:root={tmp_path / name}")
 
 
-def test_a_pattern_for_a_root_is_not_expanded(root):
-    with pytest.raises(FileNotFoundError, match="patterns are not expanded in root="):
+def test_a_pattern_for_files_is_no_root(root):
+    with pytest.raises(FileNotFoundError, match=r"no folder matches root=.*png, but files do, such as .*0.png"):
         make_dataset(dataset_str=f"ImageFolder:root={root}/*.png")
+    with pytest.raises(FileNotFoundError, match="patterns are not expanded in root= of this dataset"):
+        make_dataset(dataset_str=f"SegmentationFolder:root={root}/*.png")
+
+
+# --- Names of images ---
+
+
+def test_other_suffixes_are_read_when_they_are_given(root):
+    for number, name in enumerate(["a.IMG", "deep/b.dat", "c.img.txt"]):
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (50 + number, 9, 9)).save(path, "PNG")
+    dataset = make_dataset(dataset_str=f"ImageFolder:root={root}:suffixes=.img,.dat")
+    assert [dataset.get_image(i).getpixel((0, 0))[0] for i in range(len(dataset))] == [50, 51]
+    assert dataset.notes_on_files() == [f"{root}: ignored 4 other file(s): 3 .png, 1 .txt"]
+    assert len(make_dataset(dataset_str=f"ImageFolder:root={root}")) == 3  # the lists are cached separately
+
+
+def test_content_decides_when_any_suffix_will_do(root):
+    with pytest.raises(FileNotFoundError, match=r"1 without suffix \(if they are images, add :suffixes=any"):
+        (root / "other").mkdir()
+        (root / "other" / "0001").write_bytes(JPEG)
+        make_dataset(dataset_str=f"ImageFolder:root={root}/other")
+    for file_format in ("PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000"):
+        (root / "other" / file_format.lower()).write_bytes(encode(NOISE, file_format))
+    (root / "other" / "notes").write_bytes(b"P.S.: no image")
+    (root / "other" / "empty").touch()
+    (root / "other" / "broken.png").write_bytes(b"no image, but called one")
+    dataset = make_dataset(dataset_str=f"ImageFolder:root={root}:suffixes=any")
+    assert len(dataset) == 3 + 8 + 1
+    assert dataset.notes_on_files() == [f"{root}: ignored 2 other file(s): 2 without suffix"]
+    assert sum(path == f"{root}/other/broken.png" for path, _ in dataset.survey().unreadable) == 1
+    with pytest.raises(FileNotFoundError, match=r"or begin as an image; found 1 without suffix"):
+        (root / "more").mkdir()
+        (root / "more" / "text").write_bytes(b"text")
+        make_dataset(dataset_str=f"ImageFolder:root={root}/more:suffixes=any")
+
+
+@pytest.mark.parametrize("suffixes", ["img", ".img,", "any,.img", "."])
+def test_suffixes_begin_with_a_dot(suffixes, root):
+    with pytest.raises(ValueError, match=f"suffixes must be any, or begin with dots .*, got '{suffixes}'"):
+        make_dataset(dataset_str=f"ImageFolder:root={root}:suffixes={suffixes}")
 
 
 @pytest.mark.parametrize("name", [" set", "set ", "a\nb", "a\0b"])

@@ -265,5 +265,5 @@ def test_orders_by_shards_differ_by_pass_and_seed() -> None:
 
 def test_a_dataset_without_shards_has_no_order_by_shards() -> None:
     place: dict[str, Any] = {"sample_count": 9, "batch_size": 2, "seed": 0, "start_position": 0, "rank": 0}
-    with pytest.raises(ValueError, match="SHARD_ORDER needs a dataset in shards: Tar or Zip"):
+    with pytest.raises(ValueError, match="SHARD_ORDER needs a dataset in shards: Tar, Zip or Parquet"):
         make_sampler(SamplerType.SHARD_ORDER, **place, world_size=1)

@@ -11,19 +11,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from archive_files import write_tar
 from tiny import (
     CENTERING,
     CONFIG_FILE,
     SEPARATE_HEADS,
     all_in,
     checkpoints,
+    killed_after,
     metrics,
     run_script,
     run_train,
     start_script,
     tensors,
+    write_images,
 )
 
 from dinov2.train.checkpoint_state import read_state
@@ -257,6 +262,41 @@ def test_twenty_kills_of_a_random_process_change_nothing(tmp_path: Path) -> None
     assert metrics(killed) == metrics(tmp_path / "straight")
     first, second = tensors(killed, 299), tensors(tmp_path / "straight", 299)
     assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+def mixture_of_shards(folder: Path) -> str:
+    """A dataset string: two thirds of the samples from tar archives, one third from row groups of a Parquet file."""
+    files = [path.read_bytes() for path in sorted(write_images(folder / "images", 40).iterdir())]
+    for shard in range(6):
+        write_tar(folder / f"{shard}.tar", [(f"{shard}-{i}.png", files[4 * shard + i]) for i in range(4)])
+    pq.write_table(pa.table({"image": files[24:]}), folder / "a.parquet", row_group_size=3)
+    sources = [f"Tar:files={folder}/{{0..5}}.tar", f"Parquet:files={folder}/a.parquet"]
+    lines = [f"- dataset: {source}\n  weight: {2 - number}\n" for number, source in enumerate(sources)]
+    (folder / "mix.yaml").write_text("".join(lines))
+    return f"train.dataset_path=Mix:file={folder}/mix.yaml"
+
+
+def test_a_mixture_of_shards_goes_on_after_kills_on_other_numbers_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 processes, killed, 1, killed, 3: the samples are those of a run that nothing happened to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["train.sampler=SHARD_ORDER", "train.checkpoint_period=3", "health.period=0", "train.num_workers=1"]
+    words += [*SCHEDULES, mixture_of_shards(tmp_path)]
+    killed = tmp_path / "killed"
+    with start_two(killed, accumulate(2), *words) as run:
+        wait_until(lambda: run.poll() is not None or max(checkpoints(killed), default=-1) >= 8)
+        os.kill(workers(run)[1], signal.SIGKILL)
+        run.communicate(timeout=60)
+    reached = max(checkpoints(killed))
+    assert 8 <= reached < STEPS - 10, "killed before its end"
+    with killed_after(7, monkeypatch):
+        train_on(1, killed, accumulate(1), *words)
+    assert reached < max(checkpoints(killed)) < STEPS - 1
+    train_on(3, killed, accumulate(3), *words)
+    train_on(1, tmp_path / "straight", accumulate(1), *words)
+    assert_same_losses(killed, tmp_path / "straight", rel=1e-4)
+    assert largest_difference(killed, tmp_path / "straight") < 1e-4
 
 
 def test_a_process_that_is_killed_takes_the_others_down_within_a_minute(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from dinov2.data.datasets.image_folder import ImageFolder
 from dinov2.data.datasets.image_list import ImageList
 from dinov2.data.datasets.image_net import ImageNet
 from dinov2.data.datasets.image_net_22k import ImageNet22k
+from dinov2.data.datasets.mixture import Mixture
 from dinov2.data.datasets.pages import with_pages
 from dinov2.data.datasets.torchvision_sets import TorchvisionSet
 from dinov2.data.datasets.torchvision_sources import SOURCES
@@ -24,7 +25,7 @@ from dinov2.data.dense.fashion_scenes import FashionScenes
 from dinov2.data.dense.folders import DepthFolder, SegmentationFolder
 from dinov2.data.dense.segmentation_sets import ADE20K, VOC2012, Cityscapes
 from dinov2.data.images import ImageOptions
-from dinov2.data.shards import Shards
+from dinov2.data.shards import ParquetFiles, Shards
 
 __all__ = [
     "ADE20K",
@@ -41,6 +42,7 @@ __all__ = [
     "ImageNet",
     "ImageNet22k",
     "ListedDepth",
+    "Mixture",
     "SegmentationFolder",
     "TorchvisionSet",
     "build_dataset",
@@ -71,6 +73,10 @@ class Entry(NamedTuple):
         return {} if self.splits is None else self.splits.__members__
 
 
+def _mixture(*, file: str, **transforms: Any) -> Mixture:
+    return Mixture(file, lambda text: build_dataset(text, DATASETS), **transforms)
+
+
 # Name in the dataset string -> dataset. To add one, write a class like ImageFolder (see ImageDataset) and a line like
 #     DATASETS["Birds"] = Entry(Birds, required=("root",), optional=("split",))
 # here or in your code; then "Birds:root=/data/birds:split=val" is Birds(root="/data/birds", split="val").
@@ -78,11 +84,13 @@ DATASETS: dict[str, Entry] = (
     {
         "ImageNet": Entry(ImageNet, required=("split", "root", "extra"), optional=("real",), splits=ImageNet.Split),
         "ImageNet22k": Entry(ImageNet22k, required=("root", "extra")),
-        "ImageFolder": Entry(image_folders, optional=("split",)),
+        "ImageFolder": Entry(image_folders, optional=("split", "suffixes")),
         "ImageList": Entry(ImageList, required=("file",), optional=("root", "classes")),
         "FashionMNIST": Entry(FashionMNIST, required=("split",), optional=("root",), splits=FashionMNIST.Split),
         "Tar": Entry(partial(Shards, "Tar"), required=("files",), optional=("image", "label")),
         "Zip": Entry(partial(Shards, "Zip"), required=("files",), optional=("image", "label")),
+        "Parquet": Entry(ParquetFiles, required=("files",), optional=("image", "label")),
+        "Mix": Entry(_mixture, required=("file",)),
         # With a map for each image, see dinov2.data.dense.
         "ADE20K": Entry(ADE20K, required=("split", "root"), splits=ADE20K.Splits),
         "VOC2012": Entry(VOC2012, required=("split", "root"), splits=VOC2012.Splits),

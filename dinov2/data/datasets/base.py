@@ -29,8 +29,12 @@ from dinov2.data.images.survey import ImageSurvey, survey_images
 logger = logging.getLogger(__name__)
 
 
-class ChangedDataError(RuntimeError):
-    """Files of a dataset are no longer those that it found: its samples may be others. It ends a run."""
+class DataSourceError(Exception):
+    """What images are read from fails as a whole, unlike one unreadable image: it ends a run."""
+
+
+class ChangedDataError(DataSourceError):
+    """Files of a dataset are no longer those that it found: its samples may be others."""
 
 
 NAMES_HASHED = 10_000  # by `ImageDataset.fingerprint`, at most
@@ -177,7 +181,7 @@ class ImageDataset(Dataset, ABC):
         try:
             path = self.describe(index)
             yield
-        except ChangedDataError:
+        except DataSourceError:
             raise
         except Exception as error:
             where = f"sample {index} ({path})" if path else f"sample {index}"

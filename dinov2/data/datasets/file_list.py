@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dinov2.data.images import kind_of_file
+from dinov2.data.images.formats import begins_as_image
 from dinov2.files import atomic_write
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ IMAGE_SUFFIXES = (
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".j2c", ".j2k", ".jfif", ".jp2", ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg",
     ".jpx", ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 )  # fmt: skip
+ANY_SUFFIX = ""
 # Changes of a folder within this time before it is read may not change its modification time.
 SETTLED_NS = 2 * 10**9
 _FORMAT = "2"  # version of the cached list; part of its name
@@ -71,30 +73,39 @@ class FileList(NamedTuple):
         return [f"{root}: ignored {count:,} other file(s): {_summary(self.others)}"] if count else []
 
 
-def list_images(root: Path) -> FileList:
+def list_images(root: Path, suffixes: tuple[str, ...] = IMAGE_SUFFIXES) -> FileList:
     """List all images under a folder, at any depth and through links; hidden files and folders are ignored.
 
     Only regular files and links to them are listed. A broken link is listed too, as an unreadable image. The list is
     cached in the user's cache folder; the cache is valid until a folder under `root` changes. No images are an OSError.
+
+    Args:
+        suffixes: How the names of images end, in lower case; with `ANY_SUFFIX` among them also those of any name whose
+            first bytes are those of an image.
     """
-    cache = _cache_path(root)
+    cache = _cache_path(root, suffixes)
     files = _load(cache, root)
     if files is not None:
         logger.info("%d images under %s, as listed in %s", len(files.images), root, cache)
         return files
 
     start_ns = time.time_ns()
-    names, folders, folder_times, others = _scan(root)
+    names, folders, folder_times, others = _scan(root, suffixes)
     if not names:
         raise FileNotFoundError(
             f"no images under {root}: searched {len(folders)} folder(s) with {sum(others.values())} file(s)"
-            f" for names that end in {', '.join(IMAGE_SUFFIXES)}{_found_instead(others)}"
+            f" for {_wanted(suffixes)}{_found_instead(others)}"
         )
     files = FileList(PathTable.of(sorted(names)), others)
     logger.info("%d images under %s, found in %.1f s", len(names), root, (time.time_ns() - start_ns) / 1e9)
     if max(folder_times) < start_ns - SETTLED_NS:
         _store(cache, files, PathTable.of(folders), folder_times)
     return files
+
+
+def _wanted(suffixes: tuple[str, ...]) -> str:
+    by_content = " or begin as an image" if ANY_SUFFIX in suffixes else ""
+    return f"names that end in {', '.join(filter(None, suffixes))}{by_content}"
 
 
 def check_folder(folder: Path, *, given_as: str = "root") -> None:
@@ -107,8 +118,8 @@ def check_folder(folder: Path, *, given_as: str = "root") -> None:
         raise NotADirectoryError(f"{given_as}={folder} is {_describe_file(folder)}")
     if set("*?[") & set(str(folder)):
         raise FileNotFoundError(
-            f"no folder {_shown(folder)}: patterns are not expanded in {given_as}=; give a folder above the files, "
-            "or a list of them, ImageList:file=..."
+            f"no folder {_shown(folder)}: patterns are not expanded in {given_as}= of this dataset, but in that of "
+            "ImageFolder"
         )
     existing = next((parent for parent in folder.parents if parent.is_dir()), Path())
     raise FileNotFoundError(f"no folder {_shown(folder)}; {_folders_in(existing)}")
@@ -129,14 +140,14 @@ _FILE_KINDS = {
     ".rar": f"a rar archive: {_UNPACK}",
     ".txt": "a text file: if it lists images, write ImageList:file=...",
     **dict.fromkeys((".csv", ".tsv"), "a table: if it lists images, write ImageList:file=..."),
-    ".parquet": f"a Parquet file: {_EXPORT}",
+    ".parquet": "a Parquet file: write Parquet:files=...",
     ".arrow": f"an Arrow file: {_EXPORT}",
     ".tfrecord": f"a TFRecord file: {_EXPORT}",
     **dict.fromkeys((".h5", ".hdf5"), f"an HDF5 file: {_EXPORT}"),
     ".mdb": f"an LMDB database: {_EXPORT}",
     ".npz": f"a NumPy archive: {_EXPORT}",
     ".npy": f"a NumPy array: {_EXPORT}",
-    "without suffix": "if they are images, list them: ImageList:file=... reads files of any name",
+    "without suffix": "if they are images, add :suffixes=any, by which the content of files decides",
     **dict.fromkeys(IMAGE_SUFFIXES, "a single image: give its folder"),
 }
 _CONTENT_KINDS = {b"PK\x03\x04": _FILE_KINDS[".zip"], b"\x1f\x8b": _FILE_KINDS[".tgz"]}
@@ -178,7 +189,7 @@ def _found_instead(others: Mapping[str, int]) -> str:
     return f"; found {_summary(others)}{f' ({_FILE_KINDS[most]})' if most in _FILE_KINDS else ''}"
 
 
-def _scan(root: Path) -> tuple[list[str], list[str], list[int], dict[str, int]]:
+def _scan(root: Path, suffixes: tuple[str, ...]) -> tuple[list[str], list[str], list[int], dict[str, int]]:
     """List images, folders, their modification times, and the number of other files by kind."""
     names: list[str] = []
     folders: list[str] = []
@@ -212,11 +223,24 @@ def _scan(root: Path) -> tuple[list[str], list[str], list[int], dict[str, int]]:
                     pending.append((f"{folder}{entry.name}/", (*above, identity)))
                 elif kind != _FILE:
                     others[kind] += 1
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                elif _is_image(entry, suffixes):
                     names.append(folder + entry.name)
                 else:
                     others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
     return names, folders, folder_times, dict(others)
+
+
+def _is_image(entry: os.DirEntry[str], suffixes: tuple[str, ...]) -> bool:
+    """Whether a file is an image by its name or, if any name will do, by its content."""
+    if entry.name.lower().endswith(tuple(filter(None, suffixes))):
+        return True
+    if ANY_SUFFIX not in suffixes:
+        return False
+    try:
+        with open(entry.path, "rb") as file:
+            return begins_as_image(file.read(16))
+    except OSError:
+        return True  # an unreadable one
 
 
 _FOLDER, _FILE = "folder", "file"
@@ -234,8 +258,8 @@ def _kind_of(entry: os.DirEntry[str]) -> str:
         return _FILE
 
 
-def _cache_path(root: Path) -> Path:
-    key = hashlib.sha256(os.fsencode(os.path.realpath(root)) + " ".join((_FORMAT, *IMAGE_SUFFIXES)).encode())
+def _cache_path(root: Path, suffixes: tuple[str, ...]) -> Path:
+    key = hashlib.sha256(os.fsencode(os.path.realpath(root)) + " ".join((_FORMAT, *suffixes)).encode())
     return cache_folder("file_lists") / f"{key.hexdigest()[:32]}.npz"
 
 

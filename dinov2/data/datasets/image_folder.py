@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dinov2.data.datasets.base import ListedDataset
-from dinov2.data.datasets.file_list import PathTable, check_folder, list_images
+from dinov2.data.datasets.file_list import ANY_SUFFIX, IMAGE_SUFFIXES, PathTable, check_folder, list_images
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +27,22 @@ class ImageFolder(ListedDataset):
     Args:
         root: Folder of the images.
         split: Subfolder of `root` to read instead, such as `val`.
+        suffixes: How the names of images end, instead of the usual suffixes, such as ".img,.dat"; "any": files without
+            a usual suffix are images if their first bytes are those of one.
         transforms, transform, target_transform: See `ImageDataset`.
     """
 
-    def __init__(self, *, root: str | Path, split: str | None = None, **transforms: Any) -> None:
+    def __init__(
+        self, *, root: str | Path, split: str | None = None, suffixes: str | None = None, **transforms: Any
+    ) -> None:
         super().__init__(**transforms)
+        wanted = _suffixes(suffixes)
         self.root = Path(root) if split is None else Path(root, split)
         check_folder(self.root)
-        listed = list_images(self.root)
+        listed = list_images(self.root, wanted)
         self._images, self._notes = listed.images, listed.notes(self.root)
         ranges = _class_ranges(listed.images)
-        self.classes = _complete(sorted(ranges), self.root.parent / "train")
+        self.classes = _complete(sorted(ranges), self.root.parent / "train", wanted)
         self._targets = None
         if ranges:
             self._targets = np.empty(len(self), np.int64)
@@ -76,10 +81,21 @@ def _class_ranges(files: PathTable) -> dict[str, slice]:
     return ranges
 
 
-def _complete(classes: list[str], train: Path) -> list[str]:
+def _suffixes(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return IMAGE_SUFFIXES
+    if text == "any":
+        return (*IMAGE_SUFFIXES, ANY_SUFFIX)
+    suffixes = tuple(text.lower().split(","))
+    if any(len(suffix) < 2 or suffix[0] != "." or "/" in suffix for suffix in suffixes):
+        raise ValueError(f"suffixes must be any, or begin with dots and have commas between them, got {text!r}")
+    return suffixes
+
+
+def _complete(classes: list[str], train: Path, suffixes: tuple[str, ...]) -> list[str]:
     """The classes of the folder `train` if they are a superset of `classes`, else `classes`."""
     if classes and train.is_dir() and set(classes) < {path.name for path in train.iterdir()}:
-        train_classes = _class_ranges(list_images(train).images)
+        train_classes = _class_ranges(list_images(train, suffixes).images)
         if set(classes) < set(train_classes):
             return sorted(train_classes)
     return classes

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.base import ChangedDataError, DataSourceError, ImageDataset
 from dinov2.data.images import encode_array
 from dinov2.data.images.tiff import count_pages, is_tiff, read_page
 
@@ -39,6 +39,8 @@ class Pages(ImageDataset):
         try:
             data = self.files.get_image_data(file)
             return count_pages(data) if is_tiff(data) else 1
+        except (ChangedDataError, DataSourceError):
+            raise
         except Exception:  # damaged; the error is raised when it is read
             return 1
 
@@ -72,10 +74,20 @@ class Pages(ImageDataset):
         files = self.files.image_files()
         return (name for name, count in zip(files, np.diff(self._ends, prepend=0), strict=True) for _ in range(count))
 
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        """The number of pages in each shard of files; None if they are not in shards."""
+        if (sizes := getattr(self.files, "shard_sizes", None)) is None:
+            return None
+        ends = np.concatenate([[0], self._ends])[np.cumsum(sizes)]
+        return np.diff(ends, prepend=0).tolist()
+
     def notes_on_files(self) -> list[str]:
         return self.files.notes_on_files()
 
 
 def with_pages(dataset: ImageDataset) -> ImageDataset:
-    """The dataset, or its `Pages` if its options of reading images say so."""
+    """The dataset, or its `Pages` if its options of reading images say so; a ValueError for a mixture with weights."""
+    if dataset.image_options.pages == "images" and getattr(dataset, "mixture", None):
+        raise ValueError("images.pages=images: the sources of a Mix with weights must have one image in a file")
     return Pages(dataset) if dataset.image_options.pages == "images" else dataset

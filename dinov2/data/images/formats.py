@@ -70,6 +70,11 @@ def open_header(data: bytes) -> Image.Image:
     raise UnknownFormatError(f"in no supported image format ({known}); {_describe(data)}")
 
 
+def begins_as_image(data: bytes) -> bool:
+    """Whether the first bytes of a file, 16 or more, are those of a format in `FORMATS`."""
+    return any(accept(data[:16]) for accept, _ in _openers())
+
+
 def _describe(data: bytes) -> str:
     if not data:
         return "the file is empty"

@@ -1,5 +1,6 @@
-"""Images in tar shards, of WebDataset or of plain images, and in zip files, read at any position."""
+"""Images in shards, read at any position: tar archives, of WebDataset or of plain images, zip and Parquet files."""
 
 from dinov2.data.shards.dataset import Shards
+from dinov2.data.shards.parquet import ParquetFiles
 
-__all__ = ["Shards"]
+__all__ = ["ParquetFiles", "Shards"]

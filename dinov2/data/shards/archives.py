@@ -8,8 +8,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 _BLOCK, _CHUNK = 512, 2**20  # bytes, of a tar archive, and to read at once
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a file in a zip archive: signature, lengths of its name and extra field
@@ -37,19 +36,19 @@ class Listing(NamedTuple):
     notes: list[str]  # what is odd about it
 
 
-def list_tar(path: Path) -> Listing:
+def list_tar(file: BinaryIO, path: str) -> Listing:
     """List a tar archive (POSIX, GNU, pax; not compressed) by its headers, without reading its files.
 
-    Links are listed as the files in the archive that they lead to.
+    Links are listed as the files in the archive that they lead to. Errors and notes name `path`.
 
     Raises:
         ArchiveError: It is compressed, damaged or truncated; says after how many files.
     """
     members: list[Member] = []
     links: dict[str, str] = {}
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             while (entry := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # they would take a kilobyte each
                 if entry.islnk():  # a second name of a file
@@ -62,12 +61,12 @@ def list_tar(path: Path) -> Listing:
                         raise tarfile.ReadError(f"{entry.name} ends beyond the end of the file")
             end = archive.offset
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise ArchiveError(_why_no_tar(path, len(members), str(error))) from error
-    notes = _check_end(path, end, len(members))
+        raise ArchiveError(_why_no_tar(file, path, len(members), str(error))) from error
+    notes = _check_end(file, path, end, len(members))
     return Listing(members + _follow(path, links, members, notes), notes)
 
 
-def _follow(path: Path, links: Mapping[str, str], members: Sequence[Member], notes: list[str]) -> list[Member]:
+def _follow(path: str, links: Mapping[str, str], members: Sequence[Member], notes: list[str]) -> list[Member]:
     """Links as files; those that lead out of the archive are noted."""
     files = {posixpath.normpath(member.name): member for member in members} if links else {}
     found = [
@@ -80,14 +79,13 @@ def _follow(path: Path, links: Mapping[str, str], members: Sequence[Member], not
     return found
 
 
-def _check_end(path: Path, end: int, count: int) -> list[str]:
+def _check_end(file: BinaryIO, path: str, end: int, count: int) -> list[str]:
     """Check that there are only zeros where tarfile stopped, which a damaged header makes it do in silence."""
-    with path.open("rb") as file:
-        file.seek(end)
-        if not (block := file.read(_BLOCK)):
-            return [f"{path}: no mark at its end after {count} files: was it copied completely?"]
-        while block and not any(block):
-            block = file.read(_CHUNK)
+    file.seek(end)
+    if not (block := file.read(_BLOCK)):
+        return [f"{path}: no mark at its end after {count} files: was it copied completely?"]
+    while block and not any(block):
+        block = file.read(_CHUNK)
     if block:
         raise ArchiveError(
             f"{path} goes on after its end or after a damaged header, after {count} files; several archives in one "
@@ -96,9 +94,9 @@ def _check_end(path: Path, end: int, count: int) -> list[str]:
     return []
 
 
-def _why_no_tar(path: Path, count: int, reason: str) -> str:
-    with path.open("rb") as file:
-        start = file.read(6)
+def _why_no_tar(file: BinaryIO, path: str, count: int, reason: str) -> str:
+    file.seek(0)
+    start = file.read(6)
     for magic, name in ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd")):
         if start.startswith(magic):
             return f"{path} is compressed ({name}), so that its files cannot be read one by one: decompress it first"
@@ -107,11 +105,11 @@ def _why_no_tar(path: Path, count: int, reason: str) -> str:
     return f"{path} is no tar archive, or is damaged or truncated after {count} files: {reason}"
 
 
-def list_zip(path: Path) -> Listing:
+def list_zip(file: BinaryIO, path: str) -> Listing:
     """List a zip archive; errors as `list_tar`. Files may be stored or deflated, not encrypted."""
     members = []
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 if entry.is_dir() or stat.S_ISLNK(entry.external_attr >> 16):
                     continue
@@ -134,7 +132,7 @@ def list_zip(path: Path) -> Listing:
     return Listing(members, [])
 
 
-LISTERS: dict[str, Callable[[Path], Listing]] = {"Tar": list_tar, "Zip": list_zip}
+LISTERS: dict[str, Callable[[BinaryIO, str], Listing]] = {"Tar": list_tar, "Zip": list_zip}
 
 
 def read_member(descriptor: int, offset: int, size: int, is_deflated: bool, max_bytes: int) -> bytes:

@@ -22,7 +22,13 @@ from dinov2.train.optim import get_params_groups_with_decay
 from dinov2.train.preflight.checks import check_device, check_images, check_settings
 from dinov2.train.preflight.flops import H200_FLOPS, product_speed, step_flops
 from dinov2.train.preflight.memory import estimate
-from dinov2.train.preflight.plan import advise_few_images, check_length, describe_length
+from dinov2.train.preflight.plan import (
+    advise_few_images,
+    check_length,
+    check_sources,
+    describe_length,
+    describe_sources,
+)
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stages.choice import build_arch
@@ -53,6 +59,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
         start["step 0"] = check_step_zero(model, cfg, dataset, loaded)
     plan = start | _plan(cfg, model, len(dataset), world_size)
+    plan |= describe_sources(cfg, dataset, world_size)
     if latest is None:  # a run that has begun keeps its length
         plan |= describe_length(cfg, len(dataset), world_size)
     health = f"every {cfg.health.period} steps" if cfg.health.period else "not measured (health.period=0)"
@@ -64,6 +71,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
             f"note: a step takes {batch:,} images, but the dataset has {len(dataset):,}: images repeat within a step",
         ]
     findings += [*check_images(cfg, dataset), *check_length(cfg, len(dataset), world_size)]
+    findings += check_sources(cfg, dataset, world_size)
     known = {path for path, _ in dataset.survey().unreadable}
     notes = [f"{'warning' if level > logging.INFO else 'note'}: {note}" for level, note in dataset.notes()]
     notes += [f"note: {error}" for error in unreadable if error.path not in known]

@@ -14,6 +14,7 @@ import numpy as np
 
 from dinov2.config import Config, sources_of
 from dinov2.data.datasets.base import ImageDataset
+from dinov2.data.datasets.mixture import Mixture
 from dinov2.models.published import PUBLISHED
 from dinov2.train.schedules import global_batch_size, num_steps
 
@@ -74,6 +75,32 @@ def check_length(cfg: Config, num_images: int, world_size: int) -> list[str]:
     return [
         f"optim.epochs = {cfg.optim.epochs} are {steps:,} steps, {steps / recommended:.1f} times the {recommended:,} "
         f"recommended for {num_images:,} images (--dry-run prints the override): longer runs are seldom better"
+    ]
+
+
+def describe_sources(cfg: Config, dataset: ImageDataset, world_size: int) -> dict[str, str]:
+    """Size, share and passes of each source of a mixture, and the images seen, by name; empty for other datasets."""
+    if not isinstance(dataset, Mixture):
+        return {}
+    images = num_steps(cfg) * global_batch_size(cfg, world_size)
+    lines = {"images seen": f"{images:,}"}
+    for name, part, share in zip(dataset.names, dataset.parts, dataset.shares, strict=True):
+        passes = share * images / len(part)
+        lines[f"source {name}"] = f"{len(part):,} images, {100 * share:.4g} % of the samples, seen {passes:.1f} times"
+    return lines
+
+
+def check_sources(cfg: Config, dataset: ImageDataset, world_size: int) -> list[str]:
+    """A warning for each source of a mixture that is repeated far more often than the rule wants."""
+    if not isinstance(dataset, Mixture):
+        return []
+    images, wanted = num_steps(cfg) * global_batch_size(cfg, world_size), _rule(cfg).passes
+    times = [share * images / len(part) for part, share in zip(dataset.parts, dataset.shares, strict=True)]
+    return [
+        f"source {name} of {len(part):,} images is seen {passes:,.0f} times, more than {MAX_EXCESS} times the "
+        f"{wanted} of our rule: a smaller weight, or more images"
+        for name, part, passes in zip(dataset.names, dataset.parts, times, strict=True)
+        if passes > MAX_EXCESS * wanted
     ]
 
 

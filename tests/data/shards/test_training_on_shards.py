@@ -5,6 +5,8 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,7 +17,7 @@ from dinov2.data.shards import Shards
 
 @pytest.fixture
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `images`, and the same in `a.tar` and `b.tar`."""
+    """A folder with `images`, and the same in `a.tar` and `b.tar`, and in `images.parquet`."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     rng = np.random.default_rng(0)
     for index in range(40):
@@ -24,15 +26,17 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
     for name in "ab":
         subprocess.run(["tar", "--sort=name", "-C", "images", "-cf", f"{name}.tar", name], cwd=tmp_path, check=True)
+    files = [path.read_bytes() for path in sorted(tmp_path.glob("images/*/*.png"))]
+    pq.write_table(pa.table({"image": files}), tmp_path / "images.parquet", row_group_size=16)
     return tmp_path
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_shards_train_as_their_images_do_in_a_folder(workers: int, images: Path) -> None:
+@pytest.mark.parametrize(("workers", "dataset"), [(0, "Tar:files=F/{a,b}.tar"), (2, "Parquet:files=F/images.parquet")])
+def test_shards_train_as_their_images_do_in_a_folder(workers: int, dataset: str, images: Path) -> None:
     words = [f"train.num_workers={workers}", "health.period=0"]
     run_train(images / "folder", *words, f"train.dataset_path=ImageFolder:root={images}/images")
-    run_train(images / "tar", *words, f"train.dataset_path=Tar:files={images}/{{a,b}}.tar")
-    first, second = tensors(images / "folder", 7), tensors(images / "tar", 7)
+    run_train(images / "shards", *words, f"train.dataset_path={dataset.replace('F', str(images), 1)}")
+    first, second = tensors(images / "folder", 7), tensors(images / "shards", 7)
     assert first.keys() == second.keys() and len(first) > 20
     assert all(torch.equal(first[name], second[name]) for name in first)
 
