@@ -195,6 +195,21 @@ def test_a_dataset_measures_one_range_for_each_band(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, [images.mean((0, 1, 2)), images.std((0, 1, 2))], rtol=1e-4)
 
 
+def test_arrays_are_listed_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "0.npy").write_bytes(npy(FIVE))
+    (tmp_path / "1").write_bytes(npy(FIVE + 1))
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(FileNotFoundError, match="a NumPy array: if these are images, give .* and :suffixes=.npy"):
+        make_dataset(dataset_str=f"ImageFolder:root={tmp_path}")
+    options = ImageOptions(bands=(0, 4), value_range=(0.0, 255.0))
+    for suffixes, count in ((".npy", 1), ("any", 2)):
+        name = f"ImageFolder:root={tmp_path}:suffixes={suffixes}"
+        assert len(dataset := make_dataset(dataset_str=name, image_options=options)) == count
+        assert np.asarray(dataset.get_image(0)).shape == (12, 10, 2)
+    with pytest.raises(ValueError, match="unknown key 'bands'.*bands is a key of the configuration: images.bands=..."):
+        make_dataset(dataset_str=f"ImageFolder:root={tmp_path}:bands=0")
+
+
 # --- What becomes of it ----------------------------------------------------------------------------------------------
 
 
@@ -236,7 +251,7 @@ def test_bands_change_in_brightness_and_contrast_each_by_its_own_factors() -> No
     whole.sampler.aspect_ratio = (1.0, 1.0)
     torch.manual_seed(0)
     pixels, params = whole.draw(image)
-    (crop, _), _ = whole.apply(pixels, params)
+    (crop, _), *_ = whole.apply(pixels, params)
     assert params.factors.shape == (4, 2, 5) and len(np.unique(params.factors[0])) == 10
     expected = image.levels.astype(np.float64)
     for operation in (each for each in params.order[0] if each < 2):

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple
@@ -217,7 +218,9 @@ def _key_inside(value: str) -> str | None:
 
 def _unknown_key(key: str, dataset_str: str, entry: Entry) -> ValueError:
     usage = _usage(dataset_str.partition(":")[0], entry)
-    return ValueError(f"unknown key {_quote(key, entry.keys)} in {dataset_str!r}; write {usage}")
+    options = [field.name for field in fields(ImageOptions)]
+    hint = f"; {key} is a key of the configuration: images.{key}=..." if key in options else ""
+    return ValueError(f"unknown key {_quote(key, entry.keys)} in {dataset_str!r}; write {usage}{hint}")
 
 
 def _quote(text: str, known: Iterable[str]) -> str:

@@ -71,8 +71,8 @@ def open_header(data: bytes) -> Image.Image:
 
 
 def begins_as_image(data: bytes) -> bool:
-    """Whether the first bytes of a file, 16 or more, are those of a format in `FORMATS`."""
-    return any(accept(data[:16]) for accept, _ in _openers())
+    """Whether the first bytes of a file, 16 or more, are those of a format in `FORMATS`, or of NumPy's NPY."""
+    return data.startswith(b"\x93NUMPY") or any(accept(data[:16]) for accept, _ in _openers())
 
 
 def _describe(data: bytes) -> str:
