@@ -295,6 +295,7 @@ class Tracking:
 class Config:
     MODEL: Weights
     init_from: str
+    init_from_optimizer: bool
     compute_precision: ComputePrecision
     dino: Dino
     ibot: Ibot

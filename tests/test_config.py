@@ -118,6 +118,7 @@ for network in ("teacher", "student"):
 OUR_DEFAULTS = {
     "dino.local_crops_loss_weight": 1.0,
     "distillation.teacher": "",
+    "init_from_optimizer": False,
     "gram.loss_weight": 0.0,
     "gram.start_step": 0,
     "gram.rise_steps": 0,

@@ -219,6 +219,22 @@ class Checkpointer:
         logger.info("resumed from %s, finished iteration %d", folder, state["iteration"])
         return state
 
+    def load_moments(self, folder: Path) -> int:
+        """Start from the moments of AdamW in the checkpoint of another run; returns for how many parameters.
+
+        Those whose parameters have another shape there, such as the position table, start anew.
+        """
+        stored = read_shapes(folder)
+        fitting = {
+            f"optimizer.{name}.{key}"
+            for name, param in self.model.named_parameters()
+            if (found := stored.get(f"optimizer.{name}.exp_avg")) is not None and found.shape == param.shape
+            for key in ("step", "exp_avg", "exp_avg_sq")
+        }
+        self._allocate_moments(fitting)
+        _load_tensors({name: self._tensors()[name] for name in fitting}, folder, fitting)
+        return len(fitting) // 3
+
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for name, param in self.model.named_parameters():

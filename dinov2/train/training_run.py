@@ -34,6 +34,7 @@ from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import global_batch_size, num_steps
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.start.initial_weights import load_initial_weights
+from dinov2.train.start.source_runs import weights_of_run
 from dinov2.train.start.step_zero import check_step_zero
 
 logger = logging.getLogger(__name__)
@@ -194,10 +195,22 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
     first_step, images_seen = resume_run(cfg, latest, checkpointer, metrics, setup)
     if latest is not None:
         model.check_frozen()
+    elif cfg.init_from and cfg.init_from_optimizer:
+        start_with_moments(cfg.init_from, checkpointer)
     if distributed.is_main() and first_step < num_steps(cfg):
         record_environment(output_dir, first_step, data=cfg.train.dataset_path)
     logger.info("%d of %d steps are done; %d images each", first_step, num_steps(cfg), global_batch)
     return TrainingRun(optimizer, scaler, metrics, checkpointer, setup, first_step - 1, images_seen, from_weights)
+
+
+def start_with_moments(source: str, checkpointer: Checkpointer) -> None:
+    """Load the moments of the optimizer from the run that the weights come from."""
+    folder = weights_of_run(source)
+    if not folder.is_dir():
+        raise ValueError(f"init_from_optimizer: {source} has no checkpoints, so the state of its optimizer is lost")
+    number = checkpointer.load_moments(folder)
+    total = sum(len(group["params"]) for group in checkpointer.optimizer.param_groups)
+    logger.info("the optimizer continues from %s for %d of %d parameters", folder, number, total)
 
 
 def start_from_weights(cfg: Config, model: SSLMetaArch, dataset: ImageDataset) -> bool:
