@@ -1,4 +1,4 @@
-"""The high-resolution stage: an earlier run at larger crops, its control, and the chain from images to the last stage."""
+"""The high-resolution stage: an earlier run at larger crops, its control, and the chain up to the last stage."""
 
 import json
 import logging
