@@ -126,3 +126,18 @@ def test_a_run_from_weights_measures_its_start_and_trains_with_a_frozen_backbone
     assert "step 0: features of 8 images differ by up to 0 from those of" in output
     assert steps(tmp_path / "run") == list(range(-1, 6))
     assert (tmp_path / "run" / "eval" / "start" / "teacher_checkpoint.pth").is_file()
+
+
+def test_later_stages_and_bands_run_there(run: Path, stub: Path, tmp_path: Path) -> None:
+    short = ["optim.epochs=1", "train.OFFICIAL_EPOCH_LENGTH=3", "student.drop_path_rate=0", "train.augment_on=device"]
+    stages = {
+        "distilled": [f"distillation.teacher={run}", "student.embed_dim=64"],
+        "anchored": [f"gram.teacher={run}", "gram.loss_weight=2"],
+        "bands": ["images.bands=[0,1,2,0]", "train.dataset_path=ImageFolder:root=" + str(tmp_path / "images")],
+    }
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        Image.new("RGB", (60, 40), (number, 2, 3)).save(tmp_path / "images" / f"{number}.png")
+    for name, words in stages.items():
+        rehearsal.run(stub, *train_words(tmp_path / name, *short, *words))
+        assert steps(tmp_path / name)[-1] == 2
