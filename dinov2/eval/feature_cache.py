@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ class FeatureCache:
             "features": kind,
             "dataset": type(dataset).__name__,
             "images": image_identity(dataset),
-            "image options": asdict(dataset.image_options),
+            "image options": dataset.image_options.facts(),
         }
         described = json.dumps(facts, sort_keys=True)
         digest = hashlib.sha256(described.encode()).hexdigest()

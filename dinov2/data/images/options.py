@@ -1,7 +1,8 @@
 """How image files are read: the section `images` of the configuration."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from dinov2.data.images.value_range import ValueRange
 
@@ -41,6 +42,11 @@ class ImageOptions:
     def joint_range(self) -> ValueRange | None:
         """The range of all bands; a ValueError if each band has its own."""
         return None if self.value_range is None else range_of_each(self.value_range, 1)[0]
+
+    def facts(self) -> dict[str, Any]:
+        """The options as JSON; those added later only where they are set, so that older records still compare."""
+        later = {name: getattr(DEFAULT_OPTIONS, name) for name in ("bands", "shown_bands", "pages")}
+        return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
     def with_range(self, value_range: ValueRanges | None) -> "ImageOptions":
         return replace(self, value_range=value_range)

@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ def settings_of(
         "num_images": len(dataset),
         "names_sha256": names_digest(dataset),
         "preprocessing": extraction.preprocessing.facts,
-        "image_options": [asdict(part.image_options) for part in parts_of(dataset)],
+        "image_options": [part.image_options.facts() for part in parts_of(dataset)],
         "tokens": list(choice.kinds),
         "layers": list(choice.layers),
         "final_norm": True,
