@@ -23,6 +23,8 @@ StateDict = dict[str, Tensor]
 
 SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 PUBLISHED = [f"dinov2_vit{size}14{suffix}" for size in SIZES for suffix in ("", "_reg")]
+# The giant is the same code with SwiGLU layers, with and without registers.
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name == "dinov2_vitg14_reg")) for name in PUBLISHED]
 NATIVE = 56  # pixels: 4 x 4 patches
 OTHER_SIZES = [(28, 70), (84, 56), (28, 112)]  # the last has as many patches as the native size
 
@@ -107,7 +109,7 @@ def timm_model(timm: ModuleType, ours: DinoVisionTransformer, size: str, img_siz
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", NAMES)
 def test_timm_computes_the_same_features(timm: ModuleType, name: str) -> None:
     """At the native size with the published position rule; at other sizes with timm's: by size, antialiased."""
     ours = published_backbone(name)
@@ -201,7 +203,7 @@ def transformers_model(transformers: ModuleType, ours: DinoVisionTransformer, fo
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", NAMES)
 def test_transformers_computes_the_same_features(transformers: ModuleType, tmp_path: Path, name: str) -> None:
     """At the native size with the published position rule; at other sizes with transformers': by size."""
     ours = published_backbone(name)

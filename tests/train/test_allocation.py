@@ -27,5 +27,6 @@ def faults(call: str) -> int:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's C library")
+@pytest.mark.slow
 def test_a_repeated_allocation_causes_no_page_faults() -> None:
     assert faults("keep_freed_memory()") < min(100, faults("") / 2)
