@@ -187,7 +187,7 @@ def test_the_shards_of_all_sources_are_those_of_the_whole(folder: Path) -> None:
     [
         (["a: 1"], "must be a list of sources"),
         ([""], "must be a list of sources"),
-        (["- a"], "source 1 in .*mix.yaml must have the keys dataset, weight, name, got 'a'"),
+        (["- a"], "source 1 in .*mix.yaml must have the keys dataset, weight, name, value_range, got 'a'"),
         ([A, "  wieght: 1"], "unknown key 'wieght' of source 1 in"),
         ([A, B, "  dataset: x"], "line 3: duplicate key 'dataset'"),
         ([A, "  weight: 0"], "weight of source 1 in .* must be a number above 0, got 0"),
@@ -244,3 +244,22 @@ def test_a_run_reads_the_shares(folder: Path, tmp_path: Path, monkeypatch: pytes
     run_train(tmp_path / "out", f"train.dataset_path={text}", "train.num_workers=0", "health.period=0")
     run = read[8:]  # after the survey of all images
     assert len(run) >= 16 and all(sum(i < 3 for i in run[s : s + 4]) == 1 for s in range(0, len(run) // 4 * 4, 4))
+
+
+def test_sources_of_several_depths_have_ranges_of_their_own(tmp_path: Path) -> None:
+    for name, value in (("xray", 4095), ("ct", 30000), ("photos", 200)):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            pixels = np.full((8, 8), value * number // 2, np.uint8 if value < 256 else np.uint16)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    file = tmp_path / "mixture.yaml"
+    sources = [f"- dataset: ImageFolder:root={tmp_path / name}\n  weight: 1" for name in ("xray", "ct", "photos")]
+    sources[0] += "\n  value_range: [0, 4095]"
+    file.write_text("\n".join(sources))
+    dataset = make_dataset(dataset_str=f"Mix:file={file}")
+    assert dataset.image_options.value_range == (0.0, 32767.0), "of the second source alone"
+    levels = [int(np.asarray(dataset.get_image(index))[0, 0, 0]) for index in range(9)]
+    assert levels == [0, 127, 255, 0, 117, 234, 0, 100, 200]
+    file.write_text(f"- dataset: ImageFolder:root={tmp_path / 'ct'}\n  value_range: [5, 1]")
+    with pytest.raises(ValueError, match=r"value_range of source 1 in .* must be \[low, high\], the smaller one first"):
+        make_dataset(dataset_str=f"Mix:file={file}")

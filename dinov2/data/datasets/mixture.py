@@ -10,11 +10,13 @@ from typing import Any, NamedTuple, cast
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.concatenation import Concatenation
 from dinov2.data.global_order import Source, samples_per_block
+from dinov2.data.images import EncodedImage
 from dinov2.data.images.survey import ImageSurvey
+from dinov2.data.images.value_range import ValueRange
 from dinov2.data.shards.sharded import survey_some
 from dinov2.yaml_values import YamlError, parse
 
-_KEYS = ("dataset", "weight", "name")
+_KEYS = ("dataset", "weight", "name", "value_range")
 
 
 class Entry(NamedTuple):
@@ -23,6 +25,7 @@ class Entry(NamedTuple):
     dataset: str
     weight: float | None
     name: str
+    value_range: ValueRange | None  # instead of that of all sources
 
 
 class Mixture(Concatenation):
@@ -31,7 +34,8 @@ class Mixture(Concatenation):
     The file is a YAML list of sources with the keys `dataset` (a dataset string), `weight` and `name` (default: the
     dataset string). A weight is the share of the samples of a run, relative to the sum of all weights; see
     `dinov2.data.global_order` for the order. Without weights it is a plain concatenation. The length is that of all
-    sources together, and what reads the whole dataset, such as an evaluation, reads every sample once.
+    sources together, and what reads the whole dataset, such as an evaluation, reads every sample once. Images of a source
+    that have more than 8 bits are mapped by its `value_range`, if there is one, and not by the range of the others.
 
     Args:
         file: The YAML file.
@@ -47,6 +51,8 @@ class Mixture(Concatenation):
         super().__init__(
             [_open(entry, open_dataset) for entry in entries], [each.name for each in entries], **transforms
         )
+        pairs = zip(self.parts, entries, strict=True)
+        self._ranges = {id(part): entry.value_range for part, entry in pairs if entry.value_range is not None}
         self._weights = [entry.weight for entry in entries if entry.weight is not None]
         try:
             self._per_block = samples_per_block(self._weights) if self._weights else []
@@ -75,15 +81,29 @@ class Mixture(Concatenation):
         sizes: list[Any] = [getattr(part, "shard_sizes", None) for part in self.parts]
         return None if None in sizes else list(chain.from_iterable(sizes))
 
+    def open_image(self, index: int) -> EncodedImage:
+        part, own = self._find(index)
+        if (value_range := self._ranges.get(id(part))) is None:
+            return super().open_image(index)
+        part.image_options = self.image_options.with_range(value_range)
+        return part.open_image(own)
+
     def fingerprint(self) -> str:
-        """Hash of the sources, and of their shares."""
+        """Hash of the sources, and of their shares and ranges."""
         digest = hashlib.blake2b(super().fingerprint().encode(), digest_size=8)
         digest.update(str(self._per_block).encode())
+        if self._ranges:
+            digest.update(str([self._ranges.get(id(part)) for part in self.parts]).encode())
         return digest.hexdigest()
 
     def survey(self) -> ImageSurvey:
         if self._survey is None:
-            self._survey = survey_some(self, self.parts)
+            places = [place for place, part in enumerate(self.parts) if id(part) not in self._ranges]
+            places = places or list(range(len(self.parts)))  # of which a range is measured
+            parts = [self.parts[place] for place in places]
+            sources = Concatenation(parts, [self.names[place] for place in places])
+            sources.image_options = self.image_options
+            self._survey = survey_some(sources, parts)
             self.image_options = self._survey.options
         return self._survey
 
@@ -115,7 +135,17 @@ def _entry(content: object, where: str) -> Entry:
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if "weight" in content and not (is_number and 0 < weight < math.inf):
         raise ValueError(f"weight of {where} must be a number above 0, got {weight!r}")
-    return Entry(dataset, weight, name)
+    return Entry(dataset, weight, name, _value_range(content.get("value_range"), where))
+
+
+def _value_range(value: Any, where: str) -> ValueRange | None:
+    if value is None:
+        return None
+    if isinstance(value, list) and len(value) == 2 and all(type(each) in (int, float) for each in value):
+        low, high = float(value[0]), float(value[1])
+        if -math.inf < low < high < math.inf:
+            return low, high
+    raise ValueError(f"value_range of {where} must be [low, high], the smaller one first, got {value!r}")
 
 
 def _check_unique(names: Sequence[str], file: Path) -> None:
