@@ -34,8 +34,8 @@ class Mixture(Concatenation):
     The file is a YAML list of sources with the keys `dataset` (a dataset string), `weight` and `name` (default: the
     dataset string). A weight is the share of the samples of a run, relative to the sum of all weights; see
     `dinov2.data.global_order` for the order. Without weights it is a plain concatenation. The length is that of all
-    sources together, and what reads the whole dataset, such as an evaluation, reads every sample once. Images of a source
-    that have more than 8 bits are mapped by its `value_range`, if there is one, and not by the range of the others.
+    sources together, and what reads the whole dataset, such as an evaluation, reads every sample once. Images
+    of a source that have more than 8 bits are mapped by its `value_range`, if there is one, not by the range of others.
 
     Args:
         file: The YAML file.
