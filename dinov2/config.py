@@ -259,6 +259,8 @@ class Augmentation:
 class Images:
     bands: Bands | None
     shown_bands: Bands | None
+    bands_axis: Literal["auto", "first", "last"]
+    nodata: Real | None
     pages: Literal["first", "bands", "images"]
     value_range: ValueRange | ValueRanges | None
     max_pixels: Size
@@ -691,6 +693,8 @@ def _contradictions_of_bands(cfg: Config) -> Iterator[str]:
     shown = images.shown_bands
     if shown is not None and (images.bands is None or len(shown) not in (1, 3) or not {*shown} <= {*images.bands}):
         yield f"images.shown_bands = {list(shown)} must be three or one of the bands that are read, {bands}"
+    if images.nodata is not None and images.bands is None:
+        yield f"images.nodata = {images.nodata} needs images.bands"
     if images.pages == "bands" and images.bands is None:
         yield "images.pages = bands needs images.bands, which says which of them are read"
 

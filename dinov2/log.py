@@ -47,7 +47,10 @@ _UNPRINTABLE = "backslashreplace"  # for file names, which may contain any bytes
 
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
-"""Errors caused by the user: a config, a file, a value, a full disk. They need no traceback; others are bugs."""
+"""Errors caused by the user: a config, a file, a value, a full disk. They need no traceback; others are bugs.
+
+So are those with a true attribute `caused_by_user`, which code must not catch like the others.
+"""
 
 
 class _ShortLine(logging.Formatter):
@@ -146,7 +149,9 @@ def run_command(command: Callable[[], int | None], *, after_interrupt: str = "")
         text = _INTERRUPTED + (f"; {after_interrupt}" if after_interrupt else "")
         logger.error("%s", text, extra={"last_words": f"error: {text}"})
         return 130
-    except USER_ERRORS as error:
+    except Exception as error:
+        if not isinstance(error, USER_ERRORS) and not getattr(error, "caused_by_user", False):
+            raise
         logger.error("%s", error, exc_info=True, extra={"last_words": f"error: {error}"})
         return 1
 

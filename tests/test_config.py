@@ -128,6 +128,8 @@ OUR_DEFAULTS = {
     "gram.max_refreshes": 3,
     "gram.crops_scale": 2,
     "images.bands": None,
+    "images.bands_axis": "auto",
+    "images.nodata": None,
     "images.shown_bands": None,
     "images.pages": "first",
     "images.value_range": None,

@@ -261,6 +261,7 @@ def resume_run(
     config_file = Path(cfg.train.output_dir) / "config.yaml"
     start = images_seen = 0
     if latest is not None:
+        check_same_channels(config_file, cfg)
         state = checkpointer.load(latest, needed=("images_seen", "metrics"))
         for title, changed in (
             ("with other settings than before", changed_settings(config_file, cfg)),
@@ -275,6 +276,21 @@ def resume_run(
         first = START if latest is None else start  # the starting model is measured anew, too
         truncate_metrics(config_file.with_name(METRICS_FILE), first)
     return start, images_seen
+
+
+def check_same_channels(former: Path, cfg: Config) -> None:
+    """Raise a ValueError if images have other bands than those that the run has learned from."""
+    try:
+        before = config.load(former).images
+    except (ConfigError, OSError):  # `changed_settings` reports it
+        return
+    for key in ("bands", "bands_axis", "pages"):
+        if (then := getattr(before, key)) != (now := getattr(cfg.images, key)):
+            raise ValueError(
+                f"the run was trained with images.{key} = {list(then) if isinstance(then, tuple) else then}, not "
+                f"{list(now) if isinstance(now, tuple) else now}: its channels would mean something else. Give the same, "
+                "or start anew in another --output-dir, with init_from or student.pretrained_weights if it helps"
+            )
 
 
 def changed_settings(former: Path, cfg: Config) -> list[str]:

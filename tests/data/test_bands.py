@@ -172,6 +172,83 @@ def test_files_without_the_bands_are_named(data: bytes, message: str) -> None:
         levels(data, (0, 2))
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "size", "bands"),
+    [
+        ((100, 32, 32), "auto", (32, 32), 100),  # spectra of square patches
+        ((32, 32, 100), "auto", (32, 32), 100),
+        ((5, 48, 40), "auto", (40, 48), 5),
+        ((48, 40, 5), "auto", (40, 48), 5),
+        ((16, 16, 16), "auto", (16, 16), 16),
+        ((100, 48, 40), "first", (40, 48), 100),
+        ((6, 7, 90), "last", (7, 6), 90),
+    ],
+)
+def test_which_axis_has_the_bands(shape: tuple[int, ...], axis: str, size: tuple[int, int], bands: int) -> None:
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    image = open_image(npy(array), ImageOptions(bands=(bands - 1,), value_range=(0.0, 255.0), bands_axis=axis))
+    assert image.size == size and f"are read as {bands} band(s) of {size[0]} x {size[1]} pixels" in image.layout
+    expected = array[-1] if axis == "first" or (axis == "auto" and shape[0] == bands != 16) else array[..., -1]
+    assert np.array_equal(np.asarray(image.load())[..., 0], expected.clip(0, 255))
+
+
+def test_rows_that_were_written_as_pages_are_refused_with_the_remedy() -> None:
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((48, 40, 5), np.uint16))  # 48 pages of 40 x 5
+    for pages in ("first", "bands"):
+        with pytest.raises(
+            ImageDecodeError, match="its 48 pages of 5 x 40 pixels .* look like the rows of .*planarconfig"
+        ):
+            levels(file.getvalue(), (0, 1), pages=pages)
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.zeros((5, 48, 40), np.uint16), photometric="minisblack")
+    with pytest.raises(
+        ImageDecodeError, match="it has 5 pages of 40 x 48 pixels .*: if these are its bands, set images.pa"
+    ):
+        levels(file.getvalue(), (0, 1))
+
+
+def test_missing_data_are_neither_measured_nor_passed_over_in_silence(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rng, kinds = np.random.default_rng(0), ("nan", "tag", "value")
+    for kind in kinds:
+        (tmp_path / kind).mkdir()
+    for number in range(4):
+        pixels = rng.uniform(100, 900, (20, 20, 2)).astype(np.float32)
+        for kind, value in zip(kinds, (np.nan, -9999, -9999), strict=True):
+            marked = pixels.copy()
+            marked[:2] = value
+            tag = {"extratags": [(42113, "s", 0, "-9999", True)]} if kind == "tag" else {}
+            (tmp_path / kind / f"{number}.tif").write_bytes(tiff(marked, planarconfig="contig", **tag))
+    caplog.set_level("INFO")
+    found = {}
+    for kind in kinds:
+        options = ImageOptions(bands=(0, 1), nodata=-9999.0 if kind == "value" else None)
+        dataset = make_dataset(dataset_str=f"ImageFolder:root={tmp_path / kind}", image_options=options)
+        main(
+            [
+                f"ImageFolder:root={tmp_path / kind}",
+                "--output",
+                str(tmp_path / f"{kind}.out"),
+                "--num-workers",
+                "0",
+                "images.bands=[0,1]",
+                *(["images.nodata=-9999"] if kind == "value" else []),
+            ]
+        )
+        written = json.loads((tmp_path / f"{kind}.out" / "statistics.json").read_text())
+        found[kind] = dataset.image_options.value_range, dataset.survey().normalization()
+        assert [band["mean"] for band in written["bands"]] == pytest.approx(found[kind][1][0], abs=1e-4)
+        assert written["bands"][0]["missing"] == pytest.approx(0.1, abs=0.01)
+        assert np.asarray(dataset.get_image(0))[:2].max() == 0
+    assert found["nan"] == found["tag"] == found["value"]
+    assert caplog.text.count("10.00% of the values are missing (NaN or NoData): they become the lowest level") >= 6
+    caplog.clear()
+    make_dataset(dataset_str=f"ImageFolder:root={tmp_path / 'value'}", image_options=ImageOptions(bands=(0, 1)))
+    assert "the value -9,999, of 10.0% of the pixels, is far from all others: if it marks missing data" in caplog.text
+
+
 def test_an_array_without_chosen_bands_is_read_like_any_file() -> None:
     gray = npy(np.arange(256, dtype=np.uint8).reshape(16, 16))
     assert np.array_equal(np.asarray(decode_image(gray))[..., 2].ravel(), np.arange(256))
@@ -353,7 +430,7 @@ def test_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:
         every = np.concatenate([each[..., band].ravel() for each in [*pixels, pixels[0]]])
         assert (values["smallest"], values["largest"]) == (every.min(), every.max())
         assert values["percentiles"]["50"] == np.percentile(every, 50) and sum(values["histogram"]) > 0.99 * every.size
-    cfg = config.load(None, [*found["overrides"], "images.bands=[0,1]"])
+    cfg = config.load(None, found["overrides"])
     assert cfg.augmentation.mean[1] == pytest.approx(mean, abs=1e-4)
     page = (output / "statistics.html").read_text()
     assert page.count("data:image/jpeg") == 13 + 3 * 2 + 2 and "cut.tif" in page and "http" not in page
@@ -366,9 +443,11 @@ def test_statistics_of_plain_images_and_of_none(tmp_path: Path) -> None:
     output = tmp_path / "out"
     assert main([f"ImageFolder:root={tmp_path}", "--output", str(output), "--num-workers", "0"]) == 0
     found = json.loads((output / "statistics.json").read_text())
-    assert found["overrides"] == ["augmentation.mean=[0.4, 0.4, 0.4]", "augmentation.std=[0.432, 0.432, 0.432]"]
+    assert found["overrides"] == ["augmentation.mean=[0.4,0.4,0.4]", "augmentation.std=[0.432,0.432,0.432]"]
     assert [band["constant"] for band in found["bands"]] == [3, 3, 3]
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "0.png").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="none of 1 images can be read; the first, .*0.png: .* no supported image"):
+        main([f"ImageFolder:root={tmp_path / 'bad'}", "--output", str(tmp_path / "other"), "--num-workers", "0"])
+    with pytest.raises(ValueError, match="--output .* has the statistics of ImageFolder:root=.*: give another folder"):
         main([f"ImageFolder:root={tmp_path / 'bad'}", "--output", str(output), "--num-workers", "0"])

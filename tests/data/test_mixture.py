@@ -195,12 +195,12 @@ def test_the_shards_of_all_sources_are_those_of_the_whole(folder: Path) -> None:
         ([A, "  weight: .nan"], "must be a number above 0, got nan"),
         ([A, "  weight:"], "must be a number above 0, got None"),
         ([A, "  weight: 1", B], "ImageFolder:root=b has no weight, but others have"),
-        ([A, "  weight: 1", B, "  weight: 1e-7"], "mix.yaml: weight 1e-07 of 1 is too small"),
+        ([A, "  weight: 1", B, "  weight: 1e-7"], "mix.yaml: ImageFolder:root=b: weight 1e-07 of 1 is too small"),
         (["- name: x"], "needs a text as dataset"),
         ([A, A], "names ImageFolder:root=a twice"),
         (["- dataset: ImageFolder:root=missing", "  name: x"], "source x: no folder missing"),
         (["- dataset: Foo:root=a"], "source Foo:root=a: unknown dataset 'Foo'"),
-        (["- dataset: Mix:file=inner.yaml"], "source Mix:file=inner.yaml: Mixture cannot be a source of a mixture"),
+        (["- dataset: Mix:file=inner.yaml"], "source Mix:file=inner.yaml: a Mix cannot be a source of another one"),
     ],
 )
 def test_wrong_files(lines: list[str], message: str, folder: Path) -> None:
@@ -262,4 +262,20 @@ def test_sources_of_several_depths_have_ranges_of_their_own(tmp_path: Path) -> N
     assert levels == [0, 127, 255, 0, 117, 234, 0, 100, 200]
     file.write_text(f"- dataset: ImageFolder:root={tmp_path / 'ct'}\n  value_range: [5, 1]")
     with pytest.raises(ValueError, match=r"value_range of source 1 in .* must be \[low, high\], the smaller one first"):
+        make_dataset(dataset_str=f"Mix:file={file}")
+
+
+def test_a_folder_in_two_sources_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    file = tmp_path / "mixture.yaml"
+    for second in (f"{tmp_path}/images/a", f"{tmp_path}/link", f"{tmp_path}/x/../images"):
+        (tmp_path / "x").mkdir(exist_ok=True)
+        file.write_text(f"- dataset: ImageFolder:root={tmp_path}/images\n- dataset: ImageFolder:root={second}")
+        with pytest.raises(ValueError, match="have images of one folder"):
+            make_dataset(dataset_str=f"Mix:file={file}")
+    file.write_text(f"- dataset: Mix:file={file}")
+    with pytest.raises(ValueError, match="a Mix cannot be a source of another one; list its sources here"):
         make_dataset(dataset_str=f"Mix:file={file}")

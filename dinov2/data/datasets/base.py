@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 class DataSourceError(Exception):
     """What images are read from fails as a whole, unlike one unreadable image: it ends a run."""
 
+    caused_by_user = True  # to `dinov2.log.run_command`
+
 
 class ChangedDataError(DataSourceError):
     """Files of a dataset are no longer those that it found: its samples may be others."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.concatenation import Concatenation
+from dinov2.data.datasets.image_folder import ImageFolder
 from dinov2.data.global_order import Source, samples_per_block
 from dinov2.data.images import EncodedImage
 from dinov2.data.images.survey import ImageSurvey
@@ -48,16 +50,18 @@ class Mixture(Concatenation):
 
     def __init__(self, file: str | Path, open_dataset: Callable[[str], Any], **transforms: Any) -> None:
         entries = _read(Path(file))
+        self._weights = [entry.weight for entry in entries if entry.weight is not None]
+        try:  # before sources are listed
+            self._per_block = samples_per_block(self._weights) if self._weights else []
+        except ValueError as error:
+            smallest = min(entries, key=lambda entry: entry.weight or 0.0)
+            raise ValueError(f"{file}: {smallest.name}: {error}") from error
         super().__init__(
             [_open(entry, open_dataset) for entry in entries], [each.name for each in entries], **transforms
         )
         pairs = zip(self.parts, entries, strict=True)
         self._ranges = {id(part): entry.value_range for part, entry in pairs if entry.value_range is not None}
-        self._weights = [entry.weight for entry in entries if entry.weight is not None]
-        try:
-            self._per_block = samples_per_block(self._weights) if self._weights else []
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+        _check_apart(self.parts, self.names, file)
 
     @property
     def mixture(self) -> list[Source]:
@@ -154,13 +158,29 @@ def _check_unique(names: Sequence[str], file: Path) -> None:
         raise ValueError(f"{file} names {twice} twice: the same images would be two sources, with a pass over each")
 
 
+def _check_apart(parts: Sequence[ImageDataset], names: Sequence[str], file: str | Path) -> None:
+    """Raise a ValueError for a folder that is in two sources, whose images would be drawn twice as often."""
+    folders: dict[str, str] = {}
+    for part, name in zip(parts, names, strict=True):
+        roots = part.parts if isinstance(part, Concatenation) else [part]
+        for root in {os.path.realpath(each.root) for each in roots if isinstance(each, ImageFolder)}:
+            for other, owner in folders.items():
+                if owner != name and (root == other or root.startswith(f"{other}/") or other.startswith(f"{root}/")):
+                    raise ValueError(
+                        f"{file}: {owner} and {name} have images of one folder, {max(root, other, key=len)}"
+                    )
+            folders[root] = name
+
+
 def _open(entry: Entry, open_dataset: Callable[[str], Any]) -> ImageDataset:
+    if entry.dataset.partition(":")[0] == "Mix":
+        raise ValueError(f"source {entry.name}: a Mix cannot be a source of another one; list its sources here")
     try:
         part = open_dataset(entry.dataset)
     except (ValueError, OSError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         raise kind(f"source {entry.name}: {error}") from error
-    if isinstance(part, Mixture) or not isinstance(part, ImageDataset):
+    if not isinstance(part, ImageDataset):
         raise ValueError(f"source {entry.name}: {type(part).__name__} cannot be a source of a mixture")
     if not len(part):
         raise ValueError(f"source {entry.name} has no images")

@@ -28,8 +28,8 @@ def read_array_shape(data: bytes) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def read_pixels_of_array(data: bytes) -> np.ndarray:
-    """The pixels (H, W, bands); of the first and the last of three axes the shorter is that of the bands."""
+def read_pixels_of_array(data: bytes, axis: str) -> np.ndarray:
+    """The pixels (H, W, bands); `axis` as in `bands_are_first`."""
     shape, dtype = read_array_shape(data)
     with _opened(data) as file:
         array = np.lib.format.read_array(file, allow_pickle=False)
@@ -37,12 +37,23 @@ def read_pixels_of_array(data: bytes) -> np.ndarray:
         raise ValueError("its pixels are truncated")
     if len(shape) == 2:
         return array[..., None]
-    return np.moveaxis(array, 0, -1) if bands_are_first(shape) else array
+    return np.moveaxis(array, 0, -1) if bands_are_first(shape, axis) else array
 
 
-def bands_are_first(shape: tuple[int, ...]) -> bool:
-    """Whether the first of the axes of an array is that of the bands; the last one is if both are equally long."""
-    return len(shape) == 3 and shape[0] < shape[2]
+def bands_are_first(shape: tuple[int, ...], axis: str) -> bool:
+    """Whether the first of the axes of an array is that of the bands, and not the last.
+
+    Args:
+        shape: Of the array.
+        axis: "first", "last", or "auto": if two neighboring axes are equally long, these are height and width; else the
+            bands are the shorter one of the first and the last axis.
+    """
+    if len(shape) != 3 or axis != "auto":
+        return len(shape) == 3 and axis == "first"
+    first, middle, last = shape
+    if (first == middle) != (middle == last):
+        return middle == last
+    return first < last
 
 
 def _opened(data: bytes) -> IO[bytes]:

@@ -17,6 +17,8 @@ from dinov2.data.images.limits import check_pixels
 from dinov2.data.images.options import ImageOptions, range_of_each
 from dinov2.data.images.value_range import ValueRange, measure_range, to_8_bit, to_levels
 
+_FEW = 16  # pixels; a side of a page is at most so long, and there are more pages, if these are taken for rows
+
 
 class StoredBands(Protocol):
     """A file all of whose bands can be decoded."""
@@ -26,6 +28,9 @@ class StoredBands(Protocol):
 
     @property
     def has_more_frames(self) -> bool: ...
+
+    @property
+    def num_pages(self) -> int: ...
 
     @property
     def lost_bits(self) -> int: ...
@@ -40,19 +45,23 @@ class StoredBands(Protocol):
 class ArrayFile:
     """An NPY or NPZ file of which only the header has been read; errors are of any type."""
 
-    has_more_frames, lost_bits, white_is_zero = False, 0, False
+    has_more_frames, lost_bits, white_is_zero, num_pages = False, 0, False, 1
 
-    def __init__(self, data: bytes, max_pixels: int) -> None:
+    def __init__(self, data: bytes, options: ImageOptions) -> None:
         shape, dtype = read_array_shape(data)
-        height, width, bands = (
-            (*shape, 1) if len(shape) == 2 else (*shape[1:], shape[0]) if bands_are_first(shape) else shape
-        )
-        check_pixels((width, height), max_pixels)
-        check_bytes((width, height), bands, 8 * dtype.itemsize, len(data), max_pixels)
-        self._data, self.size, self.is_deep = data, (width, height), dtype != np.uint8
+        self.layout = "" if len(shape) == 2 else f"arrays of shape {shape}"
+        if len(shape) == 2:
+            shape = (*shape, 1)
+        self._data, self._axis = data, options.bands_axis
+        height, width, bands = (*shape[1:], shape[0]) if bands_are_first(shape, self._axis) else shape
+        check_pixels((width, height), options.max_pixels)
+        check_bytes((width, height), bands, 8 * dtype.itemsize, len(data), options.max_pixels)
+        self.size, self.is_deep = (width, height), dtype != np.uint8
+        if self.layout:
+            self.layout += f" are read as {bands} band(s) of {width} x {height} pixels (width x height)"
 
     def all_bands(self) -> np.ndarray:
-        return read_pixels_of_array(self._data)
+        return read_pixels_of_array(self._data, self._axis)
 
 
 class BandFile(EncodedImage):
@@ -74,17 +83,36 @@ class BandFile(EncodedImage):
         self.options, self.size, self.is_deep = options, file.size, file.is_deep
         self.lost_bits = file.lost_bits
         self.has_more_frames = file.has_more_frames and options.pages != "bands"
+        self.layout = getattr(file, "layout", "")  # how an array is read, for messages
         self._file, self._data = file, data
 
     def _chosen(self) -> np.ndarray:
+        self._check_pages()
         stored = self._file.all_bands()
         count, bands = stored.shape[2], self.options.bands
         if bands is None:
             return stored[..., : 3 if count >= 3 else 1]
         if max(bands) >= count:
-            hint = "; if its pages are bands, set images.pages=bands" if self.has_more_frames else ""
+            hint = ""
+            if self.has_more_frames:
+                width, height = self.size
+                pages = f"{self._file.num_pages} pages of {width} x {height} pixels (width x height)"
+                hint = f"; it has {pages}: if these are its bands, set images.pages=bands"
             raise ValueError(f"it has {count} band(s), 0 to {count - 1}, but images.bands = {list(bands)}{hint}")
-        return stored[..., list(bands)]
+        chosen = stored[..., list(bands)]
+        if (nodata := self.options.nodata) is not None and (empty := chosen == nodata).any():
+            chosen = np.where(empty, np.nan, chosen)
+        return chosen
+
+    def _check_pages(self) -> None:
+        """Raise a ValueError for pages that are rows of an image: what tifffile makes of (height, width, bands)."""
+        if self._file.has_more_frames and min(self.size) <= _FEW < (count := self._file.num_pages):
+            width, height = self.size
+            raise ValueError(
+                f"its {count} pages of {width} x {height} pixels (width x height) look like the rows of an image that "
+                "was written as (height, width, bands): write it with tifffile.imwrite(..., "
+                "photometric='minisblack', planarconfig='contig')"
+            )
 
     def samples(self) -> Samples:
         """Decode the chosen bands as they are stored."""

@@ -21,7 +21,7 @@ from dinov2.data.images.formats import bits_of_jpeg2000, is_cut_to_8_bits, is_de
 from dinov2.data.images.limits import check_header, check_jpeg_scans, check_pixels, png_chunks
 from dinov2.data.images.options import DEFAULT_OPTIONS, ImageOptions
 from dinov2.data.images.orientation import SIDEWAYS, UPRIGHT, read_orientation, to_upright, upright
-from dinov2.data.images.tiff import is_tiff, read_tiff_header
+from dinov2.data.images.tiff import count_pages, is_tiff, read_tiff_header
 from dinov2.data.images.value_range import to_8_bit
 
 _PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # chunks that may contain the orientation
@@ -173,6 +173,11 @@ class ImageFile(EncodedImage):
         return self.is_deep and self.tiff is not None and self.tiff.photometric == 0
 
     @property
+    def num_pages(self) -> int:
+        """Number of pages of a TIFF file; 1 for others."""
+        return 1 if self.tiff is None else count_pages(self._data)
+
+    @property
     def has_more_frames(self) -> bool:
         return self.tiff.has_more_pages if self.tiff is not None else getattr(self.opened, "is_animated", False)
 
@@ -215,7 +220,7 @@ def open_image(data: bytes, options: ImageOptions = DEFAULT_OPTIONS) -> "ImageFi
     """
     with decoding(data):
         if is_array(data):
-            return BandFile(ArrayFile(data, options.max_pixels), options, data)
+            return BandFile(ArrayFile(data, options), options, data)
         file = ImageFile(data, options)
         return file if options.bands is None else BandFile(file, options, data)
 

@@ -22,6 +22,8 @@ class ImageOptions:
     background: tuple[int, int, int] | None = None
     bands: tuple[int, ...] | None = None  # samples of a pixel that are read, from 0; None: red, green and blue
     shown_bands: tuple[int, ...] | None = None  # three of the bands, or one, for pictures; None: the first
+    bands_axis: str = "auto"  # of arrays: "first", "last" or "auto", see `arrays.bands_are_first`
+    nodata: float | None = None  # value of pixels without data, besides NaN and what TIFF files say
     pages: str = "first"  # of a TIFF file: "first", or "bands", whose samples together are the bands, or "images"
 
     @property
@@ -45,7 +47,9 @@ class ImageOptions:
 
     def facts(self) -> dict[str, Any]:
         """The options as JSON; those added later only where they are set, so that older records still compare."""
-        later = {name: getattr(DEFAULT_OPTIONS, name) for name in ("bands", "shown_bands", "pages")}
+        later = {
+            name: getattr(DEFAULT_OPTIONS, name) for name in ("bands", "shown_bands", "bands_axis", "nodata", "pages")
+        }
         return {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
 
     def with_range(self, value_range: ValueRanges | None) -> "ImageOptions":

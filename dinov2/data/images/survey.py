@@ -5,6 +5,7 @@ Headers are read for all images of the sample, pixels only for those with more t
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -35,6 +36,7 @@ class ImageSurvey:
     num_transparent: int = 0  # with transparent pixels
     num_more_frames: int = 0  # with more than one page or frame
     num_large: int = 0  # of more than `LARGE` pixels
+    layouts: Counter[str] = field(default_factory=Counter)  # of arrays: how they are read
     num_lost_bits: int = 0  # of more than 8 bits in a format of which only 8 are read
     # Of images of more than 8 bits, or of all if bands are chosen: one of all bands, or one of each.
     measurements: list[RangeMeasurement] = field(default_factory=list)
@@ -70,7 +72,10 @@ class ImageSurvey:
             (self.num_lost_bits, "have more than 8 bits in a format of which only the upper 8 are read"),
             (self.num_large, f"have more than {LARGE // 10**6} megapixels, which slows down loading"),
         ]
-        notes = self._notes_on_values()
+        notes = [(logging.INFO, f"{layout} (images.bands_axis)") for layout, _ in self.layouts.most_common(3)]
+        if self.options.bands is not None and self.options.channels == 3:
+            notes.append((logging.INFO, "three bands are treated as red, green and blue, in 8 bits"))
+        notes += self._notes_on_values()
         notes += [(logging.INFO, f"{count:,} {sample} {what}") for count, what in counts if count]
         if self.unreadable:
             named = [f"{path}: {reason}" for path, reason in self.unreadable[:_MOST_NAMED]]
@@ -103,13 +108,27 @@ class ImageSurvey:
         if value_range is None or not measured.samples:
             return
         low, high = (f"{value:,.6g}" for value in value_range)
+        levels = "0..255" if self.options.channels == 3 else "[0, 1]"
         what = f"{self.num_deep:,} of {self.num_sampled:,} images sampled have more than 8 bits: pixel values"
         yield (
             logging.INFO,
             f"{f'{which}values' if which else what} of {' and '.join(sorted(measured.types))} from "
-            f"{measured.smallest:,.6g} to {measured.largest:,.6g}; {low} to {high} is mapped to 0..255 "
+            f"{measured.smallest:,.6g} to {measured.largest:,.6g}; {low} to {high} is mapped to {levels} "
             "(images.value_range sets this)",
         )
+        if measured.missing:
+            share = measured.missing / measured.total
+            yield (
+                logging.INFO,
+                f"{which}{share:.2%} of the values are missing (NaN or NoData): they become the lowest level",
+            )
+        if which and (found := measured.suspect()) is not None:
+            value, share = found
+            text = (
+                f"{which}the value {value:,.6g}, of {share:.1%} of the pixels, is far from all others: if it marks "
+                f"missing data, set images.nodata={value:.6g}"
+            )
+            yield logging.WARNING, text
         clipped = float(np.mean([share_outside(values, value_range) for values in measured.samples]))
         if clipped > _MUCH_CLIPPED:
             text = f"{100 * clipped:.1f} % of the pixel values are outside {low} to {high} and are clipped"
@@ -144,6 +163,8 @@ def survey_images(
             survey.num_extra_bands += image.num_dropped_bands > 0
             survey.num_more_frames += image.has_more_frames
             survey.num_large += pixels > LARGE
+            if layout := getattr(image, "layout", ""):
+                survey.layouts[layout] += 1
             survey.num_lost_bits += image.lost_bits > 0
             if image.is_deep or options.bands is not None:
                 deep.append((index, pixels))

@@ -13,6 +13,9 @@ ValueRange = tuple[float, float]
 _POOLED = 2**16  # values per image that enter percentiles, evenly spaced
 _OUTLIERS = 0.1  # percent of the values at either end that are ignored if they are far from the others
 _FAR = 8  # ratio of the range with outliers to the range without
+_FREQUENT = 0.003  # share of the values from which one that is far from the others may mark missing data,
+_DISTANT = 0.1  # which means: by this share of the range of the others,
+_FEW_VALUES = 16  # unless there are fewer values than that
 _AT_ONCE = 2**20  # values converted at once; bounds the memory
 
 
@@ -33,15 +36,18 @@ class RangeMeasurement:
         self.types: Counter[str] = Counter()  # NumPy name of each type -> number of images
         self.smallest, self.largest = np.inf, -np.inf  # of all values
         self.samples: list[np.ndarray] = []  # of each image about 65,536 finite values at most, float64
+        self.total = self.missing = 0  # values, and those that are not finite
         self._whole = True
 
     def add(self, values: np.ndarray) -> None:
         """Add the values of an image, of any shape and real type."""
         self.types[values.dtype.name] += 1
         flat = values.reshape(-1)
+        self.total += flat.size
         is_float = np.issubdtype(values.dtype, np.floating)
         if is_float:
             flat = flat[np.isfinite(flat)]
+        self.missing += values.size - flat.size
         if not flat.size:
             return
         low, high = float(flat.min()), float(flat.max())
@@ -50,6 +56,25 @@ class RangeMeasurement:
         self.samples.append(pooled)
         if is_float:
             self._whole = self._whole and high > low and bool((pooled == np.rint(pooled)).all())
+
+    def suspect(self) -> tuple[float, float] | None:
+        """The smallest or the largest value and its share, if it is frequent and far from all others.
+
+        Such a value often marks pixels without data. None if there is none.
+        """
+        if not self.samples or set(self.types) == {"uint8"}:
+            return None
+        values, counts = np.unique(np.concatenate(self.samples), return_counts=True)
+        if len(values) < _FEW_VALUES:
+            return None
+        shares = counts / counts.sum()
+        for value, gap, rest, share in (
+            (values[0], values[1] - values[0], values[-1] - values[1], shares[0]),
+            (values[-1], values[-1] - values[-2], values[-2] - values[0], shares[-1]),
+        ):
+            if share >= _FREQUENT and gap > _DISTANT * rest:
+                return float(value), float(share)
+        return None
 
     def range(self) -> ValueRange | None:
         """Returns the range; None without finite values."""

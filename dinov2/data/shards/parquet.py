@@ -129,6 +129,14 @@ class ParquetFiles(ShardedDataset):
         """Set classes and targets."""
         texts = [text for index in self._indices for text in index.labels]
         known = [index.classes for index in self._indices]
+        first = self._indices[0]
+        for file, index in zip(self._files, self._indices, strict=True):
+            for kind, name, other in (("images", index.column, first.column), ("labels", index.label, first.label)):
+                if name != other:
+                    raise ValueError(
+                        f"{file} has its {kind} in column {name or 'none'}, but {self._files[0]} in {other or 'none'}: "
+                        f"choose one that all have, :{kind[:-1]}=COLUMN"
+                    )
         for file, classes in zip(self._files, known, strict=True):
             if classes != known[0]:
                 raise ValueError(f"{file} has other class names than {self._files[0]}")
@@ -136,8 +144,11 @@ class ParquetFiles(ShardedDataset):
             raise ValueError(f"label={key}: no row has one, such as {self.describe(0)}")
         self.classes, self._targets, notes = labels_of(texts, self.describe, known[0])
         self._notes += notes
-        number = "no labels" if self._targets is None else f"{len(set(texts)):,} classes"
-        logger.info("%d images in %d row groups: %s", len(self), len(self._group_ends), number)
+        number = "no labels" if self._targets is None else f"{len(set(texts)):,} classes in column {first.label}"
+        if not first.label:
+            number += f" (columns: {first.columns}; choose one with :label=COLUMN)"
+        column = first.column.removesuffix(".bytes")
+        logger.info("%d images of column %s in %d row group(s): %s", len(self), column, len(self._group_ends), number)
 
 
 def _index(files: list[DataFile], image: str, label: str) -> list[ParquetIndex]:

@@ -31,6 +31,8 @@ class ParquetIndex(NamedTuple):
     paths: PathTable  # that the rows mention; "" without one
     labels: PathTable  # text of each row; "" without one
     classes: list[str]  # names of the class indices
+    label: str  # the column of labels; "" without one
+    columns: str  # all columns with their types, for messages
     notes: list[str]
 
 
@@ -97,6 +99,8 @@ def _index(file: DataFile, version: Version, image: str, label: str) -> ParquetI
             PathTable.of(paths),
             PathTable.of("" if names and text == "-1" else text for text in labels),  # -1 is no class
             list(names),
+            label_column,
+            _columns(schema),
             [f"{file}: {missing:,} of {rows:,} rows have no image"] if missing else [],
         )
 

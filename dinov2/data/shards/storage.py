@@ -225,7 +225,12 @@ def attempt(url: str, call: Callable[[], Result]) -> Result:
                 raise
             if status in (404, 410) or (isinstance(error, FileNotFoundError) and error.__cause__ is None):
                 raise FileNotFoundError(errno.ENOENT, "no such file", url) from error
-            reason = f"{type(error).__name__}: {error}"
+            if "range requests" in str(error):
+                raise DataSourceError(
+                    f"{url}: the server does not read parts of a file (range requests), which Parquet needs: download it"
+                ) from error
+            cause = error.__cause__ or error  # clients call a server that is gone a missing file
+            reason = f"{type(cause).__name__}: {cause}"
             if wait == 0 or status in _LASTING or isinstance(error, PermissionError):
                 raise DataSourceError(f"{url} cannot be read, attempt {number}: {reason}") from error
             logger.warning("%s cannot be read, next attempt in %g s: %s", url, wait, reason)

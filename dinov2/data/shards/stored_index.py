@@ -16,7 +16,7 @@ from dinov2.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "2"  # version of the stored index; part of its name
+_FORMAT = "3"  # version of the stored index; part of its name
 
 
 class Index(Protocol):

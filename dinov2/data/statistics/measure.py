@@ -20,13 +20,14 @@ from torch.utils.data import Dataset
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import BadImageError
-from dinov2.data.images.options import range_of_each
+from dinov2.data.images.options import ImageOptions, range_of_each
 from dinov2.data.images.value_range import share_outside
 from dinov2.data.workers import SupervisedLoader
 from dinov2.log import MetricLogger
 
 PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 BINS = 64  # of histograms
+_OPTIONS = ("bands", "shown_bands", "bands_axis", "nodata", "pages")  # that training needs as well
 _PIXELS = 1024  # P at most, evenly spaced
 _POOLED = 2**22  # sampled values per band that are kept, at most
 _BATCH = 16
@@ -83,19 +84,21 @@ class Statistics:
     duplicates: list[list[int]]  # samples with the same pixels, groups
     contradicting: int  # of these groups, whose samples are of several classes
     names: dict[int, str]  # of the duplicates
-    is_measured_range: bool  # whether there is a range to train with
-    is_rgb: bool
+    options: ImageOptions  # of reading images, with the range
 
     def overrides(self) -> list[str]:
         """The settings to train with, as `key=value`."""
-        found = []
-        if self.is_measured_range:
-            ranges = [list(band.value_range) for band in self.bands]
-            same = ranges[0] if self.is_rgb else ranges
-            found.append(f"images.value_range={json.dumps(same)}")
+        values = {f"images.{key}": value for key, value in self.options.facts().items() if key in _OPTIONS}
+        if self.options.value_range is not None:
+            ranges = [[round(edge, 6) for edge in band.value_range] for band in self.bands]
+            values["images.value_range"] = ranges[0] if self.options.bands is None else ranges
         for key in ("mean", "std"):
-            found.append(f"augmentation.{key}={json.dumps([round(getattr(band, key), 4) for band in self.bands])}")
-        return found
+            values[f"augmentation.{key}"] = [round(getattr(band, key), 4) for band in self.bands]
+        return [
+            f"{key}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"
+            for key, value in values.items()
+            if value is not None
+        ]
 
     def lines(self) -> list[str]:
         """The result in some lines of text."""
@@ -111,6 +114,7 @@ class Statistics:
                 f"{band.name}: {band.smallest:,.6g} to {band.largest:,.6g}, 98 % from {low:,.6g} to {high:,.6g}; "
                 f"{band.value_range[0]:,.6g} to {band.value_range[1]:,.6g} is mapped to [0, 1]: mean {band.mean:.4f}, "
                 f"std {band.std:.4f}, {band.outside:.2%} outside"
+                + (f", {band.missing:.2%} missing (NaN or NoData), which become 0" if band.missing else "")
             )
         copies = sum(len(group) - 1 for group in self.duplicates)
         found.append(
@@ -177,8 +181,7 @@ def measure(dataset: ImageDataset, *, max_images: int | None = None, num_workers
         duplicates=duplicates,
         contradicting=sum(len({str(dataset.get_target(index)) for index in group}) > 1 for group in duplicates),
         names={index: dataset.describe(index) for group in duplicates for index in group},
-        is_measured_range=options.value_range is not None,
-        is_rgb=options.bands is None,
+        options=options,
     )
 
 
@@ -211,13 +214,15 @@ class _Images(Dataset[Measured | Unreadable]):
         if len(values) < levels.shape[2]:  # gray, read as RGB
             values, *extremes = (np.repeat(each, levels.shape[2], axis=0) for each in (values, *extremes))
         flat = levels.reshape(-1, levels.shape[2]).astype(np.float64) / 255
+        known = np.broadcast_to(np.isfinite(stored.reshape(-1, stored.shape[2])), flat.shape)
+        number = np.where(known.any(0), known.sum(0), np.nan)  # no mean of a band without values
         return Measured(
             index,
             image.size,
             f"{stored.dtype.name} x {stored.shape[2]} band{'s' * (stored.shape[2] > 1)}",
             hashlib.blake2b(repr(stored.shape).encode() + np.ascontiguousarray(stored).data, digest_size=16).digest(),
-            flat.mean(0),
-            (flat**2).mean(0),
+            np.where(known, flat, 0).sum(0) / number,
+            np.where(known, flat**2, 0).sum(0) / number,
             extremes[0],
             extremes[1],
             np.array(values, np.float64),
@@ -225,8 +230,8 @@ class _Images(Dataset[Measured | Unreadable]):
 
 
 def _bands(images: Sequence[Measured], chosen: Sequence[int] | None, value_range: Any) -> list[Band]:
-    mean = np.mean([each.mean for each in images], axis=0)
-    square = np.mean([each.square for each in images], axis=0)
+    mean, square = (np.array([getattr(each, name) for each in images]) for name in ("mean", "square"))
+    mean, square = (np.nan_to_num(np.nansum(each, 0) / np.isfinite(each).sum(0)) for each in (mean, square))
     ranges = range_of_each(value_range or (0.0, 255.0), len(mean))
     names = ["red", "green", "blue"] if chosen is None else [f"band {band}" for band in chosen]
     bands = []

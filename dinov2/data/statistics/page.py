@@ -5,6 +5,7 @@ One file that needs no network.
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from dinov2.data.statistics.measure import BINS, Band, Statistics
 
 _EXAMPLES, _SPLIT, _GROUPS, _IN_GROUP, _LISTED = 24, 3, 12, 6, 50  # on the page at most
 _SIDE = 160  # pixels of an example, at most
-_STRETCHED = (1, 99)  # percentiles of an image that are black and white, for bands
+_SHOWN = ("1", "99")  # percentiles of a band that are black and white
 
 
 class Example(NamedTuple):
@@ -38,10 +39,12 @@ def write_page(dataset: ImageDataset, title: str, found: Statistics) -> str:
     )
     count = min(_EXAMPLES, len(dataset))
     chosen = [position * len(dataset) // count for position in range(count)]
-    examples = [example for index in chosen if (example := _example(dataset, index))]
-    split = [] if found.is_rgb else [bands for index in chosen[:_SPLIT] if (bands := _bands_of(dataset, index))]
+    edges = [_edges(band) for band in found.bands]
+    examples = [example for index in chosen if (example := _example(dataset, index, edges))]
+    has_own_bands = found.options.bands is not None
+    split = [bands for index in chosen[: _SPLIT * has_own_bands] if (bands := _bands_of(dataset, index, edges))]
     groups = [
-        [example for index in group[:_IN_GROUP] if (example := _example(dataset, index))]
+        [example for index in group[:_IN_GROUP] if (example := _example(dataset, index, edges))]
         for group in found.duplicates[:_GROUPS]
     ]
     return environment.get_template("statistics.html").render(
@@ -53,6 +56,8 @@ def write_page(dataset: ImageDataset, title: str, found: Statistics) -> str:
         split=split,
         groups=groups,
         unreadable=found.unreadable[:_LISTED],
+        command=" \\\n    ".join(f"'{each}'" for each in found.overrides()),
+        shown=[f"band {band}" for band in found.options.shown_bands or (found.options.bands or ())[:3]],
     )
 
 
@@ -63,29 +68,43 @@ def _path(band: Band) -> str:
     return f"M0 40 {' '.join(steps)} L{BINS} 40 Z"
 
 
-def _example(dataset: ImageDataset, index: int) -> Example | None:
+def _edges(band: Band) -> tuple[float, float]:
+    """The levels that are shown black and white: percentiles of the band in all images."""
+    low, high = band.value_range
+    scale = 255 / max(high - low, 1e-12)
+    dark, bright = ((band.percentiles[name] - low) * scale for name in _SHOWN)
+    return dark, max(bright, dark + 1e-3)
+
+
+def _example(dataset: ImageDataset, index: int, edges: Sequence[tuple[float, float]]) -> Example | None:
     try:
-        return Example(_uri(dataset.get_image(index)), dataset.describe(index))
+        return Example(_uri(dataset.get_image(index), edges), dataset.describe(index))
     except BadImageError:
         return None
 
 
-def _bands_of(dataset: ImageDataset, index: int) -> list[Example]:
-    """Each band of an image in gray, stretched."""
+def _bands_of(dataset: ImageDataset, index: int, edges: Sequence[tuple[float, float]]) -> list[Example]:
+    """Each band of an image in gray."""
     try:
         levels = np.asarray(dataset.get_image(index), np.float32)
     except BadImageError:
         return []
     names = [f"band {band}" for band in dataset.image_options.bands or ()]
-    return [Example(_uri(BandImage(levels[..., [number]])), name) for number, name in enumerate(names)]
+    return [
+        Example(_uri(BandImage(levels[..., [number]]), edges[number : number + 1]), name)
+        for number, name in enumerate(names)
+    ]
 
 
-def _uri(image: AnyImage) -> str:
+def _uri(image: AnyImage, edges: Sequence[tuple[float, float]]) -> str:
     if isinstance(image, BandImage):
-        low, high = np.percentile(image.levels, _STRETCHED, axis=(0, 1))
-        stretched = (image.levels - low) * (255 / np.maximum(high - low, 1e-6))
-        image = BandImage(stretched.clip(0, 255).astype(np.float32), image.shown)
+        low, high = np.array(edges, np.float32).T
+        stretched = ((image.levels - low) * (255 / (high - low))).clip(0, 255)
+        image = BandImage(stretched.astype(np.float32), image.shown)
     picture, file = image.convert("RGB"), io.BytesIO()
+    scale = _SIDE / max(picture.size)
+    if scale >= 2:
+        picture = picture.resize((picture.width * int(scale), picture.height * int(scale)), Image.Resampling.NEAREST)
     picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     picture.save(file, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
