@@ -33,7 +33,7 @@ class Setup(NamedTuple):
             "world_size": "processes",
             "global_batch": "images of a step",
             "num_images": "images of the dataset",
-            "dataset": "hash of the names of its images, and of the weights of a mixture: images come in another order from here on",
+            "dataset": "hash of the names of its images and of the weights of a mixture; another order from here on",
         }
         now = self._asdict()
         return [

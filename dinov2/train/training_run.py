@@ -288,8 +288,8 @@ def check_same_channels(former: Path, cfg: Config) -> None:
         if (then := getattr(before, key)) != (now := getattr(cfg.images, key)):
             raise ValueError(
                 f"the run was trained with images.{key} = {list(then) if isinstance(then, tuple) else then}, not "
-                f"{list(now) if isinstance(now, tuple) else now}: its channels would mean something else. Give the same, "
-                "or start anew in another --output-dir, with init_from or student.pretrained_weights if it helps"
+                f"{list(now) if isinstance(now, tuple) else now}: its channels would mean something else. Give the "
+                "same, or start anew in another --output-dir"
             )
 
 

@@ -227,7 +227,7 @@ def attempt(url: str, call: Callable[[], Result]) -> Result:
                 raise FileNotFoundError(errno.ENOENT, "no such file", url) from error
             if "range requests" in str(error):
                 raise DataSourceError(
-                    f"{url}: the server does not read parts of a file (range requests), which Parquet needs: download it"
+                    f"{url}: the server gives no parts of files (range requests), which Parquet needs: download it"
                 ) from error
             cause = error.__cause__ or error  # clients call a server that is gone a missing file
             reason = f"{type(cause).__name__}: {cause}"
