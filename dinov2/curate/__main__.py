@@ -8,6 +8,7 @@ dropped and why, and a page of examples.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,12 +54,17 @@ def select(args: argparse.Namespace, images: Images) -> Selection:
     search = SearchOptions(args.probes, args.output, args.seed)
     if args.command == "duplicates":
         return drop_duplicates(images, threshold=args.threshold, k=args.k, keep=args.keep, options=search)
-    others = Images(
-        FeatureTable(args.against if args.command == "decontaminate" else args.queries, args.tokens), args.root
-    )
+    flag, folders = ("--against", args.against) if args.command == "decontaminate" else ("--queries", args.queries)
+    if args.command == "decontaminate" and (same := _places(folders) & _places(args.features)):
+        raise ValueError(f"{flag} and --features both name {min(same)}: all of its images would be dropped")
+    others = Images(FeatureTable(folders, args.tokens), args.root)
     if args.command == "decontaminate":
         return drop_test_images(images, others, threshold=args.threshold, k=args.k, options=search)
     return retrieve_nearest(images, others, k=args.k, options=search)
+
+
+def _places(folders: Sequence[Path]) -> set[str]:
+    return {*map(os.path.realpath, folders)}
 
 
 if __name__ == "__main__":

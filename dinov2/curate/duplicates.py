@@ -51,6 +51,13 @@ def drop_duplicates(
     )
     facts = {"threshold": threshold} | facts
     counts = {"groups": len(groups), "largest group": int(sizes.max(initial=0))}
+    if table.labels is not None:
+        several = sum(len(np.unique(table.labels[group])) > 1 for group in groups)
+        counts["groups of several classes"] = several
+        if several:
+            first = next(group for group in groups if len(np.unique(table.labels[group])) > 1)
+            names = " and ".join(f"{table.names[row]} (class {table.labels[row]})" for row in first[:2].tolist())
+            logger.warning("%d of %d groups have images of several classes, such as %s", several, len(groups), names)
     return Selection(
         np.setdiff1d(np.arange(len(table)), dropped, assume_unique=True),
         records,

@@ -70,6 +70,21 @@ def test_planted_duplicates_are_dropped_and_training_reads_the_list(photos: Path
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["dropped.json", "images.txt", "index.html"]
 
 
+def test_copies_in_several_classes_and_one_set_given_twice_are_named(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = run("duplicates", photos / "features", tmp_path / "a", "--threshold", "0.98")
+    assert found["facts"]["groups of several classes"] == 0 and "several classes" not in caplog.text
+    names = ["a/0.png", "b/0.png", "c/1.png"]
+    rows = unit_rows(2, 8)
+    features = write_features(tmp_path / "features", rows[[0, 0, 1]], names, [0, 1, 2])
+    found = run("duplicates", features, tmp_path / "b", "--threshold", "0.98")
+    assert found["facts"]["groups of several classes"] == 1
+    assert "1 of 1 groups have images of several classes, such as a/0.png (class 0) and b/0.png (class 1)" in caplog.text
+    with pytest.raises(ValueError, match="--against and --features both name .*: all of its images would be dropped"):
+        run("decontaminate", features, tmp_path / "c", "--against", features, "--threshold", "0.98")
+
+
 def test_the_first_image_is_kept_if_that_is_wanted(photos: Path, tmp_path: Path) -> None:
     found = run("duplicates", photos / "features", tmp_path, "--threshold", "0.98", "--keep", "first")
     for each in found["dropped"]:
@@ -177,7 +192,7 @@ def test_commands_select_the_same_by_cells(tmp_path: Path, monkeypatch: pytest.M
 def test_one_image_is_enough(tmp_path: Path) -> None:
     features = write_features(tmp_path / "features", unit_rows(1, 8))
     assert run("duplicates", features, tmp_path / "a", "--threshold", "0.5")["facts"]["kept"] == 1
-    same = ("--against", features, "--threshold", "0.5")
+    same = ("--against", write_features(tmp_path / "test", unit_rows(1, 8)), "--threshold", "0.5")
     assert run("decontaminate", features, tmp_path / "b", *same)["facts"]["kept"] == 0
     assert run("balance", features, tmp_path / "c", "--clusters", "1", "--size", "1")["facts"]["kept"] == 1
     assert run("retrieve", features, tmp_path / "d", "--queries", features)["facts"]["kept"] == 1

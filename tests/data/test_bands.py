@@ -276,7 +276,7 @@ def test_arrays_are_listed_when_asked(tmp_path: Path) -> None:
     (tmp_path / "0.npy").write_bytes(npy(FIVE))
     (tmp_path / "1").write_bytes(npy(FIVE + 1))
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(FileNotFoundError, match="a NumPy array: if these are images, give .* and :suffixes=.npy"):
+    with pytest.raises(FileNotFoundError, match="a NumPy array: if these are images, write .*:suffixes=.npy"):
         make_dataset(dataset_str=f"ImageFolder:root={tmp_path}")
     options = ImageOptions(bands=(0, 4), value_range=(0.0, 255.0))
     for suffixes, count in ((".npy", 1), ("any", 2)):

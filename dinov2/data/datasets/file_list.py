@@ -145,8 +145,8 @@ _FILE_KINDS = {
     ".tfrecord": f"a TFRecord file: {_EXPORT}",
     **dict.fromkeys((".h5", ".hdf5"), f"an HDF5 file: {_EXPORT}"),
     ".mdb": f"an LMDB database: {_EXPORT}",
-    ".npz": "a NumPy archive: if these are images, give their folder and :suffixes=.npz",
-    ".npy": "a NumPy array: if these are images, give their folder and :suffixes=.npy",
+    ".npz": "a NumPy archive: if these are images, write ImageFolder:root=...:suffixes=.npz",
+    ".npy": "a NumPy array: if these are images, write ImageFolder:root=...:suffixes=.npy",
     "without suffix": "if they are images, add :suffixes=any, by which the content of files decides",
     **dict.fromkeys(IMAGE_SUFFIXES, "a single image: give its folder"),
 }
