@@ -80,7 +80,9 @@ def test_copies_in_several_classes_and_one_set_given_twice_are_named(
     features = write_features(tmp_path / "features", rows[[0, 0, 1]], names, [0, 1, 2])
     found = run("duplicates", features, tmp_path / "b", "--threshold", "0.98")
     assert found["facts"]["groups of several classes"] == 1
-    assert "1 of 1 groups have images of several classes, such as a/0.png (class 0) and b/0.png (class 1)" in caplog.text
+    assert (
+        "1 of 1 groups have images of several classes, such as a/0.png (class 0) and b/0.png (class 1)" in caplog.text
+    )
     with pytest.raises(ValueError, match="--against and --features both name .*: all of its images would be dropped"):
         run("decontaminate", features, tmp_path / "c", "--against", features, "--threshold", "0.98")
 
