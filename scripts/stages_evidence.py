@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """What each later stage gives at a small size, on embedded scenes of clothes; prints JSON and a Markdown table.
 
-    python scripts/stages_evidence.py distillation --out OUT  # a small student of a larger one, and from random weights
-    python scripts/stages_evidence.py resolution --out OUT    # further at twice the resolution, and without training
-    python scripts/stages_evidence.py gram --out OUT          # further with the image-level loss alone, with an anchor
+    python scripts/stages_evidence.py distillation --out OUT --steps 400  # a small student, with and without a teacher
+    python scripts/stages_evidence.py resolution --out OUT                # further at twice the resolution
+    python scripts/stages_evidence.py gram --out OUT                      # further, with and without the Gram loss
 
 A network of `train/quickstart` is trained first; the stages follow from it, once for each seed. Each run is the
 training command in a process of its own. Results are read from what it left in OUT, so that the same command continues
@@ -13,10 +13,9 @@ classified by the others, mIoU that of segmentation of half of some VAL scenes b
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,20 @@ sys.path[0] = str(ROOT)
 
 import torch
 
+from dinov2 import config
+from dinov2.config import Config
 from dinov2.log import read_records
 from dinov2.train.monitor.conclusion import standard_error
 from dinov2.train.monitor.starting_point import START
+from scripts.continued_pretraining import mean_and_range
 from scripts.side_by_side import hardware
 
+RECIPE = "train/quickstart"
 PERIODS = 20  # epochs of a run
 FIRST_SEED = "0"  # of the run that the stages follow
 SIDE = 28  # pixels, of scenes and global crops
 STUDENT = ["student.embed_dim=48", "student.num_heads=2", "student.depth=2", "student.init_std=0.144"]  # 1 / sqrt(48)
-LOW_LR, HIGH_LR = "optim.base_lr=3e-4", "optim.base_lr=3e-3"  # a tenth of the recipe's peak, and the peak
-GRAM = ["gram.loss_weight=2"]
+LOW_LR, HIGH_LR = 3e-4, 6e-3  # a tenth of the recipe's peak, and twice the peak
 METRICS = {  # title and decimals of a metric in the tables
     "knn": ("k-NN, %", 1),
     "patch_knn_miou": ("mIoU, %", 1),
@@ -53,8 +55,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, required=True, help="folder for runs and results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the stage; that of the first run is 0")
-    parser.add_argument("--steps", type=int, default=300, help=f"of each run of the stage, a multiple of {PERIODS}")
+    parser.add_argument("--steps", type=int, default=100, help=f"of each run of the stage, a multiple of {PERIODS}")
     parser.add_argument("--first-steps", type=int, default=1000, help=f"of the first run, a multiple of {PERIODS}")
+    parser.add_argument("--rate", type=float, default=HIGH_LR, help="peak learning rate of the Gram stage")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides of all runs")
     return parser
 
@@ -86,16 +89,37 @@ def run_training(words: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(words)}: {result.stderr[-2000:] or result.stdout[-2000:]}")
 
 
+def changed_settings(one: Config, other: Config) -> list[str]:
+    """Keys whose values differ, but for those that a run writes itself: its folder and its scaled learning rate."""
+    flat = [
+        {
+            f"{part}.{key}".rstrip("."): value
+            for part, values in config.to_dict(cfg).items()
+            for key, value in _items(values)
+        }
+        for cfg in (one, other)
+    ]
+    return [key for key in flat[0] if flat[0][key] != flat[1][key] and key not in ("train.output_dir", "optim.lr")]
+
+
+def _items(values: Any) -> Iterable[tuple[str, Any]]:
+    return values.items() if isinstance(values, dict) else [("", values)]
+
+
 class Runs:
     """Trains the runs of a stage in their folders."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.out, self.steps, self.opts = args.out, args.steps, args.opts
+        self.out, self.steps, self.rate, self.opts = args.out, args.steps, args.rate, args.opts
         self.first = self._train(args.out / "first", settings(args.first_steps, int(FIRST_SEED), SIDE))
 
     def _train(self, folder: Path, words: Sequence[str]) -> list[Row]:
         sys.stderr.write(f"{folder}\n")
-        run_training(["--config-file", "train/quickstart", "--output-dir", str(folder), *words, *self.opts])
+        words = [*words, *self.opts]
+        earlier = folder / "config.yaml"
+        if earlier.exists() and (changed := changed_settings(config.load(earlier), config.load(RECIPE, words))):
+            sys.exit(f"{folder} is a run with other {', '.join(changed)}: name another folder with --out")
+        run_training(["--config-file", RECIPE, "--output-dir", str(folder), *words])
         return [record for record in read_records(folder / "training_metrics.json") if "knn" in record]
 
     def train(self, name: str, seed: int, words: Sequence[str], side: int = SIDE) -> list[Row]:
@@ -125,7 +149,7 @@ def distillation(runs: Runs, seeds: Sequence[int]) -> Results:
 def resolution(runs: Runs, seeds: Sequence[int]) -> Results:
     """The first run, further at twice the resolution; the control is its start, the first run at that resolution."""
     results: Results = {f"earlier model, {SIDE} pixels": {FIRST_SEED: runs.first[-1]}}
-    words = [f"init_from={runs.earlier}", LOW_LR]
+    words = [f"init_from={runs.earlier}", f"optim.base_lr={LOW_LR}"]
     for side in (SIDE, 2 * SIDE):
         for seed in seeds:
             measured = runs.train(f"side_{side}", seed, words, side)
@@ -137,17 +161,15 @@ def resolution(runs: Runs, seeds: Sequence[int]) -> Results:
 
 
 def gram(runs: Runs, seeds: Sequence[int]) -> Results:
-    """The first run, further with the image-level loss alone, with and without the Gram loss to its start."""
+    """The first run, further with the image-level loss alone at a high rate, with and without the Gram loss."""
     results: Results = {"earlier model": {FIRST_SEED: runs.first[-1]}}
-    words = [f"init_from={runs.earlier}", "ibot.loss_weight=0", HIGH_LR]
-    anchor = [*GRAM, f"gram.teacher={runs.earlier}"]
+    words = [f"init_from={runs.earlier}", "ibot.loss_weight=0", f"optim.base_lr={runs.rate}"]
     for seed in seeds:
-        for title, name, extra in (
-            ("without Gram loss", "no_gram", []),
-            ("with Gram loss, crops of the same size", "gram_1", [*anchor, "gram.crops_scale=1"]),
-            ("with Gram loss, crops of twice the size", "gram_2", [*anchor, "gram.crops_scale=2"]),
-        ):
-            results.setdefault(title, {})[str(seed)] = runs.train(name, seed, [*words, *extra])[-1]
+        without = runs.train(f"no_gram_{runs.rate}", seed, words)
+        anchor = ["gram.loss_weight=2", f"gram.teacher={runs.earlier}"]
+        anchored = runs.train(f"gram_{runs.rate}", seed, [*words, *anchor])
+        results.setdefault("further, without Gram loss", {})[str(seed)] = without[-1]
+        results.setdefault("further, with Gram loss", {})[str(seed)] = anchored[-1]
     return results
 
 
@@ -157,14 +179,6 @@ STAGES = {"distillation": distillation, "resolution": resolution, "gram": gram}
 # --- Results ---------------------------------------------------------------------------------------------------------
 
 
-def mean_and_range(values: Sequence[float], decimals: int) -> str:
-    """Formats "89.1 [88.9, 89.3]": mean, least and most of the seeds; of one only the value, of none ""."""
-    if not values:
-        return ""
-    mean, least, most = (f"{value:.{decimals}f}" for value in (statistics.mean(values), min(values), max(values)))
-    return mean if len(values) == 1 else f"{mean} [{least}, {most}]"
-
-
 def as_table(results: Results) -> str:
     """Markdown table with a row for each model and those of the `METRICS` that any of them has."""
     rows = [list(of_seeds.values()) for of_seeds in results.values()]
@@ -172,7 +186,7 @@ def as_table(results: Results) -> str:
     lines = [f"| {' | '.join(['model', *(METRICS[name][0] for name in names)])} |", "| --- |" + " --- |" * len(names)]
     for model, of_seeds in zip(results, rows, strict=True):
         cells = [[row[name] for row in of_seeds if name in row] for name in names]
-        texts = [mean_and_range(cell, METRICS[name][1]) for name, cell in zip(names, cells, strict=True)]
+        texts = [mean_and_range(x, METRICS[name][1]) if x else "" for name, x in zip(names, cells, strict=True)]
         lines.append(f"| {' | '.join([model, *texts])} |")
     return "\n".join(lines) + "\n"
 

@@ -51,21 +51,12 @@ def measured(run: Path) -> list[dict[str, float]]:
     return [record for record in read_records(run / "training_metrics.json") if "knn" in record]
 
 
-def differences(one: Path, other: Path) -> set[str]:
-    """Keys in which the configurations of two runs differ, but for their folders."""
-    dicts = [config.to_dict(config_of(run)) for run in (one, other)]
-    flat = [{(part, key): value for part in each for key, value in dict_of(each[part]).items()} for each in dicts]
-    return {f"{part}.{key}".rstrip(".") for part, key in flat[0] if flat[0][part, key] != flat[1][part, key]} - {
-        "train.output_dir"
-    }
-
-
-def dict_of(part: Any) -> dict[str, Any]:
-    return part if isinstance(part, dict) else {"": part}
+def differences(one: Path, other: Path) -> list[str]:
+    return evidence.changed_settings(config_of(one), config_of(other))
 
 
 def test_students_differ_in_their_teacher_alone(out: Path) -> None:
-    assert differences(out / "alone_1", out / "distilled_1") == {"distillation.teacher"}
+    assert differences(out / "alone_1", out / "distilled_1") == ["distillation.teacher"]
     assert config_of(out / "distilled_1").distillation.teacher == str(out / "first")
     results = results_of(out, "distillation")
     untrained, alone, distilled = (
@@ -90,12 +81,10 @@ def test_the_control_is_the_earlier_model_at_twice_the_resolution_before_the_fir
 
 
 def test_the_gram_loss_is_what_continued_runs_differ_in(out: Path) -> None:
-    assert differences(out / "no_gram_1", out / "gram_1_1") == {
-        "gram.loss_weight",
-        "gram.teacher",
-        "gram.crops_scale",
-    }
-    [without, with_loss] = [read_records(out / run / "training_metrics.json") for run in ("no_gram_1", "gram_1_1")]
+    assert differences(out / "no_gram_0.006_1", out / "gram_0.006_1") == ["gram.loss_weight", "gram.teacher"]
+    [without, with_loss] = [
+        read_records(out / f"{run}_0.006_1" / "training_metrics.json") for run in ("no_gram", "gram")
+    ]
     assert not any("gram_loss" in record for record in without)
     assert all(record["gram_loss"] > 0 for record in with_loss if record["iteration"] > 0)
     assert not any("ibot_loss" in record for record in without + with_loss)
@@ -104,6 +93,12 @@ def test_the_gram_loss_is_what_continued_runs_differ_in(out: Path) -> None:
 def test_the_first_run_is_that_of_all_stages(out: Path) -> None:
     records = read_records(out / "first" / "training_metrics.json")
     assert [record["iteration"] for record in records] == list(range(STEPS)), "trained once, read three times"
+
+
+def test_a_run_of_another_length_is_not_taken_for_that_of_the_command(out: Path) -> None:
+    words = ["gram", "--out", str(out), "--steps=20", "--first-steps=40", *TINY]
+    with pytest.raises(SystemExit, match=r"first is a run with other train.checkpoint_period, optim.epochs"):
+        evidence.main(words)
 
 
 def test_the_table_has_the_mean_and_the_range_of_the_seeds() -> None:
