@@ -186,10 +186,10 @@ def alarms_raised(records: Sequence[Mapping[str, float]]) -> dict[str, int]:
     return raised
 
 
-def mean_and_range(values: Sequence[float]) -> str:
+def mean_and_range(values: Sequence[float], decimals: int = 1) -> str:
     """Formats "89.1 [88.9, 89.3]", the mean of the seeds and their least and most; of one only the value."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} [{min(values):.1f}, {max(values):.1f}]"
+    mean, least, most = (f"{value:.{decimals}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} [{least}, {most}]"
 
 
 def describe_alarms(of_seeds: Sequence[Mapping[str, int]]) -> str:
