@@ -42,7 +42,7 @@ def test_the_order_of_folders_counts_and_one_is_as_before(folders: Path) -> None
 def test_a_folder_without_labels_is_said(folders: Path) -> None:
     dataset = made(folders, "a c")
     assert len(dataset) == 3 and dataset.get_targets() is None
-    assert f"{folders}/c has no labels" in dataset.notes_on_files()[-1]
+    assert f"{folders}/c has no labels" in dataset.notes()[0][1]
     assert made(folders, "c").get_targets() is None
 
 

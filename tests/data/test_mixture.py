@@ -174,7 +174,7 @@ def test_the_fingerprint_has_weights_and_sources(folder: Path) -> None:
 def test_a_source_without_labels_is_named(folder: Path) -> None:
     dataset = make_dataset(dataset_str=write(folder, A, D))
     assert dataset.get_targets() is None and dataset[0][1] is None
-    assert "ImageFolder:root=d has no labels with class names" in dataset.notes_on_files()[-1]
+    assert "ImageFolder:root=d has no labels with class names" in dataset.notes()[0][1]
 
 
 def test_the_shards_of_all_sources_are_those_of_the_whole(folder: Path) -> None:

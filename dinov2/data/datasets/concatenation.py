@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
@@ -43,7 +44,10 @@ class Concatenation(ImageDataset):
             )
         elif any(part.get_targets() is not None for part in parts):
             without = names[classes.index([])]
-            self._notes = [f"{without} has no labels with class names, so that those of the others are not used"]
+            self._notes = [
+                f"{without} has no labels with class names, so that those of the others are not used: there is no k-NN "
+                "while training, unless health.knn_dataset names a dataset with labels"
+            ]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -79,7 +83,10 @@ class Concatenation(ImageDataset):
         return hashlib.blake2b(" ".join(part.fingerprint() for part in self.parts).encode(), digest_size=8).hexdigest()
 
     def notes_on_files(self) -> list[str]:
-        return [*chain.from_iterable(part.notes_on_files() for part in self.parts), *self._notes]
+        return [*chain.from_iterable(part.notes_on_files() for part in self.parts)]
+
+    def notes(self) -> list[tuple[int, str]]:
+        return [(logging.WARNING, note) for note in self._notes] + super().notes()
 
 
 def image_folders(*, root: str | Path, **arguments: Any) -> ImageDataset:
