@@ -116,7 +116,7 @@ class Dino:
     head_nlayers: Size
     head_hidden_dim: Size
     koleo_loss_weight: Real
-    local_crops_loss_weight: NotNegative
+    local_crops_loss_weight: Positive
 
 
 @dataclass(frozen=True)

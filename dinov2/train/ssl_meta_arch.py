@@ -267,8 +267,8 @@ class SSLMetaArch(nn.Module):
         pairs = max(num_local * NUM_GLOBAL_CROPS, 1) + NUM_GLOBAL_CROPS
         if targets.cls is not None and predictions.global_cls is not None:
             if predictions.local_cls is not None:
-                local = self.dino_loss([predictions.local_cls], targets.cls.unbind()) / pairs
-                local = local * cfg.dino.local_crops_loss_weight
+                share = pairs / cfg.dino.local_crops_loss_weight
+                local = self.dino_loss([predictions.local_cls], targets.cls.unbind()) / share
                 terms["dino_local_crops_loss"] = cfg.dino.loss_weight * local
                 published["dino_local_crops_loss"] = local
             loss = self.dino_loss([predictions.global_cls], [targets.cls.flatten(0, 1)])

@@ -178,3 +178,13 @@ def test_two_processes_anchor_as_one_that_accumulates(tmp_path: Path) -> None:
     one, two = tensors(tmp_path / "one", 7), tensors(tmp_path / "two", 7)
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=1e-3)
+
+
+def test_local_crops_may_count_less() -> None:
+    torch.manual_seed(0)
+    full, half = build_arch(tiny_config(GRAM[1])), build_arch(tiny_config(GRAM[1], "dino.local_crops_loss_weight=0.5"))
+    half.load_state_dict(full.state_dict())
+    batch = random_batch()
+    one, other = (model(batch, full.targets([batch], 0.05)[0])[0] for model in (full, half))
+    assert other.terms["dino_local_crops_loss"].item() == pytest.approx(one.terms["dino_local_crops_loss"].item() / 2)
+    assert other.terms["dino_global_crops_loss"].item() == pytest.approx(one.terms["dino_global_crops_loss"].item())
