@@ -664,8 +664,16 @@ def _contradictions(cfg: Config) -> Iterator[str]:
 
 def _contradictions_of_stages(cfg: Config) -> Iterator[str]:
     gram, steps = cfg.gram, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
+    if cfg.init_from_optimizer and not cfg.init_from:
+        yield "init_from_optimizer = true needs init_from, whose optimizer it is"
     if gram.loss_weight <= 0:
+        for key in ("teacher", "start_step", "rise_steps", "teacher_step", "refresh_period"):
+            if value := getattr(gram, key):
+                yield f"gram.{key} = {value} has no effect with gram.loss_weight = 0"
         return
+    if gram.teacher and (gram.teacher_step or gram.refresh_period):
+        key = "teacher_step" if gram.teacher_step else "refresh_period"
+        yield f"gram.{key} = {getattr(gram, key)} is for copies of this run's teacher, not with gram.teacher"
     if cfg.distillation.teacher:
         yield f"gram.loss_weight = {gram.loss_weight} and distillation.teacher exclude one another"
     if gram.start_step + gram.rise_steps > steps:

@@ -134,6 +134,10 @@ class SSLMetaArch(nn.Module):
     def load_frozen(self, *, resuming: bool = False) -> None:
         """Load the weights of `frozen_networks`, before sharding; those in checkpoints not when `resuming` from one."""
 
+    def stage_facts(self) -> dict[str, str]:
+        """What a stage adds to the plan of a run, by name."""
+        return {}
+
     def begin_step(self, step: int) -> None:
         """What a stage does before the losses of a step are computed."""
 

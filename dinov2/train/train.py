@@ -53,7 +53,7 @@ from dinov2.train.schedules import StepValues, build_schedules, global_batch_siz
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
 from dinov2.train.stages.choice import build_arch
 from dinov2.train.start.baseline import measure_baseline
-from dinov2.train.start.source_runs import check_source_runs
+from dinov2.train.start.source_runs import check_source_runs, pinned
 from dinov2.train.training_run import (
     METRICS_FILE,
     build_loader,
@@ -87,6 +87,7 @@ def main(args: argparse.Namespace) -> None:
             for warning in [*check_settings(cfg, distributed.world_size()), *check_device(cfg)]:
                 logger.warning("%s", warning)
         check_source_runs(cfg, resume=not args.no_resume)
+        cfg = pinned(cfg, resume=not args.no_resume)
         cfg, dataset = open_dataset(cfg, resume=not args.no_resume)  # before the model, to report mistakes early
         warnings = check_images(cfg, dataset)
         if not args.eval_only:

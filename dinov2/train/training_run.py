@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -170,6 +172,8 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
         if distributed.is_main():
             forget_start(output_dir)
     model.load_frozen(resuming=latest is not None)
+    for name, fact in model.stage_facts().items():
+        logger.info("%s: %s", name, fact)
     optimizer = parallelize_and_build_optimizer(cfg, model.train())
     scaler = torch.amp.GradScaler(distributed.device().type, enabled=uses_fp16(cfg))
     checkpointer = Checkpointer(
@@ -261,7 +265,7 @@ def resume_run(
     config_file = Path(cfg.train.output_dir) / "config.yaml"
     start = images_seen = 0
     if latest is not None:
-        check_same_channels(config_file, cfg)
+        check_same_stage(config_file, cfg)
         state = checkpointer.load(latest, needed=("images_seen", "metrics"))
         for title, changed in (
             ("with other settings than before", changed_settings(config_file, cfg)),
@@ -278,19 +282,29 @@ def resume_run(
     return start, images_seen
 
 
-def check_same_channels(former: Path, cfg: Config) -> None:
-    """Raise a ValueError if images have other bands than those that the run has learned from."""
+def check_same_stage(former: Path, cfg: Config) -> None:
+    """Raise a ValueError for settings that cannot change within a run: bands, and what its stage is."""
     try:
-        before = config.load(former).images
+        before = config.load(former)
     except (ConfigError, OSError):  # `changed_settings` reports it
         return
-    for key in ("bands", "bands_axis", "pages"):
-        if (then := getattr(before, key)) != (now := getattr(cfg.images, key)):
+    values: dict[str, Callable[[Config], object]] = {
+        **{f"images.{key}": attrgetter(f"images.{key}") for key in ("bands", "bands_axis", "pages")},
+        "distillation.teacher": lambda each: bool(each.distillation.teacher),
+        "gram.loss_weight": lambda each: each.gram.loss_weight > 0,
+        "gram.teacher": lambda each: each.gram.teacher,
+    }
+    for key, value in values.items():
+        if value(before) != value(cfg):
+            then, now = (attrgetter(key)(each) for each in (before, cfg))
             raise ValueError(
-                f"the run was trained with images.{key} = {list(then) if isinstance(then, tuple) else then}, not "
-                f"{list(now) if isinstance(now, tuple) else now}: its channels would mean something else. Give the "
-                "same, or start anew in another --output-dir"
+                f"the run in {former.parent} was trained with {key} = {_text(then)}, not {_text(now)}, and cannot go "
+                "on with that: give the same, or another --output-dir, for a stage of its own"
             )
+
+
+def _text(value: Any) -> str:
+    return str(list(value) if isinstance(value, tuple) else value) or "''"
 
 
 def changed_settings(former: Path, cfg: Config) -> list[str]:

@@ -72,7 +72,7 @@ def test_a_killed_run_resumes_exactly(run: Path, images: Path, tmp_path: Path, m
 
 def test_a_run_is_not_resumed_with_other_bands(run: Path, images: Path) -> None:
     words = [f"train.dataset_path=ImageFolder:root={images}", "images.bands=[4,3,2,1,0]", *BANDS[1:], "optim.epochs=3"]
-    with pytest.raises(ValueError, match=r"was trained with images.bands = \[0, 1, 2, 3, 4\], not \[4, 3, 2, 1, 0"):
+    with pytest.raises(ValueError, match=r"was trained with images.bands = \[0, 1, 2, 3, 4\], not \[4, 3, 2, 1, 0\]"):
         run_train(run, *words)
 
 

@@ -235,6 +235,8 @@ def _network(cfg: Config) -> Iterator[str]:
     for section, head in _heads(cfg).items():
         if head.head_hidden_dim == 1 and head.head_nlayers > 1:
             yield f"{_set(cfg, f'{section}.head_hidden_dim')}: only one number per image reaches the prototypes"
+    if cfg.gram.loss_weight > 0 and not (cfg.gram.teacher or cfg.gram.teacher_step or sources_of(cfg)):
+        yield f"{_set(cfg, 'gram.teacher_step')}: the Gram teacher is the untrained network"
     if cfg.distillation.teacher and cfg.student.drop_path_rate > 0:
         yield f"{_set(cfg, 'student.drop_path_rate')}: the published distillation has no stochastic depth"
     if (rate := cfg.student.drop_path_rate) > MAX_DROP_PATH:

@@ -33,7 +33,7 @@ from dinov2.train.schedules import describe_schedules, global_batch_size, num_du
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stages.choice import build_arch
 from dinov2.train.start.initial_weights import load_initial_weights
-from dinov2.train.start.source_runs import check_source_runs
+from dinov2.train.start.source_runs import check_source_runs, pinned
 from dinov2.train.start.step_zero import check_step_zero
 from dinov2.train.training_run import open_dataset
 
@@ -47,6 +47,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     findings = [*check_settings(cfg, world_size), *check_device(cfg)]
     _check_writable(Path(cfg.train.output_dir))
     check_source_runs(cfg, resume=resume)
+    cfg = pinned(cfg, resume=resume)
     cfg, dataset = open_dataset(cfg, resume=resume)
     unreadable = _check_readable(dataset, cfg.train.max_bad_image_share)
     knn, dense = _knn(cfg, dataset), _dense(cfg, dataset)
@@ -58,7 +59,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     start = _start(latest, cfg, model)
     if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
         start["step 0"] = check_step_zero(model, cfg, dataset, loaded)
-    plan = start | _plan(cfg, model, len(dataset), world_size)
+    plan = start | model.stage_facts() | _plan(cfg, model, len(dataset), world_size)
     plan |= describe_sources(cfg, dataset, world_size)
     if latest is None:  # a run that has begun keeps its length
         plan |= describe_length(cfg, len(dataset), world_size)

@@ -6,7 +6,6 @@ outputs of the run like every average.
 """
 
 import hashlib
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -18,14 +17,11 @@ from dinov2.data.collate import Batch
 from dinov2.models.weights import check_numbers, read_state_dict
 from dinov2.train.checkpoint_folder import read_tensors
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets, build_networks
-from dinov2.train.start.source_runs import config_of, naming_key, weights_of_run
+from dinov2.train.start.source_runs import SAME_PIXELS, check_fits, config_of, naming_key, weights_of_run
 
-_EQUAL = {  # settings that frozen teacher and student share, and why
+_EQUAL = SAME_PIXELS | {  # settings that frozen teacher and student share, and why
     "dino.head_n_prototypes": "the student predicts the prototypes of the teacher",
     "ibot.separate_head": "each head of the student has one of the teacher as its model",
-    "augmentation.mean": "both see the same normalized pixels",
-    "augmentation.std": "both see the same normalized pixels",
-    "images.bands": "both see the same channels",
 }
 
 
@@ -52,13 +48,15 @@ class DistillationArch(SSLMetaArch):
             equal["ibot.head_n_prototypes"] = equal["dino.head_n_prototypes"]
         if not self.use_ibot:
             del equal["ibot.separate_head"]
-        for key, reason in equal.items():
-            theirs, ours = attrgetter(key)(self.source_cfg), attrgetter(key)(self.cfg)
-            if theirs != ours:
-                raise ValueError(
-                    f"distillation.teacher={self.cfg.distillation.teacher} has {key} = {theirs}, but this run has "
-                    f"{ours}: {reason}"
-                )
+        check_fits(f"distillation.teacher={self.cfg.distillation.teacher}", self.source_cfg, self.cfg, equal)
+
+    def stage_facts(self) -> dict[str, str]:
+        backbone, student = self.target_networks["backbone"], self.cfg.student
+        number = sum(param.numel() for param in backbone.parameters())
+        side = self.cfg.crops.global_crops_size // student.patch_size * self.source_cfg.student.patch_size
+        trained = self.source_cfg.crops.global_crops_size
+        crops = f"global crops of {side} pixels" + ("" if side == trained else f" (it was trained on {trained})")
+        return {"distills": f"{self.source}: backbone of {number:,} parameters, {crops}"}
 
     @property
     def target_networks(self) -> nn.ModuleDict:

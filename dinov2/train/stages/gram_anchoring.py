@@ -4,6 +4,7 @@ The earlier model, the Gram teacher, sees the global crops at a higher resolutio
 tokens are brought to the grid of the student, whose similarities, of all patches of a global crop, follow its own.
 """
 
+import logging
 from typing import cast
 
 import torch
@@ -18,7 +19,19 @@ from dinov2.models.weights import check_numbers, load_state
 from dinov2.train.parallel import local_tensors
 from dinov2.train.schedules import num_steps
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets
-from dinov2.train.start.source_runs import naming_key, teacher_backbone, weights_of_run
+from dinov2.train.start.source_runs import (
+    SAME_PIXELS,
+    check_fits,
+    check_heads,
+    config_of,
+    naming_key,
+    teacher_backbone,
+    weights_of_run,
+)
+
+logger = logging.getLogger(__name__)
+
+_EQUAL = SAME_PIXELS | {"student.patch_size": "the anchor is a network like the student's"}
 
 
 class GramAnchoringArch(SSLMetaArch):
@@ -46,9 +59,23 @@ class GramAnchoringArch(SSLMetaArch):
             return
         with naming_key("gram.teacher"):
             source = weights_of_run(self.cfg.gram.teacher)
+            if (former := config_of(source)) is not None:
+                check_fits(self.cfg.gram.teacher, former, self.cfg, _EQUAL)
+                check_heads(self.cfg.gram.teacher, former, self.cfg)
             state = teacher_backbone(source)
             check_numbers(state, str(source))
-            load_state(cast(DinoVisionTransformer, self.gram_teacher["backbone"]), state, str(source))
+            backbone = cast(DinoVisionTransformer, self.gram_teacher["backbone"])
+            load_state(backbone, state, str(source), assign=backbone.cls_token.is_meta)
+            backbone.requires_grad_(False)
+        logger.info("Gram teacher: %s", source)
+
+    def stage_facts(self) -> dict[str, str]:
+        gram, last = self.cfg.gram, num_steps(self.cfg)
+        copies = [str(step) for step in range(last) if is_refresh_due(self.cfg, step)]
+        of_run = f"the teacher of this run before step {', '.join(copies) or 'none'}"
+        rise = f", rising for {gram.rise_steps:,} steps" if gram.rise_steps else ""
+        weight = f"weight {gram.loss_weight:g} from step {gram.start_step:,}{rise}"
+        return {"Gram anchoring": f"{weight}; anchor: {gram.teacher or of_run}"}
 
     def begin_step(self, step: int) -> None:
         """Set the weight of a step, and copy the teacher to the Gram teacher if it is due."""
@@ -68,6 +95,7 @@ class GramAnchoringArch(SSLMetaArch):
                     local_tensors(networks["backbone"].parameters()) for networks in (self.gram_teacher, self.teacher)
                 )
                 torch._foreach_copy_(copies, latest)
+            logger.info("step %d: the Gram teacher is the teacher of this run now", step)
 
     def losses(self, batch: Batch, targets: Targets, predictions: Predictions) -> Losses:
         """The terms of pretraining, and the Gram loss from the step on at which it has a weight."""

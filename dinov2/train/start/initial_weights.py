@@ -12,7 +12,14 @@ from dinov2.models.backbones import num_heads_beside
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
 from dinov2.train.checkpoint import load_training_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.start.source_runs import config_of, naming_key, teacher_backbone, weights_of_run
+from dinov2.train.start.source_runs import (
+    SAME_PIXELS,
+    check_heads,
+    config_of,
+    naming_key,
+    teacher_backbone,
+    weights_of_run,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +77,15 @@ def _check_registers(cfg: Config, state: dict[str, Tensor]) -> None:
 def _load_run(model: SSLMetaArch, cfg: Config, source: str) -> str | Path:
     """Load an own run; a ValueError names the settings of its networks that differ from those of this run."""
     path = weights_of_run(source)
+    former = config_of(path)
+    if former is not None:
+        check_heads(source, former, cfg)
+        for problem in (text for text in config.differences(former, cfg) if text.startswith(tuple(SAME_PIXELS))):
+            logger.warning("%s was trained on other pixels: %s", source, problem)
     try:
         return load_training_weights(model, path)
     except ValueError as error:
-        if (former := config_of(path)) is None:
+        if former is None:
             raise
         changes = config.differences(former, cfg)
         ours = [text for text in changes if text.startswith(_NETWORK_KEYS) and "pretrained_weights" not in text]

@@ -1,14 +1,19 @@
 """Earlier runs that a run starts from or learns from: their weights and their configuration."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dinov2 import config
 from dinov2.config import Config
+from dinov2.models import build_model
+from dinov2.models.published import PACKAGED, PUBLISHED
 from dinov2.models.weights import TEACHER_FILE, backbone_state_dict, read_state_dict
 from dinov2.train.checkpoint_folder import complete_checkpoints, latest_checkpoint, read_tensors
 
@@ -28,7 +33,7 @@ def weights_of_run(source: str) -> Path:
         raise ValueError(f"{source}: expected OUT or OUT:STEP with the number of a checkpoint, such as OUT:12499")
     run = Path(folder)
     if not run.is_dir():
-        raise FileNotFoundError(f"{run} is not the output folder of a run: there is no such folder")
+        raise FileNotFoundError(f"{run} is not the output folder of a run: {_why_no_run(run)}")
     found = complete_checkpoints(run / "checkpoints")
     if found and not text:
         return found[max(found)]
@@ -44,6 +49,59 @@ def weights_of_run(source: str) -> Path:
     return best
 
 
+def _why_no_run(path: Path) -> str:
+    if path.is_file():
+        return "it is a file; give the folder that --output-dir named, or OUT:STEP"
+    if str(path) in (*PUBLISHED, *PACKAGED):
+        return "it is a backbone without heads, see docs/stages.md; to start from it, set student.pretrained_weights"
+    if str(path).endswith("_RUN"):
+        return "the recipe leaves it to you, as the output folder of your run"
+    return "there is no such folder"
+
+
+def pinned(cfg: Config, *, resume: bool) -> Config:
+    """The configuration with the step of the teacher of a distillation: the newest now, or that of the run so far.
+
+    So the record of the run names it, and it resumes with the same, also if the teacher's run has gone on.
+    """
+    source, output = cfg.distillation.teacher, Path(cfg.train.output_dir)
+    if not source:
+        return cfg
+    if resume and latest_checkpoint(output / "checkpoints") is not None and (output / "config.yaml").is_file():
+        recorded = config.load(output / "config.yaml").distillation.teacher
+        if recorded.rpartition(":")[0] == source:
+            return replace(cfg, distillation=replace(cfg.distillation, teacher=recorded))
+    with naming_key("distillation.teacher"):
+        path = weights_of_run(source)
+    if not path.is_dir() or source.endswith(f":{int(path.name.rpartition('_')[2])}"):
+        return cfg
+    return replace(cfg, distillation=replace(cfg.distillation, teacher=f"{source}:{int(path.name.rpartition('_')[2])}"))
+
+
+def check_fits(source: str, there: Config, here: Config, keys: Mapping[str, str]) -> None:
+    """Raise a ValueError for a setting of another run that must be that of this one; `keys` has the reason of each."""
+    for key, reason in keys.items():
+        theirs, ours = attrgetter(key)(there), attrgetter(key)(here)
+        if theirs != ours:
+            raise ValueError(f"{source} has {key} = {theirs}, but this run has {ours}: {reason}")
+
+
+SAME_PIXELS = {
+    "augmentation.mean": "both see the same normalized pixels",
+    "augmentation.std": "both see the same normalized pixels",
+    "images.bands": "both see the same channels",
+}
+"""Settings of images that a run shares with one that it starts from or learns from."""
+
+
+def check_heads(source: str, there: Config, here: Config) -> None:
+    """Raise a ValueError for another number of attention heads, which tensors do not show."""
+    with torch.device("meta"):
+        theirs, ours = (build_model(**config.backbone_arguments(cfg)).num_heads for cfg in (there, here))
+    if theirs != ours:
+        raise ValueError(f"{source} has student.num_heads = {theirs}, but this run has {ours}: another network")
+
+
 def check_source_runs(cfg: Config, *, resume: bool) -> None:
     """Raise the error of a run that is named but missing, before large networks are built.
 
@@ -53,10 +111,18 @@ def check_source_runs(cfg: Config, *, resume: bool) -> None:
     named = {"distillation.teacher": cfg.distillation.teacher}
     if begins:
         named |= {"init_from": cfg.init_from, "gram.teacher": cfg.gram.teacher if cfg.gram.loss_weight > 0 else ""}
+    problems = []
     for key, source in named.items():
-        if source:
+        try:
             with naming_key(key):
-                weights_of_run(source)
+                path = weights_of_run(source) if source else None
+        except (FileNotFoundError, ValueError) as error:
+            problems.append(error)
+            continue
+        if key == "init_from" and cfg.init_from_optimizer and path is not None and not path.is_dir():
+            raise ValueError(f"init_from_optimizer: {source} has no checkpoints, so the state of its optimizer is lost")
+    if problems:
+        raise type(problems[0])("; ".join(map(str, problems)))
 
 
 @contextmanager

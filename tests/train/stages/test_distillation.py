@@ -1,6 +1,7 @@
 """Distillation: the objective, what is frozen, resuming, and what does not fit."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,30 @@ def test_two_processes_distill_as_one_that_accumulates(source: Path, tmp_path: P
     one, two = tensors(tmp_path / "one", 7), tensors(tmp_path / "two", 7)
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=1e-3)
+
+
+def test_the_step_of_the_teacher_is_recorded_and_kept(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    teacher = tmp_path / "teacher"
+    shutil.copytree(source, teacher)
+    run_train(tmp_path / "out", f"distillation.teacher={teacher}", NONE, "optim.epochs=1")
+    assert config.load(tmp_path / "out" / "config.yaml").distillation.teacher == f"{teacher}:1"
+    assert f"distills: {teacher}/checkpoints/model_0000001: backbone of " in caplog.text
+    run_train(teacher, *LARGER[:-1], "optim.epochs=2")  # it goes on
+    run_train(tmp_path / "out", f"distillation.teacher={teacher}", NONE, "optim.epochs=2")
+    assert config.load(tmp_path / "out" / "config.yaml").distillation.teacher == f"{teacher}:1"
+    with pytest.raises(ValueError, match="trained with distillation.teacher = .*teacher:1, not '', and cannot go on"):
+        run_train(tmp_path / "out", NONE, "optim.epochs=3")
+
+
+def test_names_that_are_no_runs_get_an_answer(source: Path, tmp_path: Path) -> None:
+    file = next((source / "eval").glob("*/teacher_checkpoint.pth"))
+    for name, message in (
+        ("dinov2_vitg14", "it is a backbone without heads, see docs/stages.md"),
+        ("TEACHER_RUN", "the recipe leaves it to you"),
+        (str(file), "it is a file; give the folder that --output-dir named"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"distillation.teacher: .*{message}"):
+            run_train(tmp_path, f"distillation.teacher={name}", NONE)

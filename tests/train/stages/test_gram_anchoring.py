@@ -149,6 +149,9 @@ def test_an_earlier_run_as_anchor_and_as_start(tmp_path: Path) -> None:
     [
         (["gram.start_step=7", "gram.rise_steps=2"], "gram.start_step = 7 . gram.rise_steps = 2 is more than 8 steps"),
         (["gram.teacher_step=3"], "gram.teacher_step = 3 is after gram.start_step = 0: there is no Gram teacher"),
+        (["gram.teacher=x", "gram.refresh_period=2"], "gram.refresh_period = 2 is for copies of this run's teacher"),
+        (["gram.teacher=x", "gram.loss_weight=0"], "gram.teacher = x has no effect with gram.loss_weight = 0"),
+        (["init_from_optimizer=true"], "init_from_optimizer = true needs init_from"),
         (["distillation.teacher=x"], "gram.loss_weight = 2.0 and distillation.teacher exclude one another"),
     ],
 )
@@ -188,3 +191,39 @@ def test_local_crops_may_count_less() -> None:
     one, other = (model(batch, full.targets([batch], 0.05)[0])[0] for model in (full, half))
     assert other.terms["dino_local_crops_loss"].item() == pytest.approx(one.terms["dino_local_crops_loss"].item() / 2)
     assert other.terms["dino_global_crops_loss"].item() == pytest.approx(one.terms["dino_global_crops_loss"].item())
+
+
+def test_the_anchor_and_its_stage_stay_the_same_when_resuming(tmp_path: Path) -> None:
+    run_train(tmp_path / "first", "optim.epochs=2")
+    words = [f"init_from={tmp_path / 'first'}", GRAM[1], "optim.epochs=2"]
+    anchored = [*words, GRAM[0], f"gram.teacher={tmp_path / 'first'}:1"]
+    run_train(tmp_path / "out", *anchored)
+    for changed, message in (
+        (
+            [*anchored[:-1], f"gram.teacher={tmp_path / 'first'}:3"],
+            "trained with gram.teacher = .*first:1, not .*first:3",
+        ),
+        (words, "trained with gram.loss_weight = 2.0, not 0.0, and cannot go on with that"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_train(tmp_path / "out", *changed, "optim.epochs=3")
+    with pytest.raises(ValueError, match="trained with gram.loss_weight = 0.0, not 2.0"):
+        run_train(tmp_path / "first", *anchored, "optim.epochs=3")
+
+
+def test_an_anchor_of_other_heads_or_pixels_is_refused(tmp_path: Path) -> None:
+    run_train(tmp_path / "first", "optim.epochs=1")
+    for setting, message in (
+        ("student.num_heads=4", "has student.num_heads = 2, but this run has 4: another network"),
+        ("augmentation.mean=[0.1,0.1,0.1]", "has augmentation.mean = .*: both see the same normalized pixels"),
+    ):
+        with pytest.raises(ValueError, match=f"gram.teacher: .*{message}"):
+            run_train(tmp_path / "second", f"gram.teacher={tmp_path / 'first'}", *GRAM, setting)
+
+
+def test_copies_of_the_teacher_are_logged_and_planned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    run_train(tmp_path, *GRAM, "gram.start_step=1", "gram.teacher_step=1", "gram.refresh_period=2", "optim.epochs=2")
+    assert "Gram anchoring: weight 2 from step 1; anchor: the teacher of this run before step 1, 3" in caplog.text
+    found = [text for text in caplog.messages if "the Gram teacher is the teacher of this run now" in text]
+    assert [text.split(":")[0] for text in found] == ["step 1", "step 3"]

@@ -75,3 +75,10 @@ def test_the_optimizer_may_continue_where_shapes_are_the_same(
     (tmp_path / "exported" / "eval" / "best" / teacher.name).write_bytes(teacher.read_bytes())
     with pytest.raises(ValueError, match="has no checkpoints, so the state of its optimizer is lost"):
         run_train(tmp_path / "without", f"init_from={tmp_path / 'exported'}", "init_from_optimizer=true")
+
+
+def test_another_number_of_heads_is_not_the_same_network(pretrained: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="init_from: .* has student.num_heads = 2, but this run has 4: another network"
+    ):
+        run_train(tmp_path, f"init_from={pretrained}", *LARGER_CROPS, "student.num_heads=4")
