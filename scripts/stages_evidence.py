@@ -139,7 +139,9 @@ def distillation(runs: Runs, seeds: Sequence[int]) -> Results:
     results: Results = {"teacher": {FIRST_SEED: runs.first[-1]}, "student, untrained": {}}
     for seed in seeds:
         alone = runs.train("alone", seed, STUDENT)
-        distilled = runs.train("distilled", seed, [*STUDENT, f"distillation.teacher={runs.earlier}"])
+        distilled = runs.train(
+            "distilled", seed, [*STUDENT, f"distillation.teacher={runs.earlier}:{runs.first[-1]['iteration']:.0f}"]
+        )
         results["student, untrained"][str(seed)] = alone[0]  # the rate of the first step is 0
         results.setdefault("student, without a teacher", {})[str(seed)] = alone[-1]
         results.setdefault("student, distilled", {})[str(seed)] = distilled[-1]

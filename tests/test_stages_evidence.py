@@ -57,7 +57,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 def test_students_differ_in_their_teacher_alone(out: Path) -> None:
     assert differences(out / "alone_1", out / "distilled_1") == ["distillation.teacher"]
-    assert config_of(out / "distilled_1").distillation.teacher == str(out / "first")
+    assert config_of(out / "distilled_1").distillation.teacher == f"{out / 'first'}:{STEPS - 1}"
     results = results_of(out, "distillation")
     untrained, alone, distilled = (
         results[f"student, {name}"]["1"] for name in ("untrained", "without a teacher", "distilled")
