@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "__init__": {"published_names", "eval.extract"},  # the latter on first use
     "published_names": set(),
     "files": set(),
+    "html_templates": set(),
     "analysis": set(),
     "config": {"files", "yaml_values"},
     "flags": set(),
@@ -32,17 +33,18 @@ MAY_IMPORT = {
     "configs": set(),
     "models": {"layers"},
     "data": {"files", "yaml_values"},
-    "data.statistics": {"config", "data", "files", "flags", "log"},  # a command
+    "data.statistics": {"config", "data", "files", "flags", "html_templates", "log"},  # a command
     "loss": {"distributed"},
     "hub": {"models"},
     "train": {"config", "data", "distributed", "files", "flags", "layers", "log", "loss", "models", "analysis"}
     | {"trackers"},
     "eval": {"flags", "config", "data", "distributed", "files", "log", "models", "analysis"},
-    "visualization": {"flags", "config", "data", "distributed", "files", "log", "models", "analysis", "eval"},
+    "visualization": {"flags", "config", "data", "distributed", "files", "log", "models", "analysis", "eval"}
+    | {"html_templates"},
     # Of a run the report needs what reads the files that it left.
-    "report": {"config", "files", "flags", "log", "analysis", "metric_names"}
+    "report": {"config", "files", "flags", "html_templates", "log", "analysis", "metric_names"}
     | {f"train.{name}" for name in ("monitor", "environment", "checkpoint_folder")},
-    "curate": {"flags", "data", "files", "log", "eval"},
+    "curate": {"flags", "data", "files", "html_templates", "log", "eval"},
     "tools": {"flags", "config", "files", "log", "models", "train"},
     "run": {"flags", "config", "distributed", "files", "log", "train", "eval"},
 }

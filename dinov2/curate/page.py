@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import dinov2
 from dinov2.curate.images import Images
+from dinov2.html_templates import template_environment
 
 EXAMPLES = 20  # in a section
 SHOWN = 8  # images of an example
@@ -51,13 +51,7 @@ def render_page(title: str, facts: Mapping[str, Any], sections: Sequence[Section
         facts: Numbers by name; those in mappings follow in a table of their own.
         sections: Empty ones are left out.
     """
-    environment = Environment(
-        loader=PackageLoader("dinov2.curate"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment("dinov2.curate")
     sections = [
         Section(
             section.title,

@@ -8,11 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup, escape
 
 import dinov2
 from dinov2.files import atomic_write
+from dinov2.html_templates import template_environment
 from dinov2.report import charts, curves, images, sections, verdict
 from dinov2.report.numbers import counted, duration, number, percent, readable, rough
 from dinov2.report.read_run import read_runs
@@ -61,20 +62,13 @@ def page(runs: Sequence[Run], title: str | None = None) -> str:
 
 def render(template: str, **context: Any) -> str:
     """The text of a template in `templates/`; all values are escaped."""
-    return template_environment().get_template(template).render(**context)
+    return report_environment().get_template(template).render(**context)
 
 
 @cache
-def template_environment() -> Environment:
+def report_environment() -> Environment:
     """The templates, with the modules whose functions they call."""
-    environment = Environment(
-        loader=PackageLoader("dinov2.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        extensions=["jinja2.ext.do"],
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment("dinov2.report", ["jinja2.ext.do"])
     environment.filters |= {"commas": "{:,}".format, "coordinate": "{:.1f}".format, "breakable": breakable}
     environment.filters |= {each.__name__: each for each in (counted, duration, number, percent, readable, rough)}
     modules = {"charts": charts, "curves": curves, "images": images, "sections": sections, "verdict": verdict}

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from torch import Tensor
 
@@ -22,6 +21,7 @@ import dinov2
 from dinov2.analysis.pca import fit_pca_colormap
 from dinov2.data.images import AnyImage
 from dinov2.eval.extract.frozen_backbone import DEFAULT_SIDE, FrozenBackbone
+from dinov2.html_templates import template_environment
 from dinov2.visualization.compact_tokens import CompactTokens, compact_tokens
 from dinov2.visualization.contact_sheet import heat_map
 from dinov2.visualization.feature_maps import image_attention, image_tokens
@@ -77,13 +77,7 @@ def similarity_page(
 def _render(
     backbone: FrozenBackbone, shown: Sequence[ShownImage], data: dict[str, Any], compact: CompactTokens, width: int
 ) -> str:
-    environment = Environment(
-        loader=PackageLoader("dinov2.visualization"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment("dinov2.visualization")
     return environment.get_template("explorer.html").render(
         model=backbone.name,
         images=shown,

@@ -26,7 +26,7 @@ from dinov2.report.charts import (
 )
 from dinov2.report.images import aligned, galleries, gallery, same_images, spread
 from dinov2.report.numbers import duration, number, percent, readable, result_text, rough, short
-from dinov2.report.page import template_environment
+from dinov2.report.page import report_environment
 from dinov2.report.read_run import read_images, read_run, read_runs, short_names
 from dinov2.report.run import Run
 
@@ -84,7 +84,7 @@ def test_labels_do_not_overlap_and_keep_their_order(places: list[float]) -> None
 def test_any_line_can_be_drawn(values: list[float], log: bool) -> None:
     spans = [Span(0, 0, "x"), Span(-5, 99, "y")]
     chart = make_chart([Line(list(enumerate(values)), "", 0)], "a <b>", spans=spans, log=log)
-    drawn = template_environment().get_template("chart.html").module.svg(chart)  # type: ignore[attr-defined]
+    drawn = report_environment().get_template("chart.html").module.svg(chart)  # type: ignore[attr-defined]
     assert "nan" not in drawn and "inf" not in drawn and 'aria-label="a &lt;b&gt;"' in drawn
 
 

@@ -1,4 +1,4 @@
-"""A run on images of five bands, from the training over resuming to evaluations, pictures and export."""
+"""A run on images of five bands, from the training over resuming to evaluations, figures and export."""
 
 import contextlib
 import json

@@ -21,7 +21,7 @@ class ImageOptions:
     # dropped, which shows the colors under it.
     background: tuple[int, int, int] | None = None
     bands: tuple[int, ...] | None = None  # samples of a pixel that are read, from 0; None: red, green and blue
-    shown_bands: tuple[int, ...] | None = None  # three of the bands, or one, for pictures; None: the first
+    shown_bands: tuple[int, ...] | None = None  # three of the bands, or one, for figures; None: the first
     bands_axis: str = "auto"  # of arrays: "first", "last" or "auto", see `arrays.bands_are_first`
     nodata: float | None = None  # value of pixels without data, besides NaN and what TIFF files say
     pages: str = "first"  # of a TIFF file: "first", or "bands", whose samples together are the bands, or "images"

@@ -36,7 +36,7 @@ class ImageSurvey:
     num_transparent: int = 0  # with transparent pixels
     num_more_frames: int = 0  # with more than one page or frame
     num_large: int = 0  # of more than `LARGE` pixels
-    layouts: Counter[str] = field(default_factory=Counter)  # of arrays: how they are read
+    array_layouts: Counter[str] = field(default_factory=Counter)  # of arrays: how they are read
     num_lost_bits: int = 0  # of more than 8 bits in a format of which only 8 are read
     # Of images of more than 8 bits, or of all if bands are chosen: one of all bands, or one of each.
     measurements: list[RangeMeasurement] = field(default_factory=list)
@@ -72,7 +72,7 @@ class ImageSurvey:
             (self.num_lost_bits, "have more than 8 bits in a format of which only the upper 8 are read"),
             (self.num_large, f"have more than {LARGE // 10**6} megapixels, which slows down loading"),
         ]
-        notes = [(logging.INFO, f"{layout} (images.bands_axis)") for layout, _ in self.layouts.most_common(3)]
+        notes = [(logging.INFO, f"{layout} (images.bands_axis)") for layout, _ in self.array_layouts.most_common(3)]
         if self.options.bands is not None and self.options.channels == 3:
             notes.append((logging.INFO, "three bands are treated as red, green and blue, in 8 bits"))
         notes += self._notes_on_values()
@@ -164,7 +164,7 @@ def survey_images(
             survey.num_more_frames += image.has_more_frames
             survey.num_large += pixels > LARGE
             if layout := getattr(image, "layout", ""):
-                survey.layouts[layout] += 1
+                survey.array_layouts[layout] += 1
             survey.num_lost_bits += image.lost_bits > 0
             if image.is_deep or options.bands is not None:
                 deep.append((index, pixels))

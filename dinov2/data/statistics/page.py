@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import AnyImage, BadImageError, BandImage
 from dinov2.data.statistics.measure import BINS, Band, Statistics
+from dinov2.html_templates import template_environment
 
 _EXAMPLES, _SPLIT, _GROUPS, _IN_GROUP, _LISTED = 24, 3, 12, 6, 50  # on the page at most
 _SIDE = 160  # pixels of an example, at most
@@ -30,13 +30,7 @@ class Example(NamedTuple):
 
 def write_page(dataset: ImageDataset, title: str, found: Statistics) -> str:
     """Render the page."""
-    environment = Environment(
-        loader=PackageLoader("dinov2.data.statistics"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = template_environment("dinov2.data.statistics")
     count = min(_EXAMPLES, len(dataset))
     chosen = [position * len(dataset) // count for position in range(count)]
     edges = [_edges(band) for band in found.bands]
@@ -101,10 +95,10 @@ def _uri(image: AnyImage, edges: Sequence[tuple[float, float]]) -> str:
         low, high = np.array(edges, np.float32).T
         stretched = ((image.levels - low) * (255 / (high - low))).clip(0, 255)
         image = BandImage(stretched.astype(np.float32), image.shown)
-    picture, file = image.convert("RGB"), io.BytesIO()
-    scale = _SIDE / max(picture.size)
+    small, file = image.convert("RGB"), io.BytesIO()
+    scale = _SIDE / max(small.size)
     if scale >= 2:
-        picture = picture.resize((picture.width * int(scale), picture.height * int(scale)), Image.Resampling.NEAREST)
-    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    picture.save(file, "JPEG", quality=85)
+        small = small.resize((small.width * int(scale), small.height * int(scale)), Image.Resampling.NEAREST)
+    small.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    small.save(file, "JPEG", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
