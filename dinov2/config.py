@@ -196,6 +196,8 @@ class Teacher:
 @dataclass(frozen=True)
 class Distillation:
     teacher: str
+    students: tuple[str, ...]
+    global_batch_size: Count
 
 
 @dataclass(frozen=True)
@@ -323,25 +325,47 @@ class _Source(NamedTuple):
     values: dict[str, Any]  # checked, by dotted key
 
 
-def load(file: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+def load(file: str | Path | None = None, overrides: Sequence[str] = (), *, recipe: str | None = None) -> Config:
     """Load the defaults, then a file, then overrides; later values replace earlier ones, lists as a whole.
 
     Args:
         file: YAML file, or the name of a packaged one such as ``train/vitl16_short``; None: the defaults only.
         overrides: Texts ``dotted.key=value``, split at the first ``=``. For keys of type text the value is taken
             literally, and quotes around it are an error; for other keys it is YAML without comments.
+        recipe: File of one of `distillation.students`, loaded before ``file``, which is for all of them.
 
     Raises:
         FileNotFoundError: There is neither such a file nor such a packaged name.
         ConfigError: YAML or an override is malformed, a key is unknown, or values are invalid or contradictory.
     """
+    sources = _sources(file, overrides)
+    if recipe is not None:
+        for source in sources:
+            for key in source.values:
+                if key.startswith("student.") or key == "train.batch_size_per_gpu":
+                    origin = "the recipes in distillation.students"
+                    origin = origin if key.startswith("student.") else "distillation.global_batch_size"
+                    raise ConfigError(f"{key}: several students have it from {origin} (in {source.name})")
+        found = _find(recipe)
+        sources.insert(0, _check(_read(found), str(found)))
+    return _merge(sources)
+
+
+def load_students(file: str | Path | None = None, overrides: Sequence[str] = ()) -> tuple[str, ...]:
+    """The value of `distillation.students` alone: the other keys may be in the recipes of these. Errors as `load`."""
+    values: dict[str, Any] = {}
+    for source in _sources(file, overrides):
+        values |= source.values
+    return cast(tuple[str, ...], values.get("distillation.students", ()))
+
+
+def _sources(file: str | Path | None, overrides: Sequence[str]) -> list[_Source]:
     sources = []
     if file is not None:
         found = _find(file)
         sources.append(_check(_read(found), str(found)))
     _check_datasets_once(overrides)
-    sources += [_check(_parse_override(word), f"override {word!r}") for word in overrides]
-    return _merge(sources)
+    return sources + [_check(_parse_override(word), f"override {word!r}") for word in overrides]
 
 
 def _check_datasets_once(overrides: Sequence[str]) -> None:
@@ -666,6 +690,13 @@ def _contradictions_of_stages(cfg: Config) -> Iterator[str]:
     gram, steps = cfg.gram, cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH
     if cfg.init_from_optimizer and not cfg.init_from:
         yield "init_from_optimizer = true needs init_from, whose optimizer it is"
+    distillation = cfg.distillation
+    if distillation.students and not distillation.teacher:
+        yield f"distillation.students = {list(distillation.students)} need distillation.teacher"
+    if distillation.students and not distillation.global_batch_size:
+        yield "distillation.global_batch_size = 0: several students need the number of images in a step"
+    if distillation.global_batch_size and not distillation.students:
+        yield f"distillation.global_batch_size = {distillation.global_batch_size} is for distillation.students only"
     if gram.loss_weight <= 0:
         for key in ("teacher", "start_step", "rise_steps", "teacher_step", "refresh_period"):
             if value := getattr(gram, key):

@@ -7,16 +7,16 @@ no process group, on no device, and every helper below is the identity: the lapt
         total = distributed.all_reduce_sum(torch.ones(1, device=distributed.device()))
 """
 
+import itertools
 import logging
 import os
 import random
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import product
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -55,6 +55,8 @@ class ProcessInfo:
 
 
 _process: ProcessInfo | None = None
+_group: dist.ProcessGroup | None = None  # of this process after `split`; None: all processes of the job
+_cpu_group: dist.ProcessGroup | None = None  # the same processes, for `cpu_group`
 
 
 # --- Detection of the process ----------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def expand_nodelist(text: str) -> list[str]:
     for item in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         pieces = re.split(r"\[([^\[\]]*)\]", item)  # literal, range list, literal, range list, ...
         choices = [[p] if i % 2 == 0 else _expand_ranges(p, text) for i, p in enumerate(pieces)]
-        names.extend("".join(parts) for parts in product(*choices))
+        names.extend("".join(parts) for parts in itertools.product(*choices))
     if not names or text.count("[") != text.count("]"):
         raise ValueError(f"not a SLURM node list: {text!r}")
     return names
@@ -207,10 +209,10 @@ def _refuse_shared_gpu(store: dist.Store, process: ProcessInfo, device: torch.de
 
 def close() -> None:
     """Destroy the process group, if there is one."""
-    global _process
+    global _process, _group, _cpu_group
     if dist.is_initialized():
         dist.destroy_process_group()
-    _process = None
+    _process = _group = _cpu_group = None
 
 
 @contextmanager
@@ -245,20 +247,20 @@ def _choose_device(process: ProcessInfo) -> torch.device:
     return torch.device("cuda", process.local_rank)
 
 
-# --- Queries ---------------------------------------------------------------------------------------------------------
+# --- Queries: of the group of this process, by default the whole job --------------------------------------------------
 
 
 def is_enabled() -> bool:
-    """Whether there is a process group, that is, several processes."""
-    return dist.is_initialized()
+    """Whether there are several processes."""
+    return world_size() > 1
 
 
 def rank() -> int:
-    return dist.get_rank() if is_enabled() else 0
+    return dist.get_rank(_group) if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if is_enabled() else 1
+    return dist.get_world_size(_group) if dist.is_initialized() else 1
 
 
 def local_rank() -> int:
@@ -268,7 +270,7 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """Number of processes on this machine."""
-    return _process.local_world_size if _process else 1
+    return min(_process.local_world_size, world_size()) if _process else 1
 
 
 def is_main() -> bool:
@@ -285,14 +287,47 @@ def device() -> torch.device:
 # --- Groups of processes ---------------------------------------------------------------------------------------------
 
 
+def split(sizes: Sequence[int]) -> int:
+    """Divide the processes of the job into groups of consecutive ranks; returns the number of the group of this one.
+
+    Queries and collectives are then of its group, but within `whole_job`. All processes must call this, once. A
+    ValueError if the sizes are not those of all processes together.
+    """
+    global _group, _cpu_group
+    if sum(sizes) != world_size():
+        raise ValueError(f"{world_size()} processes cannot be divided into groups of {', '.join(map(str, sizes))}")
+    if len(sizes) == 1:
+        return 0
+    rank_in_job, ends, number = rank(), list(itertools.accumulate(sizes)), 0
+    for index, (size, end) in enumerate(zip(sizes, ends, strict=True)):  # all processes create all groups
+        ranks = list(range(end - size, end))
+        groups = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
+        if rank_in_job in ranks:
+            number, (_group, _cpu_group) = index, cast("tuple[dist.ProcessGroup, dist.ProcessGroup]", groups)
+    return number
+
+
+@contextmanager
+def whole_job() -> Iterator[None]:
+    """Within the body, queries and collectives are of all processes, also those of other groups."""
+    global _group
+    own, _group = _group, None
+    try:
+        yield
+    finally:
+        _group = own
+
+
 def device_mesh(num_shards: int) -> DeviceMesh:
     """Arrange the processes in rows of `num_shards`: a mesh of one dimension for a single row, else of two.
 
-    Tensors are sharded within a row and replicated over the rows. Requires a process group, and a number of processes
-    that is a multiple of `num_shards`.
+    Tensors are sharded within a row and replicated over the rows. Requires several processes, whose number is a
+    multiple of `num_shards`; after `split` it must be that number.
     """
-    if world_size() % num_shards:
+    if world_size() % num_shards or (_group is not None and num_shards != world_size()):
         raise ValueError(f"{world_size()} processes cannot be divided into groups of {num_shards}")
+    if _group is not None:
+        return DeviceMesh.from_group(_group, device().type)
     if num_shards == world_size():
         return init_device_mesh(device().type, (num_shards,))
     return init_device_mesh(
@@ -300,9 +335,16 @@ def device_mesh(num_shards: int) -> DeviceMesh:
     )
 
 
+def group() -> dist.ProcessGroup | None:
+    """The group of this process, for functions of PyTorch; None is that of all processes, or no group."""
+    return _group
+
+
 def cpu_group() -> dist.ProcessGroup | None:
-    """A group of all processes for CPU collectives of another thread, not to be mixed up; None with one process."""
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if is_enabled() else None
+    """A group for CPU collectives of another thread, not to be mixed up; None with one process."""
+    if not is_enabled():
+        return None
+    return _cpu_group or cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
 
 
 # --- Collectives: they return new tensors without gradient; with one process, copies ----------------------------------
@@ -310,7 +352,7 @@ def cpu_group() -> dist.ProcessGroup | None:
 
 def barrier() -> None:
     if is_enabled():
-        dist.barrier()
+        dist.barrier(_group)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
@@ -331,7 +373,7 @@ def all_reduce_max(tensor: Tensor) -> Tensor:
 def _all_reduce(tensor: Tensor, operation: Any) -> Tensor:
     result = tensor.detach().clone()
     if is_enabled():
-        dist.all_reduce(result, op=operation)
+        dist.all_reduce(result, op=operation, group=_group)
     return result
 
 
@@ -341,7 +383,7 @@ def all_gather_cat(tensor: Tensor) -> Tensor:
     if not is_enabled():
         return mine.clone()
     parts = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(parts, mine)
+    dist.all_gather(parts, mine, group=_group)
     return torch.cat(parts)
 
 
@@ -357,11 +399,24 @@ def all_gather_varied(tensor: Tensor) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
+def exchange(tensor: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+    """Send the first `sent[0]` rows to rank 0, the next `sent[1]` to rank 1, ...; returns the rows that are received.
+
+    (sum of `sent`, ...) -> (sum of `received`, ...), by rank of the sender; `received[r]` is what rank r sends here.
+    """
+    mine = tensor.detach().contiguous()
+    if not is_enabled():
+        return mine.clone()
+    result = mine.new_empty((sum(received), *mine.shape[1:]))
+    dist.all_to_all_single(result, mine, list(received), list(sent), group=_group)
+    return result
+
+
 def broadcast(tensor: Tensor, source: int = 0) -> Tensor:
     """Returns the tensor of rank `source` on all processes, which must pass tensors of equal shape and dtype."""
     result = tensor.detach().clone()
     if is_enabled():
-        dist.broadcast(result, source)
+        dist.broadcast(result, group=_group, group_src=source)
     return result
 
 
@@ -399,5 +454,5 @@ def all_gather_object(value: Any) -> list[Any]:
     if not is_enabled():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_group)
     return values

@@ -54,10 +54,10 @@ So are those with a true attribute `caused_by_user`, which code must not catch l
 
 
 class _ShortLine(logging.Formatter):
-    """`17:55:51 message`, with the level if it is above INFO."""
+    """`17:55:51 message`, with the level if it is above INFO, and the name of the run if there are several."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+    def __init__(self, name: str = "") -> None:
+        super().__init__("%(asctime)s " + (f"{name}: " if name else "").replace("%", "%%") + "%(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         shown = copy(record)
@@ -109,11 +109,26 @@ def log_path(output_dir: str | Path, rank: int = 0) -> Path:
     return path if rank == 0 else path.with_name(f"{path.name}.rank{rank}")
 
 
-def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: int = logging.INFO) -> None:
+def log_of_job(output_dir: str | Path, rank: int) -> Path:
+    """Where to look for the log of a process of a job; with several students they are in the folders of these."""
+    path = log_path(output_dir, rank)
+    of_students = Path(output_dir) / "*" / "logs"
+    return of_students if not path.exists() and any(Path(output_dir).glob("*/logs/log.txt")) else path
+
+
+def current_log() -> Path | None:
+    """The log file of this process, if it has one."""
+    files = [handler for handler in logging.getLogger().handlers if isinstance(handler, _LogFile)]
+    return Path(files[0].baseFilename) if files else None
+
+
+def setup_logging(
+    output_dir: str | Path | None = None, rank: int = 0, level: int = logging.INFO, *, name: str = ""
+) -> None:
     """Send all log lines and warnings to the console and, if an output folder is given, to a file in it.
 
-    The console shows rank 0, and errors of the other ranks. Lines are appended to `log_path(output_dir, rank)`.
-    Another call replaces the former one.
+    The console shows rank 0, and errors of the other ranks, with the name of the run, if any. Lines are appended to
+    `log_path(output_dir, rank)`. Another call replaces the former one.
     """
     handlers: list[logging.Handler] = [_Console(level if rank == 0 else max(level, logging.ERROR))]
     if output_dir is not None:
@@ -128,7 +143,7 @@ def setup_logging(output_dir: str | Path | None = None, rank: int = 0, level: in
         old.close()
     for handler in handlers:
         in_file = isinstance(handler, _LogFile)
-        handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT) if in_file else _ShortLine())
+        handler.setFormatter(logging.Formatter(_FORMAT, _DATE_FORMAT) if in_file else _ShortLine(name))
         root.addHandler(handler)
     root.setLevel(level)
     logging.captureWarnings(True)

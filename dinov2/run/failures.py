@@ -20,7 +20,7 @@ from pathlib import Path
 from torch.distributed import DistError
 
 from dinov2.files import atomic_write
-from dinov2.log import USER_ERRORS, log_path
+from dinov2.log import USER_ERRORS, current_log, log_of_job
 
 _LOST_PEER = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|gloo|nccl", re.IGNORECASE)
 
@@ -37,6 +37,7 @@ class Failure:
     trace: str
     lost_peer: bool
     output_dir: str
+    log: str
 
     @classmethod
     def of(cls, error: Exception, rank: int, world_size: int, output_dir: str) -> "Failure":
@@ -51,6 +52,7 @@ class Failure:
             trace="" if is_user_error else "".join(traceback.format_exception(error)),
             lost_peer=_is_lost_peer(error),
             output_dir=output_dir,
+            log=str(current_log() or log_of_job(output_dir, rank)),
         )
 
     def write(self, path: Path) -> None:
@@ -76,10 +78,9 @@ def error_message(failures: Sequence[Failure]) -> str:
     if first.lost_peer and silent:
         return (
             f"error: process {', '.join(map(str, silent))} of {first.world_size} ended without an error: killed, for "
-            f"instance for lack of memory, or its node was lost; log: {log_path(first.output_dir, silent[0])}"
+            f"instance for lack of memory, or its node was lost; log: {log_of_job(first.output_dir, silent[0])}"
         )
-    log = log_path(first.output_dir, first.rank)
-    where = f"process {first.rank} of {first.world_size} on {first.host}; log: {log}"
+    where = f"process {first.rank} of {first.world_size} on {first.host}; log: {first.log}"
     return f"{first.trace}error: {first.message} ({where})"
 
 

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from dinov2 import config, distributed
-from dinov2.log import log_path, run_command, setup_logging
+from dinov2.log import log_of_job, run_command, setup_logging
 from dinov2.run.failures import error_message, read_failures
 from dinov2.run.slurm import submit
 from dinov2.run.submission import (
@@ -45,12 +45,17 @@ AFTER_INTERRUPT = "the same command again continues a training"
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2)
 
 
+def _check_config(args: argparse.Namespace, num_processes: int) -> list[str]:
+    config.load(args.config_file, args.opts)
+    return []
+
+
 def launch(
     function: str,
     get_args_parser: Callable[..., argparse.ArgumentParser],
     name: str,
     argv: Sequence[str] | None = None,
-    check: Callable[[config.Config, int], list[str]] = lambda cfg, world_size: [],
+    check: Callable[[argparse.Namespace, int], list[str]] = _check_config,
 ) -> int:
     """Parse the command line of a launcher and run or submit the task; returns the exit status.
 
@@ -59,8 +64,8 @@ def launch(
         get_args_parser: Builds the parser of the task; called with `add_help=False`.
         name: Name of the job in the queue, such as `dinov2:train`.
         argv: Command line without the program; None: that of the process.
-        check: (config, number of processes) -> warnings; may raise a ConfigError. Called before a job is queued; the
-            task itself checks again.
+        check: (arguments of the task, number of processes) -> warnings; may raise a ConfigError. Called first, as the
+            task checks again after hours in the queue; by default it loads the configuration.
     """
     args, submission = parse(get_args_parser, argv)
     task = Task(function, args)
@@ -71,22 +76,24 @@ def launch(
     if submission.ngpus == 0:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is initialized
     try:
-        cfg = config.load(args.config_file, args.opts)  # errors now rather than after hours in the queue
         check_counts(submission)
-        if not uses_slurm(submission):
+        on_slurm = uses_slurm(submission)
+        if on_slurm:
+            num_processes = submission.nodes * per_slurm_node(submission)[1]
+        else:
             num_processes = num_local_processes(submission, torch.cuda.device_count())
             warn_of_flags_without_effect(submission)
-        elif dry_run:
-            num_processes = per_slurm_node(submission)[1]
-        else:
-            for warning in check(cfg, submission.nodes * per_slurm_node(submission)[1]):
+        planned = submission.nodes * num_processes if dry_run and not on_slurm else num_processes
+        warnings = check(args, planned)
+        if on_slurm and not dry_run:
+            for warning in warnings:
                 logger.warning("%s", warning)
             return submit(task, submission, name)
     except (config.ConfigError, FileNotFoundError, LaunchError) as error:
         sys.stderr.write(f"error: {error}\n")  # without the usage, which is long
         raise SystemExit(2) from error
     if dry_run:
-        task.args.world_size = submission.nodes * num_processes  # number of processes of the planned run
+        task.args.world_size = planned  # number of processes of the planned run
         return run_command(partial(run_here, task), after_interrupt=AFTER_INTERRUPT)
     return run_command(partial(run_local, task, num_processes), after_interrupt=AFTER_INTERRUPT)
 
@@ -162,4 +169,4 @@ def _error_message(rank: int, exitcode: int, world_size: int, folder: Path, task
         return error_message(found)
     reason = f"was killed by {signal.Signals(-exitcode).name}" if exitcode < 0 else f"ended with status {exitcode}"
     hint = ", perhaps for lack of memory" if exitcode == -signal.SIGKILL else ""
-    return f"error: process {rank} of {world_size} {reason}{hint}; log: {log_path(task.args.output_dir, rank)}"
+    return f"error: process {rank} of {world_size} {reason}{hint}; log: {log_of_job(task.args.output_dir, rank)}"

@@ -350,7 +350,8 @@ def _load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) ->
     if unknown := sorted(stored - tensors.keys()):
         raise ValueError(f"it holds {len(unknown)} tensors that this model does not have, such as {unknown[0]}")
     one_process_is_enough()
-    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=not distributed.is_enabled())
+    alone = not distributed.is_enabled()
+    dcp.load(tensors, storage_reader=SafeReader(folder), process_group=distributed.group(), no_dist=alone)
 
 
 def save_teacher(teacher: nn.Module, path: Path) -> None:

@@ -43,6 +43,11 @@ class NonFiniteGuard:
         self._unreported.append(_Check(tuple(values), *_fetch(nonfinite)))
         return nonfinite.amax()
 
+    def is_over(self) -> bool:
+        """Whether the last reported step was not skipped, in any run of the job; all processes must call this."""
+        with distributed.whole_job():
+            return int(distributed.all_reduce_max(torch.tensor(self.in_a_row))) == 0
+
     def report(self, scaler: torch.amp.GradScaler, *, all_steps: bool = False) -> None:
         """Log skipped steps before the latest one; with `all_steps` also that one, for which the host then waits.
 

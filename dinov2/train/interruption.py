@@ -81,8 +81,9 @@ class Interruption:
             raise NoImages(f"no batch of images arrived within {GRACE:g} seconds of {name}{end}")
 
     def requested(self) -> bool:
-        """Whether any process received a signal; all processes must call this after every step."""
-        agreed = int(distributed.all_reduce_max(torch.tensor(self.signum)))
+        """Whether any process of the job received a signal; all processes must call this after every step."""
+        with distributed.whole_job():
+            agreed = int(distributed.all_reduce_max(torch.tensor(self.signum)))
         if agreed:  # otherwise unchanged: a signal may have come during the reduction
             self.signum, self._noted = agreed, self._noted or time.monotonic()
         return agreed != 0
@@ -96,9 +97,10 @@ class Interruption:
         if self.signum == signal.SIGINT:
             raise KeyboardInterrupt
         former = self._former[self.signum]
-        try:
-            if callable(former) and distributed.is_main():
-                former(self.signum, None)
-        finally:
-            distributed.barrier()
+        with distributed.whole_job():
+            try:
+                if callable(former) and distributed.is_main():
+                    former(self.signum, None)
+            finally:
+                distributed.barrier()
         raise SystemExit(128 + self.signum)

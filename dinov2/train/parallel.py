@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dinov2 import distributed
-from dinov2.config import DTYPES, SHARDED_OVER, ComputePrecision, ModulePrecision
+from dinov2.config import DTYPES, SHARDED_OVER, ComputePrecision, ModulePrecision, NetworkPrecision
 from dinov2.layers.attention import best_backend
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -43,6 +43,7 @@ def parallelize(
     precision: ComputePrecision,
     *,
     frozen: Sequence[nn.ModuleDict] = (),
+    shared: Sequence[nn.ModuleDict] = (),
     block_chunks: int = 0,
     activation_checkpointing: ActivationCheckpointing = "none",
     compile_blocks: bool = False,
@@ -55,6 +56,7 @@ def parallelize(
         student, teacher: Networks by name; `backbone` has `blocks`.
         precision: Sharding strategy and dtypes of each network.
         frozen: Further networks that do not learn, treated like the teacher.
+        shared: The same, sharded over the processes of the whole job.
         block_chunks: Number of sharding units of the blocks of a backbone; 0: one unit per block.
         activation_checkpointing: Activations of the student's blocks recomputed in the backward pass: none, all but the
             outputs of matrix products and attention ("selective"), or all ("full").
@@ -64,20 +66,30 @@ def parallelize(
         for block in _blocks(student):
             _recompute(block, selective=activation_checkpointing == "selective")
     if compile_blocks:
-        _compile([block for networks in (student, teacher, *frozen) for block in _blocks(networks)])
-    if distributed.is_enabled():
-        # It warns of in-place operations on views, of which there are none.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-        meshes: dict[int, DeviceMesh] = {}
-        for networks in (student, teacher, *frozen):
-            precisions = precision.student if networks is student else precision.teacher
-            for name, network in networks.items():
-                _broadcast_weights(network)
-                how: ModulePrecision = getattr(precisions, name)
-                shards = num_shards(how.sharding_strategy, distributed.world_size(), distributed.local_world_size())
-                mesh = meshes[shards] = meshes.get(shards) or distributed.device_mesh(shards)
-                free = networks is not student or how.sharding_strategy in FREED_AFTER_FORWARD
-                _shard(network, how, mesh, block_chunks=block_chunks, reshard_after_forward=free)
+        _compile([block for networks in (student, teacher, *frozen, *shared) for block in _blocks(networks)])
+    # It warns of in-place operations on views, of which there are none.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    _distribute([student], precision.student, block_chunks=block_chunks, always_free=False)
+    _distribute([teacher, *frozen], precision.teacher, block_chunks=block_chunks, always_free=True)
+    with distributed.whole_job():
+        _distribute(shared, precision.teacher, block_chunks=block_chunks, always_free=True)
+
+
+def _distribute(
+    parts: Iterable[nn.ModuleDict], precision: NetworkPrecision, *, block_chunks: int, always_free: bool
+) -> None:
+    """Shard networks over the processes, if there are several, with the weights of rank 0."""
+    if not distributed.is_enabled():
+        return
+    meshes: dict[int, DeviceMesh] = {}
+    for networks in parts:
+        for name, network in networks.items():
+            _broadcast_weights(network)
+            how: ModulePrecision = getattr(precision, name)
+            shards = num_shards(how.sharding_strategy, distributed.world_size(), distributed.local_world_size())
+            mesh = meshes[shards] = meshes.get(shards) or distributed.device_mesh(shards)
+            free = always_free or how.sharding_strategy in FREED_AFTER_FORWARD
+            _shard(network, how, mesh, block_chunks=block_chunks, reshard_after_forward=free)
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -91,7 +103,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def _blocks(networks: nn.ModuleDict) -> list[nn.Module]:
-    return list(cast(nn.ModuleList, networks["backbone"].blocks))
+    return list(cast(nn.ModuleList, networks["backbone"].blocks)) if "backbone" in networks else []
 
 
 def _compile(blocks: Sequence[nn.Module]) -> None:

@@ -131,8 +131,13 @@ class SSLMetaArch(nn.Module):
         """Networks besides student and teacher, which do not learn and are not in checkpoints."""
         return []
 
+    @property
+    def shared_networks(self) -> list[nn.ModuleDict]:
+        """Further frozen networks, which the processes of the whole job run together, also those of other students."""
+        return []
+
     def load_frozen(self, *, resuming: bool = False) -> None:
-        """Load the weights of `frozen_networks`, before sharding; those in checkpoints not when `resuming` from one."""
+        """Load the frozen and shared weights, before sharding; those in checkpoints not when `resuming` from one."""
 
     def stage_facts(self) -> dict[str, str]:
         """What a stage adds to the plan of a run, by name."""
@@ -161,7 +166,9 @@ class SSLMetaArch(nn.Module):
         They are balanced or centered jointly, so that k micro-batches have the targets of k processes. Centers are
         updated. `teacher_temp` is the temperature of the softmax.
         """
-        cls_scores, patch_scores = zip(*map(self._teacher_scores, batches), strict=True)
+        # Swap the crops: the student of crop 0 must predict the class token of crop 1, and vice versa.
+        scores = [self._heads("teacher", _swapped(cls), None, patch) for cls, patch in self._teacher_tokens(batches)]
+        cls_scores, _, patch_scores = zip(*scores, strict=True)
         cls = self._probabilities(self.dino_loss, cls_scores, teacher_temp) if self.use_dino else [None] * len(batches)
         patch = (
             self._probabilities(self.ibot_patch_loss, patch_scores, teacher_temp)
@@ -183,15 +190,13 @@ class SSLMetaArch(nn.Module):
         loss.update_center(*scores)
         return probabilities
 
-    def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        with self._precision("teacher", "backbone") as dtype:
-            crops = [self._target_crops(batch).to(dtype)]
-            [features] = self.target_networks["backbone"](crops, patches=[_padded_mask_index(batch)], is_training=True)
-        # Swap the crops: the student of crop 0 must predict the class token of crop 1, and vice versa.
-        cls_tokens = torch.cat(features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)[::-1])
-        patch_tokens = features["x_norm_patchtokens"][: len(batch.mask_index)]
-        cls, _, patch = self._heads("teacher", cls_tokens, None, patch_tokens)
-        return cls, patch
+    def _teacher_tokens(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Class tokens (2B, D) and tokens of the masked patches (M, D) of the teacher for each micro-batch."""
+        for batch in batches:
+            with self._precision("teacher", "backbone") as dtype:
+                crops, patches = [self._target_crops(batch).to(dtype)], [_padded_mask_index(batch)]
+                [features] = self.target_networks["backbone"](crops, patches=patches, is_training=True)
+            yield features["x_norm_clstoken"], features["x_norm_patchtokens"][: len(batch.mask_index)]
 
     def _target_crops(self, batch: Batch) -> Tensor:
         """The crops that targets are computed for."""
@@ -298,6 +303,11 @@ class SSLMetaArch(nn.Module):
         dtype = DTYPES[getattr(networks, module).mixed_precision.param_dtype]
         with torch.autocast(self.dino_loss.center.device.type, dtype, enabled=dtype != torch.float32):
             yield dtype
+
+
+def _swapped(rows: Tensor) -> Tensor:
+    """Rows of crops with those of crop 0 and 1 exchanged."""
+    return torch.cat(rows.chunk(NUM_GLOBAL_CROPS)[::-1])
 
 
 def _padded_mask_index(batch: Batch) -> Tensor:

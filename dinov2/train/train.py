@@ -12,7 +12,6 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,9 +48,10 @@ from dinov2.train.optim import clip_gradients, ema_update, set_hyperparameters, 
 from dinov2.train.preflight.checks import check_device, check_images, check_settings
 from dinov2.train.preflight.dry_run import dry_run
 from dinov2.train.preflight.plan import check_length, check_sources
-from dinov2.train.schedules import StepValues, build_schedules, global_batch_size, is_due, num_steps, scale_lr
+from dinov2.train.schedules import StepValues, build_schedules, global_batch_size, is_due, num_steps
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
 from dinov2.train.stages.choice import build_arch
+from dinov2.train.stages.several_students import describe_shares, own_run, planned_runs, resume_together
 from dinov2.train.start.baseline import measure_baseline
 from dinov2.train.start.source_runs import check_source_runs, pinned
 from dinov2.train.training_run import (
@@ -67,17 +67,18 @@ logger = logging.getLogger(__name__)
 
 def main(args: argparse.Namespace) -> None:
     """Run the command, in a single process or as one of several."""
-    cfg = config.load(args.config_file, args.opts)
-    output_dir = Path(args.output_dir or cfg.train.output_dir).resolve()
+    planned: int | None = getattr(args, "world_size", None)  # set by the launcher, which starts the processes
+    job_size, resume = planned or distributed.detect_process().world_size, not args.no_resume
+    runs = planned_runs(args, job_size)
     if args.dry_run:
-        planned: int | None = getattr(args, "world_size", None)  # set by the launcher, which starts the processes
-        world_size = planned or distributed.detect_process().world_size
-        dry_run(with_run_values(cfg, output_dir, world_size), world_size, resume=not args.no_resume)
+        costs = [dry_run(run.cfg, run.num_processes, job_size=job_size, resume=resume) for run in runs]
+        sys.stdout.write(describe_shares(runs, costs))
         return
-    with distributed.session(), naming_full_disk(output_dir):
-        cfg = with_run_values(cfg, output_dir, distributed.world_size())
+    with distributed.session(), naming_full_disk(runs[0].output_dir):
+        run = own_run(runs)
+        cfg, output_dir = run.cfg, run.output_dir
         output_dir.mkdir(parents=True, exist_ok=True)
-        setup_logging(output_dir, distributed.rank())
+        setup_logging(output_dir, distributed.rank(), name=output_dir.name if len(runs) > 1 else "")
         seed_everything(cfg.train.seed)
         torch.set_float32_matmul_precision("high")  # TF32 where supported, as published
         logger.info("%d process(es), device %s, output %s", distributed.world_size(), distributed.device(), output_dir)
@@ -86,9 +87,11 @@ def main(args: argparse.Namespace) -> None:
         if not args.eval_only:
             for warning in [*check_settings(cfg, distributed.world_size()), *check_device(cfg)]:
                 logger.warning("%s", warning)
-        check_source_runs(cfg, resume=not args.no_resume)
-        cfg = pinned(cfg, resume=not args.no_resume)
-        cfg, dataset = open_dataset(cfg, resume=not args.no_resume)  # before the model, to report mistakes early
+        if resume:
+            resume_together(runs)
+        check_source_runs(cfg, resume=resume)
+        cfg = pinned(cfg, resume=resume)
+        cfg, dataset = open_dataset(cfg, resume=resume)  # before the model, to report mistakes early
         warnings = check_images(cfg, dataset)
         if not args.eval_only:
             warnings += check_length(cfg, len(dataset), distributed.world_size())
@@ -98,15 +101,9 @@ def main(args: argparse.Namespace) -> None:
         model = build_arch(cfg).to(distributed.device())
         with distributed.on_main(folder_lock(output_dir)):
             if args.eval_only:
-                dump_teacher_only(cfg, model, resume=not args.no_resume)
+                dump_teacher_only(cfg, model, resume=resume)
             else:
-                do_train(cfg, model, dataset, resume=not args.no_resume)
-
-
-def with_run_values(cfg: Config, output_dir: Path, world_size: int) -> Config:
-    """Returns the config with its output folder and the learning rate scaled to its global batch size."""
-    lr = scale_lr(cfg.optim.base_lr, cfg.optim.scaling_rule, global_batch_size(cfg, world_size))
-    return replace(cfg, optim=replace(cfg.optim, lr=lr), train=replace(cfg.train, output_dir=str(output_dir)))
+                do_train(cfg, model, dataset, resume=resume)
 
 
 def seed_everything(seed: int) -> None:
@@ -154,8 +151,8 @@ def do_train(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, resume: 
                 save_rated_teacher(model, output_dir / "eval" / f"training_{step}", step, measured, cfg.health.best_by)
             stopping = interruption.requested()
             checkpoint_due = checkpoint_due or checkpointer.is_due(step)
-            healthy = nonfinite.in_a_row == 0 or step == last_step  # otherwise older checkpoints are worth more
-            if stopping or (checkpoint_due and healthy):
+            # While steps are skipped, older checkpoints are worth more.
+            if stopping or (checkpoint_due and (step == last_step or nonfinite.is_over())):
                 checkpoint_due = False
                 run.save(wait=stopping)
             checkpointer.finish(wait=False)

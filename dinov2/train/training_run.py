@@ -232,6 +232,7 @@ def parallelize_and_build_optimizer(cfg: Config, model: SSLMetaArch) -> torch.op
         model.teacher,
         cfg.compute_precision,
         frozen=model.frozen_networks,
+        shared=model.shared_networks,
         block_chunks=cfg.student.block_chunks,
         activation_checkpointing=cfg.train.activation_checkpointing,
         compile_blocks=cfg.train.compile,

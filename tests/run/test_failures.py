@@ -21,9 +21,10 @@ OWN = Failure(
     trace="",
     lost_peer=False,
     output_dir="/out",
+    log="/out/logs/log.txt.rank2",
 )
 LOST = [
-    dataclasses.replace(OWN, time=time, rank=rank, message=GLOO, trace="Traceback", lost_peer=True)
+    dataclasses.replace(OWN, time=time, rank=rank, message=GLOO, trace="Traceback", lost_peer=True, log=f"log {rank}")
     for rank, time in ((0, 4.0), (1, 3.0))
 ]
 
@@ -50,7 +51,7 @@ def test_processes_without_a_record_were_killed(tmp_path: Path) -> None:
 def test_if_all_lost_a_connection_the_first_is_reported_with_its_traceback(tmp_path: Path) -> None:
     both = [dataclasses.replace(failure, world_size=2) for failure in LOST]
     words = error_message(read_failures(write(tmp_path, *both)))
-    assert words == f"Tracebackerror: {GLOO} (process 1 of 2 on n1; log: /out/logs/log.txt.rank1)"
+    assert words == f"Tracebackerror: {GLOO} (process 1 of 2 on n1; log: log 1)"
 
 
 def fail(error: Exception, cause: Exception | None = None) -> Failure:

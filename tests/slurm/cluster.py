@@ -193,6 +193,11 @@ class Cluster:
         words = self.run("scontrol", "show", "job", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
+    def log(self, job_id: str) -> str:
+        """The lines of the controller's log that name a job."""
+        lines = (self.folder / "log" / "slurmctld.log").read_text().splitlines()
+        return "\n".join(line for line in lines if f"={job_id}" in line or f" {job_id}" in line)
+
     def wait_for(self, condition: Callable[[], object], what: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while not condition():

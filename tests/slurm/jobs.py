@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,11 @@ class Job:
 
     def finish(self) -> None:
         """Wait until it has done what it was to do."""
-        self.wait_for_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=180)
-        assert self.state == "COMPLETED", self.stderr
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.wait_for_state(*ended, seconds=180)
+        time.sleep(5)  # a job that is being requeued has an end, too, for a moment
+        self.wait_for_state(*ended, seconds=180)
+        assert self.state == "COMPLETED", f"{self.facts}\n{self.stderr}\n{self.cluster.log(self.id)}"
 
     # --- Disturbing it ---
 

@@ -72,7 +72,7 @@ def local_run(folder: Path) -> Path:
     if not output_dir.exists():
         words = ("--launcher", "local", "--ngpus", "0", "--tasks-per-node", "2", "--config-file", CONFIG_FILE)
         command = [sys.executable, TRAIN, *words, "--output-dir", str(output_dir), *RECIPE]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=120)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=300)
     return output_dir
 
 

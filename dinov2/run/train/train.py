@@ -4,6 +4,7 @@
         --output-dir OUT train.dataset_path=ImageNet:split=TRAIN:root=ROOT:extra=EXTRA
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +20,16 @@ if __name__ == "__main__":
 
 from dinov2.run.launch import launch
 from dinov2.train.preflight.checks import check_settings
+from dinov2.train.stages.several_students import planned_runs
+
+
+def check(args: argparse.Namespace, num_processes: int) -> list[str]:
+    """Warnings of questionable settings of the runs that a command starts; errors as `planned_runs`."""
+    return [w for run in planned_runs(args, num_processes) for w in check_settings(run.cfg, run.num_processes)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return launch("dinov2.train.train:main", get_args_parser, "dinov2:train", argv, check=check_settings)
+    return launch("dinov2.train.train:main", get_args_parser, "dinov2:train", argv, check=check)
 
 
 if __name__ == "__main__":

@@ -42,8 +42,11 @@ PROCESSES_PER_MACHINE = 8  # assumed if the processes are not started yet
 IMAGES_TRIED = 20  # number of images that are read to check the dataset
 
 
-def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
-    """Check all that the run needs, with the error that it would have failed with, and print its plan."""
+def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool = True) -> float:
+    """Check all that the run needs, with the error that it would have failed with, and print its plan.
+
+    `job_size` is the number of processes of all students together. Returns the FLOPs of a step of one process.
+    """
     findings = [*check_settings(cfg, world_size), *check_device(cfg)]
     _check_writable(Path(cfg.train.output_dir))
     check_source_runs(cfg, resume=resume)
@@ -59,7 +62,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     start = _start(latest, cfg, model)
     if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
         start["step 0"] = check_step_zero(model, cfg, dataset, loaded)
-    plan = start | model.stage_facts() | _plan(cfg, model, len(dataset), world_size)
+    plan = start | model.stage_facts() | _plan(cfg, model, len(dataset), world_size, job_size)
     plan |= describe_sources(cfg, dataset, world_size)
     if latest is None:  # a run that has begun keeps its length
         plan |= describe_length(cfg, len(dataset), world_size)
@@ -82,6 +85,7 @@ def dry_run(cfg: Config, world_size: int, *, resume: bool = True) -> None:
     but = f" but for {len(findings)} warning(s)" if findings else ""
     text = "\n".join([config.to_yaml(cfg), *lines, "", f"dry run: everything is in order{but}, nothing was trained"])
     sys.stdout.write(text + "\n")
+    return step_flops(cfg, model, share_of_job=world_size / job_size).total
 
 
 def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
@@ -141,7 +145,7 @@ def _check_writable(folder: Path) -> None:
         raise OSError(f"cannot write to the output folder {folder}: {error}") from error
 
 
-def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> dict[str, str]:
+def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int, job_size: int) -> dict[str, str]:
     """The plan of the run: name -> value with its unit."""
     batch = global_batch_size(cfg, world_size)
     accumulated = f" x {cfg.train.accumulate_steps} micro-batches" if cfg.train.accumulate_steps > 1 else ""
@@ -159,8 +163,8 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int) -> 
         "teacher checkpoints": _how_often(cfg.evaluation.eval_period_iterations, steps),
         "images seen": f"{steps * batch:,}, the dataset {steps * batch / num_images:.1f} times",
         **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
-        **_compute(cfg, model, steps, world_size),
-        **_costs(cfg, model, world_size),
+        **_compute(cfg, model, steps, world_size, job_size),
+        **_costs(cfg, model, world_size, job_size),
     }
 
 
@@ -183,9 +187,9 @@ def _how_often(period: int, steps: int) -> str:
     return f"{num_due(period, steps):,}: every {period:,} steps and after the last one" if period > 0 else "none"
 
 
-def _compute(cfg: Config, model: SSLMetaArch, steps: int, world_size: int) -> dict[str, str]:
+def _compute(cfg: Config, model: SSLMetaArch, steps: int, world_size: int, job_size: int) -> dict[str, str]:
     """FLOPs by image, step and run, and the least time of a step, on a machine without a GPU also here."""
-    flops = step_flops(cfg, model).total
+    flops = step_flops(cfg, model, share_of_job=world_size / job_size).total
     of_image, of_run = flops * world_size / global_batch_size(cfg, world_size), flops * steps * world_size
     floor = f"{_duration(flops / H200_FLOPS)} at {_flop(H200_FLOPS)}/s (an H200 in half precision)"
     if not torch.cuda.is_available():
@@ -211,16 +215,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds / length:.3g} {unit}"
 
 
-def _costs(cfg: Config, model: SSLMetaArch, world_size: int) -> dict[str, str]:
+def _costs(cfg: Config, model: SSLMetaArch, world_size: int, job_size: int) -> dict[str, str]:
     """Estimated memory and communication of a process."""
     here = distributed.detect_process()
-    per_machine = here.local_world_size if here.world_size == world_size else min(PROCESSES_PER_MACHINE, world_size)
-    costs = estimate(cfg, model, world_size, per_machine)
+    per_machine = here.local_world_size if here.world_size == job_size else min(PROCESSES_PER_MACHINE, job_size)
+    costs = estimate(cfg, model, world_size, per_machine, job_size)
     memory = (
         f"{_gib(costs.memory)} (weights, gradients and AdamW {_gib(costs.state)}, gathered weights and gradients "
         f"{_gib(costs.gathered + costs.reducing)}, activations {_gib(costs.activations)})"
     )
-    if world_size == 1:
+    if job_size == 1:
         return {"memory per process, estimated": memory}
     modules = cfg.compute_precision.student
     strategies = [f"{name} {getattr(modules, name).sharding_strategy}" for name in model.student]

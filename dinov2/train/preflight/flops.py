@@ -72,11 +72,14 @@ class StepFlops:
         return self.model + self.recomputed
 
 
-def step_flops(cfg: Config, model: SSLMetaArch, masked_patches: float | None = None) -> StepFlops:
+def step_flops(
+    cfg: Config, model: SSLMetaArch, masked_patches: float | None = None, *, share_of_job: float = 1.0
+) -> StepFlops:
     """Count the FLOPs of a step of networks that may be on the meta device.
 
     Args:
         masked_patches: Number of masked patches in a micro-batch; None: the mean.
+        share_of_job: Processes of this student as a fraction of the job; the others compute tokens of its teacher, too.
     """
     images = cfg.train.batch_size_per_gpu
     masked = masked_patches_per_image(cfg) * images if masked_patches is None else masked_patches
@@ -85,6 +88,8 @@ def step_flops(cfg: Config, model: SSLMetaArch, masked_patches: float | None = N
         Forward._make(cfg.train.accumulate_steps * flops for flops in _forward(model, networks, seen, masked))
         for networks, seen in ((model.target_networks, groups[:1]), (model.student, groups))
     )
+    if model.shared_networks:  # each image once in the whole job; the heads are of each student
+        teacher = Forward._make(part * share_of_job for part in teacher)._replace(heads=teacher.heads)
     if cfg.gram.loss_weight > 0:  # its teacher sees larger crops, and all its patches are needed
         side = cfg.gram.crops_scale * cfg.crops.global_crops_size // cfg.student.patch_size
         seen = ((groups[0][0], 1 + cfg.student.num_register_tokens + side**2),)

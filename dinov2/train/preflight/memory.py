@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from dinov2.config import DTYPES, Config, ModulePrecision, has_masks
 from dinov2.loss.targets import LARGEST_PIECE
+from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.train.parallel import FREED_AFTER_FORWARD, local_tensors, num_shards, units_of_blocks
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, SSLMetaArch
 
@@ -56,27 +57,36 @@ class Estimate:
         return self.state + self.gathered + self.reducing + max(self.activations - self.gradients, 0)
 
 
-def estimate(cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_machine: int) -> Estimate:
-    """Estimate memory and communication of one process of a run of networks that may be on the meta device."""
-    per_machine = min(processes_per_machine, num_processes)
+def estimate(
+    cfg: Config, model: SSLMetaArch, num_processes: int, processes_per_machine: int, job_size: int | None = None
+) -> Estimate:
+    """Estimate memory and communication of one process of a run of networks that may be on the meta device.
+
+    `job_size` is the number of processes of all students together, by default `num_processes`.
+    """
+    per_machine, job_size = min(processes_per_machine, num_processes), job_size or num_processes
     networks = []
     for name, network in model.student.items():
         how = getattr(cfg.compute_precision.student, name), getattr(cfg.compute_precision.teacher, name)
         networks.append(_Network(sharding_units(network, cfg.student.block_chunks), *how, num_processes, per_machine))
     frozen = []
-    for name, network in (item for each in model.frozen_networks for item in each.items()):
-        as_teacher = getattr(cfg.compute_precision.teacher, name)
-        units = sharding_units(network, cfg.student.block_chunks)
-        frozen.append(_Network(units, as_teacher, as_teacher, num_processes, per_machine))
+    for parts, processes in ((model.frozen_networks, num_processes), (model.shared_networks, job_size)):
+        for name, network in (item for each in parts for item in each.items()):
+            as_teacher = getattr(cfg.compute_precision.teacher, name)
+            units = sharding_units(network, cfg.student.block_chunks)
+            frozen.append(_Network(units, as_teacher, as_teacher, processes, min(processes_per_machine, processes)))
     steps = cfg.train.accumulate_steps
     shards = sum(network.shard for network in networks) * FLOAT32
+    tokens = _shared_tokens(cfg, model)
     return Estimate(
         state=shards * (COPIES_OF_STUDENT + 1) + sum(network.shard for network in frozen) * FLOAT32,
         gradients=shards if steps == 1 else 0,
         gathered=max(_gathered(networks), *(network.passing(network.teacher_bytes) for network in frozen), 0),
         reducing=_reducing(networks, steps),
-        activations=_activations(cfg, model),
-        sent=steps * sum(network.sent_around_shards + network.sent_around_replicas for network in networks),
+        activations=_activations(cfg, model) + tokens,
+        sent=steps * sum(network.sent_around_shards + network.sent_around_replicas for network in networks)
+        + steps * sum(network.sent_to_gather for network in frozen)
+        + tokens * (1 - num_processes / job_size),
         sent_by_machine=steps * sum(network.sent_by_machine for network in networks),
     )
 
@@ -145,6 +155,11 @@ class _Network:
         """Bytes sent per process and micro-batch among the shards of a copy: weights and gradients."""
         gathers = (1 if self.kept else 2) * self.param_bytes + self.teacher_bytes
         return (self.num_shards - 1) * self.shard * (gathers + self.reduce_bytes)
+
+    @property
+    def sent_to_gather(self) -> float:
+        """Bytes sent per process and micro-batch for the weights of a forward pass without gradients."""
+        return (self.num_shards - 1) * self.shard * self.teacher_bytes
 
     @property
     def sent_around_replicas(self) -> float:
@@ -242,6 +257,17 @@ def _activations(cfg: Config, model: SSLMetaArch) -> float:
     largest = batch_size * max(student * width for student, _, width in rows)
     pieces = 2 * FLOAT32 * min(largest, LARGEST_PIECE)  # of scores and their softmax in float32
     return batch_size * (tokens * per_token + batches + scores + grams) + pieces
+
+
+def _shared_tokens(cfg: Config, model: SSLMetaArch) -> float:
+    """Bytes of the tokens of a teacher that several students share, for the images of a step of one process."""
+    if not model.shared_networks:
+        return 0.0
+    backbone = cast(DinoVisionTransformer, model.shared_networks[0]["backbone"])
+    per_crop = 1 + (cfg.crops.global_crops_size // cfg.student.patch_size) ** 2
+    images = cfg.train.batch_size_per_gpu * cfg.train.accumulate_steps
+    itemsize = _itemsize(cfg.compute_precision.teacher.dino_head.mixed_precision.param_dtype)
+    return float(images * NUM_GLOBAL_CROPS * per_crop * backbone.embed_dim * itemsize)
 
 
 def masked_patches_per_image(cfg: Config) -> float:

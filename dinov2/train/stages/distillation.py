@@ -6,6 +6,7 @@ outputs of the run like every average.
 """
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -101,8 +102,8 @@ class DistillationArch(SSLMetaArch):
     def forward(self, batch: Batch, targets: Targets) -> tuple[Losses, Predictions]:
         return super().forward(_all_patches(batch), targets)
 
-    def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        return super()._teacher_scores(_all_patches(batch))
+    def _teacher_tokens(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+        return super()._teacher_tokens([_all_patches(batch) for batch in batches])
 
     def _target_crops(self, batch: Batch) -> Tensor:
         """The global crops, resized if the teacher has patches of another size, so that it has as many of them."""
