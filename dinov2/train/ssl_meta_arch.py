@@ -127,6 +127,11 @@ class SSLMetaArch(nn.Module):
         return self.teacher
 
     @property
+    def has_frozen_teacher(self) -> bool:
+        """Whether the targets come from another network than the moving average of the student."""
+        return self.target_networks is not self.teacher
+
+    @property
     def frozen_networks(self) -> list[nn.ModuleDict]:
         """Networks besides student and teacher, which do not learn and are not in checkpoints."""
         return []
@@ -185,7 +190,7 @@ class SSLMetaArch(nn.Module):
 
     def _teacher_scores(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         with self._precision("teacher", "backbone") as dtype:
-            crops = [self._target_crops(batch).to(dtype)]
+            crops = [self._target_crops(batch.global_crops).to(dtype)]
             [features] = self.target_networks["backbone"](crops, patches=[_padded_mask_index(batch)], is_training=True)
         # Swap the crops: the student of crop 0 must predict the class token of crop 1, and vice versa.
         cls_tokens = torch.cat(features["x_norm_clstoken"].chunk(NUM_GLOBAL_CROPS)[::-1])
@@ -193,9 +198,9 @@ class SSLMetaArch(nn.Module):
         cls, _, patch = self._heads("teacher", cls_tokens, None, patch_tokens)
         return cls, patch
 
-    def _target_crops(self, batch: Batch) -> Tensor:
-        """The crops that targets are computed for."""
-        return batch.global_crops
+    def _target_crops(self, crops: Tensor) -> Tensor:
+        """Global crops as the networks that give targets see them."""
+        return crops
 
     def _student_masks(self, batch: Batch) -> Tensor | None:
         """The patches of the global crops that the student does not see."""
@@ -204,8 +209,16 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def teacher_features(self, images: Tensor) -> dict[str, Tensor]:
         """Compute features of images (n, 3, H, W) by the teacher's backbone, float32, by name."""
+        return self._features(self.teacher, images)
+
+    @torch.no_grad()
+    def frozen_teacher_features(self, images: Tensor) -> dict[str, Tensor]:
+        """As `teacher_features`, of global crops by the networks that give targets, whose width may be another one."""
+        return self._features(self.target_networks, self._target_crops(images))
+
+    def _features(self, networks: nn.ModuleDict, images: Tensor) -> dict[str, Tensor]:
         with self._precision("teacher", "backbone") as dtype:
-            [features] = self.teacher["backbone"]([images.to(dtype)], is_training=True)
+            [features] = networks["backbone"]([images.to(dtype)], is_training=True)
         return {name: value.float() for name, value in features.items() if value is not None}
 
     def predictions(self, batch: Batch) -> Predictions:
