@@ -28,6 +28,12 @@ def _tokens(ending: str, chart: str, meaning: str, direction: Direction = "none"
     return of_class, of_class._replace(name=f"probe_patch_{ending}", label="patches")
 
 
+def _frozen_teacher(name: str, chart: str) -> Metric:
+    """The same of the frozen teacher of a distillation."""
+    meaning = f"{name} of the frozen teacher of a distillation, which is measured once, at step 0."
+    return Metric(f"frozen_teacher_{name}", "features", meaning, "%", chart=chart, label="frozen teacher")
+
+
 def _drift(ending: str, meaning: str) -> tuple[Metric, Metric]:
     """Similarity of the teacher's features to those of the model that the run started from."""
     title = f"Similarity to the start, {'CKA' if ending == 'cka' else ending}"
@@ -72,11 +78,14 @@ METRICS: tuple[Metric, ...] = (
     _loss("ibot_loss", "iBOT", "Masked patches predict the teacher's tokens of the same patches."),
     _loss("koleo_loss", "KoLeo", "Spreads the class tokens of a batch. A steep rise: features become alike."),
     # Features: the teacher on the fixed images of the probe.
-    Metric("knn", "features", _KNN, "%", "rises", "k-NN accuracy"),
+    Metric("knn", "features", _KNN, "%", "rises", "k-NN accuracy", "teacher"),
+    _frozen_teacher("knn", "k-NN accuracy"),
     Metric("knn_chance", "features", "k-NN accuracy that guessing reaches.", "%"),
     Metric("knn_images", "features", "Number of labeled images of the k-NN accuracy.", "images"),
-    Metric("patch_knn_miou", "features", _PATCH_KNN, "%", "rises", "k-NN of patches, mIoU"),
+    Metric("patch_knn_miou", "features", _PATCH_KNN, "%", "rises", "k-NN of patches, mIoU", "teacher"),
+    _frozen_teacher("patch_knn_miou", "k-NN of patches, mIoU"),
     Metric("patch_knn_error", "features", "Standard error of patch_knn_miou for another draw of images.", "%"),
+    _frozen_teacher("patch_knn_error", ""),
     Metric("patch_knn_chance", "features", "patch_knn_miou that guessing reaches.", "%"),
     Metric("patch_knn_images", "features", "Number of images that are segmented for patch_knn_miou.", "images"),
     *_drift("cka", "Centered kernel alignment with the features of the starting model. 1: the same but for rotation."),

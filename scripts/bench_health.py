@@ -53,7 +53,7 @@ def share(seconds: Mapping[str, Sequence[float]], periods: Mapping[str, int]) ->
 
 def main() -> None:
     args = get_args_parser().parse_intermixed_args()
-    words = vars(args) | {"arch": None, "patch_size": None, "drop_path": None}
+    words = vars(args) | dict.fromkeys(("arch", "patch_size", "drop_path", "teacher_arch"))
     args.opts = [
         "train.dataset_path=FashionMNIST:split=TRAIN",
         *args.opts,

@@ -11,6 +11,8 @@ the figure to quote is the ratio, not the seconds.
     OMP_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE python scripts/bench_step.py --batch-size 16 --precision bf16
     python scripts/bench_step.py --config-file train/vitl16_short --batch-size 64 --precision bf16 --no-plain
     python scripts/bench_step.py --batch-size 16 train.dataset_path=ImageFolder:root=/my/images --with-data
+    python scripts/bench_step.py --no-plain --teacher-arch vit_base   # a step of distillation
+    python scripts/bench_step.py --no-plain gram.loss_weight=2        # with Gram anchoring
 """
 
 import argparse
@@ -23,6 +25,7 @@ import random
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -44,6 +47,7 @@ from dinov2.data.loader import to_device
 from dinov2.data.masking import MaskingGenerator, published_max_num_patches
 from dinov2.layers import block
 from dinov2.loss import DINOLoss, iBOTPatchLoss
+from dinov2.models.weights import TEACHER_FILE
 from dinov2.train.guards import NonFiniteGuard
 from dinov2.train.optim import (
     build_optimizer,
@@ -57,6 +61,7 @@ from dinov2.train.preflight.flops import product_speed, step_flops
 from dinov2.train.preflight.memory import estimate
 from dinov2.train.schedules import StepValues
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets
+from dinov2.train.stages.choice import build_arch
 from dinov2.train.train import clip_and_step
 from dinov2.train.training_run import build_loader, uses_fp16
 from scripts.side_by_side import alternate, hardware, ratios, spread
@@ -76,6 +81,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--plain-precision", choices=sorted(config.DTYPES), default="fp32", help="of the plain side")
     parser.add_argument("--attention", default="auto", help="student.attention_backend of our side")
     parser.add_argument("--compile", action="store_true", help="compile the blocks of our side")
+    parser.add_argument("--teacher-arch", help="student.arch of the untrained run to distill from; default: none")
     parser.add_argument("--no-plain", action="store_true", help="time our side only")
     parser.add_argument("--with-data", action="store_true", help="load train.dataset_path instead of repeating a batch")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, after two to warm up")
@@ -94,6 +100,8 @@ def make_config(args: argparse.Namespace, precision: str) -> Config:
         "train.batch_size_per_gpu": args.batch_size or (alone and 4),
         "crops.local_crops_size": alone and (98 if (args.patch_size or 14) == 14 else 96),
     }
+    if args.teacher_arch:
+        values |= {"distillation.teacher": untrained_run(args)}
     modules = [f"{side}.{name}" for side in ("student", "teacher") for name in ("backbone", "dino_head", "ibot_head")]
     return config.load(
         args.config_file,
@@ -101,6 +109,16 @@ def make_config(args: argparse.Namespace, precision: str) -> Config:
         + [f"compute_precision.{module}.mixed_precision.param_dtype={precision}" for module in modules]
         + args.opts,
     )
+
+
+def untrained_run(args: argparse.Namespace) -> Path:
+    """The output folder of a run with the network `args.teacher_arch`, but without weights: only sizes count here."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "eval" / "best").mkdir(parents=True)
+    (folder / "eval" / "best" / TEACHER_FILE).touch()
+    of_teacher = {**vars(args), "arch": args.teacher_arch, "teacher_arch": None}
+    config.save(make_config(argparse.Namespace(**of_teacher), args.precision), folder / "config.yaml")
+    return folder
 
 
 # --- The plain side --------------------------------------------------------------------------------------------------
@@ -188,12 +206,14 @@ class Side:
         torch.manual_seed(0)
         self.cfg, self.device, self.plain = cfg, device, plain
         with device:  # much faster than drawing the weights of a giant on the CPU
-            self.model = (PlainArch if plain else SSLMetaArch)(cfg).train()
+            self.model = (PlainArch if plain else build_arch)(cfg).train()
+        self.model.begin_step(0)
         if not plain:
             parallelize(
                 self.model.student,
                 self.model.teacher,
                 cfg.compute_precision,
+                frozen=self.model.frozen_networks,
                 activation_checkpointing=cfg.train.activation_checkpointing,
                 compile_blocks=compiled or cfg.train.compile,
             )
@@ -253,6 +273,7 @@ class Side:
 def make_batch(cfg: Config, device: str = "cpu") -> Batch:
     """A batch of random pixels with real masks."""
     size, patch = cfg.crops.global_crops_size, cfg.student.patch_size
+    anchored = cfg.gram.crops_scale * size if cfg.gram.loss_weight > 0 else 0
 
     def noise(side: int) -> Tensor:
         return torch.randn(3, side, side)
@@ -261,13 +282,14 @@ def make_batch(cfg: Config, device: str = "cpu") -> Batch:
         MultiCrop(
             (noise(size), noise(size)),
             tuple(noise(cfg.crops.local_crops_size) for _ in range(cfg.crops.local_crops_number)),
+            (noise(anchored), noise(anchored)) if anchored else (),
         )
         for _ in range(cfg.train.batch_size_per_gpu)
     ]
     return collate_data_and_cast(
         crops,
         mask_ratio_tuple=cfg.ibot.mask_ratio_min_max,
-        mask_probability=cfg.ibot.mask_sample_probability,
+        mask_probability=cfg.ibot.mask_sample_probability if config.has_masks(cfg) else 0.0,
         dtype=config.DTYPES[cfg.compute_precision.student.backbone.mixed_precision.param_dtype],
         n_tokens=(size // patch) ** 2,
         mask_generator=MaskingGenerator(size // patch, max_num_patches=published_max_num_patches(size, patch)),

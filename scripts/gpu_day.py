@@ -99,6 +99,8 @@ def stages(*, small: bool) -> Iterator[Stage]:
     yield step("vit_giant2", 32, "bf16", "student.ffn_layer=swiglufused")
     yield own("data", 150)
     yield own("training", 180)
+    yield step("vit_small", 64, "bf16", "--teacher-arch=vit_large", "--drop-path=0")
+    yield step("vit_large", 64, "bf16", "gram.loss_weight=2")
     yield step("vit_large", 64, "bf16", "train.activation_checkpointing=selective")
     yield step("vit_large", 64, "fp16")
     yield own("rows", 40)

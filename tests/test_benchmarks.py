@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import write_images
 
+from dinov2.train.ssl_meta_arch import SSLMetaArch
+from dinov2.train.stages.distillation import DistillationArch
+from dinov2.train.stages.gram_anchoring import GramAnchoringArch
+from scripts import bench_step
 from scripts.soak import slope
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +73,22 @@ def test_a_step_and_its_phases() -> None:
     assert 0 < record["model_flops_utilization"] < 1
     tokens, width, prototypes = 2 * 2 * 5 + 2 * 8 * 2, 32, 16
     assert record["flops_per_step"] > 3 * 2 * tokens * 12 * width**2 + 2 * width * prototypes, "of the student's blocks"
+
+
+@pytest.mark.parametrize(
+    ("words", "arch"),
+    [(["--teacher-arch=vit_base", "--drop-path=0"], DistillationArch), (["gram.loss_weight=2"], GramAnchoringArch)],
+    ids=["distillation", "Gram anchoring"],
+)
+def test_a_step_of_a_later_stage_is_that_of_its_objective(words: list[str], arch: type[SSLMetaArch]) -> None:
+    args = bench_step.get_args_parser().parse_intermixed_args([*TINY_STEP, *TINY, *words])
+    cfg, cpu = bench_step.make_config(args, "fp32"), torch.device("cpu")
+    batch = bench_step.make_batch(cfg)
+    side, same = (bench_step.Side(cfg, cpu, plain=False) for _ in range(2))
+    losses, _ = same.model(batch, same.model.targets([batch], bench_step.NOW.teacher_temp)[0])
+    assert isinstance(side.model, arch)
+    assert side.step(iter([batch]), lambda _: None).item() == losses.total.item()
+    assert ("gram_loss" in losses.terms) == (arch is GramAnchoringArch)
 
 
 def test_ways_to_attend() -> None:

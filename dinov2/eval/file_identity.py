@@ -110,12 +110,11 @@ def report_equal_images(
 
     Returns:
         For each dataset string the number of `compared` images, of those `equal` to a (in the training set: another)
-        training image, and of the latter `with_other_labels` than a copy.
+        training image, and of the latter `with_other_labels` than a copy. If the training set is tested on, all of its
+        images are `compared` and `equal`.
     """
     if not distributed.is_main():
         return {}
-    if train_name in others:
-        logger.warning("%s is both training and test set", train_name)
     sets = {train_name: train} | {name: other for name, other in others.items() if name != train_name}
     found = dict(zip(sets, _count_equal(list(sets.values())), strict=True))
     for name, counts in found.items():
@@ -126,6 +125,9 @@ def report_equal_images(
                 logger.warning("%s, %d of them with another label", text, counts["with_other_labels"])
             else:
                 logger.info("%s", text)
+    if train_name in others:
+        logger.warning("%s is both training and test set", train_name)
+        found[train_name] |= dict.fromkeys(("compared", "equal"), len(train.dataset))
     return found
 
 

@@ -44,7 +44,10 @@ def write_results(
     unit: str = "percent",
     **facts: Any,
 ) -> None:
-    """Write the results on rank 0: metrics in a unit, settings, and `facts` (see `run_facts`)."""
+    """Write the results on rank 0: metrics in a unit, settings, and `facts` (see `run_facts`).
+
+    A warning if `equal_images` (see `report_equal_images`) are all images that were tested on.
+    """
     if not distributed.is_main():
         return
     record = {
@@ -62,6 +65,11 @@ def write_results(
     }
     with atomic_write(path) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")
+    name = record["settings"].get("val_dataset")
+    counts = facts.get("equal_images", {}).get(name, {"compared": 0, "equal": 0})
+    if counts["equal"] == counts["compared"] > 0:
+        text = "all %s of %s are training images: k-NN finds each image itself, and a classifier has seen it"
+        logger.warning(text, counted(counts["equal"], "image"), name)
     logger.info("results: %s", path)
 
 

@@ -116,4 +116,7 @@ _DERIVED: dict[Metric, Callable[[Run], Points]] = {
 def points_of(run: Run, name: str) -> Points:
     """(step, value) of a logged metric, or of one that is computed from others."""
     computed = next((function for metric, function in _DERIVED.items() if metric.name == name), None)
-    return run.series(name) if computed is None else computed(run)
+    points = run.series(name) if computed is None else computed(run)
+    if name.startswith("frozen_teacher_"):  # measured once: a reference for the whole run
+        points += [(run.steps_done - 1, value) for _, value in points]
+    return points

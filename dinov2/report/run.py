@@ -110,7 +110,8 @@ class Run:
     def comparable(self, name: str) -> Points:
         """As `series`, on the last dataset only; all of it for k-NN on a dataset of its own."""
         own_dataset = self.config is not None and bool(self.config.health.knn_dataset)
-        independent = name == "patch_knn_miou" or (name == "knn" and own_dataset)
+        measured = name.removeprefix("frozen_teacher_")
+        independent = measured == "patch_knn_miou" or (measured == "knn" and own_dataset)
         return [point for point in self.series(name) if independent or point[0] >= (self.dataset_start or START)]
 
     @property

@@ -127,7 +127,7 @@ def distinguishes_no_images(run: Run) -> bool:
 
 
 def conclusion(run: Run) -> str:
-    """Whether continuing from weights helped, in one sentence; empty for a run from random weights."""
+    """Whether continuing from weights helped, and how near a distillation comes to its teacher; else empty."""
     return conclude(run.records, run.best)
 
 

@@ -127,6 +127,11 @@ class SSLMetaArch(nn.Module):
         return self.teacher
 
     @property
+    def has_frozen_teacher(self) -> bool:
+        """Whether the targets come from another network than the moving average of the student."""
+        return self.target_networks is not self.teacher
+
+    @property
     def frozen_networks(self) -> list[nn.ModuleDict]:
         """Networks besides student and teacher, which do not learn and are not in checkpoints."""
         return []
@@ -194,13 +199,13 @@ class SSLMetaArch(nn.Module):
         """Class tokens (2B, D) and tokens of the masked patches (M, D) of the teacher for each micro-batch."""
         for batch in batches:
             with self._precision("teacher", "backbone") as dtype:
-                crops, patches = [self._target_crops(batch).to(dtype)], [_padded_mask_index(batch)]
+                crops, patches = [self._target_crops(batch.global_crops).to(dtype)], [_padded_mask_index(batch)]
                 [features] = self.target_networks["backbone"](crops, patches=patches, is_training=True)
             yield features["x_norm_clstoken"], features["x_norm_patchtokens"][: len(batch.mask_index)]
 
-    def _target_crops(self, batch: Batch) -> Tensor:
-        """The crops that targets are computed for."""
-        return batch.global_crops
+    def _target_crops(self, crops: Tensor) -> Tensor:
+        """Global crops as the networks that give targets see them."""
+        return crops
 
     def _student_masks(self, batch: Batch) -> Tensor | None:
         """The patches of the global crops that the student does not see."""
@@ -209,8 +214,16 @@ class SSLMetaArch(nn.Module):
     @torch.no_grad()
     def teacher_features(self, images: Tensor) -> dict[str, Tensor]:
         """Compute features of images (n, 3, H, W) by the teacher's backbone, float32, by name."""
+        return self._features(self.teacher, images)
+
+    @torch.no_grad()
+    def frozen_teacher_features(self, images: Tensor) -> dict[str, Tensor]:
+        """As `teacher_features`, of global crops by the networks that give targets, whose width may be another one."""
+        return self._features(self.target_networks, self._target_crops(images))
+
+    def _features(self, networks: nn.ModuleDict, images: Tensor) -> dict[str, Tensor]:
         with self._precision("teacher", "backbone") as dtype:
-            [features] = self.teacher["backbone"]([images.to(dtype)], is_training=True)
+            [features] = networks["backbone"]([images.to(dtype)], is_training=True)
         return {name: value.float() for name, value in features.items() if value is not None}
 
     def predictions(self, batch: Batch) -> Predictions:

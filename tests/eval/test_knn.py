@@ -228,6 +228,23 @@ def test_images_that_are_tested_on_and_trained_on_are_in_the_results(tmp_path: P
     }
 
 
+@pytest.mark.parametrize("folder", ["train", "train/../train"], ids=["same name", "same files"])
+def test_a_test_set_of_training_images_is_warned_of_beside_the_result(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, val = (f"ImageFolder:root={tmp_path / name}" for name in ("train", folder))
+    run(tmp_path, nb_knn=[1], train_dataset=train, val_dataset=val)
+    results = json.loads((tmp_path / "out" / "results_eval_knn.json").read_text())
+    assert results["metrics"]["full"]["1"]["top-1"] == 100
+    assert results["equal_images"][val] == {"compared": 30, "equal": 30, "with_other_labels": 0}
+    *_, table, warning, _ = caplog.messages
+    assert table.startswith("k-NN classification of 30 images")
+    assert warning.startswith(f"all 30 images of {val} are training images: k-NN finds each image itself")
+    caplog.clear()
+    run(tmp_path, nb_knn=[1])
+    assert "are training images" not in caplog.text
+
+
 def test_images_to_test_on_have_the_value_range_of_those_trained_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,8 @@ CONTINUE = "train/continue_vits14"  # 256 images in a step, epochs of 250 steps,
         ("train/vitl16_short", 1_281_167, 125_000),  # ImageNet-1k: the published number
         ("train/vitl14", 14_197_087, 625_000),  # ImageNet-22k: the published number
         ("train/vitg14", 142_109_386, 625_000),
+        ("train/vitl14_distilled", 142_109_386, 625_000),  # the published number
+        ("train/vitl14_gram", 142_109_386, 10_000),
     ],
 )
 def test_recommended_steps(recipe: str, num_images: int, steps: int) -> None:
@@ -83,6 +85,38 @@ def test_the_steps_of_a_frozen_backbone_come_on_top() -> None:
 def test_published_runs_are_those_of_the_same_start(key: str) -> None:
     assert "published: FINO, ViT-L" in describe_length(config.load("train/vitl14", [f"{key}=x"]), 100, 1)
     assert "published: DINOv2, ViT-L and g" in describe_length(config.load("train/vitl14"), 100, 1)
+
+
+def published(cfg: Config) -> set[str]:
+    return {name for name in describe_length(cfg, 10**8, 1) if name.startswith("published")}
+
+
+def test_a_stage_is_compared_with_published_runs_of_this_stage(tmp_path: Path) -> None:
+    assert published(config.load("train/vitl14_distilled")) == set(plan.PUBLISHED_DISTILLED)
+    assert published(config.load("train/vitl14_gram")) == set(plan.PUBLISHED_GRAM)
+    long_run = config.load("train/vitl14", ["gram.loss_weight=2", "gram.start_step=500000"])
+    assert published(long_run) == set(plan.PUBLISHED_GRAM)
+    assert recommended_epochs(long_run, 10**8, 96) == 500, "from random weights it is no short stage"
+
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "eval" / "best").mkdir(parents=True)
+    (tmp_path / "eval" / "best" / "teacher_checkpoint.pth").touch()
+    config.save(config.load("train/vitl14_distilled"), tmp_path / "config.yaml")  # 224 pixels
+    for size, texts, steps in (
+        (518, plan.PUBLISHED_HIGH_RESOLUTION, 10_000),
+        (224, plan.PUBLISHED_FROM_WEIGHTS, 25_000),
+    ):
+        cfg = config.load("train/vitl14_highres", [f"init_from={tmp_path}", f"crops.global_crops_size={size}"])
+        assert published(cfg) == set(texts)
+        assert recommended_epochs(cfg, 10**8, 32) * cfg.train.OFFICIAL_EPOCH_LENGTH == steps
+        assert recommended_epochs(cfg, 10**5, 32) * cfg.train.OFFICIAL_EPOCH_LENGTH == 4_900, "100 times"
+
+
+def test_names_of_published_runs_fit_the_column_of_the_plan() -> None:
+    tables = (plan.PUBLISHED_FROM_WEIGHTS, plan.PUBLISHED_FROM_SCRATCH, plan.PUBLISHED_DISTILLED)
+    assert all(
+        len(name) <= 32 for table in (*tables, plan.PUBLISHED_HIGH_RESOLUTION, plan.PUBLISHED_GRAM) for name in table
+    )
 
 
 def test_a_run_of_more_than_four_times_the_steps_gets_a_warning() -> None:

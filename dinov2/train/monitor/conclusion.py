@@ -1,4 +1,7 @@
-"""Whether continuing from weights helped: one sentence with the evidence, and the file to use."""
+"""What a run has reached, in a sentence with the evidence.
+
+Whether continuing from weights helped, with the file to use, or how near a student comes to its frozen teacher.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,15 @@ NO_LABELS = (
 
 
 def conclude(records: Sequence[Record], best: Rating | None) -> str:
-    """Compare the best teacher of a run with the model that it started from; "" for a run from random weights."""
+    """Compare the best teacher of a run with the model that it started from and, in a distillation, the frozen teacher.
+
+    "" for other runs.
+    """
+    return f"{_since_start(records, best)} {_beside_frozen_teacher(records, best)}".strip()
+
+
+def _since_start(records: Sequence[Record], best: Rating | None) -> str:
+    """The sentences for a run from weights; else ""."""
     start = next((record for record in records if record["iteration"] == START), None)
     if start is None:
         return ""
@@ -86,6 +97,28 @@ def _dense_features(start: Record, best: Rating | None, measured: Sequence[Recor
         f"{teacher} by k-NN of patches on {now['patch_knn_images']:,.0f} images ({change:+.1f} points, standard error "
         f"{error:.1f}, guessing {now['patch_knn_chance']:.1f} %)."
     )
+
+
+def _beside_frozen_teacher(records: Sequence[Record], best: Rating | None) -> str:
+    """The sentence on a distillation of which the frozen teacher was measured; else ""."""
+    frozen = next((record for record in records if any(name.startswith("frozen_teacher_") for name in record)), {})
+    measured = [record for record in records if "knn" in record or "patch_knn_miou" in record]
+    now = _record_of(best, measured) or next(reversed(measured), {})
+    texts = []
+    for name, text in {"knn": "k-NN", "patch_knn_miou": "mean IoU of k-NN of patches"}.items():
+        reference = f"frozen_teacher_{name}"
+        if name not in now or reference not in frozen:
+            continue
+        values = now[name], frozen[reference]
+        if name == "knn":
+            error = standard_error(*values, now["knn_images"])
+        else:
+            error = math.hypot(now["patch_knn_error"], frozen["frozen_teacher_patch_knn_error"])
+        texts.append(
+            f"{text} {values[0]:.1f} %, that of the frozen teacher {values[1]:.1f} % ({values[0] - values[1]:+.1f} "
+            f"points, standard error {error:.1f})"
+        )
+    return f"At step {now['iteration']:,.0f}: {'; '.join(texts)}." if texts else ""
 
 
 def _not_better(start: float, last: float, count: float, evidence: str) -> str:

@@ -133,9 +133,10 @@ class Probe:
                 parts.setdefault(name, []).append(value[: len(pixels)])
         return {name: distributed.all_gather_varied(torch.cat(values)) for name, values in parts.items()}
 
-    def _only(self, name: str) -> Callable[[Tensor], Features]:
-        """The function that computes features of one name only: all of many images would need too much memory."""
-        return lambda crops: {name: self.model.teacher_features(crops)[name]}
+    def _of_many(self, images: ProbeImages, name: str, *, frozen_teacher: bool) -> Tensor:
+        """Compute features of one name only: all of many images would need too much memory."""
+        function = self.model.frozen_teacher_features if frozen_teacher else self.model.teacher_features
+        return self._features(images, lambda crops: {name: function(crops)[name]})[name]
 
     def _fine_tokens(self, crops: Tensor) -> Features:
         """`tokens`: patch tokens on a grid of at least `FINE_GRID` cells a side, if shifted inputs allow it."""
@@ -177,22 +178,28 @@ class Probe:
         """Measure what needs labels: `knn` and `patch_knn`."""
         return self.knn() | self.patch_knn()
 
-    def patch_knn(self) -> dict[str, float]:
+    def measure_frozen_teacher(self) -> dict[str, float]:
+        """Measure the same of the frozen teacher of a distillation; empty for runs without one, and without labels."""
+        if not self.model.has_frozen_teacher:
+            return {}
+        measured = self.knn(frozen_teacher=True) | self.patch_knn(frozen_teacher=True)
+        names = ("knn", "patch_knn_miou", "patch_knn_error")  # the others are those of the run's own teacher
+        return {f"frozen_teacher_{name}": measured[name] for name in names if name in measured}
+
+    def patch_knn(self, *, frozen_teacher: bool = False) -> dict[str, float]:
         """Measure the mean IoU of segmentation by k-NN of patch tokens, %, and its error; empty without class maps."""
         if self.dense is None:
             return {}
         images = (self.dense.bank.images, self.dense.queries.images)
-        name = "x_norm_patchtokens"
-        bank, queries = (self._features(each, self._only(name))[name] for each in images)
+        bank, queries = (self._of_many(each, "x_norm_patchtokens", frozen_teacher=frozen_teacher) for each in images)
         return self.dense.scores(bank, queries)
 
-    def knn(self) -> dict[str, float]:
+    def knn(self, *, frozen_teacher: bool = False) -> dict[str, float]:
         """Measure the leave-one-out k-NN accuracy of class tokens, and that of guessing, %; empty without labels."""
         if self.labeled is None:
             return {}
         images, rows, labels, _ = self.labeled
-        name = "x_norm_clstoken"
-        features = self._features(images, self._only(name))[name].cpu()
+        features = self._of_many(images, "x_norm_clstoken", frozen_teacher=frozen_teacher).cpu()
         accuracy = leave_one_out_accuracy(features[rows], labels)
         return {"knn": 100 * accuracy, "knn_chance": self.labeled.chance, "knn_images": float(len(rows))}
 

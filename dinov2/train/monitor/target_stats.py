@@ -133,6 +133,9 @@ class HealthPanel:
             if self._is_due(step, self.dump_period, self.knn_period):
                 measured |= self.probe.measure_by_labels()
             logger.info("health at step %d: %s", step, _summary(measured))
+            if step == 0 and (frozen := self.probe.measure_frozen_teacher()):
+                logger.info("the teacher of the distillation: %s", _accuracies(frozen, "frozen_teacher_"))
+                measured |= frozen
             values |= measured
             if self._is_due(step, self.dump_period):
                 self.probe.save_patch_features(self.folder / "health", step)
@@ -146,9 +149,14 @@ class HealthPanel:
 def _summary(measured: Mapping[str, float]) -> str:
     """The most important metrics of the probe, for the log."""
     ranks = f"effective rank {measured['probe_cls_rank_me']:.1f} (class tokens), {measured['probe_patch_rank_me']:.1f}"
-    knn = f", k-NN {measured['knn']:.1f} %" if "knn" in measured else ""
-    dense = f", k-NN of patches {measured['patch_knn_miou']:.1f} % mIoU" if "patch_knn_miou" in measured else ""
-    return f"{ranks} (patches), patch similarity {measured['probe_patch_similarity']:.2f}{knn}{dense}"
+    similarity = f"patch similarity {measured['probe_patch_similarity']:.2f}"
+    return ", ".join(filter(None, [f"{ranks} (patches)", similarity, _accuracies(measured)]))
+
+
+def _accuracies(measured: Mapping[str, float], prefix: str = "") -> str:
+    """What was measured by labels, of names with a prefix; "" without labels."""
+    texts = {"knn": "k-NN {:.1f} %", "patch_knn_miou": "k-NN of patches {:.1f} % mIoU"}
+    return ", ".join(text.format(measured[prefix + name]) for name, text in texts.items() if prefix + name in measured)
 
 
 @torch.no_grad()

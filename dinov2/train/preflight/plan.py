@@ -6,6 +6,7 @@ the overrides to copy, so that a run keeps its length when it is resumed.
 
 import math
 import shlex
+from contextlib import suppress
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.mixture import Mixture
 from dinov2.models.published import PUBLISHED
 from dinov2.train.schedules import global_batch_size, num_steps
+from dinov2.train.start.source_runs import config_of, weights_of_run
 
 MAX_EXCESS = 4  # times the recommended steps; longer runs get a warning
 FEW_IMAGES = 5000  # with fewer, the frozen model may be all that is needed
@@ -34,6 +36,8 @@ class Rule(NamedTuple):
 FROM_WEIGHTS = Rule(passes=100, shortest=2_500, longest=25_000)
 # The short published recipe sees ImageNet-1k 200 times; the long ones have 625,000 steps.
 FROM_SCRATCH = Rule(passes=200, shortest=12_500, longest=625_000)
+# The last stages, higher resolution and Gram anchoring, are short whatever the data.
+LAST_STAGE = FROM_WEIGHTS._replace(longest=10_000)
 
 PUBLISHED_FROM_WEIGHTS = {
     "published: FINO, ViT-L": "25,000 steps of 3,072 images, 77 million in all",
@@ -43,6 +47,18 @@ PUBLISHED_FROM_WEIGHTS = {
 PUBLISHED_FROM_SCRATCH = {
     "published: DINOv2, ViT-L short": "125,000 steps of 2,048 images, 256 million in all, ImageNet-1k 200 times",
     "published: DINOv2, ViT-L and g": "625,000 steps of 3,072 images, 1,920 million in all",
+}
+PUBLISHED_DISTILLED = {
+    "published: DINOv2, ViT-S to L": "625,000 steps of 2,048 images, 1,280 million in all",
+    "published: DINOv3, ViT-S to L": "1,250,000 steps of 1,920 images, 2,400 million in all",
+}
+PUBLISHED_HIGH_RESOLUTION = {
+    "published: DINOv2, 518 pixels": "10,000 steps; the images of a step are not published",
+    "published: DINOv2, 416 pixels": "10,000 steps, about as good as all steps at this size",
+    "published: DINOv3, to 768 pixels": "10,000 steps",
+}
+PUBLISHED_GRAM = {
+    "published: DINOv3, Gram": "200,000 steps of 4,096 images after 1,000,000; 2 points of mIoU within 10,000",
 }
 
 
@@ -62,7 +78,7 @@ def describe_length(cfg: Config, num_images: int, world_size: int) -> dict[str, 
     rule_text = f"our rule: {rule.passes} times, but {rule.shortest:,} to {rule.longest:,} steps"
     return {
         "recommended steps": f"{steps:,}, the dataset {passes:.1f} times: {overrides} ({rule_text})",
-        **(PUBLISHED_FROM_WEIGHTS if _starts_from_weights(cfg) else PUBLISHED_FROM_SCRATCH),
+        **_stage(cfg)[1],
     }
 
 
@@ -122,13 +138,30 @@ def advise_few_images(cfg: Config, dataset: ImageDataset) -> list[str]:
     ]
 
 
-def _starts_from_weights(cfg: Config) -> bool:
-    return bool(sources_of(cfg))
+def _stage(cfg: Config) -> tuple[Rule, dict[str, str]]:
+    """The rule for the stage that a run is, and published lengths of this stage by name."""
+    from_weights = bool(sources_of(cfg))
+    rule = FROM_WEIGHTS if from_weights else FROM_SCRATCH
+    if cfg.distillation.teacher:
+        return rule, PUBLISHED_DISTILLED
+    if cfg.gram.loss_weight > 0:
+        return LAST_STAGE if from_weights else rule, PUBLISHED_GRAM
+    if _has_larger_crops(cfg):
+        return LAST_STAGE, PUBLISHED_HIGH_RESOLUTION
+    return rule, PUBLISHED_FROM_WEIGHTS if from_weights else PUBLISHED_FROM_SCRATCH
+
+
+def _has_larger_crops(cfg: Config) -> bool:
+    """Whether the run of `init_from` had smaller global crops; False if it is no longer there."""
+    with suppress(FileNotFoundError, ValueError):
+        former = config_of(weights_of_run(cfg.init_from)) if cfg.init_from else None
+        return former is not None and former.crops.global_crops_size < cfg.crops.global_crops_size
+    return False
 
 
 def _rule(cfg: Config) -> Rule:
     """The rule of a run; after the ramp of a frozen backbone there are as many steps at its full rate, at least."""
-    rule = FROM_WEIGHTS if _starts_from_weights(cfg) else FROM_SCRATCH
+    rule, _ = _stage(cfg)
     shortest = max(rule.shortest, cfg.optim.freeze_backbone_steps + 2 * cfg.optim.backbone_warmup_steps)
     return rule._replace(shortest=shortest, longest=max(rule.longest, shortest))
 

@@ -99,16 +99,18 @@ class DistillationArch(SSLMetaArch):
                 "that the run has begun with; name the same, as OUT:STEP, or start anew with --no-resume"
             )
 
-    def forward(self, batch: Batch, targets: Targets) -> tuple[Losses, Predictions]:
-        return super().forward(_all_patches(batch), targets)
+    def predictions(self, batch: Batch) -> Predictions:
+        return super().predictions(_all_patches(batch))
+
+    def losses(self, batch: Batch, targets: Targets, predictions: Predictions) -> Losses:
+        return super().losses(_all_patches(batch), targets, predictions)
 
     def _teacher_tokens(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
         return super()._teacher_tokens([_all_patches(batch) for batch in batches])
 
-    def _target_crops(self, batch: Batch) -> Tensor:
-        """The global crops, resized if the teacher has patches of another size, so that it has as many of them."""
+    def _target_crops(self, crops: Tensor) -> Tensor:
+        """Global crops, resized if the teacher has patches of another size, so that it has as many of them."""
         side = self.cfg.crops.global_crops_size // self.cfg.student.patch_size * self.source_cfg.student.patch_size
-        crops = batch.global_crops
         if side == crops.shape[-1]:
             return crops
         return interpolate(crops.float(), (side, side), mode="bicubic", antialias=True).to(crops.dtype)

@@ -114,6 +114,11 @@ class SharedTeacherArch(DistillationArch):
     def shared_networks(self) -> list[nn.ModuleDict]:
         return self._shared
 
+    @property
+    def has_frozen_teacher(self) -> bool:
+        """False, as the health panel of one student cannot run the teacher alone: its own run has been measured."""
+        return False
+
     def load_frozen(self, *, resuming: bool = False) -> None:
         """Load the frozen teacher, which must be the same for all students; a ValueError if it is not."""
         super().load_frozen(resuming=resuming)
@@ -125,7 +130,7 @@ class SharedTeacherArch(DistillationArch):
             )
 
     def _teacher_tokens(self, batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
-        crops = torch.cat([_by_image(self._target_crops(batch)) for batch in batches])
+        crops = torch.cat([_by_image(self._target_crops(batch.global_crops)) for batch in batches])
         if self._exchange is None:
             self._exchange = self._plan().to(crops.device)
             self._check_same_images(self._exchange, crops)
