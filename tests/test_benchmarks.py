@@ -146,3 +146,9 @@ def test_what_a_step_of_the_whole_command_costs(tmp_path: Path) -> None:
     median, least, most = record["cpu_seconds_per_step"]["ours"]
     assert -60 < least <= median <= most < 60, "a difference of two runs, of which the shorter may be the slower"
     assert "ratio" not in record, "there is no other side"
+
+
+@pytest.mark.slow
+def test_students_that_share_a_teacher() -> None:
+    record = record_of("bench_students", "--steps", "1", "3", "--rounds=2", "--batch-size=2", "--depth=1")
+    assert is_spread(record["ratio"]) and 0.5 < record["operations"] < 1

@@ -118,6 +118,8 @@ for network in ("teacher", "student"):
 OUR_DEFAULTS = {
     "dino.local_crops_loss_weight": 1.0,
     "distillation.teacher": "",
+    "distillation.students": [],
+    "distillation.global_batch_size": 0,
     "init_from_optimizer": False,
     "gram.loss_weight": 0.0,
     "gram.start_step": 0,

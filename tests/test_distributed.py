@@ -165,8 +165,33 @@ with d.session() as process:
 
     assert d.broadcast(torch.tensor(r), source=2).item() == 2
     assert d.all_gather_object({"rank": r}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    rows = torch.arange(3) + 10 * r  # row i goes to rank i, and row 0 of rank 2 to nobody
+    sent = [[1, 1, 1], [1, 1, 1], [0, 1, 1]][r]
+    received = [[1, 1, 0], [1, 1, 1], [1, 1, 1]][r]
+    arrived = d.exchange(rows[3 - sum(sent):], sent, received)
+    assert arrived.tolist() == [[0, 10], [1, 11, 21], [2, 12, 22]][r]
     d.barrier()
-assert not d.is_enabled() and d.local_rank() == 0
+
+    assert d.group() is None
+    try:
+        d.split([1, 1])
+    except ValueError as error:
+        assert "3 processes cannot be divided into groups of 1, 1" in str(error)
+    assert d.split([1, 2]) == (r > 0) and (d.group() is not None)
+    assert (d.rank(), d.world_size(), d.is_enabled()) == [(0, 1, False), (0, 2, True), (1, 2, True)][r]
+    assert d.all_reduce_sum(torch.tensor(r)).item() == [0, 3, 3][r]
+    assert d.all_gather_object(r) == [[0], [1, 2], [1, 2]][r]
+    assert d.broadcast(torch.tensor(r), source=0).item() == [0, 1, 1][r]
+    if r > 0:
+        assert d.device_mesh(2).size() == 2 and d.cpu_group() is not None
+        try:
+            d.device_mesh(1)
+        except ValueError as error:
+            assert "2 processes cannot be divided into groups of 1" in str(error)
+    with d.whole_job():
+        assert d.rank() == r and d.all_gather_cat(torch.tensor([r])).tolist() == [0, 1, 2]
+    assert d.world_size() == [1, 2, 2][r]
+assert not d.is_enabled() and d.local_rank() == 0 and d.group() is None
 """
 
 FAILS_ON_ONE = """

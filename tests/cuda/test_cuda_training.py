@@ -141,3 +141,21 @@ def test_later_stages_and_bands_run_there(run: Path, stub: Path, tmp_path: Path)
     for name, words in stages.items():
         rehearsal.run(stub, *train_words(tmp_path / name, *short, *words))
         assert steps(tmp_path / name)[-1] == 2
+
+
+def test_two_students_share_a_teacher_on_two_gpus(run: Path, stub: Path, tmp_path: Path) -> None:
+    text = (
+        (rehearsal.ROOT / "tests" / "train" / "tiny.yaml")
+        .read_text()
+        .replace("drop_path_rate: 0.3", "drop_path_rate: 0")
+    )
+    for name, width in (("small", 64), ("wide", 128)):
+        (tmp_path / f"{name}.yaml").write_text(text.replace("embed_dim: 32", f"embed_dim: {width}"))
+    students = f"distillation.students=[{tmp_path}/small.yaml,{tmp_path}/wide.yaml]"
+    (tmp_path / "both.yaml").write_text("distillation: {global_batch_size: 8}\n")
+    words = [word for word in SETTINGS if not word.startswith("student.")]
+    words += [students, f"distillation.teacher={run}", "train.OFFICIAL_EPOCH_LENGTH=3"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "dinov2/train/train.py"]
+    files = ["--config-file", tmp_path / "both.yaml", "--output-dir", tmp_path / "out"]
+    rehearsal.run(stub, *launch, *files, *words, num_devices=2)
+    assert steps(tmp_path / "out" / "small") == steps(tmp_path / "out" / "wide") == list(range(3))

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ from dinov2 import config
 from dinov2.config import ConfigError
 from dinov2.train.preflight.checks import check_device, check_settings
 from dinov2.train.schedules import describe_schedules
+from dinov2.train.stages.several_students import planned_runs
 
 PROCESSES = {
     **{"train/vitl16_short": 32, "train/vitl14": 96, "train/vitg14": 256, "train/fashion_mnist": 1},
     **{"train/quickstart": 1, "train/vits14_1gpu": 1, "train/vitb14_1gpu": 1},
     **{f"train/vit{size}14_distilled": number for size, number in {"s": 32, "b": 32, "l": 64}.items()},
     **{f"train/vit{size}14_highres": number for size, number in {"s": 32, "b": 32, "l": 32, "g": 128}.items()},
-    **{"train/vitl14_gram": 96},
+    **{"train/vitl14_gram": 96, "train/vitsbl14_distilled": 64},
     **{f"train/continue_vit{size}14": number for size, number in {"s": 1, "b": 1, "l": 8, "g": 32}.items()},
     **{f"train/continue_vit{size}14_reg4": number for size, number in {"s": 1, "b": 1, "l": 8, "g": 32}.items()},
 }
@@ -29,7 +31,8 @@ def warnings(*overrides: str, recipe: str = "train/fashion_mnist", world_size: i
 
 @pytest.mark.parametrize(("recipe", "world_size"), PROCESSES.items())
 def test_recipes_are_silent_on_the_processes_they_are_made_for(recipe: str, world_size: int) -> None:
-    assert warnings(recipe=recipe, world_size=world_size) == []
+    runs = planned_runs(Namespace(config_file=recipe, output_dir="", opts=[]), world_size)
+    assert [warning for run in runs for warning in check_settings(run.cfg, run.num_processes)] == []
 
 
 def test_every_recipe_is_among_them() -> None:

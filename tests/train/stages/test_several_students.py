@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CONFIG_FILE, ROOT, assert_same_end, checkpoints, metrics, run_script, run_train, start_script
+from tiny import CONFIG_FILE, ROOT, assert_same_end, checkpoints, metrics, run_script, run_train, start_script, tensors
 from torch import Tensor
 
 from dinov2 import config
@@ -114,7 +114,11 @@ def test_a_student_is_the_run_that_it_would_be_alone(teacher: Path, tmp_path: Pa
     for name in ("small", "wide"):
         alone = ["--config-file", str(tmp_path / f"{name}.yaml"), "--output-dir", str(tmp_path / name)]
         assert run_script("dinov2/train/train.py", *alone, *words).returncode == 0
-        assert_same_end(tmp_path / "out" / name, tmp_path / name, 3)
+        one, other = tensors(tmp_path / "out" / name, 3), tensors(tmp_path / name, 3)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+        ours, theirs = metrics(tmp_path / "out" / name), metrics(tmp_path / name)
+        del theirs[0]["frozen_teacher_knn"]  # which the processes of one student cannot measure
+        assert ours == theirs
 
 
 def start_students(number: int, recipe: Path, output: Path, *words: str) -> subprocess.Popen[str]:
@@ -160,6 +164,7 @@ def test_a_signal_to_one_student_stops_all_and_they_go_on_with_other_shares(teac
         "optim.epochs=20",
         "optim.warmup_epochs=1",
         "train.checkpoint_period=500",
+        "dino.koleo_loss_weight=0",  # it compares the images of a process
     ]
     recipe = write_recipes(tmp_path, "small.yaml:1", "wide.yaml:2")
     train_students(3, recipe, tmp_path / "whole", *words)
