@@ -44,6 +44,8 @@ class Interruption:
         self.signum = 0
         self._noted = 0.0  # seconds, of time.monotonic
         self._former: dict[int, Any] = {}
+        with distributed.whole_job():
+            self._alone = not distributed.is_enabled()
 
     def __enter__(self) -> "Interruption":
         self._former = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
@@ -51,7 +53,7 @@ class Interruption:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
-            if isinstance(error, NoImages) and not distributed.is_enabled():
+            if isinstance(error, NoImages) and self._alone:
                 logger.warning("%s: the run stops, with a checkpoint if a step was finished since the last one", error)
                 self.save()
                 self.leave()
@@ -77,7 +79,7 @@ class Interruption:
         """
         if self.signum and time.monotonic() > self._noted + GRACE:
             name = signal.Signals(self.signum).name
-            end = "; resume from the last complete checkpoint" if distributed.is_enabled() else ""
+            end = "" if self._alone else "; resume from the last complete checkpoint"
             raise NoImages(f"no batch of images arrived within {GRACE:g} seconds of {name}{end}")
 
     def requested(self) -> bool:
