@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from argparse import Namespace
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from dinov2.flags import evaluation, visualization
 from dinov2.train.preflight import plan
 from dinov2.train.preflight.checks import check_settings
 from dinov2.train.preflight.plan import advise_few_images, check_length, describe_length, recommended_epochs
+from dinov2.train.stages.several_students import PlannedRun, planned_runs
 
 CONTINUE = "train/continue_vits14"  # 256 images in a step, epochs of 250 steps, 1,000 frozen steps and 1,000 of a ramp
 
@@ -56,13 +58,16 @@ def test_more_images_never_get_fewer_steps_and_larger_steps_never_more(recipe: s
 @pytest.mark.parametrize("recipe", PROCESSES)
 @pytest.mark.parametrize("num_images", [10, 30_000, 10_000_000])
 def test_a_run_with_the_printed_overrides_is_as_recommended_without_a_warning(recipe: str, num_images: int) -> None:
-    world_size = PROCESSES[recipe]
-    printed = describe_length(config.load(recipe), num_images, world_size)["recommended steps"]
+    def first_run(*overrides: str) -> PlannedRun:
+        return planned_runs(Namespace(config_file=recipe, output_dir="", opts=list(overrides)), PROCESSES[recipe])[0]
+
+    cfg, number = first_run()
+    printed = describe_length(cfg, num_images, number)["recommended steps"]
     overrides = [word for word in printed.split() if "=" in word]
     assert overrides or "as configured" in printed
-    cfg = config.load(recipe, overrides)
-    assert "as configured" in describe_length(cfg, num_images, world_size)["recommended steps"]
-    assert check_length(cfg, num_images, world_size) == check_settings(cfg, world_size) == []
+    cfg, number = first_run(*overrides)
+    assert "as configured" in describe_length(cfg, num_images, number)["recommended steps"]
+    assert check_length(cfg, num_images, number) == check_settings(cfg, number) == []
 
 
 def test_the_overrides_shorten_warm_ups_that_would_fill_the_run() -> None:
