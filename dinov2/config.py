@@ -481,7 +481,9 @@ def _find(file: str | Path) -> Path | Traversable:
     if name in packaged_names():
         return _packaged() / f"{name}.yaml"
     nearest = get_close_matches(name, packaged_names(), n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    beside = get_close_matches(Path(file).name, [path.name for path in Path(file).parent.glob("*.yaml")], n=1)
+    likely = Path(file).with_name(beside[0]) if beside else nearest[0] if nearest else ""
+    hint = f"did you mean {likely}? " if likely else ""
     raise FileNotFoundError(f"no configuration file {str(file)!r}; {hint}packaged names: {', '.join(packaged_names())}")
 
 

@@ -74,6 +74,12 @@ def numbered_path(path: Path) -> Path:
     return next(free for number in itertools.count(1) if not (free := path.with_name(f"{path.name}.{number}")).exists())
 
 
+def runs_below(folder: Path) -> str:
+    """A hint for messages about a folder that is no run but holds some: ``; it holds the runs a, b``, or nothing."""
+    names = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+    return f"; it holds the runs {', '.join(names)}: give one of them, such as {folder / names[0]}" if names else ""
+
+
 @contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
     """Add `path` to errors about a full disk that name no file."""

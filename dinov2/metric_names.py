@@ -75,7 +75,7 @@ METRICS: tuple[Metric, ...] = (
     _loss("dino_local_crops_loss", "DINO, local crops", "Local crops predict the class token of global crops."),
     _loss("dino_global_crops_loss", "DINO, global crops", "Each global crop predicts the class token of the other."),
     _loss("gram_loss", "Gram", "Similarities between patches, compared with those of the Gram teacher."),
-    _loss("ibot_loss", "iBOT", "Masked patches predict the teacher's tokens of the same patches."),
+    _loss("ibot_loss", "iBOT", "Masked patches, all in a distillation, predict the teacher's tokens of them."),
     _loss("koleo_loss", "KoLeo", "Spreads the class tokens of a batch. A steep rise: features become alike."),
     # Features: the teacher on the fixed images of the probe.
     Metric("knn", "features", _KNN, "%", "rises", "k-NN accuracy", "teacher"),

@@ -74,7 +74,7 @@ def operations(folder: Path, words: Sequence[str], batch_size: int) -> float:
     both.opts.append(f"distillation.global_batch_size={batch_size}")
     together = apart = 0.0
     for run in planned_runs(both, len(STUDENTS)):
-        model = build_arch(run.cfg)
+        model = build_arch(run.cfg, among_students=True)
         together += step_flops(run.cfg, model, share_of_job=1 / len(STUDENTS)).total
         apart += step_flops(run.cfg, model).total
     return together / apart

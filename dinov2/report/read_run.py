@@ -11,7 +11,7 @@ import numpy as np
 
 from dinov2 import config
 from dinov2.config import Config, ConfigError
-from dinov2.files import is_locked, read_array, read_regular_file
+from dinov2.files import is_locked, read_array, read_regular_file, runs_below
 from dinov2.log import last_error, log_path, readable_records
 from dinov2.report.results import read_results
 from dinov2.report.run import Run, State
@@ -49,7 +49,7 @@ def read_run(folder: Path, name: str, tag: str = "") -> Run:
     metrics = folder / METRICS_FILE
     if not metrics.exists() and not (folder / CONFIG_FILE).exists():
         what = "there is no such folder" if not folder.is_dir() else f"it has neither {CONFIG_FILE} nor {METRICS_FILE}"
-        raise FileNotFoundError(f"{folder} is not the output folder of a training: {what}")
+        raise FileNotFoundError(f"{folder} is not the output folder of a training: {what}{runs_below(folder)}")
     notes: list[str] = []
     rating = folder / "eval" / "best" / "health.json"
     cfg, text = _read_config(folder / CONFIG_FILE, notes)

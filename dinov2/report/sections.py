@@ -22,8 +22,12 @@ def facts(run: Run) -> Mapping[str, str]:
         return {}
     sizes = {"wide": cfg.student.embed_dim, "blocks": cfg.student.depth}
     network = [cfg.student.arch, *(f"{size} {what}" for what, size in sizes.items() if size)]
+    origins = [f"distilled from {cfg.distillation.teacher}"] if cfg.distillation.teacher else []
+    origins += [f"from the weights of {source}" for source in list(config.sources_of(cfg).values())[:1]]
+    origins += ["Gram anchoring"] if cfg.gram.loss_weight > 0 else []
     return {
         "data": cfg.train.dataset_path,
+        **({"origin": ", ".join(origins)} if origins else {}),
         "network": ", ".join([*network, f"patches of {cfg.student.patch_size} pixels"]),
         "steps": counted(run.total_steps or 0, "step"),
         "batch": counted(run.global_batch(run.steps_done) or 0, "image") + " of each process" * (not run.sessions),

@@ -29,6 +29,7 @@ from dinov2.log import read_records
 from dinov2.models.carry_over import fit_positions
 from dinov2.models.weights import check_numbers, read_state_dict
 from dinov2.train.checkpoint_folder import (
+    UNFINISHED,
     SafeReader,
     complete_checkpoints,
     latest_checkpoint,
@@ -51,7 +52,6 @@ OUTPUTS = (
 
 _TABLE = "backbone.pos_embed"
 
-_UNFINISHED = ".unfinished"
 MESSAGE_LENGTH = 600
 
 
@@ -135,7 +135,7 @@ class Checkpointer:
             return
         started = time.perf_counter()
         folder = self.directory / f"model_{step:07d}"
-        unfinished = folder.with_suffix(_UNFINISHED)
+        unfinished = folder.with_suffix(UNFINISHED)
         try:
             if distributed.is_main():
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -168,7 +168,7 @@ class Checkpointer:
         try:
             written.result()  # on rank 0 only when all processes have written their part
             if distributed.is_main():
-                unfinished = folder.with_suffix(_UNFINISHED)
+                unfinished = folder.with_suffix(UNFINISHED)
                 write_checksums(unfinished)
                 unfinished.rename(folder)
                 self._delete_old()
@@ -179,7 +179,7 @@ class Checkpointer:
 
     def _failure(self, step: int, folder: Path, error: BaseException) -> OSError:
         """Remove a checkpoint that could not be written; the error to raise."""
-        shutil.rmtree(folder.with_suffix(_UNFINISHED), ignore_errors=True)
+        shutil.rmtree(folder.with_suffix(UNFINISHED), ignore_errors=True)
         try:
             newest: object = latest_checkpoint(self.directory) or "none"
         except OSError as unreadable:
@@ -253,8 +253,8 @@ class Checkpointer:
         folders = complete_checkpoints(self.directory)
         for iteration in sorted(folders)[: -self.keep]:
             if not (self.keep_every and (iteration + 1) % self.keep_every == 0):
-                folders[iteration].rename(folders[iteration].with_suffix(_UNFINISHED))
-        for leftover in self.directory.glob(f"*{_UNFINISHED}"):
+                folders[iteration].rename(folders[iteration].with_suffix(UNFINISHED))
+        for leftover in self.directory.glob(f"*{UNFINISHED}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

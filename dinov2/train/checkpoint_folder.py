@@ -23,10 +23,14 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from dinov2.files import runs_below
 from dinov2.models.checksums import check_zip
 from dinov2.train.checkpoint_metadata import ADVICE, read_metadata
 
 _FOLDER = re.compile(r"model_(\d{7,})")
+
+UNFINISHED = ".unfinished"
+"""Suffix of a checkpoint that is not complete, or replaced; deleted when the next one is complete."""
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -135,5 +139,6 @@ def find_checkpoint(path: Path) -> Path:
     if folder is None:
         raise FileNotFoundError(
             f"no checkpoint in {path}: give a folder model_<iteration>, the `checkpoints` with it, or a run's output"
+            f"{runs_below(path)}"
         )
     return folder

@@ -46,12 +46,12 @@ from dinov2.train.monitor.conclusion import conclude
 from dinov2.train.monitor.target_stats import HealthPanel, TargetStats
 from dinov2.train.optim import clip_gradients, ema_update, set_hyperparameters, step_unless
 from dinov2.train.preflight.checks import check_device, check_images, check_settings
-from dinov2.train.preflight.dry_run import dry_run
+from dinov2.train.preflight.dry_run import dry_run_all
 from dinov2.train.preflight.plan import check_length, check_sources
 from dinov2.train.schedules import StepValues, build_schedules, global_batch_size, is_due, num_steps
 from dinov2.train.ssl_meta_arch import Losses, SSLMetaArch, mean_losses
 from dinov2.train.stages.choice import build_arch
-from dinov2.train.stages.several_students import describe_shares, own_run, planned_runs, resume_together
+from dinov2.train.stages.several_students import own_run, planned_runs, resume_together
 from dinov2.train.start.baseline import measure_baseline
 from dinov2.train.start.source_runs import check_source_runs, pinned
 from dinov2.train.training_run import (
@@ -71,8 +71,7 @@ def main(args: argparse.Namespace) -> None:
     job_size, resume = planned or distributed.detect_process().world_size, not args.no_resume
     runs = planned_runs(args, job_size)
     if args.dry_run:
-        costs = [dry_run(run.cfg, run.num_processes, job_size=job_size, resume=resume) for run in runs]
-        sys.stdout.write(describe_shares(runs, costs))
+        dry_run_all(runs, job_size, resume=resume)
         return
     with distributed.session(), naming_full_disk(runs[0].output_dir):
         run = own_run(runs)
@@ -87,8 +86,6 @@ def main(args: argparse.Namespace) -> None:
         if not args.eval_only:
             for warning in [*check_settings(cfg, distributed.world_size()), *check_device(cfg)]:
                 logger.warning("%s", warning)
-        if resume:
-            resume_together(runs)
         check_source_runs(cfg, resume=resume)
         cfg = pinned(cfg, resume=resume)
         cfg, dataset = open_dataset(cfg, resume=resume)  # before the model, to report mistakes early
@@ -98,12 +95,12 @@ def main(args: argparse.Namespace) -> None:
             warnings += check_sources(cfg, dataset, distributed.world_size())
         for warning in warnings:
             logger.warning("%s", warning)
-        model = build_arch(cfg).to(distributed.device())
+        model = build_arch(cfg, among_students=len(runs) > 1).to(distributed.device())
         with distributed.on_main(folder_lock(output_dir)):
             if args.eval_only:
                 dump_teacher_only(cfg, model, resume=resume)
             else:
-                do_train(cfg, model, dataset, resume=resume)
+                do_train(cfg, model, dataset, resume=resume and resume_together(runs))
 
 
 def seed_everything(seed: int) -> None:

@@ -4,6 +4,7 @@ import logging
 import math
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import BadImageError
 from dinov2.trackers import check_trackers
-from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes
+from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes, read_tensors
 from dinov2.train.checkpoint_state import read_state
 from dinov2.train.monitor.dense_images import read_dense_images
 from dinov2.train.monitor.probe_images import NoLabels, balanced_positions, labeled_dataset
@@ -32,6 +33,7 @@ from dinov2.train.preflight.plan import (
 from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stages.choice import build_arch
+from dinov2.train.stages.several_students import PlannedRun, describe_shares, newest_common_step
 from dinov2.train.start.initial_weights import load_initial_weights
 from dinov2.train.start.source_runs import check_source_runs, pinned
 from dinov2.train.start.step_zero import check_step_zero
@@ -42,8 +44,23 @@ PROCESSES_PER_MACHINE = 8  # assumed if the processes are not started yet
 IMAGES_TRIED = 20  # number of images that are read to check the dataset
 
 
-def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool = True) -> float:
-    """Check all that the run needs, with the error that it would have failed with, and print its plan.
+def dry_run_all(runs: Sequence[PlannedRun], job_size: int, *, resume: bool = True) -> None:
+    """Check all that the runs of a job need, with the error that it would have failed with, and print their plans."""
+    if resume and len(runs) > 1:
+        newest_common_step([run.output_dir for run in runs])
+    costs = []
+    for run in runs:
+        settings = config.to_yaml(run.cfg)
+        if len(runs) > 1:
+            changes = "\n".join(config.differences(runs[0].cfg, run.cfg))
+            title = f"--- {run.output_dir.name}: {run.num_processes} of {job_size} processes ---"
+            settings = f"\n{title}\n\n" + (settings if run is runs[0] else f"other settings:\n{changes}\n")
+        costs.append(dry_run(run.cfg, run.num_processes, job_size=job_size, resume=resume, settings=settings))
+    sys.stdout.write(describe_shares(runs, costs))
+
+
+def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool, settings: str) -> float:
+    """Check all that a run needs, and print its settings and plan.
 
     `job_size` is the number of processes of all students together. Returns the FLOPs of a step of one process.
     """
@@ -57,7 +74,7 @@ def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool = True)
     check_trackers(tensorboard=cfg.tracking.tensorboard, wandb_project=cfg.tracking.wandb_project)
     latest = latest_checkpoint(Path(cfg.train.output_dir) / "checkpoints") if resume else None
     with torch.device("cpu" if latest is None and config.sources_of(cfg) else "meta"):
-        model = build_arch(cfg)
+        model = build_arch(cfg, among_students=job_size > world_size)
     model.load_frozen(resuming=latest is not None)
     start = _start(latest, cfg, model)
     if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
@@ -83,7 +100,7 @@ def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool = True)
     lines += ["", *notes] if notes else []
     lines += ["", *(f"warning: {warning}" for warning in findings)] if findings else []
     but = f" but for {len(findings)} warning(s)" if findings else ""
-    text = "\n".join([config.to_yaml(cfg), *lines, "", f"dry run: everything is in order{but}, nothing was trained"])
+    text = "\n".join([settings, *lines, "", f"dry run: everything is in order{but}, nothing was trained"])
     sys.stdout.write(text + "\n")
     return step_flops(cfg, model, share_of_job=world_size / job_size).total
 
@@ -98,6 +115,10 @@ def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, st
         if (found := stored.get(f"model.{name}")) is None or found.shape != value.shape:
             shape = "none" if found is None else tuple(found.shape)
             raise ValueError(f"cannot resume from {latest}: {name} is {tuple(value.shape)} here, {shape} there")
+    if "frozen_digest" in model.state_dict():
+        digest = read_tensors(latest, "model.frozen_digest")["model.frozen_digest"]
+        model.load_state_dict({"frozen_digest": digest}, strict=False, assign=True)
+        model.check_frozen()
     return {"starts from": f"step {step:,}: resumes {latest}"}
 
 

@@ -7,10 +7,8 @@ from dinov2.train.stages.gram_anchoring import GramAnchoringArch
 from dinov2.train.stages.shared_teacher import SharedTeacherArch
 
 
-def build_arch(cfg: Config) -> SSLMetaArch:
-    """Build the networks and the objective of a run."""
-    if cfg.distillation.students:
-        return SharedTeacherArch(cfg)
+def build_arch(cfg: Config, *, among_students: bool = False) -> SSLMetaArch:
+    """Build the networks and the objective of a run, which may be one of several in the job."""
     if cfg.distillation.teacher:
-        return DistillationArch(cfg)
+        return SharedTeacherArch(cfg) if among_students else DistillationArch(cfg)
     return GramAnchoringArch(cfg) if cfg.gram.loss_weight > 0 else SSLMetaArch(cfg)

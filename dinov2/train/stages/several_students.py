@@ -7,25 +7,24 @@ at the same step, and resume from the newest step of which each has a checkpoint
 
 import argparse
 import logging
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from dinov2 import config, distributed
 from dinov2.config import SHARDED_OVER, Config, ConfigError
-from dinov2.train.checkpoint_folder import complete_checkpoints
+from dinov2.train.checkpoint_folder import UNFINISHED, complete_checkpoints
 from dinov2.train.schedules import global_batch_size, scale_lr
+from dinov2.train.training_run import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
 _EQUAL = (
-    *("crops", "augmentation", "images", "student.patch_size", "distillation"),
-    *("train.dataset_path", "train.seed", "train.sampler", "train.augment_on", "train.OFFICIAL_EPOCH_LENGTH"),
-    *("train.checkpoint_period", "optim.epochs", "compute_precision.teacher"),
-    "compute_precision.student.backbone.mixed_precision.param_dtype",
+    *("crops.", "augmentation.", "images.", "student.patch_size:", "train.dataset_path:", "train.seed:"),
+    *("train.sampler:", "train.augment_on:", "train.OFFICIAL_EPOCH_LENGTH:", "train.checkpoint_period:"),
+    *("optim.epochs:", "compute_precision.teacher."),
+    "compute_precision.student.backbone.mixed_precision.param_dtype:",
 )
 """Settings that students share: those of images and of the teacher, and when there are checkpoints."""
 
@@ -74,31 +73,50 @@ def own_run(runs: Sequence[PlannedRun]) -> PlannedRun:
     return runs[distributed.split([run.num_processes for run in runs])]
 
 
-def resume_together(runs: Sequence[PlannedRun]) -> None:
-    """Make all runs continue from the same step; a ValueError if too many checkpoints of one of them are missing."""
-    with distributed.whole_job():
-        distributed.from_main(lambda: align_checkpoints([run.output_dir for run in runs]))
+def resume_together(runs: Sequence[PlannedRun]) -> bool:
+    """Make all runs resume from the same step; returns False if they have to start anew, and so has a run without any.
 
-
-def align_checkpoints(folders: Sequence[Path]) -> None:
-    """Delete a checkpoint that others do not have, as they were stopped while they wrote it: the steps are repeated.
-
-    A ValueError if a run has more than one of these, which are lost in the others.
+    A checkpoint that others do not have, as they were stopped while they wrote theirs, is set aside: it is deleted when
+    the next one is complete. Errors as `newest_common_step`.
     """
-    found = [complete_checkpoints(folder / "checkpoints") for folder in folders]
+    with distributed.whole_job():
+        return distributed.from_main(lambda: _set_newer_aside([run.output_dir for run in runs]))
+
+
+def newest_common_step(folders: Sequence[Path]) -> int | None:
+    """The newest step of which all runs have a checkpoint; None if they have to start anew.
+
+    A ValueError if that would lose more than one checkpoint of a run, or all of them: these of others are missing.
+    """
+    found = [list(complete_checkpoints(folder / "checkpoints")) for folder in folders]
     common = set(found[0]).intersection(*found[1:])
-    newer = [[step for step in steps if step > max(common, default=-1)] for steps in found]
-    for folder, steps in zip(folders, newer, strict=True):
-        if len(steps) > 1:
-            others = ", ".join(other.name for other, theirs in zip(folders, newer, strict=True) if not theirs)
-            raise ValueError(
-                f"{folder} has checkpoints of the steps {', '.join(map(str, steps))}, but of {others} they are missing "
-                "or lost: restore them, or delete these, or start anew with --no-resume"
-            )
-    for steps, paths in zip(newer, found, strict=True):
-        for step in steps:
-            logger.warning("not all students have a checkpoint of step %d: %s is deleted", step, paths[step])
-            shutil.rmtree(paths[step])
+    newest = max(common, default=None)
+    newer = [[step for step in steps if newest is None or step > newest] for steps in found]
+    stopped_at_first = len({tuple(steps) for steps in found if steps}) == 1 and all(
+        steps or (folder / METRICS_FILE).exists() for folder, steps in zip(folders, found, strict=True)
+    )
+    if max(map(len, newer)) > 1 or (any(newer) and newest is None and not stopped_at_first):
+        listed = "; ".join(
+            f"{folder} has {', '.join(map(str, steps)) or 'none'}" for folder, steps in zip(folders, found, strict=True)
+        )
+        raise ValueError(
+            f"students resume from the newest step of which all have a checkpoint, but {listed}: restore what is "
+            "missing, or move newer checkpoints away, or start all of them anew with --no-resume, which archives these"
+        )
+    return newest
+
+
+def _set_newer_aside(folders: Sequence[Path]) -> bool:
+    newest = newest_common_step(folders)
+    found = [complete_checkpoints(folder / "checkpoints") for folder in folders]
+    if newest is None:
+        if any(found):
+            logger.warning("students were stopped before each had its first checkpoint: all start anew")
+        return not any(found)
+    for path in (path for steps in found for step, path in steps.items() if step > newest):
+        logger.warning("not all students have a checkpoint of this step, they resume before it: %s", path)
+        path.rename(path.with_suffix(UNFINISHED))
+    return True
 
 
 def describe_shares(runs: Sequence[PlannedRun], step_flops: Sequence[float]) -> str:
@@ -109,8 +127,10 @@ def describe_shares(runs: Sequence[PlannedRun], step_flops: Sequence[float]) -> 
     parts = [
         f"{run.output_dir.name} {flops / max(step_flops):.0%}" for flops, run in zip(step_flops, runs, strict=True)
     ]
-    even = " : ".join(f"{each / min(work):.2g}" for each in work)
-    return f"\nprocesses are busy, relative to the slowest student: {', '.join(parts)}; even shares: {even}\n"
+    even = [each / min(work) for each in work]
+    multiple = next((n for n in range(1, 9) if all(abs(round(n * x) / (n * x) - 1) < 0.1 for x in even)), 8)
+    shares = " : ".join(str(round(multiple * each)) for each in even)
+    return f"\nprocesses are busy, relative to the slowest student: {', '.join(parts)}; about even shares: {shares}\n"
 
 
 def _planned(cfg: Config, output_dir: Path, num_processes: int) -> PlannedRun:
@@ -135,7 +155,8 @@ def _with_batch_size(cfg: Config, recipe: str, num_processes: int) -> Config:
             f"distillation.global_batch_size = {total} cannot be divided by the {num_processes} process(es) of {recipe}"
             + (f" x train.accumulate_steps = {cfg.train.accumulate_steps}" if cfg.train.accumulate_steps > 1 else "")
         )
-    return replace(cfg, train=replace(cfg.train, batch_size_per_gpu=total // parts))
+    alone = replace(cfg.distillation, students=(), global_batch_size=0)  # so the recorded config is of a run like any
+    return replace(cfg, distillation=alone, train=replace(cfg.train, batch_size_per_gpu=total // parts))
 
 
 def _problems(runs: Sequence[PlannedRun], recipes: Sequence[str]) -> Iterator[str]:
@@ -144,13 +165,9 @@ def _problems(runs: Sequence[PlannedRun], recipes: Sequence[str]) -> Iterator[st
         yield f"distillation.students: the output folders would have equal names: {', '.join(names)}"
     first = runs[0]
     for recipe, run in zip(recipes, runs, strict=True):
-        for key in _EQUAL:
-            ours, theirs = attrgetter(key)(run.cfg), attrgetter(key)(first.cfg)
-            if ours != theirs:
-                yield (
-                    f"students must have the same {key}: {recipe} has {ours}, {recipes[0]} {theirs} (a value in "
-                    "--config-file or on the command line is for all)"
-                )
+        differences = [each for each in config.differences(first.cfg, run.cfg) if each.startswith(_EQUAL)]
+        if differences:
+            yield f"{recipe} differs from {recipes[0]} in what students must share: {'; '.join(differences)}"
         for name in ("backbone", "dino_head", "ibot_head"):
             strategy = getattr(run.cfg.compute_precision.student, name).sharding_strategy
             if SHARDED_OVER[strategy] != "all processes":

@@ -114,9 +114,6 @@ class SharedTeacherArch(DistillationArch):
     def shared_networks(self) -> list[nn.ModuleDict]:
         return self._shared
 
-    def stage_facts(self) -> dict[str, str]:
-        return super().stage_facts() | {"teacher shared by": ", ".join(self.cfg.distillation.students)}
-
     @property
     def has_frozen_teacher(self) -> bool:
         """False, as the health panel of one student cannot run the teacher alone: its own run has been measured."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dinov2 import config
 from dinov2.config import Config
+from dinov2.files import runs_below
 from dinov2.models import build_model
 from dinov2.models.published import PACKAGED, PUBLISHED
 from dinov2.models.weights import TEACHER_FILE, backbone_state_dict, read_state_dict
@@ -44,7 +45,8 @@ def weights_of_run(source: str) -> Path:
         return found[int(text)]
     best = run / "eval" / "best" / TEACHER_FILE
     if not best.is_file():
-        raise FileNotFoundError(f"{run} has neither checkpoints nor eval/best/{TEACHER_FILE}: is it the output folder?")
+        hint = runs_below(run) or ": is it the output folder?"
+        raise FileNotFoundError(f"{run} has neither checkpoints nor eval/best/{TEACHER_FILE}{hint}")
     logger.warning("%s has no checkpoints: its best teacher is used", run)
     return best
 

@@ -18,11 +18,14 @@ from torch import Tensor
 
 from dinov2 import config
 from dinov2.config import ConfigError
+from dinov2.report.read_run import read_run
+from dinov2.train.checkpoint_folder import find_checkpoint
 from dinov2.train.preflight.flops import step_flops
 from dinov2.train.preflight.memory import estimate
 from dinov2.train.stages.choice import build_arch
-from dinov2.train.stages.several_students import align_checkpoints, describe_shares, planned_runs
+from dinov2.train.stages.several_students import PlannedRun, describe_shares, planned_runs, resume_together
 from dinov2.train.stages.shared_teacher import Division, plan_exchange
+from dinov2.train.start.source_runs import weights_of_run
 
 SMALL, WIDE = "drop_path_rate: 0.0", "drop_path_rate: 0.0, qkv_bias: false"
 
@@ -152,7 +155,7 @@ def test_a_killed_job_resumes_exactly_also_where_one_student_lacks_the_newest_ch
     newest = checkpoints(tmp_path / "out" / "wide")[-1]
     shutil.rmtree(tmp_path / "out" / "wide" / "checkpoints" / f"model_{newest:07d}")
     printed = train_students(3, recipe, tmp_path / "out", *words)
-    assert "not all students have a checkpoint of step" in printed
+    assert "not all students have a checkpoint of this step, they resume before it" in printed
     for name in ("small", "wide"):
         assert_same_end(tmp_path / "out" / name, tmp_path / "whole" / name, 39)
 
@@ -197,20 +200,42 @@ def write_checkpoints(folder: Path, *steps: int) -> Path:
     return folder
 
 
-def test_a_checkpoint_that_not_all_have_is_deleted(tmp_path: Path) -> None:
+def runs_in(*folders: Path) -> list[PlannedRun]:
+    cfgs = [config.load(CONFIG_FILE, [f"train.output_dir={folder}"]) for folder in folders]
+    return [PlannedRun(cfg, 1) for cfg in cfgs]
+
+
+def test_a_checkpoint_that_not_all_have_is_set_aside(tmp_path: Path) -> None:
     one, other = write_checkpoints(tmp_path / "a", 1, 3, 5), write_checkpoints(tmp_path / "b", 1, 3)
-    align_checkpoints([one, other])
+    assert resume_together(runs_in(one, other))
     assert checkpoints(one) == checkpoints(other) == [1, 3]
-    first, none = write_checkpoints(tmp_path / "c", 1), tmp_path / "d"  # stopped at the first one
-    align_checkpoints([first, none])
-    assert checkpoints(first) == []
+    assert (one / "checkpoints" / "model_0000005.unfinished").is_dir(), "deleted by the next one that is complete"
 
 
-def test_lost_checkpoints_of_one_student_delete_nothing(tmp_path: Path) -> None:
-    one, other = write_checkpoints(tmp_path / "a", 1, 3, 5), write_checkpoints(tmp_path / "b", 1)
-    with pytest.raises(ValueError, match="a has checkpoints of the steps 3, 5, but of b they are missing"):
-        align_checkpoints([one, other])
-    assert checkpoints(one) == [1, 3, 5]
+def test_students_that_were_stopped_at_their_first_checkpoint_start_anew(tmp_path: Path) -> None:
+    first, none = write_checkpoints(tmp_path / "c", 1), tmp_path / "d"
+    none.mkdir()
+    (none / "training_metrics.json").write_text("{}\n")
+    assert not resume_together(runs_in(first, none))
+    assert checkpoints(first) == [1], "which archives it"
+    assert resume_together(runs_in(tmp_path / "new", tmp_path / "newer")), "nothing is there"
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ([1, 3, 5], [1], "a has 1, 3, 5; .*b has 1: restore what is missing, or move newer"),
+        ([39], [], "a has 39; .*b has none"),  # the folder was moved, or a student is new
+        ([3], [5], "a has 3; .*b has 5"),
+    ],
+)
+def test_lost_checkpoints_of_a_student_are_an_error(
+    ours: list[int], theirs: list[int], message: str, tmp_path: Path
+) -> None:
+    one, other = write_checkpoints(tmp_path / "a", *ours), write_checkpoints(tmp_path / "b", *theirs)
+    with pytest.raises(ValueError, match=message):
+        resume_together(runs_in(one, other))
+    assert (checkpoints(one), checkpoints(other)) == (ours, theirs)
 
 
 # --- The plan --------------------------------------------------------------------------------------------------------
@@ -237,7 +262,11 @@ def test_lost_checkpoints_of_one_student_delete_nothing(tmp_path: Path) -> None:
         (["small.yaml", "wide.yaml"], ["distillation.teacher="], "need distillation.teacher"),
         (["small.yaml", "wide.yaml"], ["train.sampler=EPOCH"], "have the same images by GLOBAL_ORDER or SHARD_ORDER"),
         (["small.yaml", "wide.yaml"], ["train.checkpoint_keep=1"], "several students need 2"),
-        (["small.yaml", "other.yaml"], [], "must have the same train.seed: .*other.yaml has 5, .*small.yaml 0"),
+        (
+            ["small.yaml", "other.yaml"],
+            [],
+            "other.yaml differs .* in what students must share: train.seed: 0 -> 5",
+        ),
         (["small.yaml", "none.yaml"], [], "no configuration file"),
     ],
 )
@@ -259,13 +288,14 @@ def test_processes_and_images_are_divided(tmp_path: Path) -> None:
     assert [(run.num_processes, run.cfg.train.batch_size_per_gpu) for run in runs] == [(2, 6), (4, 3)]
     assert [run.output_dir for run in runs] == [Path("/out/small"), Path("/out/wide")]
     assert [run.cfg.student.embed_dim for run in runs] == [32, 40]
+    assert {run.cfg.distillation for run in runs} == {config.Distillation("/t", (), 0)}, "it runs alone, too"
     assert {run.cfg.optim.lr for run in runs} == {0.002 * 12 / 256}
 
 
 def test_the_plan_counts_the_teacher_once_for_all_students(teacher: Path, tmp_path: Path) -> None:
     recipe = write_recipes(tmp_path, "small.yaml:1", "wide.yaml:2")
     run, _ = planned_runs(parsed(recipe, f"distillation.teacher={teacher}"), 3)
-    shared, cfg = build_arch(run.cfg), run.cfg
+    shared, cfg = build_arch(run.cfg, among_students=True), run.cfg
     alone = build_arch(config.load(tmp_path / "small.yaml", [f"distillation.teacher={teacher}"]))
     whole, third = step_flops(cfg, alone).teacher, step_flops(cfg, shared, share_of_job=1 / 3).teacher
     assert third.heads == whole.heads
@@ -279,7 +309,7 @@ def test_the_dry_run_compares_the_students(teacher: Path, tmp_path: Path, capsys
     recipe = write_recipes(tmp_path, "small.yaml:1", "wide.yaml:2")
     runs = planned_runs(parsed(recipe, f"distillation.teacher={teacher}"), 3)
     assert describe_shares(runs, [10.0, 8.0]) == (
-        "\nprocesses are busy, relative to the slowest student: small 100%, wide 80%; even shares: 1 : 1.6\n"
+        "\nprocesses are busy, relative to the slowest student: small 100%, wide 80%; about even shares: 2 : 3\n"
     )
     result = run_script(
         *("dinov2/run/train/train.py", "--launcher", "local", "--ngpus", "0", "--tasks-per-node", "3", "--dry-run"),
@@ -287,4 +317,17 @@ def test_the_dry_run_compares_the_students(teacher: Path, tmp_path: Path, capsys
     )
     assert result.returncode == 0, result.stderr
     assert "12 images (12 x 1 processes)" in result.stdout and "12 images (6 x 2 processes)" in result.stdout
-    assert "even shares: 1 : " in result.stdout
+    assert "--- wide: 2 of 3 processes ---" in result.stdout and "student.embed_dim: 32 -> 40" in result.stdout
+    assert "about even shares: " in result.stdout
+
+
+def test_the_folder_of_the_job_is_no_run_and_its_runs_are_named(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    config.save(config.load(CONFIG_FILE), tmp_path / "small" / "config.yaml")
+    for read in (
+        lambda: read_run(tmp_path, "run"),
+        lambda: weights_of_run(str(tmp_path)),
+        lambda: find_checkpoint(tmp_path),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"; it holds the runs small: give one .* such as {tmp_path}/small"):
+            read()
