@@ -342,10 +342,10 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = (), *, recip
     if recipe is not None:
         for source in sources:
             for key in source.values:
-                if key.startswith("student.") or key == "train.batch_size_per_gpu":
-                    origin = "the recipes in distillation.students"
-                    origin = origin if key.startswith("student.") else "distillation.global_batch_size"
-                    raise ConfigError(f"{key}: several students have it from {origin} (in {source.name})")
+                if key == "train.batch_size_per_gpu":
+                    raise ConfigError(f"{key}: it follows from distillation.global_batch_size (in {source.name})")
+                if key.startswith("student."):
+                    raise ConfigError(f"{key}: several students have it from the recipes of each (in {source.name})")
         found = _find(recipe)
         sources.insert(0, _check(_read(found), str(found)))
     return _merge(sources)

@@ -11,7 +11,7 @@ import logging
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -73,9 +73,10 @@ def main(args: argparse.Namespace) -> None:
     if args.dry_run:
         dry_run_all(runs, job_size, resume=resume)
         return
-    with distributed.session(), naming_full_disk(runs[0].output_dir):
+    with distributed.session(), ExitStack() as stack:
         run = own_run(runs)
         cfg, output_dir = run.cfg, run.output_dir
+        stack.enter_context(naming_full_disk(output_dir))
         output_dir.mkdir(parents=True, exist_ok=True)
         setup_logging(output_dir, distributed.rank(), name=output_dir.name if len(runs) > 1 else "")
         seed_everything(cfg.train.seed)

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,19 @@ def command_train(output_dir: Path, *words: str, **settings: Any) -> subprocess.
 
 class Killed(BaseException):
     """What ends a run in the middle of a step."""
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process and its children have started."""
+    below = children(pid)
+    return below + [other for child in below for other in descendants(child)]
 
 
 @contextmanager

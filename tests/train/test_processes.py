@@ -22,6 +22,8 @@ from tiny import (
     SEPARATE_HEADS,
     all_in,
     checkpoints,
+    children,
+    descendants,
     killed_after,
     metrics,
     run_script,
@@ -68,17 +70,6 @@ def train_on(num_processes: int, output_dir: Path, *words: str) -> str:
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{num_processes} process(es)" in result.stdout
     return result.stdout + result.stderr
-
-
-def children(pid: int) -> list[int]:
-    with suppress(FileNotFoundError, ProcessLookupError):
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def descendants(pid: int) -> list[int]:
-    below = children(pid)
-    return below + [other for child in below for other in descendants(child)]
 
 
 def workers(run: subprocess.Popen[str]) -> list[int]:

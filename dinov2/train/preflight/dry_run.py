@@ -79,7 +79,8 @@ def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool, settin
     start = _start(latest, cfg, model)
     if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
         start["step 0"] = check_step_zero(model, cfg, dataset, loaded)
-    plan = start | model.stage_facts() | _plan(cfg, model, len(dataset), world_size, job_size)
+    flops = step_flops(cfg, model, share_of_job=world_size / job_size).total
+    plan = start | model.stage_facts() | _plan(cfg, model, len(dataset), world_size, job_size, flops)
     plan |= describe_sources(cfg, dataset, world_size)
     if latest is None:  # a run that has begun keeps its length
         plan |= describe_length(cfg, len(dataset), world_size)
@@ -102,7 +103,7 @@ def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool, settin
     but = f" but for {len(findings)} warning(s)" if findings else ""
     text = "\n".join([settings, *lines, "", f"dry run: everything is in order{but}, nothing was trained"])
     sys.stdout.write(text + "\n")
-    return step_flops(cfg, model, share_of_job=world_size / job_size).total
+    return flops
 
 
 def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
@@ -166,7 +167,9 @@ def _check_writable(folder: Path) -> None:
         raise OSError(f"cannot write to the output folder {folder}: {error}") from error
 
 
-def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int, job_size: int) -> dict[str, str]:
+def _plan(
+    cfg: Config, model: SSLMetaArch, num_images: int, world_size: int, job_size: int, flops: float
+) -> dict[str, str]:
     """The plan of the run: name -> value with its unit."""
     batch = global_batch_size(cfg, world_size)
     accumulated = f" x {cfg.train.accumulate_steps} micro-batches" if cfg.train.accumulate_steps > 1 else ""
@@ -184,7 +187,7 @@ def _plan(cfg: Config, model: SSLMetaArch, num_images: int, world_size: int, job
         "teacher checkpoints": _how_often(cfg.evaluation.eval_period_iterations, steps),
         "images seen": f"{steps * batch:,}, the dataset {steps * batch / num_images:.1f} times",
         **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
-        **_compute(cfg, model, steps, world_size, job_size),
+        **_compute(cfg, flops, steps, world_size),
         **_costs(cfg, model, world_size, job_size),
     }
 
@@ -208,9 +211,8 @@ def _how_often(period: int, steps: int) -> str:
     return f"{num_due(period, steps):,}: every {period:,} steps and after the last one" if period > 0 else "none"
 
 
-def _compute(cfg: Config, model: SSLMetaArch, steps: int, world_size: int, job_size: int) -> dict[str, str]:
+def _compute(cfg: Config, flops: float, steps: int, world_size: int) -> dict[str, str]:
     """FLOPs by image, step and run, and the least time of a step, on a machine without a GPU also here."""
-    flops = step_flops(cfg, model, share_of_job=world_size / job_size).total
     of_image, of_run = flops * world_size / global_batch_size(cfg, world_size), flops * steps * world_size
     floor = f"{_duration(flops / H200_FLOPS)} at {_flop(H200_FLOPS)}/s (an H200 in half precision)"
     if not torch.cuda.is_available():

@@ -100,19 +100,16 @@ class SharedTeacherArch(DistillationArch):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__(cfg)
-        heads = {name: network for name, network in self.target_networks.items() if name != "backbone"}
-        self._heads_alone = [nn.ModuleDict(heads)]  # in a list, so that they are not registered
-        self._shared = [nn.ModuleDict({"backbone": self.target_networks["backbone"]})]
         self._exchange: Exchange | None = None
         self._chunk = 0
 
     @property
     def frozen_networks(self) -> list[nn.ModuleDict]:
-        return self._heads_alone
+        return [nn.ModuleDict({name: head for name, head in self.target_networks.items() if name != "backbone"})]
 
     @property
     def shared_networks(self) -> list[nn.ModuleDict]:
-        return self._shared
+        return [nn.ModuleDict({"backbone": self.target_networks["backbone"]})]
 
     @property
     def has_frozen_teacher(self) -> bool:
@@ -158,8 +155,8 @@ class SharedTeacherArch(DistillationArch):
             stacked = crops.transpose(0, 1).flatten(0, 1).to(dtype)
             [features] = self.target_networks["backbone"]([stacked], is_training=True)
         tokens = torch.cat([features["x_norm_clstoken"][:, None], features["x_norm_patchtokens"]], dim=1)
-        precision = self.cfg.compute_precision.teacher
-        kinds = {getattr(precision, name).mixed_precision.param_dtype for name in self._heads_alone[0]}
+        precision, names = self.cfg.compute_precision.teacher, self.target_networks.keys() - {"backbone"}
+        kinds = {getattr(precision, name).mixed_precision.param_dtype for name in names}
         return _by_image(tokens.to(DTYPES[kinds.pop()]) if len(kinds) == 1 else tokens)
 
     def _check_same_images(self, exchange: Exchange, crops: Tensor) -> None:

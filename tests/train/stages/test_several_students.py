@@ -13,7 +13,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CONFIG_FILE, ROOT, assert_same_end, checkpoints, metrics, run_script, run_train, start_script, tensors
+from tiny import (
+    CONFIG_FILE,
+    ROOT,
+    assert_same_end,
+    checkpoints,
+    descendants,
+    metrics,
+    run_script,
+    run_train,
+    start_script,
+    tensors,
+)
 from torch import Tensor
 
 from dinov2 import config
@@ -52,13 +63,6 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parsed(file: Path, *words: str) -> argparse.Namespace:
     return argparse.Namespace(config_file=str(file), output_dir="/out", opts=list(words))
-
-
-def descendants(pid: int) -> list[int]:
-    with suppress(FileNotFoundError, ProcessLookupError):
-        below = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        return below + [other for child in below for other in descendants(child)]
-    return []
 
 
 # --- Who computes what -----------------------------------------------------------------------------------------------
@@ -251,8 +255,16 @@ def test_lost_checkpoints_of_a_student_are_an_error(
         ),
         (["small.yaml:1", "wide.yaml:x"], [], r"wide.yaml:x' is not RECIPE:SHARE"),
         (["small.yaml", "small.yaml"], [], "the output folders would have equal names: small, small"),
-        (["small.yaml", "wide.yaml"], ["student.depth=3"], "student.depth: several students have it from the recipes"),
-        (["small.yaml", "wide.yaml"], ["train.batch_size_per_gpu=3"], "have it from distillation.global_batch_size"),
+        (
+            ["small.yaml", "wide.yaml"],
+            ["student.depth=3"],
+            "student.depth: several students have it from the recipes of each",
+        ),
+        (
+            ["small.yaml", "wide.yaml"],
+            ["train.batch_size_per_gpu=3"],
+            "train.batch_size_per_gpu: it follows from distillation.global_batch_size",
+        ),
         (["small.yaml", "wide.yaml"], ["distillation.global_batch_size=7"], r"= 7 cannot be divided by the 3 process"),
         (
             ["small.yaml", "wide.yaml"],
