@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from dinov2.allocation import keep_freed_memory
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -219,10 +221,13 @@ def close() -> None:
 def session(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[ProcessInfo]:
     """Call `init()` before and `close()` after the body; an error in the body makes the other processes fail quickly.
 
-    Its traceback, with the rank, is written to the log file, and passed to torchrun if that started the process. The
-    group is then not closed, which would wait for the others: the process ends, its connections break, and they fail.
+    A process that computes on the CPU keeps freed memory. The traceback of an error, with the rank, is written to the
+    log file, and passed to torchrun if that started the process. The group is then not closed, which would wait for the
+    others: the process ends, its connections break, and they fail.
     """
     process = init(timeout)
+    if device().type == "cpu":
+        keep_freed_memory()
     try:
         yield process
     except Exception as error:

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dinov2 import config
+from dinov2.allocation import keep_freed_memory
 from dinov2.config import Config
 from dinov2.data import make_dataset
 from dinov2.data.augment import MultiCrop
@@ -83,6 +84,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="compile the blocks of our side")
     parser.add_argument("--teacher-arch", help="student.arch of the untrained run to distill from; default: none")
     parser.add_argument("--no-plain", action="store_true", help="time our side only")
+    parser.add_argument("--keep-memory", action="store_true", help="on a CPU keep freed memory, as training does")
     parser.add_argument("--with-data", action="store_true", help="load train.dataset_path instead of repeating a batch")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each side, after two to warm up")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -318,6 +320,8 @@ def phases_of(side: Side, batches: Iterator[Batch]) -> dict[str, float]:
 def main() -> None:
     args = get_args_parser().parse_intermixed_args()
     device = torch.device(args.device)
+    if args.keep_memory:
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # as in training
     cfg, plain_cfg = make_config(args, args.precision), make_config(args, args.plain_precision)
     cfg = dataclasses.replace(cfg, student=dataclasses.replace(cfg.student, attention_backend=args.attention))

@@ -7,7 +7,6 @@ Unknown values are null. The file does not name the machine; it contains no path
 dataset.
 """
 
-import ctypes
 import json
 import logging
 import os
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 ENVIRONMENT_FILE = "environment.json"
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of mallopt(3)
 _CLONE = Path(__file__).resolve().parents[2]
 _COMMANDS = ("dinov2-train",)  # installed scripts
 
@@ -141,13 +139,3 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
-
-
-def keep_freed_memory() -> None:
-    """Make the GNU C library keep freed memory for the next step; the system would have to zero every page again."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(_M_MMAP_MAX, 0)  # allocate large blocks from the heap too
-    mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)  # never shrink the heap

@@ -37,7 +37,6 @@ from dinov2.files import folder_lock, naming_full_disk
 from dinov2.log import MetricLogger, read_records, run_command, setup_logging
 from dinov2.train.checkpoint import latest_checkpoint, load_training_weights, save_teacher
 from dinov2.train.checkpoint_state import read_state
-from dinov2.train.environment import keep_freed_memory
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.interruption import Interruption
 from dinov2.train.monitor.alarms import AlarmMonitor
@@ -82,8 +81,6 @@ def main(args: argparse.Namespace) -> None:
         seed_everything(cfg.train.seed)
         torch.set_float32_matmul_precision("high")  # TF32 where supported, as published
         logger.info("%d process(es), device %s, output %s", distributed.world_size(), distributed.device(), output_dir)
-        if distributed.device().type == "cpu":
-            keep_freed_memory()
         if not args.eval_only:
             for warning in [*check_settings(cfg, distributed.world_size()), *check_device(cfg)]:
                 logger.warning("%s", warning)
