@@ -194,3 +194,26 @@ def _locked(file: int) -> bool:
     except OSError:  # the file system has no locks
         return True
     return True
+
+
+MESSAGE_LENGTH = 600  # characters of an error
+
+
+def root_cause(error: BaseException) -> str:
+    """The message of the root cause in a chain of errors, with its type unless it is a ValueError or OSError."""
+    error = first_cause(error)
+    kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+    return f"{kind}{shortened(error)}".strip().rstrip(".")
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The root cause in a chain of errors: the last ValueError or OSError, or else the first error."""
+    while (earlier := error.__cause__ or error.__context__) and not isinstance(error, (ValueError, OSError)):
+        error = earlier
+    return error
+
+
+def shortened(error: BaseException) -> str:
+    """The message of an error, truncated to `MESSAGE_LENGTH` characters."""
+    text = str(error)
+    return text if len(text) < MESSAGE_LENGTH else f"{text[:MESSAGE_LENGTH]} ..."

@@ -42,7 +42,8 @@ import torch
 from torch import Tensor
 
 from dinov2 import config, distributed
-from dinov2.train.checkpoint import Checkpointer, latest_checkpoint
+from dinov2.train.checkpoint import Checkpointer
+from dinov2.train.checkpoint_files.folder import latest_checkpoint
 from dinov2.train.parallel import full_tensor
 from dinov2.train.preflight.memory import STRATEGIES
 from scripts.bench_memory import PLACES, Run

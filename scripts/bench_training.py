@@ -13,10 +13,7 @@ are faster. Set OMP_NUM_THREADS to the number of cores and OMP_WAIT_POLICY=PASSI
 
 import argparse
 import json
-import os
-import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +25,7 @@ if __name__ == "__main__":
 
 import torch
 
-from scripts.side_by_side import hardware, ratios, spread
+from scripts.side_by_side import cpu_seconds, hardware, ratios, spread
 
 PEER = """
 import sys
@@ -79,16 +76,6 @@ def peer(data: Path, out: Path, args: argparse.Namespace) -> list[str]:
     """Command that trains with lightly-train."""
     words = (str(data / "images"), str(out), str(args.batch_size), PRECISIONS[args.precision], str(args.drop_path))
     return [args.peer_python, "-c", PEER, *words]
-
-
-def cpu_seconds(command: list[str]) -> tuple[float, str]:
-    """CPU seconds of a command with its children, and what it printed."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    if result.returncode:
-        raise SystemExit(f"{' '.join(command[:3])} ... failed:\n{result.stderr[-3000:]}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result.stdout
 
 
 def link_images(source: Path, folder: Path, count: int) -> None:

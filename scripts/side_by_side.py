@@ -7,7 +7,9 @@ time is more reliable than the wall time.
 
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -37,6 +39,17 @@ def alternate(sides: Mapping[str, Callable[[], object]], rounds: int, device: to
                 seconds.wall[name].append(time.perf_counter() - started)
                 seconds.work[name].append(time.process_time() - worked)
     return seconds
+
+
+def cpu_seconds(command: list[str]) -> tuple[float, str]:
+    """CPU seconds of a command with its children, and what it printed."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command[:3])} ... failed:\n{result.stderr[-3000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, result.stdout
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

@@ -152,3 +152,10 @@ def test_what_a_step_of_the_whole_command_costs(tmp_path: Path) -> None:
 def test_students_that_share_a_teacher() -> None:
     record = record_of("bench_students", "--steps", "1", "3", "--rounds=2", "--batch-size=2", "--depth=1")
     assert is_spread(record["ratio"]) and 0.5 < record["operations"] < 1
+
+
+def test_bench_start(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", 4)
+    record = record_of("bench_start", f"--images={tmp_path / 'images'}", "--rounds=2")
+    assert record["ratio"].keys() == {"import torch", "--help", "dry run, images", "dry run, quickstart"}
+    assert record["ratio"]["import torch"] == [1, 1, 1]

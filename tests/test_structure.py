@@ -44,7 +44,7 @@ MAY_IMPORT = {
     | {"html_templates"},
     # Of a run the report needs what reads the files that it left.
     "report": {"config", "files", "flags", "html_templates", "log", "analysis", "metric_names"}
-    | {f"train.{name}" for name in ("monitor", "environment", "checkpoint_folder")},
+    | {f"train.{name}" for name in ("monitor", "environment", "checkpoint_files")},
     "curate": {"flags", "data", "files", "html_templates", "log", "eval"},
     "tools": {"flags", "config", "files", "log", "models", "train"},
     "run": {"flags", "config", "distributed", "files", "log", "train", "eval"},
@@ -205,3 +205,11 @@ def test_nothing_happens_at_import() -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout + result.stderr == ""
+
+
+@pytest.mark.parametrize("module", ["train.preflight.dry_run", "train.train", "run.train.train", "report.__main__"])
+def test_only_what_reads_or_shards_tensors_imports_what_takes_as_long_as_half_of_torch(module: str) -> None:
+    slow = "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"
+    program = f"import sys, dinov2.{module}; print([name for name in {slow} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"

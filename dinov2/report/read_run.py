@@ -15,7 +15,7 @@ from dinov2.files import is_locked, read_array, read_regular_file, runs_below
 from dinov2.log import last_error, log_path, readable_records
 from dinov2.report.results import read_results
 from dinov2.report.run import Run, State
-from dinov2.train.checkpoint_folder import complete_checkpoints
+from dinov2.train.checkpoint_files.folder import complete_checkpoints
 from dinov2.train.environment import ENVIRONMENT_FILE, read_environment
 from dinov2.train.monitor.alarms import find_alarms
 from dinov2.train.monitor.best_teacher import read_rating

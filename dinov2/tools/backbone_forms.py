@@ -17,7 +17,7 @@ from dinov2.models.export import FORMS, Difference, compare, timm_arguments
 from dinov2.models.infer_architecture import published_name
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.tools.contents import checkpoint_folder
-from dinov2.train.checkpoint_folder import read_tensors
+from dinov2.train.checkpoint_files.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from dinov2.models.checksums import CHECKSUM_KEY, NO_CHECKSUM, with_checksum
 from dinov2.models.key_mapping import flatten_block_names
 from dinov2.models.weight_files import import_safetensors
 from dinov2.tools.contents import NETWORKS, Contents, read_contents
-from dinov2.train.checkpoint_folder import read_tensors
+from dinov2.train.checkpoint_files.tensors import read_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from dinov2.models.networks import without_wrappers
 from dinov2.models.published import PUBLISHED, weights_url_or_path
 from dinov2.models.weight_files import files_in, import_safetensors, local_path, read_file
 from dinov2.models.weights import backbone_state_dict
-from dinov2.train.checkpoint_folder import find_checkpoint, read_shapes
-from dinov2.train.checkpoint_state import read_state
+from dinov2.train.checkpoint_files.folder import find_checkpoint
+from dinov2.train.checkpoint_files.state import read_state
+from dinov2.train.checkpoint_files.tensors import read_shapes
 
 NETWORKS = ("student", "teacher")
 OPTIMIZER = ("", "optimizer")  # the part of the optimizer state, see `Contents.parts`

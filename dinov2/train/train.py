@@ -35,14 +35,15 @@ from dinov2.data.loader import to_device
 from dinov2.data.randomness import seed_for
 from dinov2.files import folder_lock, naming_full_disk
 from dinov2.log import MetricLogger, read_records, run_command, setup_logging
-from dinov2.train.checkpoint import latest_checkpoint, load_training_weights, save_teacher
-from dinov2.train.checkpoint_state import read_state
+from dinov2.train.checkpoint_files.folder import latest_checkpoint
+from dinov2.train.checkpoint_files.state import read_state
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard
 from dinov2.train.interruption import Interruption
 from dinov2.train.monitor.alarms import AlarmMonitor
 from dinov2.train.monitor.best_teacher import best_rating, rate_teacher
 from dinov2.train.monitor.conclusion import conclude
 from dinov2.train.monitor.target_stats import HealthPanel, TargetStats
+from dinov2.train.network_files import load_training_weights, save_teacher
 from dinov2.train.optim import clip_gradients, ema_update, set_hyperparameters, step_unless
 from dinov2.train.preflight.checks import check_device, check_images, check_settings
 from dinov2.train.preflight.dry_run import dry_run_all

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,12 +23,11 @@ from dinov2.data.images import ImageOptions
 from dinov2.data.loader import make_train_loader
 from dinov2.data.masking import published_max_num_patches
 from dinov2.data.samplers import SamplerType
-from dinov2.files import remove_leftovers
-from dinov2.log import MetricLogger, truncate_metrics
+from dinov2.files import numbered_path, remove_leftovers
+from dinov2.log import MetricLogger, read_records, truncate_metrics
 from dinov2.trackers import Tracker, open_trackers
-from dinov2.train.checkpoint import OUTPUTS, Checkpointer, archive_run, has_lost_checkpoints
-from dinov2.train.checkpoint_folder import latest_checkpoint
-from dinov2.train.checkpoint_state import Setup
+from dinov2.train.checkpoint_files.folder import latest_checkpoint
+from dinov2.train.checkpoint_files.state import Setup
 from dinov2.train.environment import record_environment
 from dinov2.train.monitor.starting_point import START, forget_start
 from dinov2.train.optim import build_optimizer
@@ -39,9 +38,18 @@ from dinov2.train.start.initial_weights import load_initial_weights
 from dinov2.train.start.source_runs import weights_of_run
 from dinov2.train.start.step_zero import check_step_zero
 
+if TYPE_CHECKING:  # its import takes long, so it is imported where it is used
+    from dinov2.train.checkpoint import Checkpointer
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "training_metrics.json"
+
+OUTPUTS = (
+    *("checkpoints", "eval", "health", "training_metrics.json", "config.yaml", "environment.json", "report.html"),
+    *("tensorboard", "wandb", "wandb_run_id"),
+)
+"""The outputs of a run in its folder, besides the log."""
 
 # --- Data ------------------------------------------------------------------------------------------------------------
 
@@ -141,7 +149,7 @@ class TrainingRun:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     metrics: MetricLogger
-    checkpointer: Checkpointer
+    checkpointer: "Checkpointer"
     setup: Setup  # processes and data
     step: int  # last finished step; -1 before the first one
     images_seen: int  # by all processes so far
@@ -176,6 +184,8 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
         logger.info("%s: %s", name, fact)
     optimizer = parallelize_and_build_optimizer(cfg, model.train())
     scaler = torch.amp.GradScaler(distributed.device().type, enabled=uses_fp16(cfg))
+    from dinov2.train.checkpoint import Checkpointer
+
     checkpointer = Checkpointer(
         output_dir / "checkpoints",
         model,
@@ -207,7 +217,7 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
     return TrainingRun(optimizer, scaler, metrics, checkpointer, setup, first_step - 1, images_seen, from_weights)
 
 
-def start_with_moments(source: str, checkpointer: Checkpointer) -> None:
+def start_with_moments(source: str, checkpointer: "Checkpointer") -> None:
     """Load the moments of the optimizer from the run that the weights come from."""
     folder = weights_of_run(source)
     if not folder.is_dir():
@@ -256,7 +266,7 @@ def open_run_trackers(cfg: Config, *, first_step: int) -> AbstractContextManager
 
 
 def resume_run(
-    cfg: Config, latest: Path | None, checkpointer: Checkpointer, metrics: MetricLogger, setup: Setup
+    cfg: Config, latest: Path | None, checkpointer: "Checkpointer", metrics: MetricLogger, setup: Setup
 ) -> tuple[int, int]:
     """Restore the latest checkpoint, if there is one; returns the next step, and the number of images seen before it.
 
@@ -324,3 +334,35 @@ def uses_fp16(cfg: Config) -> bool:
     student = cfg.compute_precision.student
     dtypes = {module.mixed_precision.param_dtype for module in (student.backbone, student.dino_head, student.ibot_head)}
     return cfg.compute_precision.grad_scaler and "fp16" in dtypes
+
+
+# --- Earlier runs in the same folder ---
+
+
+def has_lost_checkpoints(output_dir: Path, period: int) -> bool:
+    """Whether an earlier run has no checkpoints although its metrics are too long for that; logs a warning if so.
+
+    They were deleted, or are on a disk that is not mounted. Metrics of less than two periods may be from a run that was
+    stopped before its first checkpoint was complete.
+    """
+    records = read_records(output_dir / METRICS_FILE)
+    if not records or records[-1]["iteration"] < 2 * period:
+        return False
+    logger.warning(
+        "there is no checkpoint in %s, but the metrics of an earlier run go to step %d",
+        output_dir / "checkpoints",
+        records[-1]["iteration"],
+    )
+    return True
+
+
+def archive_run(output_dir: Path) -> None:
+    """Move the outputs of an earlier run to `OUT/earlier.<n>`, so that they are neither mixed nor lost."""
+    former = [path for name in OUTPUTS if (path := output_dir / name).exists()]
+    if distributed.is_main() and former:
+        archive = numbered_path(output_dir / "earlier")
+        archive.mkdir()
+        for path in former:
+            path.rename(archive / path.name)
+        logger.warning("starting anew: the outputs of an earlier run are now in %s", archive)
+    distributed.barrier()

@@ -24,7 +24,7 @@ from dinov2 import config
 from dinov2.models import build_model
 from dinov2.models.weights import chunk_block_names, load_backbone, read_state_dict
 from dinov2.tools.__main__ import main
-from dinov2.train.checkpoint_metadata import read_metadata
+from dinov2.train.checkpoint_files.index import read_metadata
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 
 METRICS = {

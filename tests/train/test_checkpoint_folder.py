@@ -18,18 +18,16 @@ from checkpoint_files import Unsafe, assert_equal, write_checkpoint
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from dinov2.train import checkpoint_metadata
-from dinov2.train.checkpoint_folder import (
-    SafeReader,
+from dinov2.train.checkpoint_files import index
+from dinov2.train.checkpoint_files.folder import (
     complete_checkpoints,
     find_checkpoint,
     latest_checkpoint,
-    read_shapes,
-    read_tensors,
-    stored_names,
+    write_checksums,
 )
-from dinov2.train.checkpoint_metadata import read_metadata, write_checksums
-from dinov2.train.checkpoint_state import read_state
+from dinov2.train.checkpoint_files.index import read_metadata
+from dinov2.train.checkpoint_files.state import read_state
+from dinov2.train.checkpoint_files.tensors import SafeReader, read_shapes, read_tensors, stored_names
 
 
 def some_tensors() -> dict[str, Tensor]:
@@ -191,7 +189,7 @@ def test_an_index_cannot_change_classes(name: str, state: object, folder: Path) 
     module = "torch.distributed.checkpoint.metadata"
     harm = f"c{module}\n{name}\n".encode() + pickle.dumps(state, protocol=0)[:-1] + b"b."
     (folder / ".metadata").write_bytes(harm)
-    stand_in = checkpoint_metadata._RECORDS[module, name]
+    stand_in = index._RECORDS[module, name]
     before = dict(vars(stand_in)), dict(vars(stand_in.__mro__[1]))
     with pytest.raises(ValueError, match=r"\.metadata is damaged .*__setstate__"):
         read_metadata(folder)

@@ -18,9 +18,9 @@ from dinov2.files import folder_lock
 from dinov2.log import last_error, read_records, truncate_metrics
 from dinov2.report.images import gallery
 from dinov2.report.read_run import read_run
-from dinov2.train.checkpoint_folder import read_tensors
-from dinov2.train.checkpoint_metadata import write_checksums
-from dinov2.train.checkpoint_state import Setup, read_state
+from dinov2.train.checkpoint_files.folder import write_checksums
+from dinov2.train.checkpoint_files.state import Setup, read_state
+from dinov2.train.checkpoint_files.tensors import read_tensors
 from dinov2.train.environment import read_environment
 from dinov2.train.monitor.alarms import AlarmMonitor
 from dinov2.train.monitor.best_teacher import rate_teacher, read_rating

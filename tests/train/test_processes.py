@@ -33,7 +33,7 @@ from tiny import (
     write_images,
 )
 
-from dinov2.train.checkpoint_state import read_state
+from dinov2.train.checkpoint_files.state import read_state
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dinov2 import config
 from dinov2.tools import __main__ as tools
-from dinov2.train.checkpoint import load_training_weights
+from dinov2.train.network_files import load_training_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.start.initial_weights import load_initial_weights
 

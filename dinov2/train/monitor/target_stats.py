@@ -10,17 +10,17 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dinov2 import distributed
 from dinov2.analysis.feature_statistics import nearest_distance
 from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.train.monitor.probe import Probe
-from dinov2.train.parallel import local_tensors
+from dinov2.train.parallel import is_sharded, local_tensors
 from dinov2.train.schedules import is_due
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS, Predictions, SSLMetaArch, Targets
 
@@ -174,7 +174,8 @@ def relative_distance(student: nn.Module, teacher: nn.Module) -> Tensor:
 
 def _num_shards(tensor: Tensor) -> int:
     """The number of different shards of a tensor over all processes."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return 1
-    mesh = tensor.device_mesh
-    return math.prod(mesh.size(dim) for dim, placed in enumerate(tensor.placements) if placed.is_shard())
+    sharded: Any = tensor
+    mesh, placements = sharded.device_mesh, sharded.placements
+    return math.prod(mesh.size(dim) for dim, placed in enumerate(placements) if placed.is_shard())

@@ -15,8 +15,8 @@ from dinov2.config import Config
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.images import BadImageError
 from dinov2.trackers import check_trackers
-from dinov2.train.checkpoint_folder import latest_checkpoint, read_shapes, read_tensors
-from dinov2.train.checkpoint_state import read_state
+from dinov2.train.checkpoint_files.folder import latest_checkpoint
+from dinov2.train.checkpoint_files.state import read_state
 from dinov2.train.monitor.dense_images import read_dense_images
 from dinov2.train.monitor.probe_images import NoLabels, balanced_positions, labeled_dataset
 from dinov2.train.optim import get_params_groups_with_decay
@@ -110,6 +110,8 @@ def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, st
     """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors."""
     if latest is None:
         return {"starts from": next(iter(config.sources_of(cfg).values()), "random weights")}
+    from dinov2.train.checkpoint_files.tensors import read_shapes, read_tensors
+
     step = read_state(latest)["iteration"] + 1
     stored = read_shapes(latest)
     for name, value in model.state_dict().items():

@@ -16,7 +16,6 @@ from torch.nn.functional import interpolate
 from dinov2.config import Config
 from dinov2.data.collate import Batch
 from dinov2.models.weights import check_numbers, read_state_dict
-from dinov2.train.checkpoint_folder import read_tensors
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets, build_networks
 from dinov2.train.start.source_runs import SAME_PIXELS, check_fits, config_of, naming_key, weights_of_run
 
@@ -144,6 +143,8 @@ def _read_source(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Networks of the teacher of a checkpoint or exported teacher, and the centers of the former, by their names."""
     if not path.is_dir():
         return dict(read_state_dict(path)), {}
+    from dinov2.train.checkpoint_files.tensors import read_tensors
+
     found = read_tensors(path, "model.")
     networks = {
         name.removeprefix("model.teacher."): value for name, value in found.items() if name.startswith("model.teacher.")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from dinov2 import config, distributed
 from dinov2.config import SHARDED_OVER, Config, ConfigError
-from dinov2.train.checkpoint_folder import UNFINISHED, complete_checkpoints
+from dinov2.train.checkpoint_files.folder import UNFINISHED, complete_checkpoints
 from dinov2.train.schedules import global_batch_size, scale_lr
 from dinov2.train.training_run import METRICS_FILE
 

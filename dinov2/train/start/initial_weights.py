@@ -10,7 +10,7 @@ from dinov2 import config
 from dinov2.config import Config, sources_of
 from dinov2.models.backbones import num_heads_beside
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
-from dinov2.train.checkpoint import load_training_weights
+from dinov2.train.network_files import load_training_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.start.source_runs import (
     SAME_PIXELS,

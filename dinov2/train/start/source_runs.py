@@ -16,7 +16,7 @@ from dinov2.files import runs_below
 from dinov2.models import build_model
 from dinov2.models.published import PACKAGED, PUBLISHED
 from dinov2.models.weights import TEACHER_FILE, backbone_state_dict, read_state_dict
-from dinov2.train.checkpoint_folder import complete_checkpoints, latest_checkpoint, read_tensors
+from dinov2.train.checkpoint_files.folder import complete_checkpoints, latest_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -146,5 +146,7 @@ def teacher_backbone(path: str | Path) -> dict[str, Tensor]:
     """The state dict of the teacher's backbone in a checkpoint folder or file, as it is there."""
     if not Path(path).is_dir():
         return backbone_state_dict(read_state_dict(path), source=str(path))
+    from dinov2.train.checkpoint_files.tensors import read_tensors
+
     prefix = "model.teacher.backbone."
     return {name.removeprefix(prefix): value for name, value in read_tensors(Path(path), prefix).items()}

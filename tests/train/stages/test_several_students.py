@@ -30,7 +30,7 @@ from torch import Tensor
 from dinov2 import config
 from dinov2.config import ConfigError
 from dinov2.report.read_run import read_run
-from dinov2.train.checkpoint_folder import find_checkpoint
+from dinov2.train.checkpoint_files.folder import find_checkpoint
 from dinov2.train.preflight.flops import step_flops
 from dinov2.train.preflight.memory import estimate
 from dinov2.train.stages.choice import build_arch

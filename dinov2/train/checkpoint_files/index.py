@@ -6,12 +6,9 @@ torch reads entries of other kinds with an unrestricted pickle, so they are refu
 """
 
 import io
-import json
-import logging
 import math
 import pickle
 import re
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -25,43 +22,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dinov2.files import atomic_write, read_json, read_regular_file
-
-logger = logging.getLogger(__name__)
+from dinov2.train.checkpoint_files.folder import ADVICE, METADATA_FILE, read_checked
 
 _FILE = re.compile(r"\w+\.distcp")
-
-METADATA_FILE, CHECKSUMS_FILE = ".metadata", "checksums.json"
-_CHECKED = (METADATA_FILE, "state.json")  # tensors have their own checksums
-ADVICE = "copy the checkpoint again, or use another one"
-
-
-def write_checksums(folder: Path) -> None:
-    """Write `checksums.json` with the CRC-32 of `.metadata` and `state.json`."""
-    checksums = {name: zlib.crc32((folder / name).read_bytes()) for name in _CHECKED}
-    with atomic_write(folder / CHECKSUMS_FILE) as file:
-        file.write(json.dumps(checksums).encode())
-
-
-def read_checked(folder: Path, name: str) -> bytes:
-    """Read `.metadata` or `state.json` and verify its checksum, if there is one; a ValueError if it is damaged."""
-    try:
-        content = read_regular_file(folder / name)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(
-            f"no {folder / name}: not a checkpoint folder, or an incomplete one; {ADVICE}"
-        ) from error
-    try:
-        checksums = read_json(folder / CHECKSUMS_FILE)
-    except FileNotFoundError:
-        unverified = f"{folder / name} has no checksum: damage to it may not be detected"
-        logger.info("%s", unverified, extra={"only_in_file": True})
-        return content
-    except ValueError as error:
-        raise ValueError(f"{error}: {ADVICE}") from error
-    if not isinstance(checksums, dict) or checksums.get(name) != zlib.crc32(content):
-        raise ValueError(f"{folder / name} is damaged (its checksum is not that in {CHECKSUMS_FILE}): {ADVICE}")
-    return content
 
 
 class _Record:

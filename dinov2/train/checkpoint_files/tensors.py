@@ -1,19 +1,12 @@
-"""Find and read checkpoint folders, without model and process group.
-
-`OUT/checkpoints/model_<iteration>/` contains tensors with flat names (`model.teacher.backbone.cls_token`,
-`optimizer.student.backbone.cls_token.exp_avg`), each in one or more chunks in the files `__<rank>_<n>.distcp`, the
-index `.metadata`, `state.json` (see `checkpoint_state`), and `checksums.json` for these two; each chunk of a tensor has
-its own checksum. Folders are not trusted: reading them runs no code, and damage is detected.
-"""
+"""Read the tensors of checkpoint folders by `torch.distributed.checkpoint`, without running code in them."""
 
 import io
-import os
-import re
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,14 +16,12 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from dinov2.files import runs_below
+from dinov2 import distributed
 from dinov2.models.checksums import check_zip
-from dinov2.train.checkpoint_metadata import ADVICE, read_metadata
+from dinov2.train.checkpoint_files.folder import ADVICE
+from dinov2.train.checkpoint_files.index import read_metadata
 
-_FOLDER = re.compile(r"model_(\d{7,})")
-
-UNFINISHED = ".unfinished"
-"""Suffix of a checkpoint that is not complete, or replaced; deleted when the next one is complete."""
+_Result = TypeVar("_Result")
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -91,12 +82,20 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{folder} holds no tensors with names that start with {prefix!r}")
     one_process_is_enough()
-    try:
-        dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
-    except CheckpointException as error:  # has the failure of the only process
-        failure, _ = next(iter(error.failures.values()))
-        raise failure from error
+    raising_first_failure(lambda: dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True))
     return tensors
+
+
+def load_tensors(tensors: dict[str, Tensor], folder: Path, stored: Set[str]) -> None:
+    """Read all `stored` tensors of a checkpoint into those of the same names, which must be the same set.
+
+    All processes must call this; each reads its shards.
+    """
+    if unknown := sorted(stored - tensors.keys()):
+        raise ValueError(f"it holds {len(unknown)} tensors that this model does not have, such as {unknown[0]}")
+    one_process_is_enough()
+    among: dict[str, Any] = {"process_group": distributed.group(), "no_dist": not distributed.is_enabled()}
+    raising_first_failure(lambda: dcp.load(tensors, storage_reader=SafeReader(folder), **among))
 
 
 def _empty_tensors(folder: Path, prefix: str, device: str) -> dict[str, Tensor]:
@@ -107,38 +106,15 @@ def _empty_tensors(folder: Path, prefix: str, device: str) -> dict[str, Tensor]:
     }
 
 
+def raising_first_failure(call: Callable[[], _Result]) -> _Result:
+    """Call, and raise the first failure of a process instead of torch's collection of them, which is no `Exception`."""
+    try:
+        return call()
+    except CheckpointException as error:
+        failures = [failure for failure, _ in error.failures.values()]
+    raise failures[0] if failures else RuntimeError("writing or reading a checkpoint failed")  # its cause is its own
+
+
 def one_process_is_enough() -> None:
     """Silence the warning of `torch.distributed.checkpoint`, also in its thread, that there is no process group."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
-
-
-def complete_checkpoints(directory: Path) -> dict[int, Path]:
-    """The complete checkpoints in `OUT/checkpoints` by iteration, ascending; none if it does not exist."""
-    try:
-        names = os.listdir(directory)  # unlike Path.glob it does not ignore errors
-    except FileNotFoundError as error:
-        if directory.is_symlink():
-            raise FileNotFoundError(error.errno, "a broken link", str(directory)) from error
-        return {}
-    except OSError as error:
-        raise OSError(error.errno, f"cannot list the checkpoints: {error.strerror}", str(directory)) from error
-    found = {int(match[1]): directory / name for name in names if (match := _FOLDER.fullmatch(name))}
-    return dict(sorted(found.items()))
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest of the `complete_checkpoints`; None if there is none."""
-    return next(reversed(complete_checkpoints(directory).values()), None)
-
-
-def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder itself, or the newest complete checkpoint of `OUT/checkpoints` or `OUT`."""
-    if (path / ".metadata").exists() or (path / "state.json").exists():
-        return path
-    folder = latest_checkpoint(path / "checkpoints") or latest_checkpoint(path)
-    if folder is None:
-        raise FileNotFoundError(
-            f"no checkpoint in {path}: give a folder model_<iteration>, the `checkpoints` with it, or a run's output"
-            f"{runs_below(path)}"
-        )
-    return folder

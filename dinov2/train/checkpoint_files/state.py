@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dinov2.files import parse_json
-from dinov2.train.checkpoint_metadata import ADVICE, read_checked
+from dinov2.train.checkpoint_files.folder import ADVICE, read_checked
 
 STATE_FILE = "state.json"
 _SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
