@@ -24,6 +24,7 @@ from dinov2.data.collate import Batch, make_masks
 from dinov2.data.loader import to_device
 from dinov2.data.masking import MaskingGenerator, published_max_num_patches
 from dinov2.train.guards import NonFiniteGuard
+from dinov2.train.monitor.target_stats import TargetStats
 from dinov2.train.optim import build_optimizer, ema_update, set_hyperparameters
 from dinov2.train.parallel import parallelize
 from dinov2.train.preflight.memory import estimate
@@ -121,6 +122,11 @@ def main() -> None:
             phases.end("student")
             losses = model.losses(batch, targets, predictions)
             phases.end("losses")
+            stats = TargetStats()
+            stats.add(targets, predictions)
+            stats.compute()
+            del stats
+            phases.end("target statistics")
             scaler.scale(losses.total).backward()
             del predictions, targets
             phases.end("backward")

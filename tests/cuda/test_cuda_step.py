@@ -73,7 +73,7 @@ def test_a_step_neither_waits_nor_copies_from_pageable_memory(way: str, stub: Pa
 def test_the_number_of_kernels_is_within_its_budget(way: str, stub: Path) -> None:
     kernels = {name: phase["kernels"] for name, phase in measure(stub, *WAYS[way])["phases"].items()}
     assert {name: kernels[name] for name in BUDGET if kernels[name] > BUDGET[name]} == {}
-    assert sum(kernels.values()) <= 2895
+    assert sum(kernels.values()) - kernels["target statistics"] <= 2895  # these in steps that are logged
 
 
 @pytest.mark.parametrize(("recipe", "drop_path"), [("vitl16_short", 0.3), ("vitl16_short", 0.0), ("vitl14", 0.4)])

@@ -83,9 +83,10 @@ def _sums(rows: Tensor) -> Tensor:
     for part in rows.split(ROWS_AT_ONCE):
         entropies += torch.special.entr(part).sum()
     largest = rows.argmax(dim=1) if len(rows) else rows.new_empty(0, dtype=torch.int64)
-    winners = torch.bincount(largest, minlength=rows.shape[1])
-    counts = torch.stack([rows.new_tensor(float(len(rows))), entropies])
-    return torch.cat([counts, rows.sum(dim=0), winners.to(rows.dtype)])
+    # Not by `bincount` and `new_tensor`, for which the host waits for the device.
+    winners = rows.new_zeros(rows.shape[1]).index_add_(0, largest, rows.new_ones(len(rows)))
+    counts = torch.stack([rows.new_full((), len(rows)), entropies])
+    return torch.cat([counts, rows.sum(dim=0), winners])
 
 
 class HealthPanel:

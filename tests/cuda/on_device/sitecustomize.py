@@ -7,21 +7,13 @@ torch.backends.cudnn.enabled = False  # a library of its own, which the stub doe
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 _trunc_normal_ = torch.nn.init.trunc_normal_
-_bincount = torch.bincount
 
 
 def trunc_normal_(tensor, *args, **kwargs):  # redraws until all values are within bounds
     return tensor if tensor.is_cuda else _trunc_normal_(tensor, *args, **kwargs)
 
 
-def bincount(tensor, weights=None, minlength=0):  # asks the device for the largest value
-    if not tensor.is_cuda:
-        return _bincount(tensor, weights, minlength)
-    return torch.zeros(minlength, dtype=torch.int64, device=tensor.device)
-
-
 torch.nn.init.trunc_normal_ = trunc_normal_
-torch.bincount = bincount
 torch.special.entr = lambda tensor: torch.where(tensor > 0, -tensor * tensor.log(), 0.0)  # is compiled at run time
 
 torch.nn.attention.varlen._should_use_cudnn = lambda *_: False
