@@ -58,12 +58,29 @@ assert mapped() < before + 2**15, (before, mapped())  # pages of 4 KiB: 128 MiB
     assert first < 2000, first  # 16,384 pages of 4 KiB
 
 
-@pytest.mark.parametrize("limit", [2**32, 2**30])
-def test_a_limit_of_addresses_is_no_error(limit: int) -> None:
-    _, again, _ = faults(f"""
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + {limit}, used + {limit}))
+LIMITS = {
+    "of the process": "resource.setrlimit(resource.RLIMIT_AS, (2**46, 2**46))",
+    "of its heap": "resource.setrlimit(resource.RLIMIT_DATA, (2**46, 2**46))",
+    "of the machine": """
+from dinov2 import allocation
+allocation._OVERCOMMIT = Path("strict")
+allocation._OVERCOMMIT.write_text("2\\n")
+""",
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_where_addresses_are_limited_none_are_reserved(limit: str, tmp_path: Path) -> None:
+    _, again, _ = faults(
+        f"""
+import os
+os.chdir({str(tmp_path)!r})
+{LIMITS[limit]}
+mapped = lambda: int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+before = mapped()
 with distributed.session():
     pass
-""")
-    assert again < 100
+assert mapped() - before < 2**28, mapped() - before
+"""
+    )
+    assert again < 100, "freed memory is kept nevertheless"
