@@ -435,6 +435,15 @@ def has_masks(cfg: Config) -> bool:
     return cfg.ibot.loss_weight > 0 and not cfg.distillation.teacher
 
 
+def of_run(weights: str | Path) -> Config | None:
+    """The configuration of the run of which weights in `OUT/eval` or `OUT/checkpoints` are; None for other weights."""
+    path = Path(weights).absolute()
+    for folder in (path, *path.parents):
+        if folder.name in ("eval", "checkpoints") and (found := folder.parent / "config.yaml").is_file():
+            return load(found)
+    return None
+
+
 def backbone_arguments(cfg: Config) -> dict[str, Any]:
     """Arguments of `dinov2.models.build_model` for the teacher's backbone; None is the default of the architecture."""
     arguments = asdict(cfg.student)

@@ -1,23 +1,38 @@
 """Backbones from weights alone: a published name, a file, a folder or a URL; their architecture is inferred."""
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from dinov2.models import build_model
-from dinov2.models.infer_architecture import infer_arguments
+from dinov2.models.infer_architecture import infer_arguments, published_name
 from dinov2.models.key_mapping import StateDict
 from dinov2.models.published import PUBLISHED, published_settings
 from dinov2.models.vision_transformer import DinoVisionTransformer
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
+
+logger = logging.getLogger(__name__)
 
 
 def num_heads_beside(source: str) -> int | None:
     """The number of attention heads in the `config.json` of a folder of transformers; None if there is none."""
     config = Path(source) / "config.json"
     return json.loads(config.read_text(encoding="utf-8")).get("num_attention_heads") if config.is_file() else None
+
+
+def unstored_settings(**arguments: Any) -> dict[str, Any]:
+    """Settings of a backbone that its tensors do not determine, from arguments of `build_model`.
+
+    These are `num_heads`, and how positions are resampled.
+    """
+    with torch.device("meta"):
+        model = build_model(**arguments)
+    return {name: getattr(model, name) for name in ("num_heads", "interpolate_antialias", "interpolate_offset")}
 
 
 def build_published(name: str, num_heads: int | None = None) -> DinoVisionTransformer:
@@ -27,21 +42,35 @@ def build_published(name: str, num_heads: int | None = None) -> DinoVisionTransf
 
 
 def load_from_weights(
-    source: str, *, name: str | None = None, num_heads: int | None = None, checkpoint_key: str = "teacher"
+    source: str,
+    *,
+    name: str | None = None,
+    num_heads: int | None = None,
+    checkpoint_key: str = "teacher",
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> DinoVisionTransformer:
     """Build a frozen backbone in evaluation mode and load its weights, on the CPU; errors as `load_backbone`.
 
     Args:
         source: A published name, a file, a folder of transformers or a URL.
         name: Name of the published architecture; None for that of a published `source`, or else to infer it.
-        num_heads: Number of attention heads, which tensors do not determine; None for that in a `config.json` in the
-            folder, or of 64 channels each.
+        num_heads: Number of attention heads, which tensors do not determine; None for that in `settings` or in a
+            `config.json` in the folder, or of 64 channels each, with a warning if the network is not a published one.
         checkpoint_key: The network to use if the source holds several.
+        settings: The `unstored_settings` of its run, if they are known.
     """
-    num_heads = num_heads or num_heads_beside(source)
+    num_heads = num_heads or settings.get("num_heads") or num_heads_beside(source)
     name = name or (source if source in PUBLISHED else None)
     state = backbone_state_dict(read_state_dict(source, checkpoint_key), checkpoint_key, source)
-    return backbone_from_state(state, source, name=name, num_heads=num_heads)
+    model = backbone_from_state(state, source, name=name, **{**settings, "num_heads": num_heads})
+    if num_heads is None and name is None and published_name(state) is None:
+        logger.warning(
+            "%s does not state its number of attention heads: 64 channels each are assumed, %d heads; if it has "
+            "another number, give it (--num-heads), or its features are wrong",
+            source,
+            model.num_heads,
+        )
+    return model
 
 
 def backbone_from_state(

@@ -8,11 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dinov2 import config
-from dinov2.models import build_model
-from dinov2.models.backbones import backbone_from_state, load_from_weights
+from dinov2.models.backbones import backbone_from_state, load_from_weights, unstored_settings
 from dinov2.models.export import FORMS, Difference, compare, timm_arguments
 from dinov2.models.infer_architecture import published_name
 from dinov2.models.vision_transformer import DinoVisionTransformer
@@ -76,25 +73,21 @@ def _check_output(output: Path, form: str, force: bool) -> None:
 def _load(source: str, name: str | None, num_heads: int | None, checkpoint_key: str) -> DinoVisionTransformer:
     """The backbone of a run's checkpoint, or of weights."""
     folder = checkpoint_folder(source)
+    settings = settings_of_run(source if folder is None else folder)
     if folder is None:
-        return load_from_weights(source, name=name, num_heads=num_heads, checkpoint_key=checkpoint_key)
+        return load_from_weights(
+            source, name=name, num_heads=num_heads, checkpoint_key=checkpoint_key, settings=settings
+        )
     prefix = f"model.{checkpoint_key}.backbone."
     state = {key.removeprefix(prefix): value for key, value in read_tensors(folder, prefix).items()}
-    settings = settings_of_run(folder) | ({"num_heads": num_heads} if num_heads else {})
+    settings |= {"num_heads": num_heads} if num_heads else {}
     return backbone_from_state(state, f"{folder} ({checkpoint_key})", name=name, **settings)
 
 
-def settings_of_run(folder: Path) -> dict[str, Any]:
-    """Settings of a run's backbone that its tensors do not determine: `num_heads` and how positions are resampled.
-
-    `folder` is `OUT/checkpoints/model_<iteration>`; empty if `OUT/config.yaml` is not there.
-    """
-    path = folder.absolute().parent.parent / "config.yaml"
-    if not path.is_file():
-        return {}
-    with torch.device("meta"):
-        model = build_model(**config.backbone_arguments(config.load(path)))
-    return {name: getattr(model, name) for name in ("num_heads", "interpolate_antialias", "interpolate_offset")}
+def settings_of_run(weights: str | Path) -> dict[str, Any]:
+    """The `unstored_settings` of a checkpoint or an exported teacher, from the config of its run; {} without one."""
+    cfg = config.of_run(weights)
+    return {} if cfg is None else unstored_settings(**config.backbone_arguments(cfg))
 
 
 def _describe(difference: Difference, form: str) -> str:

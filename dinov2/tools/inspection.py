@@ -21,9 +21,7 @@ def inspect(source: str, checkpoint_key: str | None, num_heads: int | None, name
     of the run or of 64 channels each.
     """
     contents = read_contents(source)
-    if contents.folder is not None:
-        num_heads = num_heads or settings_of_run(contents.folder).get("num_heads")
-    num_heads = num_heads or num_heads_beside(source)
+    num_heads = num_heads or settings_of_run(contents.folder or source).get("num_heads") or num_heads_beside(source)
     titled = [*_contents(contents), *_architecture(contents, checkpoint_key or "teacher", num_heads)]
     lines = [contents.source, *(f"  {title:28} {value}" for title, value in titled)]
     if names:

@@ -341,6 +341,21 @@ def test_the_backbone_of_a_run_is_converted_for_other_libraries(
     assert_equal(read_state_dict(output), expected)
 
 
+@pytest.mark.parametrize("source", ["eval/{}", "eval/{}/teacher_checkpoint.pth"])
+def test_an_exported_teacher_has_the_settings_of_its_run(
+    source: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two heads in 32 channels, which its tensors do not determine; they cannot be inferred elsewhere."""
+    teacher = run / source.format(next((run / "eval").glob("training_*")).name)
+    assert described(capsys, teacher)["width"] == "32, 2 blocks, 2 heads"
+    output = convert(teacher, tmp_path / "model.pt2", "torch.export")
+    images = torch.rand(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    found, _ = torch.export.load(output).module()(images)
+    model = build_model(**config.backbone_arguments(config.load(run / "config.yaml"))).eval()
+    load_backbone(model, str(teacher))
+    torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-5)
+
+
 def test_a_flag_that_does_not_apply_to_the_form_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("convert", tmp_path, tmp_path / "weights.pth", "--to")
     error = error_of(capsys, *words, "teacher", "--num-heads", "2")

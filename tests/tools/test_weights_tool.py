@@ -115,11 +115,21 @@ def test_converted_weights_load_again(tmp_path: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize("form", ["onnx", "torch.export"])
 def test_networks_for_other_runtimes(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     output = tmp_path / "new" / NAMES[form]
-    assert main(["convert", written(tmp_path, small().state_dict()), str(output), "--to", form]) == 0
+    assert main(["convert", written(tmp_path, small().state_dict()), str(output), "--to", form, "--num-heads=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "42 x 70 pixels: largest difference" in lines[2]
     assert len(lines) == 4, "no lines of other libraries"
     assert [path.name for path in output.parent.iterdir()] == [output.name]
+
+
+def test_a_number_of_heads_that_is_assumed_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["convert", written(tmp_path, small(num_heads=4).state_dict()), "--to", "torch"]
+    assert main([*words, str(tmp_path / "assumed.pth")]) == 0
+    assert (
+        "does not state its number of attention heads: 64 channels each are assumed, 2 heads" in capsys.readouterr().out
+    )
+    assert main([*words, str(tmp_path / "given.pth"), "--num-heads=4"]) == 0
+    assert "number of attention heads" not in capsys.readouterr().out
 
 
 def test_files_of_transformers_are_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dinov2 import config
 from dinov2.config import Config, sources_of
-from dinov2.models.backbones import num_heads_beside
+from dinov2.models.backbones import num_heads_beside, unstored_settings
 from dinov2.models.weights import backbone_state_dict, load_state, read_state_dict
 from dinov2.train.network_files import load_training_weights
 from dinov2.train.ssl_meta_arch import SSLMetaArch
@@ -60,7 +60,11 @@ def _load_backbone(model: SSLMetaArch, name: str) -> InitialWeights:
     """Load a published name, file, folder or URL into the student's backbone, with all that can be carried over."""
     state = backbone_state_dict(read_state_dict(name), source=name)
     load_state(model.student_backbone, state, name, carry_over=True)
-    return InitialWeights("student.pretrained_weights", name, state, num_heads_beside(name))
+    run = config.of_run(name)
+    num_heads = (
+        num_heads_beside(name) if run is None else unstored_settings(**config.backbone_arguments(run))["num_heads"]
+    )
+    return InitialWeights("student.pretrained_weights", name, state, num_heads)
 
 
 def _check_registers(cfg: Config, state: dict[str, Tensor]) -> None:
