@@ -524,9 +524,8 @@ def truncate_metrics(path: str | Path, before_iteration: int) -> None:
         return
     if damaged := records.count(None):
         logger.warning("%s: %d truncated or damaged line(s) are removed", path, damaged)
-    logger.info(
-        "%s: %d of %d lines are removed, their iterations will be repeated", path, len(lines) - len(kept), len(lines)
-    )
+    if later := len(lines) - len(kept) - damaged:
+        logger.info("%s: %d of %d lines are removed, their iterations will be repeated", path, later, len(lines))
     with atomic_write(path) as file:
         file.write("".join(kept).encode())
 

@@ -24,7 +24,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dinov2 import distributed
 from dinov2.files import atomic_write, first_cause, root_cause
-from dinov2.train.checkpoint_files.folder import UNFINISHED, complete_checkpoints, latest_checkpoint, write_checksums
+from dinov2.train.checkpoint_files.folder import (
+    ADVICE,
+    UNFINISHED,
+    complete_checkpoints,
+    latest_checkpoint,
+    write_checksums,
+)
 from dinov2.train.checkpoint_files.state import STATE_FILE, read_state
 from dinov2.train.checkpoint_files.tensors import (
     load_tensors,
@@ -194,11 +200,14 @@ class Checkpointer:
                     f"cannot read the checkpoint {folder}: {cause}. Nothing was changed; run the same command again "
                     f"when it can be read"
                 ) from error
-            raise ValueError(
-                f"cannot resume from {folder}: {root_cause(error)}. If the config of the run was changed, change it "
-                f"back or use --no-resume or another --output-dir; if the folder is damaged, delete it to continue "
-                f"from the one before."
-            ) from error
+            reason = root_cause(error)
+            remedy = (
+                "Or delete it to continue from the one before."
+                if ADVICE in reason
+                else "If the config of the run was changed, change it back or use --no-resume or another --output-dir; "
+                "if the folder is damaged, delete it to continue from the one before."
+            )
+            raise ValueError(f"cannot resume from {folder}: {reason}. {remedy}") from error
         self._newest = state["iteration"]
         logger.info("resumed from %s, finished iteration %d", folder, state["iteration"])
         return state

@@ -140,6 +140,11 @@ def _describe_frozen_backbone(cfg: Config, schedules: Schedules, last: int) -> d
     return {"backbone": f"{text}; highest {rates[peak]:.4g} at step {peak:,}"}
 
 
+def checkpoint_period(cfg: Config) -> int:
+    """Number of steps between two checkpoints."""
+    return cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH
+
+
 def num_steps(cfg: Config) -> int:
     """Optimizer steps of a whole run."""
     return cfg.optim.epochs * cfg.train.OFFICIAL_EPOCH_LENGTH

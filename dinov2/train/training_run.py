@@ -32,7 +32,7 @@ from dinov2.train.environment import record_environment
 from dinov2.train.monitor.starting_point import START, forget_start
 from dinov2.train.optim import build_optimizer
 from dinov2.train.parallel import parallelize
-from dinov2.train.schedules import global_batch_size, num_steps
+from dinov2.train.schedules import checkpoint_period, global_batch_size, num_steps
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.start.initial_weights import load_initial_weights
 from dinov2.train.start.source_runs import weights_of_run
@@ -172,10 +172,9 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
         remove_leftovers(output_dir, OUTPUTS)
     latest = distributed.from_main(lambda: latest_checkpoint(output_dir / "checkpoints")) if resume else None
     from_weights = False
-    checkpoint_period = cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH
     if latest is None:
         from_weights = start_from_weights(cfg, model, dataset)
-        if not resume or distributed.from_main(lambda: has_lost_checkpoints(output_dir, checkpoint_period)):
+        if not resume or distributed.from_main(lambda: has_lost_checkpoints(cfg)):
             archive_run(output_dir)
         if distributed.is_main():
             forget_start(output_dir)
@@ -191,7 +190,7 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
         model,
         optimizer,
         scaler,
-        period=checkpoint_period,
+        period=checkpoint_period(cfg),
         last_step=num_steps(cfg) - 1,
         keep=cfg.train.checkpoint_keep,
         keep_every=cfg.train.checkpoint_keep_every,
@@ -286,6 +285,7 @@ def resume_run(
                 logger.warning("resuming %s: %s", title, "; ".join(changed))
         metrics.load_state_dict(state["metrics"])
         start, images_seen = state["iteration"] + 1, state["images_seen"]
+        check_length_so_far(start, cfg)
     if distributed.is_main():
         config.save(cfg, config_file)
         first = START if latest is None else start  # the starting model is measured anew, too
@@ -318,6 +318,17 @@ def _text(value: Any) -> str:
     return str(list(value) if isinstance(value, tuple) else value) or "''"
 
 
+def check_length_so_far(steps_done: int, cfg: Config) -> None:
+    """Raise a ValueError if the run in the output folder has more steps already than it shall have."""
+    if steps_done > num_steps(cfg):
+        raise ValueError(
+            f"the run in {cfg.train.output_dir} has {steps_done:,} steps already, more than the {num_steps(cfg):,} of "
+            f"optim.epochs = {cfg.optim.epochs} and train.OFFICIAL_EPOCH_LENGTH = {cfg.train.OFFICIAL_EPOCH_LENGTH}; "
+            "nothing was changed. Give its own length or a larger one to resume it, another --output-dir for another "
+            "run, or --no-resume to start anew here"
+        )
+
+
 def changed_settings(former: Path, cfg: Config) -> list[str]:
     """Changes since the config file of a run, "optim.epochs: 2 -> 4"; none, with a warning, if it cannot be read."""
     if not former.exists():
@@ -339,19 +350,27 @@ def uses_fp16(cfg: Config) -> bool:
 # --- Earlier runs in the same folder ---
 
 
-def has_lost_checkpoints(output_dir: Path, period: int) -> bool:
-    """Whether an earlier run has no checkpoints although its metrics are too long for that; logs a warning if so.
+def has_lost_checkpoints(cfg: Config) -> bool:
+    """Whether the earlier run in the output folder has no checkpoints, but once had some; logs a warning if so.
 
-    They were deleted, or are on a disk that is not mounted. Metrics of less than two periods may be from a run that was
-    stopped before its first checkpoint was complete.
+    They were deleted, or are on a disk that is not mounted. A run that was stopped within two periods of checkpoints,
+    and wrote no teachers, may have had none.
     """
+    output_dir = Path(cfg.train.output_dir)
     records = read_records(output_dir / METRICS_FILE)
-    if not records or records[-1]["iteration"] < 2 * period:
+    newest = int(records[-1]["iteration"]) if records else START
+    try:
+        former = config.load(output_dir / "config.yaml")
+    except (ValueError, OSError):
+        former = cfg
+    has_teachers = any((output_dir / "eval").glob("training_*"))
+    if not has_teachers and newest < min(2 * checkpoint_period(former), num_steps(former) - 1):
         return False
     logger.warning(
-        "there is no checkpoint in %s, but the metrics of an earlier run go to step %d",
+        "there is no checkpoint in %s, but the metrics of an earlier run go to step %d%s",
         output_dir / "checkpoints",
-        records[-1]["iteration"],
+        newest,
+        ", and there are its teachers" if has_teachers else "",
     )
     return True
 

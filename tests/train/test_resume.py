@@ -27,6 +27,7 @@ from tiny import (
 )
 
 from dinov2 import config
+from dinov2.log import truncate_metrics
 from dinov2.train.checkpoint import _LastingStager
 
 LAST = 7  # of tiny.yaml: 8 steps, a checkpoint after every second one
@@ -276,7 +277,7 @@ def test_a_damaged_checkpoint_is_a_clear_error(file: str, damage: Any, straight:
     shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
     damage(tmp_path / "checkpoints" / "model_0000007" / file)
     with pytest.raises(
-        ValueError, match="(?s)cannot resume from .*model_0000007: .*if the folder is damaged, delete it"
+        ValueError, match="(?s)cannot resume from .*model_0000007: .*delete it to continue from the one before"
     ):
         run_train(tmp_path)
 
@@ -344,6 +345,40 @@ def test_a_run_that_lost_its_checkpoints_begins_anew_and_keeps_its_metrics(
     kept = (tmp_path / "earlier.1" / "training_metrics.json").read_text()
     assert kept == (straight / "training_metrics.json").read_text()
     assert [line["iteration"] for line in metrics(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize("what", ["finished", "teachers"])
+def test_a_run_shorter_than_two_periods_that_lost_its_checkpoints_is_kept_too(what: str, tmp_path: Path) -> None:
+    """Its last step, or its teachers, show that it had one; the period of the new command does not count."""
+    run_train(tmp_path, "optim.epochs=2", "train.checkpoint_period=100")
+    shutil.rmtree(tmp_path / "checkpoints")
+    if what == "teachers":
+        truncate_metrics(tmp_path / "training_metrics.json", 2)
+    else:
+        shutil.rmtree(tmp_path / "eval")
+    before = contents(tmp_path / "eval") if what == "teachers" else {}
+    run_train(tmp_path, "optim.epochs=1", "train.checkpoint_period=100")
+    kept = contents(tmp_path / "earlier.1" / "eval") if what == "teachers" else {}
+    assert list(kept.values()) == list(before.values())
+    assert (tmp_path / "earlier.1" / "training_metrics.json").is_file()
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_is_not_set_aside(tmp_path: Path) -> None:
+    run_train(tmp_path, "optim.epochs=2")
+    for folder in ("checkpoints", "eval"):
+        shutil.rmtree(tmp_path / folder)
+    truncate_metrics(tmp_path / "training_metrics.json", 2)
+    run_train(tmp_path, "optim.epochs=1")
+    assert not list(tmp_path.glob("earlier.*"))
+
+
+def test_a_shorter_length_than_what_is_done_changes_nothing(tmp_path: Path) -> None:
+    run_train(tmp_path, "optim.epochs=2")
+    before = contents(tmp_path)
+    for words in ((), ("--dry-run",)):
+        with pytest.raises(ValueError, match="has 4 steps already, more than the 2 of optim.epochs = 1 and"):
+            run_train(tmp_path, "optim.epochs=1", *words)
+    assert contents(tmp_path) == before
 
 
 # --- What changed ----------------------------------------------------------------------------------------------------

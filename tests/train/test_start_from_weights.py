@@ -44,6 +44,17 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
+# --- student.pretrained_weights --------------------------------------------------------------------------------------
+
+
+def test_another_number_of_heads_than_the_run_of_a_teacher_is_named(trained: Path, tmp_path: Path) -> None:
+    """Tensors do not determine it: without its run, the network would be another one in silence."""
+    for source in (dump(trained), dump(trained).parent):
+        with pytest.raises(ValueError, match="student.num_heads = 4, there 2"):
+            run_train(tmp_path / "out", f"student.pretrained_weights={source}", "student.num_heads=4")
+        run_train(tmp_path / "same", f"student.pretrained_weights={source}", *STANDSTILL, "--no-resume")
+
+
 # --- MODEL.WEIGHTS ---------------------------------------------------------------------------------------------------
 
 

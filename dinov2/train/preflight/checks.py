@@ -14,7 +14,7 @@ from dinov2.config import Config, ConfigError, Dino, Ibot, has_masks, sources_of
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.loss import DINOLoss
 from dinov2.train.preflight.memory import masked_patches_per_image
-from dinov2.train.schedules import build_schedules, global_batch_size, scale_lr
+from dinov2.train.schedules import build_schedules, checkpoint_period, global_batch_size, scale_lr
 from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS
 from dinov2.train.training_run import uses_fp16
 
@@ -146,7 +146,7 @@ def _longer_than_the_run(cfg: Config) -> Iterator[str]:
     }.items():
         if (attrgetter(key)(cfg) or 0) > steps:
             yield f"{_set(cfg, key)} is longer than the run of {steps} steps: {consequence}"
-    period, kept = cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH, cfg.train.checkpoint_keep_every
+    period, kept = checkpoint_period(cfg), cfg.train.checkpoint_keep_every
     if kept % period and kept <= steps:
         every = f"only the checkpoints of every {math.lcm(kept, period)} steps are kept for good"
         yield f"{_set(cfg, 'train.checkpoint_keep_every')} is not a multiple of the period of {period} steps: {every}"

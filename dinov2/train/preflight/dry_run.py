@@ -30,14 +30,14 @@ from dinov2.train.preflight.plan import (
     describe_length,
     describe_sources,
 )
-from dinov2.train.schedules import describe_schedules, global_batch_size, num_due
+from dinov2.train.schedules import checkpoint_period, describe_schedules, global_batch_size, num_due
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stages.choice import build_arch
 from dinov2.train.stages.several_students import PlannedRun, describe_shares, newest_common_step
 from dinov2.train.start.initial_weights import load_initial_weights
 from dinov2.train.start.source_runs import check_source_runs, pinned
 from dinov2.train.start.step_zero import check_step_zero
-from dinov2.train.training_run import open_dataset
+from dinov2.train.training_run import check_length_so_far, open_dataset
 
 PROCESSES_PER_MACHINE = 8  # assumed if the processes are not started yet
 
@@ -113,6 +113,7 @@ def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, st
     from dinov2.train.checkpoint_files.tensors import read_shapes, read_tensors
 
     step = read_state(latest)["iteration"] + 1
+    check_length_so_far(step, cfg)
     stored = read_shapes(latest)
     for name, value in model.state_dict().items():
         if (found := stored.get(f"model.{name}")) is None or found.shape != value.shape:
@@ -185,7 +186,7 @@ def _plan(
         "optimizer steps": f"{steps:,} ({cfg.optim.epochs} nominal epochs of {cfg.train.OFFICIAL_EPOCH_LENGTH:,})",
         "learning-rate warm-up": f"{cfg.optim.warmup_epochs * cfg.train.OFFICIAL_EPOCH_LENGTH:,} steps",
         **describe_schedules(cfg, cfg.optim.lr),
-        "checkpoints": _how_often(cfg.train.checkpoint_period or 3 * cfg.train.OFFICIAL_EPOCH_LENGTH, steps),
+        "checkpoints": _how_often(checkpoint_period(cfg), steps),
         "teacher checkpoints": _how_often(cfg.evaluation.eval_period_iterations, steps),
         "images seen": f"{steps * batch:,}, the dataset {steps * batch / num_images:.1f} times",
         **{f"parameters of {name}": f"{count:,}" for name, count in parameters.items()},
