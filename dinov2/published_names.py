@@ -119,7 +119,7 @@ TABLE: dict[str, dict[str, str]] = {
     "dinov2.train.train": {
         "apply_optim_scheduler": "use dinov2.train.optim.set_hyperparameters",
         "build_schedulers": "use dinov2.train.schedules.build_schedules",
-        "do_test": "teachers are written by dinov2.train.checkpoint.save_teacher",
+        "do_test": "teachers are written by dinov2.train.network_files.save_teacher",
     },
     "dinov2.utils": {},
     "dinov2.utils.cluster": dict.fromkeys(
