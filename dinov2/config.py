@@ -436,12 +436,13 @@ def has_masks(cfg: Config) -> bool:
 
 
 def of_run(weights: str | Path) -> Config | None:
-    """The configuration of the run of which weights in `OUT/eval` or `OUT/checkpoints` are; None for other weights."""
+    """The configuration of the run that wrote a teacher, `OUT/eval/*`, or a checkpoint; None for other weights."""
     path = Path(weights).absolute()
-    for folder in (path, *path.parents):
-        if folder.name in ("eval", "checkpoints") and (found := folder.parent / "config.yaml").is_file():
-            return load(found)
-    return None
+    folder = path.parent if path.is_file() else path
+    is_teacher = folder.parent.name == "eval" and (folder / "teacher_checkpoint.pth").is_file()
+    is_checkpoint = folder.parent.name == "checkpoints" and folder.name.startswith("model_")
+    found = folder.parent.parent / "config.yaml"
+    return load(found) if (is_teacher or is_checkpoint) and found.is_file() else None
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,22 +45,22 @@ def load_from_weights(
     name: str | None = None,
     num_heads: int | None = None,
     checkpoint_key: str = "teacher",
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    **settings: Any,
 ) -> DinoVisionTransformer:
     """Build a frozen backbone in evaluation mode and load its weights, on the CPU; errors as `load_backbone`.
 
     Args:
         source: A published name, a file, a folder of transformers or a URL.
         name: Name of the published architecture; None for that of a published `source`, or else to infer it.
-        num_heads: Number of attention heads, which tensors do not determine; None for that in `settings` or in a
-            `config.json` in the folder, or of 64 channels each, with a warning if the network is not a published one.
+        num_heads: Number of attention heads, which tensors do not determine; None for that in a `config.json` in the
+            folder, or of 64 channels each, with a warning if the network is not a published one.
         checkpoint_key: The network to use if the source holds several.
-        settings: The `unstored_settings` of its run, if they are known.
+        settings: Others of its `unstored_settings`, if they are known.
     """
-    num_heads = num_heads or settings.get("num_heads") or num_heads_beside(source)
+    num_heads = num_heads or num_heads_beside(source)
     name = name or (source if source in PUBLISHED else None)
     state = backbone_state_dict(read_state_dict(source, checkpoint_key), checkpoint_key, source)
-    model = backbone_from_state(state, source, name=name, **{**settings, "num_heads": num_heads})
+    model = backbone_from_state(state, source, name=name, num_heads=num_heads, **settings)
     if num_heads is None and name is None and published_name(state) is None:
         logger.warning(
             "%s does not state its number of attention heads: 64 channels each are assumed, %d heads; if it has "

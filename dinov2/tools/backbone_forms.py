@@ -73,14 +73,11 @@ def _check_output(output: Path, form: str, force: bool) -> None:
 def _load(source: str, name: str | None, num_heads: int | None, checkpoint_key: str) -> DinoVisionTransformer:
     """The backbone of a run's checkpoint, or of weights."""
     folder = checkpoint_folder(source)
-    settings = settings_of_run(source if folder is None else folder)
+    settings = settings_of_run(folder or source) | ({"num_heads": num_heads} if num_heads else {})
     if folder is None:
-        return load_from_weights(
-            source, name=name, num_heads=num_heads, checkpoint_key=checkpoint_key, settings=settings
-        )
+        return load_from_weights(source, name=name, checkpoint_key=checkpoint_key, **settings)
     prefix = f"model.{checkpoint_key}.backbone."
     state = {key.removeprefix(prefix): value for key, value in read_tensors(folder, prefix).items()}
-    settings |= {"num_heads": num_heads} if num_heads else {}
     return backbone_from_state(state, f"{folder} ({checkpoint_key})", name=name, **settings)
 
 

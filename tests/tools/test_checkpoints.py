@@ -356,6 +356,18 @@ def test_an_exported_teacher_has_the_settings_of_its_run(
     torch.testing.assert_close(found, model(images), atol=1e-5, rtol=1e-5)
 
 
+def test_a_config_beside_weights_that_no_run_wrote_is_not_read(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of the user may be called checkpoints, and the one above it have any config.yaml."""
+    for folder in ("checkpoints", "eval"):
+        (tmp_path / folder / "mine").mkdir(parents=True)
+        shutil.copy(next(run.glob("eval/training_*/*.pth")), tmp_path / folder / "mine" / "weights.pth")
+    (tmp_path / "config.yaml").write_text("some: thing\n")
+    for folder in ("checkpoints", "eval"):
+        assert "width" in described(capsys, tmp_path / folder / "mine" / "weights.pth", "--num-heads", "2")
+
+
 def test_a_flag_that_does_not_apply_to_the_form_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("convert", tmp_path, tmp_path / "weights.pth", "--to")
     error = error_of(capsys, *words, "teacher", "--num-heads", "2")

@@ -123,11 +123,7 @@ def list_zip(file: BinaryIO, path: str) -> Listing:
                     raise zipfile.BadZipFile(f"no file at byte {entry.header_offset} for {entry.filename}")
                 deflated = _METHODS[entry.compress_type]
                 members.append(Member(entry.filename, offset, entry.compress_size, deflated))
-    except (
-        zipfile.BadZipFile,
-        struct.error,
-        NotImplementedError,
-    ) as error:  # the last: of a later version of the format
+    except (zipfile.BadZipFile, struct.error, NotImplementedError) as error:  # the last: a later version of the format
         raise ArchiveError(f"{path} is no zip archive, or is damaged or truncated: {error}") from error
     return Listing(members, [])
 

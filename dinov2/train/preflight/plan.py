@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dinov2.config import Config, sources_of
+from dinov2.config import Config, of_run, sources_of
 from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.datasets.mixture import Mixture
 from dinov2.models.published import PUBLISHED
 from dinov2.train.schedules import global_batch_size, num_steps
-from dinov2.train.start.source_runs import config_of, weights_of_run
+from dinov2.train.start.source_runs import weights_of_run
 
 MAX_EXCESS = 4  # times the recommended steps; longer runs get a warning
 FEW_IMAGES = 5000  # with fewer, the frozen model may be all that is needed
@@ -154,7 +154,7 @@ def _stage(cfg: Config) -> tuple[Rule, dict[str, str]]:
 def _has_larger_crops(cfg: Config) -> bool:
     """Whether the run of `init_from` had smaller global crops; False if it is no longer there."""
     with suppress(FileNotFoundError, ValueError):
-        former = config_of(weights_of_run(cfg.init_from)) if cfg.init_from else None
+        former = of_run(weights_of_run(cfg.init_from)) if cfg.init_from else None
         return former is not None and former.crops.global_crops_size < cfg.crops.global_crops_size
     return False
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from dinov2.config import Config
+from dinov2.config import Config, of_run
 from dinov2.data.collate import Batch
 from dinov2.models.weights import check_numbers, read_state_dict
 from dinov2.train.ssl_meta_arch import Losses, Predictions, SSLMetaArch, Targets, build_networks
-from dinov2.train.start.source_runs import SAME_PIXELS, check_fits, config_of, naming_key, weights_of_run
+from dinov2.train.start.source_runs import SAME_PIXELS, check_fits, naming_key, weights_of_run
 
 _EQUAL = SAME_PIXELS | {  # settings that frozen teacher and student share, and why
     "dino.head_n_prototypes": "the student predicts the prototypes of the teacher",
@@ -122,7 +122,7 @@ def _source_of(name: str) -> tuple[Path, Config]:
     """The weights of a run, and its configuration; errors name the key."""
     with naming_key("distillation.teacher"):
         source = weights_of_run(name)
-        cfg = config_of(source)
+        cfg = of_run(source)
     if cfg is None:
         raise FileNotFoundError(f"distillation.teacher: there is no config.yaml above {source}")
     return source, cfg

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dinov2.config import Config, backbone_arguments
+from dinov2.config import Config, backbone_arguments, of_run
 from dinov2.data.collate import Batch
 from dinov2.loss.gram import gram_loss, gram_weight, resample_tokens
 from dinov2.models import build_model
@@ -23,7 +23,6 @@ from dinov2.train.start.source_runs import (
     SAME_PIXELS,
     check_fits,
     check_heads,
-    config_of,
     naming_key,
     teacher_backbone,
     weights_of_run,
@@ -59,7 +58,7 @@ class GramAnchoringArch(SSLMetaArch):
             return
         with naming_key("gram.teacher"):
             source = weights_of_run(self.cfg.gram.teacher)
-            if (former := config_of(source)) is not None:
+            if (former := of_run(source)) is not None:
                 check_fits(self.cfg.gram.teacher, former, self.cfg, _EQUAL)
                 check_heads(self.cfg.gram.teacher, former, self.cfg)
             state = teacher_backbone(source)

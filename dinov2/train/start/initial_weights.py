@@ -15,7 +15,6 @@ from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.start.source_runs import (
     SAME_PIXELS,
     check_heads,
-    config_of,
     naming_key,
     teacher_backbone,
     weights_of_run,
@@ -81,7 +80,7 @@ def _check_registers(cfg: Config, state: dict[str, Tensor]) -> None:
 def _load_run(model: SSLMetaArch, cfg: Config, source: str) -> str | Path:
     """Load an own run; a ValueError names the settings of its networks that differ from those of this run."""
     path = weights_of_run(source)
-    former = config_of(path)
+    former = config.of_run(path)
     if former is not None:
         check_heads(source, former, cfg)
         for problem in (text for text in config.differences(former, cfg) if text.startswith(tuple(SAME_PIXELS))):

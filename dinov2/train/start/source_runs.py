@@ -136,12 +136,6 @@ def naming_key(key: str) -> Iterator[None]:
         raise type(error)(f"{key}: {error}") from error
 
 
-def config_of(weights: Path) -> Config | None:
-    """The configuration of the run in whose folder some weights are; None if there is none."""
-    found = next((folder / "config.yaml" for folder in weights.parents if (folder / "config.yaml").is_file()), None)
-    return None if found is None else config.load(found)
-
-
 def teacher_backbone(path: str | Path) -> dict[str, Tensor]:
     """The state dict of the teacher's backbone in a checkpoint folder or file, as it is there."""
     if not Path(path).is_dir():
