@@ -137,13 +137,14 @@ def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
 
     The lock is released when the process ends for any reason, but some network file systems keep that of a crashed
     machine: a SLURM job that was requeued after that may take it over. File systems without locks are not protected.
-    The file `.lock` names the process that holds the lock, as does the BlockingIOError after `patience` seconds.
+    The file `.lock` names the process that holds the lock, as do a log line and the BlockingIOError after `patience`
+    seconds.
     """
     path, job = folder / ".lock", f"SLURM job {os.environ.get('SLURM_JOB_ID', '(none)')}"
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file: delete it", str(path))
     with path.open("a+b", buffering=0) as lock:
-        deadline = time.monotonic() + patience
+        deadline, waits = time.monotonic() + patience, False
         while not _locked(lock.fileno()):
             lock.seek(0)
             holder = lock.read().decode(errors="replace").strip()
@@ -153,6 +154,9 @@ def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
                 raise BlockingIOError(
                     f"{folder} is in use by another run: {holder} (if that has ended, delete {path} and try again)"
                 )
+            if not waits:
+                logger.info("%s is in use by %s: waiting up to %.0f s for its end", folder, holder, patience)
+                waits = True
             time.sleep(0.2)
         with naming_full_disk(path):
             lock.truncate(0)

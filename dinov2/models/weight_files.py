@@ -58,6 +58,8 @@ def read_file(path_or_url: str | Path, *, mapped: bool = False) -> object:
         raise
     except Exception as error:  # on bytes they do not expect both readers fail in many ways, even with KeyError
         text = f"{path}{remedy} is no checkpoint of plain tensors, or is truncated or damaged: {_reason(path, error)}"
+        if path.name == TEACHER_FILE and (path.parents[2] / "checkpoints").is_dir():
+            text += f"; the teacher of the run's newest checkpoint: {_export_command(path.parents[2])}"
         raise ValueError(text) from (None if _UNSAFE_ADVICE in str(error) else error)
 
 
@@ -107,6 +109,11 @@ def _read_folder(folder: Path, mapped: bool) -> object:
     return content
 
 
+def _export_command(run: Path) -> str:
+    """The command that writes the teacher of a run's newest checkpoint, or of a checkpoint folder, to a file."""
+    return f"python -m dinov2.tools convert {run} teacher.pth --to teacher"
+
+
 def files_in(folder: Path) -> list[Path]:
     """The weight files in a folder of transformers or of a run's teacher; errors name the teachers of a run."""
     for name in _FILES_IN_FOLDERS:
@@ -118,10 +125,7 @@ def files_in(folder: Path) -> list[Path]:
         teachers = ", ".join(str(path.parent) for path in found[:3])
         hint = f"; teachers of this run: {teachers}{', ...' * (len(found) > 3)}"
     elif (folder / "checkpoints").exists() or (folder / ".metadata").exists():
-        hint = (
-            "; of a run use OUT/eval/best, or export its teacher: "
-            f"python -m dinov2.tools convert {folder} teacher.pth --to teacher"
-        )
+        hint = f"; of a run use OUT/eval/best, or export its teacher: {_export_command(folder)}"
     else:
         hint = ""
     wanted = f"{', '.join(_FILES_IN_FOLDERS[:-1])} or {_FILES_IN_FOLDERS[-1]}"

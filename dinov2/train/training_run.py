@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dinov2 import config, distributed
-from dinov2.config import DTYPES, Config, ConfigError, has_masks
+from dinov2.config import DTYPES, Config, ConfigError, has_masks, sources_of
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, make_dataset
 from dinov2.data.collate import Batch
 from dinov2.data.datasets.base import ImageDataset
@@ -34,7 +34,7 @@ from dinov2.train.optim import build_optimizer
 from dinov2.train.parallel import parallelize
 from dinov2.train.schedules import checkpoint_period, global_batch_size, num_steps
 from dinov2.train.ssl_meta_arch import SSLMetaArch
-from dinov2.train.start.initial_weights import load_initial_weights
+from dinov2.train.start.initial_weights import load_initial_weights, network_changes
 from dinov2.train.start.source_runs import weights_of_run
 from dinov2.train.start.step_zero import check_step_zero
 
@@ -276,13 +276,25 @@ def resume_run(
     start = images_seen = 0
     if latest is not None:
         check_same_stage(config_file, cfg)
-        state = checkpointer.load(latest, needed=("images_seen", "metrics"))
+        changes = changed_settings(config_file, cfg)
+        try:
+            state = checkpointer.load(latest, needed=("images_seen", "metrics"))
+        except ValueError as error:
+            if others := network_changes(changes):
+                raise ValueError(f"{error} Settings there -> here: {'; '.join(others)}") from error
+            raise
         for title, changed in (
-            ("with other settings than before", changed_settings(config_file, cfg)),
+            ("with other settings than before", changes),
             ("on other data or processes than before", setup.changes_since(state)),
         ):
             if changed:
                 logger.warning("resuming %s: %s", title, "; ".join(changed))
+        if ignored := [text for text in changes if text.partition(":")[0] in sources_of(cfg)]:
+            logger.warning(
+                "initial weights have no effect on a run that resumes (%s): give another --output-dir, or --no-resume, "
+                "to start from them",
+                "; ".join(ignored),
+            )
         metrics.load_state_dict(state["metrics"])
         start, images_seen = state["iteration"] + 1, state["images_seen"]
         check_length_so_far(start, cfg)

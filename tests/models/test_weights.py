@@ -407,6 +407,20 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str, kept: float) -> 
     assert_refused(vit(), path, "truncated or damaged")
 
 
+def test_a_damaged_teacher_of_a_run_can_be_written_again(tmp_path: Path) -> None:
+    teacher = tmp_path / "eval" / "best" / "teacher_checkpoint.pth"
+    teacher.parent.mkdir(parents=True)
+    torch.save({"teacher": vit().state_dict()}, teacher)
+    teacher.write_bytes(teacher.read_bytes()[:5000])
+    (tmp_path / "checkpoints").mkdir()
+    command = f"python -m dinov2.tools convert {tmp_path} teacher.pth --to teacher"
+    assert_refused(
+        vit(),
+        teacher,
+        f"truncated or damaged: its end is missing; the teacher of the run's newest checkpoint: {command}",
+    )
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
     "text", ["<!DOCTYPE html><html></html>", "404: Not Found", "version https://git-lfs.github.com/spec/v1\noid", "{}"]

@@ -388,7 +388,7 @@ def test_masses_of_broken_images_are_named_up_to_a_limit_and_then_counted(caplog
 
 
 def test_a_folder_in_use_is_refused_until_the_other_run_has_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(train, "folder_lock", partial(folder_lock, patience=0.3))
     with start_train(tmp_path, "optim.epochs=100000", "train.checkpoint_period=2", "train.num_workers=1") as other:
@@ -397,6 +397,7 @@ def test_a_folder_in_use_is_refused_until_the_other_run_has_ended(
             time.sleep(0.01)
         with pytest.raises(OSError, match=rf"{tmp_path} is in use by another run: process {other.pid} on "):
             run_train(tmp_path)
+        assert sum(f"in use by process {other.pid} on " in message for message in caplog.messages) == 1, "waiting"
         with monkeypatch.context() as patch:  # a job that was requeued is let in: its former lock may have outlived it
             patch.setenv("SLURM_JOB_ID", "7")
             (tmp_path / ".lock").write_text("process 1 on a crashed machine, SLURM job 7\n")

@@ -240,7 +240,9 @@ def test_another_architecture_is_a_clear_error_and_harms_nothing(
     with killed_after(5, monkeypatch):
         run_train(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=f"(?s)cannot resume from .*model_0000003: .*{reason}.*--no-resume"):
+    key, _, value = change.partition("=")
+    named = f"--no-resume.* Settings there -> here: {key}: \\S+ -> {value.capitalize()}$"
+    with pytest.raises(ValueError, match=f"(?s)cannot resume from .*model_0000003: .*{reason}.*{named}"):
         run_train(tmp_path, change)
     assert contents(tmp_path) == before, "the config of the run is still on record"
     run_train(tmp_path)
@@ -261,6 +263,18 @@ def test_settings_that_change_no_tensor_may_change(tmp_path: Path) -> None:
     assert config.load(tmp_path / "config.yaml").optim.base_lr == 0.001
     assert checkpoints(tmp_path)[-1] == LAST
     run_train(tmp_path, "optim.epochs=5")
+
+
+def test_initial_weights_of_a_run_that_resumes_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = tmp_path / "source"
+    run_train(source, "optim.epochs=1")
+    run_train(tmp_path / "own", "optim.epochs=1", f"init_from={source}")
+    caplog.clear()
+    run_train(tmp_path / "own", "optim.epochs=2", f"init_from={source}")
+    assert not any(message.startswith("initial weights") for message in caplog.messages), "the run began from these"
+    run_train(source, "optim.epochs=2", f"init_from={tmp_path / 'own'}")
+    (warning,) = (message for message in caplog.messages if message.startswith("initial weights"))
+    assert f"init_from:  -> {tmp_path / 'own'}" in warning and "--no-resume" in warning
 
 
 def truncate(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The initial weights of a run: `student.pretrained_weights`, `MODEL.WEIGHTS` or `init_from`."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,14 @@ from dinov2.train.start.source_runs import (
 
 logger = logging.getLogger(__name__)
 
-_NETWORK_KEYS = ("student.", "dino.head_", "ibot.head_", "ibot.separate_head")
+_NETWORK_KEYS = (
+    "student.",
+    "dino.head_",
+    "ibot.head_",
+    "ibot.separate_head",
+    "crops.global_crops_size:",
+    "images.bands:",
+)
 
 
 class InitialWeights(NamedTuple):
@@ -90,6 +98,10 @@ def _load_run(model: SSLMetaArch, cfg: Config, source: str) -> str | Path:
     except ValueError as error:
         if former is None:
             raise
-        changes = config.differences(former, cfg)
-        ours = [text for text in changes if text.startswith(_NETWORK_KEYS) and "pretrained_weights" not in text]
-        raise ValueError(f"{error}. Settings there -> here: {'; '.join(ours) or 'the same'}") from error
+        changes = network_changes(config.differences(former, cfg))
+        raise ValueError(f"{error}. Settings there -> here: {'; '.join(changes) or 'the same'}") from error
+
+
+def network_changes(changes: Sequence[str]) -> list[str]:
+    """Those of `config.differences` that can change the names and shapes of weights."""
+    return [text for text in changes if text.startswith(_NETWORK_KEYS) and "pretrained_weights" not in text]
