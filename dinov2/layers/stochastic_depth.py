@@ -6,14 +6,13 @@ waits for the device, and the draws are the same on every device.
 Legend: T packed tokens, T' of them kept, D channels.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dinov2.layers.packing import Segments, sequence_ends
+from dinov2.layers.packing import Segments, kept_outside_graphs, sequence_ends
 
 
 class Branch(NamedTuple):
@@ -43,7 +42,8 @@ def draw_branches(segments: Segments, rates: Sequence[float], device: torch.devi
         return [(everything, everything)] * len(rates)
     joint = torch.cat(drawn)
     if on_cuda:
-        joint = joint.pin_memory().to(device, non_blocking=True)
+        pinned = joint if torch.compiler.is_compiling() else joint.pin_memory()  # which compilers do not know
+        joint = pinned.to(device, non_blocking=True)
     indices = iter(joint.split([len(index) for index in drawn]))
     branches = []
     for block, rate in enumerate(rates):
@@ -72,14 +72,13 @@ def _draw_index(segments: Segments, kept: Segments) -> Tensor:
     return torch.cat(parts)
 
 
-@functools.lru_cache(maxsize=256)
-@torch.inference_mode(False)  # a tensor of inference mode could not be saved for a backward pass
+@kept_outside_graphs
 def _scale(segments: Segments, kept: Segments, device: torch.device) -> Tensor:
     parts = [
-        torch.full((keep * length, 1), count / max(keep, 1))
+        torch.full((keep * length, 1), count / max(keep, 1), device=device)
         for (count, length), (keep, _) in zip(segments, kept, strict=True)
     ]
-    return torch.cat(parts).to(device)
+    return torch.cat(parts)
 
 
 def add_residual(x: Tensor, branch: Branch, residual: Callable[[Tensor], Tensor]) -> Tensor:

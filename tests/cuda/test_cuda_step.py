@@ -135,3 +135,10 @@ def test_compiled_blocks_are_one_graph_for_all_numbers_of_masks(
     )
     assert_nothing_waits(record)
     assert record["graph_breaks"] == {} and record["recompilations"] == 0
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.05, 0.0])
+def test_a_backbone_that_users_compile_is_one_graph_and_does_not_wait(rate: float, stub: Path) -> None:
+    """Its draws are then in the graph, not made beforehand for all blocks."""
+    counted = rehearsal.run_json(stub, rehearsal.HERE / "compile_backbone.py", str(rate), "aot_eager")
+    assert {name: number for name, number in counted.items() if "synchron" in name and number} == {}

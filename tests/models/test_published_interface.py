@@ -288,6 +288,25 @@ def test_the_compiler_finds_one_program(model: DinoVisionTransformer, x: Tensor)
     assert [shape[:2] for shape in maps] == [(2, 6)], "a hook that is there when compiling is called"
 
 
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_the_compiler_finds_one_program_in_training_too(
+    rate: float, x: Tensor, recwarn: pytest.WarningsRecorder
+) -> None:
+    """With stochastic depth, for a batch and for a list; it draws what eager mode draws."""
+    torch.compiler.reset()
+    model = backbones.dinov2_vits14(pretrained=False, depth=3, img_size=56, drop_path_rate=rate).train()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for images in (x, [x, x[:1, :, :28, :28]]):
+        masks: Any = [None, None] if isinstance(images, list) else None
+        outputs = []
+        for function in (compiled, model):
+            torch.manual_seed(0)
+            outputs.append(function(images, masks=masks, is_training=True))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+    assert not [warning for warning in recwarn if "lru_cache" in str(warning.message)]
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_per_image_features_by_vmap(model: DinoVisionTransformer, x: Tensor) -> None:
     weights = dict(model.named_parameters())
