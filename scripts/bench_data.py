@@ -8,6 +8,7 @@ Each image gives 2 global and 8 local crops with the published augmentations, no
 - pil: ours, augmentation.implementation=pil; the same operations, drawn beforehand
 - tensor: ours, the default
 - albumentations: the same in albumentations, on OpenCV, if it is installed; its bicubic resampling does not antialias
+- lightly-train: the crops of its DINOv2, which albumentations makes, if it is installed; images decoded by OpenCV
 - device worker: what a worker does with train.augment_on=device: read, header, draw, decode, pack
 
 The images are those of scikit-learn, or all in --images, cropped and scaled to --size and saved as JPEG.
@@ -128,15 +129,35 @@ class Albumentations:
                 ]
             )
 
-        cv2.setNumThreads(1)
-        self.decode = lambda data: cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), 1), cv2.COLOR_BGR2RGB)
         self.views = (view(global_size, GLOBAL_SCALE, 0.0, 0.0), view(global_size, GLOBAL_SCALE, 0.9, 0.2))
         self.local_view = view(local_size, LOCAL_SCALE, 0.5, 0.0)
 
     def __call__(self, data: bytes) -> MultiCrop:
-        image = self.decode(data)
+        image = decode_by_opencv(data)
         first, second = (view(image=image)["image"] for view in self.views)
         return MultiCrop((first, second), tuple(self.local_view(image=image)["image"] for _ in range(LOCALS)))
+
+
+class LightlyTrain:
+    """The crops of lightly-train's DINOv2 with its default settings, those of the release: JPEG file -> MultiCrop."""
+
+    def __init__(self, global_size: int, local_size: int) -> None:
+        from lightly_train._methods.dinov2 import dinov2_transform
+
+        args = dinov2_transform.DINOv2ViTTransformArgs(image_size=(global_size, global_size), num_channels=3)
+        args.local_view.view_size, args.local_view.num_views = (local_size, local_size), LOCALS
+        self.transform = dinov2_transform.DINOv2ViTTransform(args)
+
+    def __call__(self, data: bytes) -> MultiCrop:
+        first, second, *others = (view["image"] for view in self.transform({"image": decode_by_opencv(data)}))
+        return MultiCrop((first, second), tuple(others))
+
+
+def decode_by_opencv(data: bytes) -> np.ndarray:
+    import cv2
+
+    cv2.setNumThreads(1)
+    return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), 1), cv2.COLOR_BGR2RGB)
 
 
 class Files(ImageDataset):
@@ -190,17 +211,23 @@ def make_sides(global_size: int, local_size: int) -> dict[str, Callable[[bytes],
     plain, pil, tensor = Plain(global_size, local_size), ours("pil"), ours("tensor")
     raw = DeviceAugmentation(tensor)
     crop_format = raw.crop_format(torch.float32)
-    others: dict[str, Callable[[bytes], Any]] = {}
-    if find_spec("albumentations"):
-        albumentations = Albumentations(global_size, local_size)
-        others["albumentations"] = lambda data: stacked(albumentations(data))
+
+    def stacked_by(peer: Callable[[bytes], MultiCrop]) -> Callable[[bytes], Any]:
+        return lambda data: stacked(peer(data))
+
+    kinds: dict[str, Any] = {"albumentations": Albumentations, "lightly_train": LightlyTrain}
+    peers = {
+        name.replace("_", "-"): stacked_by(make(global_size, local_size))
+        for name, make in kinds.items()
+        if find_spec(name)
+    }
     return {
         "plain": lambda data: stacked(plain(Image.open(io.BytesIO(data)).convert("RGB"))),
         "pil": lambda data: stacked(pil(open_image(data))),
         "tensor": lambda data: stacked(tensor(open_image(data))),
         "device worker": lambda data: pack_raw_batch([raw(open_image(data))], NO_CROPS, crop_format),
         "decoding alone": lambda data: open_image(data).pixels(),
-        **others,
+        **peers,
     }
 
 
