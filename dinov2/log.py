@@ -76,10 +76,11 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            # In one piece, as several processes may share the console.
             if hasattr(record, "last_words"):
-                tqdm.write(record.last_words, file=sys.stderr)
+                tqdm.write(f"{record.last_words}\n", file=sys.stderr, end="")
             elif not hasattr(record, "only_in_file"):
-                tqdm.write(self.format(record), file=sys.stdout)
+                tqdm.write(f"{self.format(record)}\n", file=sys.stdout, end="")
         except Exception:
             self.handleError(record)
 
@@ -157,7 +158,7 @@ def run_command(command: Callable[[], int | None], *, after_interrupt: str = "")
     """
     setup_logging()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors=_UNPRINTABLE)
+        sys.stdout.reconfigure(errors=_UNPRINTABLE, line_buffering=True)  # a pipe or file gets each line at once
     try:
         return command() or 0
     except KeyboardInterrupt:

@@ -140,6 +140,31 @@ sys.exit(run_command(command))
     assert "reading caf\\udce9\n" in (tmp_path / "logs/log.txt").read_text()
 
 
+LINES = """
+import logging, sys
+from dinov2.log import run_command
+def command():
+    for number in range(200):
+        logging.getLogger("dinov2").info("line %d of %s %s", number, sys.argv[1], 100 * sys.argv[1])
+    sys.stdin.readline()
+sys.exit(run_command(command))
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_pipe_gets_each_line_at_once_and_whole_also_from_several_processes(unbuffered: str) -> None:
+    """As with `| tee`, or two students on one console: Python would write blocks of 8 kB, or line ends separately."""
+    reading, writing = os.pipe()
+    options: Any = {"stdin": subprocess.PIPE, "stdout": writing, "env": os.environ | {"PYTHONUNBUFFERED": unbuffered}}
+    processes = [subprocess.Popen([sys.executable, "-c", LINES, name], **options) for name in "AB"]
+    os.close(writing)
+    with open(reading) as pipe:
+        received = [pipe.readline().rstrip("\n").partition(" ")[2] for _ in range(2 * 200)]  # while both still run
+        for process in processes:
+            process.communicate(b"\n")
+    assert sorted(received) == sorted(f"line {n} of {name} {100 * name}" for n in range(200) for name in "AB")
+
+
 def test_warnings_are_logged(tmp_path: Path) -> None:
     setup_logging(tmp_path)
     with warnings.catch_warnings():
