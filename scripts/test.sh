@@ -53,7 +53,9 @@ oldest=(
     tests/hub/test_hub.py tests/models/test_{intermediate_layers,peers,weights}.py
     "tests/models/test_export.py::test_onnx_with_any_batch_and_size[dinov2_vits14]"
     tests/eval/test_{features,knn,linear,log_regression}.py tests/eval/dense/test_segmentation_evaluation.py tests/visualization/test_visualization_command.py
-    tests/data/test_{bands,images,loader,device_augment}.py tests/train/stages tests/test_trackers.py
+    tests/data/test_{bands,images,loader,device_augment}.py tests/test_trackers.py
+    tests/train/stages/test_{distillation,gram_anchoring,high_resolution}.py
+    tests/train/stages/test_several_students.py::test_a_student_is_the_run_that_it_would_be_alone
 )
 
 shared_out=(-n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder)

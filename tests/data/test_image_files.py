@@ -316,13 +316,21 @@ def test_suffixes_begin_with_a_dot(suffixes, root):
 
 @pytest.mark.parametrize("name", [" set", "set ", "a\nb", "a\0b"])
 def test_a_missing_folder_whose_name_one_would_not_see_is_named_in_quotes(root, name):
-    with pytest.raises(FileNotFoundError, match="no folder '.*'; folders in"):
+    with pytest.raises(FileNotFoundError, match="no folder '.*'; .*folders in"):
         ImageFolder(root=f"{root}/{name}")
 
 
-def test_the_missing_part_of_a_path_is_named(root):
-    with pytest.raises(FileNotFoundError, match=f"no folder {root}x/y; folders in {root.parent}: .*images"):
-        make_dataset(dataset_str=f"ImageFolder:root={root}x/y")
+def test_the_missing_part_of_a_path_is_named_with_its_neighbors(tmp_path):
+    for name in ("imagenet", *(f"other{number}" for number in range(10))):
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        make_dataset(dataset_str=f"ImageFolder:root={tmp_path}/imagnet/train")
+    assert str(caught.value) == (
+        f"no folder {tmp_path}/imagnet/train; did you mean {tmp_path}/imagenet? folders in {tmp_path}: imagenet, "
+        "other0, other1, other2, other3, other4, other5, other6 and 3 more"
+    )
+    with pytest.raises(FileNotFoundError, match=f"no folder {tmp_path}/x; folders in {tmp_path}: imagenet, "):
+        make_dataset(dataset_str=f"ImageFolder:root={tmp_path}/x")
 
 
 def test_a_folder_of_tars_raises_an_error_with_a_remedy(tmp_path):

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ SETTLED_NS = 2 * 10**9
 _FORMAT = "2"  # version of the cached list; part of its name
 _MAX_VISITS = 1000  # visits of one folder through links
 _REPORT_SECONDS = 30.0  # between log lines while a large folder is listed
-_MOST_KINDS = 12  # kinds of other files in a message
+_MOST_KINDS, _MOST_NAMES = 12, 8  # kinds of other files, and names of other folders, in a message
 
 
 @dataclass(eq=False)
@@ -121,8 +122,8 @@ def check_folder(folder: Path, *, given_as: str = "root") -> None:
             f"no folder {_shown(folder)}: patterns are not expanded in {given_as}= of this dataset, but in that of "
             "ImageFolder"
         )
-    existing = next((parent for parent in folder.parents if parent.is_dir()), Path())
-    raise FileNotFoundError(f"no folder {_shown(folder)}; {_folders_in(existing)}")
+    missing = next(path for path in (folder, *folder.parents) if path.parent.is_dir())
+    raise FileNotFoundError(f"no folder {_shown(folder)}; {_folders_beside(missing)}")
 
 
 def _shown(path: Path) -> str:
@@ -166,12 +167,17 @@ def _describe_file(path: Path) -> str:
     return f"a file, not a folder{'' if kind is None else f': {kind}'}"
 
 
-def _folders_in(folder: Path) -> str:
+def _folders_beside(missing: Path) -> str:
+    """The folders where a missing one was expected, the most similar name first."""
+    folder = missing.parent
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir())[:20]
+        names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     except OSError as error:
         return f"{folder} cannot be read: {error.strerror}"
-    return f"folders in {folder}: {', '.join(names) or 'none'}"
+    likely = get_close_matches(missing.name, names, n=1)
+    hint = f"did you mean {_shown(folder / likely[0])}? " if likely else ""
+    more = f" and {len(names) - _MOST_NAMES:,} more" if len(names) > _MOST_NAMES else ""
+    return f"{hint}folders in {folder}: {', '.join(names[:_MOST_NAMES]) or 'none'}{more}"
 
 
 def _summary(others: Mapping[str, int]) -> str:
