@@ -437,12 +437,18 @@ def has_masks(cfg: Config) -> bool:
 
 def of_run(weights: str | Path) -> Config | None:
     """The configuration of the run that wrote a teacher, `OUT/eval/*`, or a checkpoint; None for other weights."""
+    found = file_of_run(weights)
+    return load(found) if found else None
+
+
+def file_of_run(weights: str | Path) -> Path | None:
+    """The file with `of_run`: `OUT/config.yaml`."""
     path = Path(weights).absolute()
     folder = path.parent if path.is_file() else path
     is_teacher = folder.parent.name == "eval" and (folder / "teacher_checkpoint.pth").is_file()
     is_checkpoint = folder.parent.name == "checkpoints" and folder.name.startswith("model_")
     found = folder.parent.parent / "config.yaml"
-    return load(found) if (is_teacher or is_checkpoint) and found.is_file() else None
+    return found if (is_teacher or is_checkpoint) and found.is_file() else None
 
 
 def backbone_arguments(cfg: Config) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dinov2.flags.visualization import DEFAULT_SIDE
 from dinov2.models.backbones import build_published, load_from_weights
 from dinov2.models.published import PACKAGED, PUBLISHED
 from dinov2.models.vision_transformer import DinoVisionTransformer
-from dinov2.models.weight_files import TEACHER_FILE, known_names
+from dinov2.models.weight_files import known_names
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ def load_frozen_backbone(args: argparse.Namespace) -> FrozenBackbone:
     if config_file is None and (name := args.model or weights) in PACKAGED:
         config_file = PACKAGED[name]
         weights = None if args.random_init else weights or name
-    elif config_file is None and args.model is None and (teacher := _teacher_folder(weights)):
-        logger.info("%s: the model of the run in %s", weights, teacher.parent.parent)
-        config_file = str(teacher.parent.parent / "config.yaml")
+    elif config_file is None and args.model is None and (found := config.file_of_run(weights)):
+        logger.info("%s: the model of the run in %s", weights, found.parent)
+        config_file = str(found)
     if config_file is not None:
         cfg = config.load(config_file, args.opts)
         config.require_normalization(cfg)
@@ -100,20 +100,12 @@ def _default_side(trained_side: int) -> int:
     return trained_side if trained_side < SMALLEST_PUBLISHED_SIZE else DEFAULT_SIDE
 
 
-def _teacher_folder(weights: str) -> Path | None:
-    """The folder of OUT/eval/training_<it>[/teacher_checkpoint.pth] if it is that of a run with OUT/config.yaml."""
-    path = Path(weights).absolute()
-    is_folder = path.is_dir() and (path / TEACHER_FILE).is_file()
-    if not is_folder and path.name != TEACHER_FILE:
-        return None
-    folder = path if is_folder else path.parent
-    return folder if (folder.parent.parent / "config.yaml").is_file() else None
-
-
 def _name(weights: str) -> str:
     """Name of a model in figures: run and iteration of a run's teacher, otherwise the name of the weight file."""
-    folder = _teacher_folder(weights)
-    return f"{folder.parent.parent.name}/{folder.name}" if folder else Path(weights).absolute().name
+    path, found = Path(weights).absolute(), config.file_of_run(weights)
+    if found is None:
+        return path.name
+    return f"{found.parent.name}/{(path.parent if path.is_file() else path).name}"
 
 
 def _name_untrained(config_file: str) -> str:
