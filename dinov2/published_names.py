@@ -97,7 +97,11 @@ TABLE: dict[str, dict[str, str]] = {
         "SwiGLUFFNFused": "dinov2.layers:SwiGLUFFNFused",
         **dict.fromkeys(("XFORMERS_AVAILABLE", "XFORMERS_ENABLED"), _KERNEL),
     },
-    "dinov2.logging": {name: f"dinov2.log:{name}" for name in ("MetricLogger", "SmoothedValue", "setup_logging")},
+    "dinov2.logging": {
+        "MetricLogger": "dinov2.meters:MetricLogger",
+        "SmoothedValue": "dinov2.meters:SmoothedValue",
+        "setup_logging": "dinov2.log:setup_logging",
+    },
     "dinov2.loss.dino_clstoken_loss": {"DINOLoss": "dinov2.loss:DINOLoss"},
     "dinov2.loss.ibot_patch_loss": {"iBOTPatchLoss": "dinov2.loss:iBOTPatchLoss"},
     "dinov2.loss.koleo_loss": {"KoLeoLoss": "dinov2.loss:KoLeoLoss"},

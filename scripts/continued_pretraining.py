@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 
 from dinov2.data.datasets.fashion_mnist import FashionMNIST
-from dinov2.log import read_records
+from dinov2.metrics_file import read_records
 from dinov2.train.monitor.alarms import find_alarms
 from dinov2.train.monitor.best_teacher import best_rating
 from dinov2.train.monitor.conclusion import conclude

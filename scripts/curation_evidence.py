@@ -29,7 +29,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from dinov2.data.datasets.fashion_mnist import FashionMNIST
 from dinov2.eval.extract.files import METADATA_FILE, NAMES_FILE, ShardArray, write_arrays
-from dinov2.log import read_records
+from dinov2.metrics_file import read_records
 from scripts.side_by_side import hardware
 
 MODEL = "dinov2_fashion"

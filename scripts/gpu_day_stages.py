@@ -150,7 +150,7 @@ def data(small: bool) -> Iterator[Record]:
 
 def training(small: bool) -> Iterator[Record]:
     """The quickstart, resumed for another epoch, and its accuracy, which is documented for a CPU."""
-    from dinov2.log import read_records
+    from dinov2.metrics_file import read_records
     from dinov2.train.environment import read_environment
 
     folder = Path(tempfile.mkdtemp())

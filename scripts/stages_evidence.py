@@ -26,7 +26,7 @@ import torch
 
 from dinov2 import config
 from dinov2.config import Config
-from dinov2.log import read_records
+from dinov2.metrics_file import read_records
 from dinov2.train.monitor.conclusion import standard_error
 from dinov2.train.monitor.starting_point import START
 from scripts.continued_pretraining import mean_and_range

@@ -1,4 +1,4 @@
-"""dinov2.log: where lines go, what meters compute, and metrics files that survive crashes."""
+"""dinov2.log, meters and metrics_file: where lines go, what meters compute, and metrics files that survive crashes."""
 
 import json
 import logging
@@ -19,15 +19,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dinov2.log import (
-    MetricLogger,
-    SmoothedValue,
-    append_json,
-    read_records,
-    run_command,
-    setup_logging,
-    truncate_metrics,
-)
+from dinov2.log import run_command, setup_logging
+from dinov2.meters import MetricLogger, SmoothedValue
+from dinov2.metrics_file import append_json, read_records, truncate_metrics
 
 logger = logging.getLogger("dinov2.test")
 

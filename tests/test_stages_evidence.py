@@ -9,7 +9,7 @@ import pytest
 
 from dinov2 import config
 from dinov2.config import Config
-from dinov2.log import read_records
+from dinov2.metrics_file import read_records
 from dinov2.train import train
 from scripts import stages_evidence as evidence
 

@@ -27,23 +27,25 @@ MAY_IMPORT = {
     "yaml_values": set(),
     "allocation": set(),
     "distributed": {"allocation"},
-    "log": {"files"},
+    "log": set(),
+    "meters": {"metrics_file"},
+    "metrics_file": {"files"},
     "metric_names": set(),
     "trackers": {"files", "metric_names"},
     "layers": set(),
     "configs": set(),
     "models": {"layers"},
     "data": {"files", "yaml_values"},
-    "data.statistics": {"config", "data", "files", "flags", "html_templates", "log"},  # a command
+    "data.statistics": {"config", "data", "files", "flags", "html_templates", "log", "meters"},  # a command
     "loss": {"distributed"},
     "hub": {"models"},
     "train": {"config", "data", "distributed", "files", "flags", "layers", "log", "loss", "models", "analysis"}
-    | {"trackers"},
-    "eval": {"flags", "config", "data", "distributed", "files", "log", "models", "analysis"},
+    | {"trackers", "meters", "metrics_file"},
+    "eval": {"flags", "config", "data", "distributed", "files", "log", "meters", "models", "analysis"},
     "visualization": {"flags", "config", "data", "distributed", "files", "log", "models", "analysis", "eval"}
     | {"html_templates"},
     # Of a run the report needs what reads the files that it left.
-    "report": {"config", "files", "flags", "html_templates", "log", "analysis", "metric_names"}
+    "report": {"config", "files", "flags", "html_templates", "log", "analysis", "metric_names", "metrics_file"}
     | {f"train.{name}" for name in ("monitor", "environment", "checkpoint_files")},
     "curate": {"flags", "data", "files", "html_templates", "log", "eval"},
     "tools": {"flags", "config", "files", "log", "models", "train"},

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dinov2.log import MetricLogger
+from dinov2.meters import MetricLogger
 from dinov2.trackers import by_group, check_trackers, open_trackers
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ from dinov2.data.datasets.base import ImageDataset, label_table
 from dinov2.data.images import BadImageError
 from dinov2.eval.feature_cache import FeatureCache
 from dinov2.eval.skip_unreadable import SkipUnreadable, collate_skipping_unreadable, skip_unreadable_batches
-from dinov2.log import MetricLogger
+from dinov2.meters import MetricLogger
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 logger = logging.getLogger(__name__)

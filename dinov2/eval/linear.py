@@ -48,7 +48,8 @@ from dinov2.eval.linear_heads import (
 from dinov2.eval.metrics import Accuracies, build_metric, percent, top_1
 from dinov2.eval.results import archive_results, as_table, counted, run_facts, set_facts, write_results
 from dinov2.eval.skip_unreadable import skip_unreadable_batches
-from dinov2.log import MetricLogger, run_command
+from dinov2.log import run_command
+from dinov2.meters import MetricLogger
 from dinov2.models.vision_transformer import DinoVisionTransformer
 
 __all__ = [

@@ -12,7 +12,8 @@ import numpy as np
 from dinov2 import config
 from dinov2.config import Config, ConfigError
 from dinov2.files import is_locked, read_array, read_regular_file, runs_below
-from dinov2.log import last_error, log_path, readable_records
+from dinov2.log import last_error, log_path
+from dinov2.metrics_file import readable_records
 from dinov2.report.results import read_results
 from dinov2.report.run import Run, State
 from dinov2.train.checkpoint_files.folder import complete_checkpoints

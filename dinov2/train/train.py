@@ -34,7 +34,9 @@ from dinov2.data.datasets.base import ImageDataset
 from dinov2.data.loader import to_device
 from dinov2.data.randomness import seed_for
 from dinov2.files import folder_lock, naming_full_disk
-from dinov2.log import MetricLogger, read_records, run_command, setup_logging
+from dinov2.log import run_command, setup_logging
+from dinov2.meters import MetricLogger
+from dinov2.metrics_file import read_records
 from dinov2.train.checkpoint_files.folder import latest_checkpoint
 from dinov2.train.checkpoint_files.state import read_state
 from dinov2.train.guards import BadImageGuard, NonFiniteGuard

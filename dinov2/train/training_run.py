@@ -24,7 +24,8 @@ from dinov2.data.loader import make_train_loader
 from dinov2.data.masking import published_max_num_patches
 from dinov2.data.samplers import SamplerType
 from dinov2.files import numbered_path, remove_leftovers
-from dinov2.log import MetricLogger, read_records, truncate_metrics
+from dinov2.meters import MetricLogger
+from dinov2.metrics_file import read_records, truncate_metrics
 from dinov2.trackers import Tracker, open_trackers
 from dinov2.train.checkpoint_files.folder import latest_checkpoint
 from dinov2.train.checkpoint_files.state import Setup

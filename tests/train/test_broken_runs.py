@@ -8,8 +8,8 @@ import pytest
 from tiny import run_train
 
 from dinov2.data.datasets.fashion_mnist import FashionMNIST
-from dinov2.log import read_records
 from dinov2.loss import DINOLoss, iBOTPatchLoss
+from dinov2.metrics_file import read_records
 from dinov2.train.monitor.alarms import find_alarms
 
 SETTINGS = [

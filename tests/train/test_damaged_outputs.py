@@ -15,7 +15,8 @@ from checkpoint_files import write_checkpoint
 from tiny import run_train, tiny_config
 
 from dinov2.files import folder_lock
-from dinov2.log import last_error, read_records, truncate_metrics
+from dinov2.log import last_error
+from dinov2.metrics_file import read_records, truncate_metrics
 from dinov2.report.images import gallery
 from dinov2.report.read_run import read_run
 from dinov2.train.checkpoint_files.folder import write_checksums

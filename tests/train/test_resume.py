@@ -27,7 +27,7 @@ from tiny import (
 )
 
 from dinov2 import config
-from dinov2.log import truncate_metrics
+from dinov2.metrics_file import truncate_metrics
 from dinov2.train.checkpoint import _LastingStager
 
 LAST = 7  # of tiny.yaml: 8 steps, a checkpoint after every second one

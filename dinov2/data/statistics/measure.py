@@ -23,7 +23,7 @@ from dinov2.data.images import BadImageError
 from dinov2.data.images.options import ImageOptions, range_of_each
 from dinov2.data.images.value_range import share_outside
 from dinov2.data.workers import SupervisedLoader
-from dinov2.log import MetricLogger
+from dinov2.meters import MetricLogger
 
 PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 BINS = 64  # of histograms

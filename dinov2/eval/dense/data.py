@@ -27,7 +27,7 @@ from dinov2.data.workers import SupervisedLoader
 from dinov2.eval import setup
 from dinov2.eval.features import MAX_BAD_SHARE
 from dinov2.eval.skip_unreadable import SkipUnreadable, collate_skipping_unreadable
-from dinov2.log import MetricLogger
+from dinov2.meters import MetricLogger
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from dinov2.eval.dense.protocols import Training
 from dinov2.eval.linear_checkpoint import LinearCheckpointer
 from dinov2.eval.skip_unreadable import skip_unreadable_batches
 from dinov2.files import atomic_write
-from dinov2.log import MetricLogger
+from dinov2.meters import MetricLogger
 
 logger = logging.getLogger(__name__)
 

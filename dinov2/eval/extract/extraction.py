@@ -25,7 +25,7 @@ from dinov2.eval.extract.sources import VideoFrames, parts_of
 from dinov2.eval.extract.tokens import TokenChoice, TokenModel, arrays_of
 from dinov2.eval.features import MAX_BAD_SHARE, autocast, require_finite, run_model
 from dinov2.eval.results import counted
-from dinov2.log import MetricLogger
+from dinov2.meters import MetricLogger
 
 
 class Row(NamedTuple):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dinov2 import distributed
 from dinov2.config import Config
-from dinov2.log import append_json
+from dinov2.metrics_file import append_json
 from dinov2.train.monitor.best_teacher import rate_teacher
 from dinov2.train.monitor.starting_point import START, START_FOLDER
 from dinov2.train.monitor.target_stats import HealthPanel
