@@ -231,8 +231,8 @@ def write_whole(file: Path, text: str) -> None:
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0, help="for all stages together")
-    parser.add_argument("--out", type=Path, default=Path("gpu_day"), help="output folder")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all stages together (default: 10)")
+    parser.add_argument("--out", type=Path, default=Path("gpu_day"), help="output folder (default: gpu_day)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="stages whose names have one of these words")
     parser.add_argument("--small", action="store_true", help="tiny sizes and longer limits, to try this script")
     parser.add_argument("--table", nargs="+", type=Path, metavar="JSON", help="print the table of earlier runs")
@@ -246,13 +246,19 @@ def main() -> None:
         return
     interrupt: Callable[..., Any] = signal.default_int_handler
     signal.signal(signal.SIGTERM, interrupt)  # what the stage has printed so far is kept
+    every = list(stages(small=args.small))
+    for word in args.only or ():
+        if not any(word in stage.name for stage in every):
+            names = "; ".join(stage.name for stage in every)
+            raise SystemExit(f"error: --only {word}: no stage has this word in its name; stages: {names}")
     chosen = [
-        stage
-        for stage in stages(small=args.small)
-        if not args.only or any(word in stage.name for word in ["environment", *args.only])
+        stage for stage in every if not args.only or any(word in stage.name for word in ["environment", *args.only])
     ]
     sys.stdout.write(table(run_all(chosen, args.out, args.minutes, small=args.small)))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

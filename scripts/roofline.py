@@ -45,13 +45,19 @@ KERNELS = {  # of a phase, and in addition for each block, and for each block wi
 SHARES = (0.55, 0.65)  # of the speed of a large product
 
 
+def positive(text: str) -> float:
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
 def get_args_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config-file", default="train/vitl16_short", help="recipe")
     parser.add_argument("--archs", help="values of student.arch, several with commas; default: that of the recipe")
-    parser.add_argument("--tflops", type=float, default=H200_FLOPS / 1e12, help="TFLOP/s of a large product")
-    parser.add_argument("--bandwidth", type=float, default=4.8, help="TB/s of the device's memory")
-    parser.add_argument("--launch", type=float, default=5.0, help="microseconds of the host for a kernel")
+    parser.add_argument("--tflops", type=positive, default=H200_FLOPS / 1e12, help="TFLOP/s of a large product")
+    parser.add_argument("--bandwidth", type=positive, default=4.8, help="TB/s of the device's memory")
+    parser.add_argument("--launch", type=positive, default=5.0, help="microseconds of the host for a kernel")
     parser.add_argument("--table", action="store_true", help="Markdown instead of JSON")
     parser.add_argument("opts", nargs="*", metavar="key=value", help="config overrides")
     return parser
@@ -219,4 +225,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

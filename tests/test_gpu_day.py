@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -165,3 +166,12 @@ def test_the_command_runs_chosen_stages_and_prints_the_table_again(tmp_path: Pat
     assert "| rows | float32, ms: index_add " in done.stdout
     again = subprocess.run([*command, "--table", tmp_path / "gpu_day.json"], cwd=ROOT, capture_output=True, text=True)
     assert again.stdout == done.stdout
+
+
+def test_a_word_that_no_stage_has_is_an_error_with_the_stages(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/gpu_day.py", f"--out={tmp_path / 'out'}"]
+    done = subprocess.run([*command, "--only", "rows", "crops"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"error: --only crops: no stage has this word in its name; stages: .*; data; .*\n", done.stderr)
+    done = subprocess.run([*command, "--table", tmp_path / "none.json"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

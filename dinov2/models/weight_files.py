@@ -87,6 +87,8 @@ def known_names(text: str) -> str:
 
 def _check(path: Path) -> None:
     """Compare the checksums in a file with its content; damage is a ValueError."""
+    if not path.stat().st_size:
+        raise ValueError("it is empty")
     if path.suffix == ".safetensors":
         check_safetensors(path)
     elif zipfile.is_zipfile(path):

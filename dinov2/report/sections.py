@@ -182,6 +182,12 @@ def session_facts(run: Run) -> Mapping[str, str]:
         found["commit"] = f"{latest['commit']}{f', with {changed} changed file(s)' if changed else ''}"
     starts = [f"step {each.get('first_step', 0):,} on {_minute(each.get('date'))}" for each in run.sessions]
     found["started at"] = "; ".join(starts)
+    if changes := [
+        f"from step {each.get('first_step', 0):,}: {each['changed_settings']}"
+        for each in run.sessions
+        if each.get("changed_settings")
+    ]:
+        found["settings changed"] = "; ".join(changes)
     if len(run.datasets) > 1:
         found["datasets"] = "; ".join(f"from step {first:,} on {name}" for first, name in run.datasets)
     return found

@@ -34,8 +34,13 @@ _CLONE = Path(__file__).resolve().parents[2]
 _COMMANDS = ("dinov2-train",)  # installed scripts
 
 
-def record_environment(output_dir: Path, first_step: int = 0, data: str | None = None) -> None:
-    """Append this session to `output_dir/environment.json` on rank 0; `first_step` 0 removes earlier sessions."""
+def record_environment(
+    output_dir: Path, first_step: int = 0, data: str | None = None, changes: str | None = None
+) -> None:
+    """Append this session to `output_dir/environment.json` on rank 0; `first_step` 0 removes earlier sessions.
+
+    `changes` are its settings that differ from those of the session before.
+    """
     path = output_dir / ENVIRONMENT_FILE
     try:
         former = read_environment(path) if first_step > 0 else []
@@ -45,7 +50,7 @@ def record_environment(output_dir: Path, first_step: int = 0, data: str | None =
         path.replace(damaged)
         former = []
     with atomic_write(path) as file:
-        file.write(json.dumps({"sessions": [*former, session(first_step, data)]}, indent=2).encode() + b"\n")
+        file.write(json.dumps({"sessions": [*former, session(first_step, data, changes)]}, indent=2).encode() + b"\n")
 
 
 def read_environment(path: Path) -> list[dict[str, Any]]:
@@ -70,7 +75,7 @@ def _is_session(value: object) -> bool:
     return False
 
 
-def session(first_step: int, data: str | None = None) -> dict[str, Any]:
+def session(first_step: int, data: str | None = None, changes: str | None = None) -> dict[str, Any]:
     """Describe this process, its dataset and its machine."""
     on_gpu = distributed.device().type == "cuda"
     return {
@@ -78,6 +83,7 @@ def session(first_step: int, data: str | None = None) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": reproducing_command(sys.argv),
         "data": data,
+        "changed_settings": changes,
         "processes": distributed.world_size(),
         "device": torch.cuda.get_device_name() if on_gpu else cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dinov2 import config, distributed
-from dinov2.config import DTYPES, Config, ConfigError, has_masks, sources_of
+from dinov2.config import DTYPES, Config, ConfigError, has_masks
 from dinov2.data import DataAugmentationDINO, MaskingGenerator, make_dataset
 from dinov2.data.collate import Batch
 from dinov2.data.datasets.base import ImageDataset
@@ -206,13 +206,13 @@ def start_or_resume(cfg: Config, model: SSLMetaArch, dataset: ImageDataset, *, r
     )
     global_batch = global_batch_size(cfg, distributed.world_size())
     setup = Setup(distributed.world_size(), global_batch, len(dataset), dataset.fingerprint())
-    first_step, images_seen = resume_run(cfg, latest, checkpointer, metrics, setup)
+    first_step, images_seen, changes = resume_run(cfg, latest, checkpointer, metrics, setup)
     if latest is not None:
         model.check_frozen()
     elif cfg.init_from and cfg.init_from_optimizer:
         start_with_moments(cfg.init_from, checkpointer)
     if distributed.is_main() and first_step < num_steps(cfg):
-        record_environment(output_dir, first_step, data=cfg.train.dataset_path)
+        record_environment(output_dir, first_step, data=cfg.train.dataset_path, changes="; ".join(changes) or None)
     logger.info("%d of %d steps are done; %d images each", first_step, num_steps(cfg), global_batch)
     return TrainingRun(optimizer, scaler, metrics, checkpointer, setup, first_step - 1, images_seen, from_weights)
 
@@ -267,14 +267,14 @@ def open_run_trackers(cfg: Config, *, first_step: int) -> AbstractContextManager
 
 def resume_run(
     cfg: Config, latest: Path | None, checkpointer: "Checkpointer", metrics: MetricLogger, setup: Setup
-) -> tuple[int, int]:
-    """Restore the latest checkpoint, if there is one; returns the next step, and the number of images seen before it.
+) -> tuple[int, int, list[str]]:
+    """Restore the latest checkpoint, if there is one.
 
     Changed settings, data and processes are logged as warnings. Config and metrics on disk are replaced only after that
-    succeeded.
+    succeeded. Returns the next step, the number of images seen before it, and the changed settings.
     """
     config_file = Path(cfg.train.output_dir) / "config.yaml"
-    start = images_seen = 0
+    start, images_seen, changes = 0, 0, list[str]()
     if latest is not None:
         check_same_stage(config_file, cfg)
         changes = changed_settings(config_file, cfg)
@@ -290,12 +290,6 @@ def resume_run(
         ):
             if changed:
                 logger.warning("resuming %s: %s", title, "; ".join(changed))
-        if ignored := [text for text in changes if text.partition(":")[0] in sources_of(cfg)]:
-            logger.warning(
-                "initial weights have no effect on a run that resumes (%s): give another --output-dir, or --no-resume, "
-                "to start from them",
-                "; ".join(ignored),
-            )
         metrics.load_state_dict(state["metrics"])
         start, images_seen = state["iteration"] + 1, state["images_seen"]
         check_length_so_far(start, cfg)
@@ -303,7 +297,7 @@ def resume_run(
         config.save(cfg, config_file)
         first = START if latest is None else start  # the starting model is measured anew, too
         truncate_metrics(config_file.with_name(METRICS_FILE), first)
-    return start, images_seen
+    return start, images_seen, changes
 
 
 def check_same_stage(former: Path, cfg: Config) -> None:

@@ -407,6 +407,14 @@ def test_a_truncated_file_is_refused(tmp_path: Path, name: str, kept: float) -> 
     assert_refused(vit(), path, "truncated or damaged")
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_an_empty_file_is_called_empty(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.touch()
+    assert_refused(vit(), path, "it is empty")
+    assert not caplog.messages, "it is of no older version"
+
+
 def test_a_damaged_teacher_of_a_run_can_be_written_again(tmp_path: Path) -> None:
     teacher = tmp_path / "eval" / "best" / "teacher_checkpoint.pth"
     teacher.parent.mkdir(parents=True)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -281,6 +282,17 @@ def test_alarms_are_shown_with_their_steps_and_shaded(tmp_path: Path) -> None:
     text = Parsed(page([alarmed(run, over=False)])).text
     assert "Needs attention: data bottleneck" in text and "Since step 100: images came late." in text
     assert "span" not in Parsed(page([run])).attributes("class")
+
+
+def test_settings_that_changed_on_the_way_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_train(tmp_path, "optim.epochs=1")
+    monkeypatch.setattr(sys, "argv", ["dinov2-train", "--output-dir=OUT"])
+    record_environment(tmp_path)
+    assert "with another output folder it repeats it" in parsed(tmp_path).text
+    record_environment(tmp_path, 4, changes="train.seed: 0 -> 5")
+    text = parsed(tmp_path).text
+    assert "from step 4: train.seed: 0 -> 5" in text and "It does not repeat it" in text
+    assert "it repeats it" not in text
 
 
 def test_a_training_writes_what_the_report_shows(tmp_path: Path) -> None:

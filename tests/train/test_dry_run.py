@@ -198,6 +198,21 @@ def test_what_would_stop_a_run_stops_the_dry_run(problem: Problem, message: str,
         dry_run(tmp_path / "out", *problem(tmp_path))
 
 
+def test_changes_of_a_run_that_it_would_resume_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_train(tmp_path, "optim.epochs=1")
+    dry_run(tmp_path, "optim.epochs=1")
+    assert "with other settings" not in capsys.readouterr().out
+    dry_run(tmp_path, "optim.epochs=2", "train.seed=5")
+    assert re.search(
+        r"\nwarning: resuming with other settings than before: (?=.*optim.epochs: 1 -> 2).*train.seed: 0 -> 5",
+        capsys.readouterr().out,
+    )
+    with pytest.raises(ValueError, match=r"cannot resume from .*--no-resume.*there -> here: student.depth: 2 -> 3$"):
+        dry_run(tmp_path, "student.depth=3")
+    with pytest.raises(ValueError, match="trained with gram.loss_weight = 0.0, not 1.0"):
+        dry_run(tmp_path, "gram.loss_weight=1", f"gram.teacher={tmp_path}")
+
+
 def test_an_output_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=f"cannot write to the output folder {tmp_path / 'file' / 'out'}"):

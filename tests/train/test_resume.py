@@ -29,6 +29,7 @@ from tiny import (
 from dinov2 import config
 from dinov2.metrics_file import truncate_metrics
 from dinov2.train.checkpoint import _LastingStager
+from dinov2.train.environment import ENVIRONMENT_FILE, read_environment
 
 LAST = 7  # of tiny.yaml: 8 steps, a checkpoint after every second one
 
@@ -271,10 +272,15 @@ def test_initial_weights_of_a_run_that_resumes_are_a_warning(tmp_path: Path, cap
     run_train(tmp_path / "own", "optim.epochs=1", f"init_from={source}")
     caplog.clear()
     run_train(tmp_path / "own", "optim.epochs=2", f"init_from={source}")
-    assert not any(message.startswith("initial weights") for message in caplog.messages), "the run began from these"
+    assert not any("has no effect" in message for message in caplog.messages), "the run began from these"
     run_train(source, "optim.epochs=2", f"init_from={tmp_path / 'own'}")
-    (warning,) = (message for message in caplog.messages if message.startswith("initial weights"))
-    assert f"init_from:  -> {tmp_path / 'own'}" in warning and "--no-resume" in warning
+    (warning,) = (message for message in caplog.messages if "has no effect" in message)
+    assert warning.startswith(f"init_from={tmp_path / 'own'} has no effect") and "--no-resume" in warning
+    assert config.load(source / "config.yaml").init_from == "", "the record has the weights that it began with"
+    run_train(tmp_path / "own", "optim.epochs=3")
+    assert config.load(tmp_path / "own" / "config.yaml").init_from == str(source)
+    changed = [each["changed_settings"] for each in read_environment(tmp_path / "own" / ENVIRONMENT_FILE)]
+    assert changed == [None, "optim.epochs: 1 -> 2", "optim.epochs: 2 -> 3"]
 
 
 def truncate(path: Path) -> None:

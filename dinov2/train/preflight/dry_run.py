@@ -34,10 +34,10 @@ from dinov2.train.schedules import checkpoint_period, describe_schedules, global
 from dinov2.train.ssl_meta_arch import SSLMetaArch
 from dinov2.train.stages.choice import build_arch
 from dinov2.train.stages.several_students import PlannedRun, describe_shares, newest_common_step
-from dinov2.train.start.initial_weights import load_initial_weights
+from dinov2.train.start.initial_weights import load_initial_weights, network_changes
 from dinov2.train.start.source_runs import check_source_runs, pinned
 from dinov2.train.start.step_zero import check_step_zero
-from dinov2.train.training_run import check_length_so_far, open_dataset
+from dinov2.train.training_run import changed_settings, check_length_so_far, check_same_stage, open_dataset
 
 PROCESSES_PER_MACHINE = 8  # assumed if the processes are not started yet
 
@@ -77,6 +77,8 @@ def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool, settin
         model = build_arch(cfg, among_students=job_size > world_size)
     model.load_frozen(resuming=latest is not None)
     start = _start(latest, cfg, model)
+    if latest is not None and (changes := changed_settings(Path(cfg.train.output_dir) / "config.yaml", cfg)):
+        findings.append(f"resuming with other settings than before: {'; '.join(changes)}")
     if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
         start["step 0"] = check_step_zero(model, cfg, dataset, loaded)
     flops = step_flops(cfg, model, share_of_job=world_size / job_size).total
@@ -112,13 +114,20 @@ def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, st
         return {"starts from": next(iter(config.sources_of(cfg).values()), "random weights")}
     from dinov2.train.checkpoint_files.tensors import read_shapes, read_tensors
 
+    config_file = Path(cfg.train.output_dir) / "config.yaml"
+    check_same_stage(config_file, cfg)
     step = read_state(latest)["iteration"] + 1
     check_length_so_far(step, cfg)
     stored = read_shapes(latest)
     for name, value in model.state_dict().items():
         if (found := stored.get(f"model.{name}")) is None or found.shape != value.shape:
             shape = "none" if found is None else tuple(found.shape)
-            raise ValueError(f"cannot resume from {latest}: {name} is {tuple(value.shape)} here, {shape} there")
+            changes = network_changes(changed_settings(config_file, cfg))
+            raise ValueError(
+                f"cannot resume from {latest}: {name} is {tuple(value.shape)} here, {shape} there. If the config of "
+                "the run was changed, change it back or use --no-resume or another --output-dir"
+                + (f". Settings there -> here: {'; '.join(changes)}" if changes else "")
+            )
     if "frozen_digest" in model.state_dict():
         digest = read_tensors(latest, "model.frozen_digest")["model.frozen_digest"]
         model.load_state_dict({"frozen_digest": digest}, strict=False, assign=True)

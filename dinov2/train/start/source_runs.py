@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dinov2 import config
-from dinov2.config import Config
+from dinov2.config import Config, ConfigError
 from dinov2.files import runs_below
 from dinov2.models import build_model
 from dinov2.models.published import PACKAGED, PUBLISHED
@@ -62,22 +62,51 @@ def _why_no_run(path: Path) -> str:
 
 
 def pinned(cfg: Config, *, resume: bool) -> Config:
-    """The configuration with the step of the teacher of a distillation: the newest now, or that of the run so far.
+    """The configuration with the step of the teacher of a distillation, and of a run that resumes with its origin.
 
-    So the record of the run names it, and it resumes with the same, also if the teacher's run has gone on.
+    The step is the newest now, or that of the run so far. So the record of the run names it, and it resumes with the
+    same, also if the teacher's run has gone on. The record keeps the weights that the run began with: others have no
+    effect, which is a warning.
     """
     source, output = cfg.distillation.teacher, Path(cfg.train.output_dir)
+    if resume and latest_checkpoint(output / "checkpoints") is not None and (former := _recorded(output)) is not None:
+        cfg = _with_sources_of(former, cfg)
+        recorded = former.distillation.teacher
+        if source and recorded.rpartition(":")[0] == source:
+            return replace(cfg, distillation=replace(cfg.distillation, teacher=recorded))
     if not source:
         return cfg
-    if resume and latest_checkpoint(output / "checkpoints") is not None and (output / "config.yaml").is_file():
-        recorded = config.load(output / "config.yaml").distillation.teacher
-        if recorded.rpartition(":")[0] == source:
-            return replace(cfg, distillation=replace(cfg.distillation, teacher=recorded))
     with naming_key("distillation.teacher"):
         path = weights_of_run(source)
     if not path.is_dir() or source.endswith(f":{int(path.name.rpartition('_')[2])}"):
         return cfg
     return replace(cfg, distillation=replace(cfg.distillation, teacher=f"{source}:{int(path.name.rpartition('_')[2])}"))
+
+
+def _recorded(output: Path) -> Config | None:
+    """The configuration of the run in an output folder; None if it cannot be read, which resuming reports."""
+    try:
+        return config.load(output / "config.yaml")
+    except (ConfigError, OSError):
+        return None
+
+
+def _with_sources_of(former: Config, cfg: Config) -> Config:
+    """The configuration with the initial weights of a run that it resumes."""
+    before, now = config.sources_of(former), config.sources_of(cfg)
+    if ignored := [f"{key}={source}" for key, source in now.items() if before.get(key) != source]:
+        logger.warning(
+            "%s has no effect, the run in %s resumes from its checkpoint: give another --output-dir, or --no-resume, "
+            "to start from these weights",
+            " ".join(ignored),
+            cfg.train.output_dir,
+        )
+    return replace(
+        cfg,
+        init_from=former.init_from,
+        MODEL=former.MODEL,
+        student=replace(cfg.student, pretrained_weights=former.student.pretrained_weights),
+    )
 
 
 def check_fits(source: str, there: Config, here: Config, keys: Mapping[str, str]) -> None:
