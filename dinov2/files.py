@@ -140,7 +140,7 @@ def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
     The file `.lock` names the process that holds the lock, as do a log line and the BlockingIOError after `patience`
     seconds.
     """
-    path, job = folder / ".lock", f"SLURM job {os.environ.get('SLURM_JOB_ID', '(none)')}"
+    path, job = folder / ".lock", f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file: delete it", str(path))
     with path.open("a+b", buffering=0) as lock:
@@ -148,11 +148,12 @@ def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
         while not _locked(lock.fileno()):
             lock.seek(0)
             holder = lock.read().decode(errors="replace").strip()
-            if holder.endswith(job) and "SLURM_JOB_ID" in os.environ:
+            if job and holder.endswith(job):
                 break
             if time.monotonic() > deadline:
                 raise BlockingIOError(
-                    f"{folder} is in use by another run: {holder} (if that has ended, delete {path} and try again)"
+                    f"{folder} is in use by another run: {holder}. Use another folder, or stop that run first (if that "
+                    f"machine has crashed, delete {path} and try again)"
                 )
             if not waits:
                 logger.info("%s is in use by %s: waiting up to %.0f s for its end", folder, holder, patience)
@@ -160,7 +161,7 @@ def folder_lock(folder: Path, patience: float = 20.0) -> Iterator[None]:
             time.sleep(0.2)
         with naming_full_disk(path):
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}, {job}\n".encode())
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}{job}\n".encode())
         yield
 
 

@@ -53,7 +53,7 @@ def key_figures(run: Run) -> Mapping[str, tuple[str, str]]:
         if known := run.value_at(error, step):
             remarks.append(f"standard error {known:.1f}")
         if known := run.value_at(chance, step):
-            remarks.append(f"guessing {percent(known)}")
+            remarks.append(f"guessing up to {percent(known)}")
         return text(value), f"({', '.join(remarks)})" if remarks else ""
 
     figures = {

@@ -96,7 +96,7 @@ def trend(run: Run, name: str) -> str:
     )
     error, chance = _error(run, name, found), run.value_at(name.removesuffix("_miou") + "_chance", found.end)
     remarks = [f"standard error of the difference {error:.1f}"] if error else []
-    remarks += [f"guessing {percent(chance)}"] if chance else []
+    remarks += [f"guessing up to {percent(chance)}"] if chance else []
     remark = f" ({', '.join(remarks)})" if remarks else ""
     if abs(found.last - found.first) > 2 * error:
         return f"{'rose' if found.last > found.first else 'fell'} from {change_text}{remark}"

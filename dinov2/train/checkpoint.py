@@ -201,11 +201,13 @@ class Checkpointer:
                     f"when it can be read"
                 ) from error
             reason = root_cause(error)
+            earlier = [path.name for path in complete_checkpoints(folder.parent).values() if path < folder]
+            before = f"to continue from {max(earlier)}" if earlier else "to start anew, as there is no earlier one"
             remedy = (
-                "Or delete it to continue from the one before."
+                f"Or delete the folder {folder.name} {before}."
                 if ADVICE in reason
                 else "If the config of the run was changed, change it back or use --no-resume or another --output-dir; "
-                "if the folder is damaged, delete it to continue from the one before."
+                f"if the folder {folder.name} is damaged, delete it {before}."
             )
             raise ValueError(f"cannot resume from {folder}: {reason}. {remedy}") from error
         self._newest = state["iteration"]

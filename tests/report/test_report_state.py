@@ -252,9 +252,9 @@ def test_an_output_that_is_not_an_html_file_is_refused(
             (60.0, 62.0),
             (
                 "others, did not change measurably: 60.0 % at step 0 (untrained) to 62.0 % at step 700 "
-                "(standard error of the difference 2.2, guessing 12.0 %).",
+                "(standard error of the difference 2.2, guessing up to 12.0 %).",
                 "mean IoU did not change measurably: 7.7 % at step 0 (untrained) to 7.9 % at step 700 "
-                "(standard error of the difference 0.6, guessing 6.8 %).",
+                "(standard error of the difference 0.6, guessing up to 6.8 %).",
             ),
         ),
         ((7.7, 9.0), (60.0, 65.0), ("others, rose from 60.0 % at step 0", "mean IoU rose from 7.7 % at step 0")),
@@ -279,8 +279,8 @@ def test_only_a_change_beyond_two_standard_errors_is_one(
     rewrite(folder, measured)
     run = read_run(folder, "run")
     assert all(text in judged(run) for text in texts)
-    assert key_figures(run)["k-NN of patches, mIoU"][1] == "(standard error 0.5, guessing 6.8\N{NO-BREAK SPACE}%)"
-    assert key_figures(run)["k-NN accuracy"][1] == "(guessing 12.0\N{NO-BREAK SPACE}%)"
+    assert key_figures(run)["k-NN of patches, mIoU"][1] == "(standard error 0.5, guessing up to 6.8\N{NO-BREAK SPACE}%)"
+    assert key_figures(run)["k-NN accuracy"][1] == "(guessing up to 12.0\N{NO-BREAK SPACE}%)"
     assert "did not change measurably" not in judged(run) or knn == (60.0, 62.0)
 
 

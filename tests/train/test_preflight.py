@@ -100,6 +100,10 @@ HARDLY_WANTED: list[tuple[list[str], str]] = [
     (["dino.head_n_prototypes=65536"], "dino.head_n_prototypes = 65536: 512 to each of the 128 class tokens"),
     (["dino.head_n_prototypes=65536"], "dino.head_n_prototypes = 65536: 213 to each of the 307 masked patches"),
     (
+        ["dino.head_n_prototypes=65536"],
+        "a step has 64 images, where published recipes with 65,536 prototypes have 1,024",
+    ),
+    (
         ["ibot.separate_head=true", "ibot.head_n_prototypes=100000"],
         "ibot.head_n_prototypes = 100000: 326 to each of the 307 masked patches in a step of 64 images",
     ),
@@ -140,7 +144,7 @@ IBOT_HEAD = ["ibot.separate_head=true", "ibot.head_n_prototypes=128"]
         ["teacher.warmup_teacher_temp_epochs=99", "teacher.warmup_teacher_temp=0.04"],  # constant, whatever its length
         ["teacher.warmup_teacher_temp_epochs=0", "teacher.warmup_teacher_temp=2"],  # never used
         ["optim.min_lr=0.0015"],  # constant
-        ["dino.head_n_prototypes=65536", "train.centering=centering"],
+        ["dino.head_n_prototypes=65536", "train.centering=centering", "train.accumulate_steps=4"],
         [*("dino.head_n_prototypes=1", "dino.loss_weight=0", "crops.local_crops_number=0"), *IBOT_HEAD],  # head unused
         ["crops.local_crops_number=0", "crops.local_crops_size=70", "crops.local_crops_scale=[1,1]"],
         ["crops.local_crops_size=28", "crops.local_crops_scale=[0.75,1]"],

@@ -95,7 +95,7 @@ def _dense_features(start: Record, best: Rating | None, measured: Sequence[Recor
     return (
         f"Dense features {verdict}: mean IoU {start['patch_knn_miou']:.1f} -> {now['patch_knn_miou']:.1f} % of "
         f"{teacher} by k-NN of patches on {now['patch_knn_images']:,.0f} images ({change:+.1f} points, standard error "
-        f"{error:.1f}, guessing {now['patch_knn_chance']:.1f} %)."
+        f"{error:.1f}, guessing up to {now['patch_knn_chance']:.1f} %)."
     )
 
 

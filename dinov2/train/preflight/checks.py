@@ -19,6 +19,7 @@ from dinov2.train.ssl_meta_arch import NUM_GLOBAL_CROPS
 from dinov2.train.training_run import uses_fp16
 
 # Limits. Published recipes are far from them: the numbers in parentheses.
+SMALL_BATCH, MANY_PROTOTYPES = 256, 65_536  # images of a step; the published number
 MAX_PROTOTYPES_PER_ROW = 64  # of Sinkhorn-Knopp (21); with 512, targets are nearly uniform and nothing is learned
 MAX_LEARNING_RATE = 0.1  # of AdamW, which changes weights by about the rate per step (at most 0.006)
 MAX_DECAY_PER_STEP = 0.02  # weight decay per step, as a fraction of the weight (at most 0.002)
@@ -214,6 +215,13 @@ def _batch(cfg: Config, world_size: int) -> Iterator[str]:
         yield f"{_set(cfg, 'dino.koleo_loss_weight')} has no effect: with {per_process} an image has no neighbor"
     if batch < 2:
         yield f"a step has one image ({per_process}, 1 process), without others to compare with"
+    prototypes = max((head.head_n_prototypes for head in _heads(cfg).values()), default=0)
+    if batch < SMALL_BATCH and prototypes >= MANY_PROTOTYPES and not (cfg.distillation.teacher or sources_of(cfg)):
+        yield (
+            f"{per_process}: a step has {batch} images, where published recipes with {prototypes:,} prototypes have "
+            "1,024 or more; scaled down without changes they learn next to nothing: see docs/training.md, When the "
+            "batch is small, and train/vits14_1gpu"
+        )
     if cfg.train.centering != "sinkhorn_knopp":
         return
     rows: dict[str, tuple[str, float]] = {}

@@ -283,7 +283,7 @@ def test_dense_features_below_the_start_are_an_alarm() -> None:
             [45, 50, 44],
             Rating(40, "patch_knn_miou", 50.0),
             " Dense features improved: mean IoU 40.0 -> 50.0 % of the teacher of step 40 by k-NN of patches on 32 "
-            "images (+10.0 points, standard error 2.1, guessing 9.0 %).",
+            "images (+10.0 points, standard error 2.1, guessing up to 9.0 %).",
         ),
         ([41, 30], Rating(START, "knn", 70.0), "Dense features got worse: mean IoU 40.0 -> 30.0 % of the last teacher"),
         ([44], Rating(20, "knn", 70.0), "Dense features did not change measurably: mean IoU 40.0 -> 44.0 %"),
