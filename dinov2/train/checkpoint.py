@@ -201,8 +201,8 @@ class Checkpointer:
                     f"when it can be read"
                 ) from error
             reason = root_cause(error)
-            earlier = [path.name for path in complete_checkpoints(folder.parent).values() if path < folder]
-            before = f"to continue from {max(earlier)}" if earlier else "to start anew, as there is no earlier one"
+            others = [path.name for path in complete_checkpoints(folder.parent).values() if path != folder]
+            before = f"to continue from {others[-1]}" if others else "to start anew, as there is no earlier one"
             remedy = (
                 f"Or delete the folder {folder.name} {before}."
                 if ADVICE in reason

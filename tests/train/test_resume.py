@@ -273,7 +273,7 @@ def test_initial_weights_of_a_run_that_resumes_are_a_warning(tmp_path: Path, cap
     caplog.clear()
     run_train(tmp_path / "own", "optim.epochs=2", f"init_from={source}")
     assert not any("has no effect" in message for message in caplog.messages), "the run began from these"
-    run_train(source, "optim.epochs=2", f"init_from={tmp_path / 'own'}")
+    run_train(source, "optim.epochs=2", f"init_from={tmp_path / 'own'}", "init_from_optimizer=true")
     (warning,) = (message for message in caplog.messages if "has no effect" in message)
     assert warning.startswith(f"init_from={tmp_path / 'own'} has no effect") and "--no-resume" in warning
     assert config.load(source / "config.yaml").init_from == "", "the record has the weights that it began with"

@@ -76,8 +76,9 @@ def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool, settin
     with torch.device("cpu" if latest is None and config.sources_of(cfg) else "meta"):
         model = build_arch(cfg, among_students=job_size > world_size)
     model.load_frozen(resuming=latest is not None)
-    start = _start(latest, cfg, model)
-    if latest is not None and (changes := changed_settings(Path(cfg.train.output_dir) / "config.yaml", cfg)):
+    changes = [] if latest is None else changed_settings(Path(cfg.train.output_dir) / "config.yaml", cfg)
+    start = _start(latest, cfg, model, changes)
+    if changes:
         findings.append(f"resuming with other settings than before: {'; '.join(changes)}")
     if latest is None and (loaded := load_initial_weights(model, cfg)) is not None:
         start["step 0"] = check_step_zero(model, cfg, dataset, loaded)
@@ -108,25 +109,27 @@ def dry_run(cfg: Config, world_size: int, *, job_size: int, resume: bool, settin
     return flops
 
 
-def _start(latest: Path | None, cfg: Config, model: SSLMetaArch) -> dict[str, str]:
-    """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors."""
+def _start(latest: Path | None, cfg: Config, model: SSLMetaArch, changes: Sequence[str]) -> dict[str, str]:
+    """Starting point of the run; checks the checkpoint that it resumes from, except the values of its tensors.
+
+    `changes` are the settings that differ from those of the run so far.
+    """
     if latest is None:
         return {"starts from": next(iter(config.sources_of(cfg).values()), "random weights")}
     from dinov2.train.checkpoint_files.tensors import read_shapes, read_tensors
 
-    config_file = Path(cfg.train.output_dir) / "config.yaml"
-    check_same_stage(config_file, cfg)
+    check_same_stage(Path(cfg.train.output_dir) / "config.yaml", cfg)
     step = read_state(latest)["iteration"] + 1
     check_length_so_far(step, cfg)
     stored = read_shapes(latest)
     for name, value in model.state_dict().items():
         if (found := stored.get(f"model.{name}")) is None or found.shape != value.shape:
             shape = "none" if found is None else tuple(found.shape)
-            changes = network_changes(changed_settings(config_file, cfg))
+            changed = network_changes(changes)
             raise ValueError(
                 f"cannot resume from {latest}: {name} is {tuple(value.shape)} here, {shape} there. If the config of "
                 "the run was changed, change it back or use --no-resume or another --output-dir"
-                + (f". Settings there -> here: {'; '.join(changes)}" if changes else "")
+                + (f". Settings there -> here: {'; '.join(changed)}" if changed else "")
             )
     if "frozen_digest" in model.state_dict():
         digest = read_tensors(latest, "model.frozen_digest")["model.frozen_digest"]

@@ -104,6 +104,7 @@ def _with_sources_of(former: Config, cfg: Config) -> Config:
     return replace(
         cfg,
         init_from=former.init_from,
+        init_from_optimizer=former.init_from_optimizer,
         MODEL=former.MODEL,
         student=replace(cfg.student, pretrained_weights=former.student.pretrained_weights),
     )
